@@ -1,0 +1,5 @@
+"""``python -m kvbench``."""
+
+from kvbench.cli.app import main
+
+main()

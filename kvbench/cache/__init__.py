@@ -1,0 +1,1 @@
+"""Caches that let go of entries, and the counting of bytes."""

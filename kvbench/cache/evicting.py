@@ -1,0 +1,56 @@
+"""A KV cache that lets go of entries: what is removed is freed, not masked."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+from transformers.cache_utils import Cache, DynamicLayer
+
+
+class EvictingLayer(DynamicLayer):  # type: ignore[misc]
+    """Keys and values ``[batch, heads, entries, width]`` of one layer; positions are the caller's.
+
+    The caller always passes positions and a mask over the stored entries, so the layer need not
+    know which tokens its entries stand for. Cropping is refused: a removed entry cannot return.
+    """
+
+    is_croppable = False
+    keys: Tensor
+    values: Tensor
+
+    def keep(self, entries: Tensor) -> None:
+        """Keep only these entries. The selection is a copy, so the old storage is freed."""
+        self.keys = self.keys.index_select(-2, entries)
+        self.values = self.values.index_select(-2, entries)
+
+
+class EvictingCache(Cache):  # type: ignore[misc]
+    """A cache of :class:`EvictingLayer`, grown as the model asks for layers."""
+
+    def __init__(self) -> None:
+        super().__init__(layer_class_to_replicate=EvictingLayer)
+
+    def keep(self, entries: Tensor) -> None:
+        """Keep only these entries (int64, ascending) in every layer and row."""
+        for layer in self.layers:
+            layer.keep(entries)
+
+    def entries(self) -> int:
+        """Entries held per layer and row."""
+        return int(self.layers[0].keys.shape[-2]) if self.layers else 0
+
+    def tensors(self) -> list[Tensor]:
+        return [t for layer in self.layers for t in (layer.keys, layer.values)]
+
+    def logical_bytes(self) -> int:
+        """Bytes of the entries held, by shape."""
+        return sum(t.numel() * t.element_size() for t in self.tensors())
+
+    def physical_bytes(self) -> int:
+        """Bytes of the distinct storages that are alive; a view would hold its whole parent."""
+        storages: dict[int, int] = {}
+        for tensor in self.tensors():
+            storage: Any = tensor.untyped_storage()
+            storages[storage.data_ptr()] = storage.nbytes()
+        return sum(storages.values())

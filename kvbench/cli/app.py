@@ -1,0 +1,57 @@
+"""The ``kvbench`` command."""
+
+from __future__ import annotations
+
+import os
+import sys
+from typing import Annotated
+
+import typer
+
+from kvbench import __version__
+from kvbench.cli import report, run, train
+
+app = typer.Typer(
+    name="kvbench", no_args_is_help=True, rich_markup_mode="rich", pretty_exceptions_enable=False,
+    add_completion=False,
+    help="Measure what compressing the KV cache of a language model costs and gains.\n\n"
+    "Start with [bold]kvbench run --method sentinel --ratio 0.7[/].",
+)
+app.command("run")(run.run)
+app.command("report")(report.report)
+app.add_typer(train.app, name="train")
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        typer.echo(f"kvbench {__version__}")
+        raise typer.Exit()
+
+
+@app.callback()
+def _main(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    pass
+
+
+def main() -> None:
+    """Run the command line; a request that cannot be carried out is a sentence and exit code 2."""
+    from kvbench.errors import UserError
+
+    try:
+        app()
+    except UserError as error:
+        print(f"kvbench: {error}", file=sys.stderr)
+        sys.exit(error.exit_code)
+    except KeyboardInterrupt:
+        print(
+            "kvbench: interrupted; what was measured is kept, and the same command goes on.",
+            file=sys.stderr,
+        )
+        sys.exit(130)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)

@@ -1,0 +1,49 @@
+"""``kvbench report``: tables and figures of a run, from disk."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+def report(
+    run: Annotated[Path, typer.Argument(help="Run folder, as 'kvbench run' named it.", metavar="RUN")],
+    json_: Annotated[bool, typer.Option("--json", help="Print the JSON document on stdout.")] = False,
+) -> None:
+    """Print the table of a run again and draw its figures, from what is on disk.
+
+    Needs neither the model nor PyTorch. Writes results.json, table.txt, and figures/ (PNG and
+    PDF) into the run folder.
+
+    Example: kvbench report reports/sentinel-0.7-1a2b3c4d5e
+    """
+    from rich.console import Console
+
+    from kvbench.errors import UserError
+    from kvbench.reporting.figures import removal_figure
+    from kvbench.reporting.results import compute_results
+    from kvbench.reporting.tables import print_results
+    from kvbench.store.folder import RESULTS, RunFolder, write_atomic
+
+    folder = RunFolder(run)
+    results = compute_results(folder)
+    rows = list(results.rows)
+    try:
+        write_atomic(run / RESULTS, results.to_json() + "\n")
+        with (run / "table.txt").open("w", encoding="utf-8") as file:
+            print_results(results, Console(file=file), run)
+        figures = removal_figure(rows, "ppl", run / "figures", "perplexity")
+        figures += removal_figure(rows, "accuracy", run / "figures", "recall accuracy")
+    except OSError as error:
+        raise UserError(f"The run folder {run} cannot be written: {error.strerror}.") from error
+    if json_:
+        sys.stdout.write(results.to_json() + "\n")
+    else:
+        console = Console()
+        print_results(results, console, run)
+        for path in figures:
+            console.print(f"figure: {path}", soft_wrap=True, highlight=False)
+    raise typer.Exit(0 if results.ok else 1)

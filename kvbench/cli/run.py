@@ -1,0 +1,203 @@
+"""``kvbench run``: quality of compressed models, in one table."""
+
+from __future__ import annotations
+
+import shutil
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from kvbench.cli import options
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from kvbench.plan import Plan
+    from kvbench.store.records import Results
+
+_WHAT, _HOW, _OUT = "What to run", "How to run", "Output"
+
+
+def run(
+    method: Annotated[list[str] | None, typer.Option(
+        help="Compression method; repeatable. [default: sentinel]", rich_help_panel=_WHAT)] = None,
+    ratio: Annotated[list[str] | None, typer.Option(
+        help="Share of cache entries to remove, in [0, 1): 0.7 keeps 30 %; repeatable. [default: 0.7]",
+        rich_help_panel=_WHAT)] = None,
+    task: Annotated[list[str] | None, typer.Option(
+        help="Task, or a task file of your own; repeatable. [default: minidocs and recall]",
+        rich_help_panel=_WHAT)] = None,
+    data: Annotated[Path | None, typer.Option(
+        help="Your own corpus for the task: .jsonl (rows with \"text\"), .txt, or either with .gz.",
+        rich_help_panel=_WHAT)] = None,
+    model: options.Model = None,
+    revision: options.Revision = None,
+    adapter: Annotated[str | None, typer.Option(
+        help="Adapter folder for a trained method. [default: the one shipped for kvbench-tiny]",
+        show_default=False, rich_help_panel=_WHAT)] = None,
+    protocol: Annotated[str | None, typer.Option(
+        help="block, stream or prefix. [default: the task's own]", rich_help_panel=_HOW)] = None,
+    execution: Annotated[str, typer.Option(
+        help="streamed (entries really removed) or onepass (masked, nothing freed).",
+        rich_help_panel=_HOW)] = "streamed",
+    limit: Annotated[int | None, typer.Option(
+        help="Documents per task. [default: all]", show_default=False, rich_help_panel=_HOW)] = None,
+    seed: options.Seed = None,
+    set_: options.Set = None,
+    device: options.Device = None,
+    dtype: options.Dtype = None,
+    threads: options.Threads = None,
+    baselines: Annotated[bool, typer.Option(
+        "--baselines/--no-baselines", help="Add none, local, scattered and sinks beside full.",
+        rich_help_panel=_HOW)] = True,
+    out: Annotated[Path | None, typer.Option(
+        help="Run folder: missing, empty, or one of the same run. [default: reports/...]",
+        show_default=False, rich_help_panel=_OUT)] = None,
+    fresh: Annotated[bool, typer.Option(
+        "--fresh", help="Measure again what is already there.", rich_help_panel=_OUT)] = False,
+    json_: Annotated[bool, typer.Option(
+        "--json", help="Print one JSON document on stdout instead of tables.",
+        rich_help_panel=_OUT)] = False,
+    dry_run: Annotated[bool, typer.Option(
+        "--dry-run", help="Print the cells and the folder; measure nothing.",
+        rich_help_panel=_OUT)] = False,
+    config: Annotated[Path | None, typer.Option(
+        help="Settings file. [default: ./kvbench.toml if there is one]", show_default=False,
+        rich_help_panel=_OUT)] = None,
+) -> None:
+    """Measure the quality of compressed models against the full cache and honest baselines.
+
+    Each method is scored on the same text with cache entries [bold]really removed[/]; the table shows
+    values with 95 % intervals, paired differences to the full cache, and the ratio that was
+    realised. The same command continues an interrupted run and prints a finished one again.
+
+    Examples:
+
+      kvbench run --method sentinel --ratio 0.7
+
+      kvbench run --method sinks --ratio 0.5 --ratio 0.9 --task books --data mybooks.jsonl.gz
+
+      kvbench run --model Qwen/Qwen3-0.6B --method local --task wikitext2 --limit 20
+
+    Exit codes: 0 all done; 1 a cell failed, the others are complete; 2 the request was wrong and
+    nothing was written; 130 interrupted, what was measured is kept.
+    """
+    from rich.console import Console
+
+    from kvbench.config import load_settings
+    from kvbench.plan import Request, build_plan, parse_options
+
+    console = Console(stderr=True)
+    settings = load_settings(config).run
+    request = Request(
+        model=model or settings.model, revision=revision, adapter=adapter,
+        methods=tuple(method or settings.method),
+        ratios=tuple(ratio or (f"{r:.10g}" for r in settings.ratio)),
+        tasks=tuple(task or settings.task), data=data, protocol=protocol, execution=execution,
+        limit=_checked_limit(limit, settings.limit), seed=_seed(seed, settings.seed),
+        options=parse_options(set_ or []), out=out, reports=Path(settings.out), baselines=baselines,
+        device=_device(device or settings.device), dtype=_dtype(dtype or settings.dtype),
+        threads=_threads(threads, settings.threads),
+    )
+    plan = build_plan(request)
+    if dry_run:
+        _print_plan(plan)
+        return
+    results = _measured(plan, fresh, console)
+    if json_:
+        sys.stdout.write(results.to_json() + "\n")
+    else:
+        from kvbench.reporting.tables import print_results
+
+        print_results(results, Console(), plan.folder)
+    raise typer.Exit(0 if results.ok else 1)
+
+
+def _measured(plan: Plan, fresh: bool, console: Console) -> Results:
+    """The results of the plan: from disk if they are there, measured otherwise."""
+    from kvbench.execution.runner import WorkerDiedError, execute, finish, locked
+    from kvbench.reporting.results import compute_results
+    from kvbench.store.folder import RESULTS, RUN, RunFolder, write_atomic
+    from kvbench.store.records import Failure, Results
+
+    folder = RunFolder(plan.folder)
+    folder.check(plan.content)
+    with locked(plan.folder):
+        manifest = folder.manifest() if (plan.folder / RUN).exists() else {}
+        if fresh and manifest:
+            shutil.rmtree(plan.folder)
+        elif manifest.get("finished") and manifest.get("limit") == plan.request.limit:
+            console.print(f"Already measured ({manifest['finished']}); --fresh measures again.")
+            return compute_results(folder)
+        try:
+            execute(plan, sys.argv, console)
+        except WorkerDiedError as death:
+            console.print(f"[red]failed[/] {death}", highlight=False)
+            return Results(str(plan.folder), False, (Failure("", str(death)),))
+        results = compute_results(folder)
+        write_atomic(plan.folder / RESULTS, results.to_json() + "\n")
+        if results.ok:
+            finish(folder)
+        return results
+
+
+def _print_plan(plan: Plan) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    from kvbench.store.folder import RunFolder
+
+    folder = RunFolder(plan.folder)
+    table = Table(title=f"{len(plan.cells)} cells -> {plan.folder}")
+    for column in ("cell", "method", "ratio", "role", "task", "protocol", "documents", "on disk"):
+        table.add_column(column)
+    for cell in plan.cells:
+        corpus = plan.corpora[cell.task]
+        limit = plan.request.limit or len(corpus.documents)
+        table.add_row(
+            cell.key, cell.method, cell.ratio_asked or "-", cell.role, cell.task, cell.protocol,
+            str(min(limit, len(corpus.documents))), str(len(folder.records(cell))),
+        )
+    Console().print(table)
+
+
+def _checked_limit(given: int | None, default: int) -> int:
+    from kvbench.errors import UserError
+
+    if given is not None and given < 1:
+        raise UserError(f"--limit {given} is below 1.", "It is the number of documents per task.")
+    return default if given is None else given
+
+
+def _seed(given: int | None, default: int) -> int:
+    from kvbench.errors import UserError
+
+    if given is not None and given < 0:
+        raise UserError(f"--seed {given} is negative.", "Give a whole number of at least 0.")
+    return default if given is None else given
+
+
+def _threads(given: int | None, default: int) -> int:
+    from kvbench.errors import UserError
+
+    if given is not None and given < 1:
+        raise UserError(f"--threads {given} is below 1.", "It is the number of CPU threads.")
+    return default if given is None else given
+
+
+def _dtype(name: str) -> str:
+    from kvbench.config import DTYPES
+    from kvbench.errors import unknown
+
+    if name not in DTYPES:
+        raise unknown("dtype", name, DTYPES)
+    return name
+
+
+def _device(name: str) -> str:
+    from kvbench.models.loading import pick_device
+
+    pick_device(name)
+    return name

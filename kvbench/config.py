@@ -1,0 +1,97 @@
+"""Settings: flag > environment > kvbench.toml > default, and sentences for what is wrong."""
+
+from __future__ import annotations
+
+import os
+import tomllib
+from pathlib import Path
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from kvbench.errors import UserError
+
+CONFIG_NAME = "kvbench.toml"
+DEFAULT_MODEL = "kvbench-tiny"
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+
+
+class RunSettings(BaseModel):
+    """The ``[run]`` table: the defaults of ``kvbench run``.
+
+    Attributes:
+        model: hub id or path of a causal language model; ``kvbench-tiny`` is embedded.
+        method: methods to run.
+        ratio: shares of cache entries to remove.
+        task: tasks to run.
+        limit: documents per task; 0 for all.
+        seed: of the layouts and the resampling.
+        device: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
+        dtype: of weights and cache; ``auto`` is float32 on CPU, the checkpoint's elsewhere.
+        threads: CPU threads; 0 leaves PyTorch's choice.
+        out: folder under which run folders are made.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+    model: str = DEFAULT_MODEL
+    method: list[str] = ["sentinel"]
+    ratio: list[float] = [0.7]
+    task: list[str] = ["minidocs", "recall"]
+    limit: int = Field(default=0, ge=0)
+    seed: int = Field(default=0, ge=0)
+    device: str = "auto"
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    threads: int = Field(default=0, ge=0)
+    out: str = "reports"
+
+
+class Settings(BaseModel):
+    """The whole ``kvbench.toml``."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+    run: RunSettings = RunSettings()
+
+
+def load_settings(path: Path | None) -> Settings:
+    """The settings of a file, or of ``kvbench.toml`` in the current folder if there is one.
+
+    Raises:
+        UserError: the file is missing, not TOML, or has an unknown key or a wrong type.
+    """
+    if path is None:
+        named = os.environ.get("KVBENCH_CONFIG")
+        path = Path(named) if named else Path(CONFIG_NAME)
+        if not named and not path.exists():
+            return Settings()
+    try:
+        return Settings.model_validate(tomllib.loads(path.read_text(encoding="utf-8")))
+    except FileNotFoundError:
+        raise UserError(f"There is no settings file {path}.", "Check --config.") from None
+    except OSError as error:
+        raise UserError(f"The settings file {path} cannot be read: {error.strerror}.") from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} is not valid TOML: {error}.") from error
+    except ValidationError as error:
+        raise UserError(toml_sentence(path, error)) from error
+
+
+def toml_sentence(path: Path, error: ValidationError) -> str:
+    """File, key and allowed values of the first fault, as one sentence."""
+    first = error.errors()[0]
+    key = ".".join(str(part) for part in first["loc"])
+    if first["type"] == "extra_forbidden":
+        table = _model_at(error.title, first["loc"][:-1])
+        allowed = f" Allowed keys here: {', '.join(sorted(table))}." if table else ""
+        return f"{path}: unknown key {key!r}.{allowed}"
+    return f"{path}: {key}: {first['msg']} (given: {first['input']!r})."
+
+
+def _model_at(title: str, where: tuple[int | str, ...]) -> list[str]:
+    """Names of the keys that the table at ``where`` may have."""
+    roots = {kind.__name__: kind for kind in BaseModel.__subclasses__()}
+    model: type[BaseModel] | None = roots.get(title)
+    for part in where:
+        field = model.model_fields.get(str(part)) if model else None
+        annotation = field.annotation if field else None
+        model = annotation if isinstance(annotation, type) and issubclass(annotation, BaseModel) else None
+    return list(model.model_fields) if model else []

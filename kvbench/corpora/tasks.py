@@ -1,0 +1,101 @@
+"""Tasks: one TOML file each, read and checked here."""
+
+from __future__ import annotations
+
+import tomllib
+from pathlib import Path
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from kvbench.config import toml_sentence
+from kvbench.errors import UserError, unknown
+
+
+class CorpusSpec(BaseModel):
+    """Where the documents come from and how they are cut.
+
+    Attributes:
+        embedded: file in ``kvbench/assets``; None if the corpus is on the hub.
+        hub: data set id on the Hugging Face hub, with ``config`` and ``split``.
+        cut: ``document`` (each row), ``wikitext-articles`` (at title rows) or ``passages``.
+        passage_chars: least characters in a passage, for ``cut = "passages"``.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+    embedded: str | None = None
+    hub: str | None = None
+    config: str | None = None
+    split: str = "test"
+    cut: Literal["document", "wikitext-articles", "passages"] = "document"
+    passage_chars: int = Field(default=8000, ge=200)
+
+
+class RecallSpec(BaseModel):
+    """Facts among prose.
+
+    Attributes:
+        distances: tokens from the end of the fact to the question.
+        trials: per distance.
+        lead: least tokens of prose before the fact.
+        context: least tokens of context, so that windows are not short just because the fact is near.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+    distances: tuple[int, ...] = (30, 60, 120, 240, 400, 600)
+    trials: int = Field(default=20, ge=1)
+    lead: int = Field(default=40, ge=0)
+    context: int = Field(default=400, ge=32)
+
+    def signature(self) -> str:
+        """The settings that decide what a number means."""
+        distances = ",".join(map(str, self.distances))
+        return f"distances:{distances}|trials:{self.trials}|context:{self.context}"
+
+
+class Task(BaseModel):
+    """What to read, how to cut it, which protocols it may be measured with.
+
+    Attributes:
+        protocols: allowed protocols; the first is the default.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+    name: str
+    version: int
+    summary: str
+    kind: Literal["lm", "recall"]
+    protocols: tuple[Literal["block", "stream", "prefix"], ...] = Field(min_length=1)
+    corpus: CorpusSpec
+    recall: RecallSpec | None = None
+
+
+def tasks_folder() -> Path:
+    """The folder of task files: beside the package in a checkout, inside it in a wheel."""
+    package = Path(__file__).resolve().parents[1]
+    inside = package / "tasks"
+    return inside if inside.is_dir() else package.parent / "tasks"
+
+
+def task_names() -> list[str]:
+    return sorted(path.stem for path in tasks_folder().glob("*.toml"))
+
+
+def load_task(name: str) -> Task:
+    """A task by its name, or by the path of a TOML file of your own.
+
+    Raises:
+        UserError: no such task, or its file is not a valid task.
+    """
+    own = name.endswith(".toml")
+    path = Path(name) if own else tasks_folder() / f"{name}.toml"
+    if not own and name not in task_names():
+        raise unknown("task", name, task_names())
+    try:
+        return Task.model_validate(tomllib.loads(path.read_text(encoding="utf-8")))
+    except FileNotFoundError:
+        raise UserError(f"There is no task file {path}.", "Give a path to a TOML file.") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise UserError(f"The task file {path} is not valid TOML: {error}.") from error
+    except ValidationError as error:
+        raise UserError(toml_sentence(path, error)) from error

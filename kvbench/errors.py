@@ -1,0 +1,32 @@
+"""Errors that are sentences: what is wrong, where, and what to do about it."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class UserError(Exception):
+    """The request cannot be carried out as written.
+
+    The command line prints the message (and the hint) on stderr and leaves with
+    ``exit_code`` 2; nothing has been written by then.
+    """
+
+    exit_code = 2
+
+    def __init__(self, message: str, hint: str = "") -> None:
+        super().__init__(message)
+        self.message = message
+        self.hint = hint
+
+    def __str__(self) -> str:
+        return f"{self.message} {self.hint}".strip()
+
+
+def unknown(what: str, given: str, allowed: Iterable[str]) -> UserError:
+    """The error for a name that is not in ``allowed``; the nearest name is suggested."""
+    names = sorted(allowed)
+    near = difflib.get_close_matches(given.lower(), names, n=1, cutoff=0.5)
+    guess = f"Did you mean {near[0]!r}? " if near else ""
+    return UserError(f"Unknown {what} {given!r}.", f"{guess}Allowed: {', '.join(names)}.")

@@ -1,0 +1,1 @@
+"""Execution: the parent that watches, and the child that measures."""

@@ -1,0 +1,278 @@
+"""The parent process: starts the children, writes what they report, keeps faults in their cells."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import os
+import queue
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import IO, Any
+
+from filelock import FileLock, Timeout
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+from kvbench.environment import describe
+from kvbench.errors import UserError
+from kvbench.execution.job import Job
+from kvbench.plan import Plan
+from kvbench.store.folder import RUN, RunFolder, write_atomic
+from kvbench.store.records import Cell, DocumentRecord, Failure
+
+SMALL_MODEL_BYTES = 256 << 20
+MOST_CHILDREN = 4
+
+
+class WorkerDiedError(Exception):
+    """A child ended before it was ready; the message says how."""
+
+
+class Child:
+    """One measuring process, and a thread that turns its output into events."""
+
+    def __init__(self, job: Job, number: int, events: queue.Queue[tuple[int, dict[str, Any] | None]]) -> None:
+        self.job = job
+        self.at: str | None = None
+        self.ended = False
+        self.log: IO[str] = tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace")  # noqa: SIM115
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "kvbench.execution.worker"], text=True, encoding="utf-8",
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.log,
+            env={**os.environ, "TOKENIZERS_PARALLELISM": "false"},
+        )
+        self.tell(job.to_json())
+        threading.Thread(target=self._listen, args=(number, events), daemon=True).start()
+
+    def _listen(self, number: int, events: queue.Queue[tuple[int, dict[str, Any] | None]]) -> None:
+        assert self.process.stdout is not None
+        for line in self.process.stdout:
+            if line.endswith("\n"):
+                events.put((number, json.loads(line)))
+        events.put((number, None))
+
+    def tell(self, line: str) -> None:
+        assert self.process.stdin is not None
+        try:
+            self.process.stdin.write(line + "\n")
+            self.process.stdin.flush()
+        except BrokenPipeError:
+            pass  # it died; its last event says so
+
+    def death(self) -> str:
+        """How it ended, with its last words."""
+        code = self.process.wait()
+        self.log.seek(0)
+        lines = [line for line in self.log.read().splitlines() if line.strip()]
+        last = f" Its last words: {lines[-1][:300]}" if lines else ""
+        how = f"was ended by {signal.Signals(-code).name}" if code < 0 else f"ended with code {code}"
+        return f"the measuring process {how}.{last}"
+
+    def hint(self) -> str:
+        if self.process.returncode == -signal.SIGKILL:
+            return "It was probably out of memory: try --dtype bfloat16, shorter blocks, or a smaller model."
+        return ""
+
+    def stop(self) -> None:
+        if self.process.poll() is None:
+            self.process.terminate()
+            try:
+                self.process.wait(timeout=10)
+            except subprocess.TimeoutExpired:
+                self.process.kill()
+                self.process.wait()
+        self.log.close()
+
+
+@dataclass
+class _Run:
+    """What the parent knows while children measure."""
+
+    plan: Plan
+    folder: RunFolder
+    command: list[str]
+    console: Console
+    children: list[Child]
+    ready: int = 0
+    opened: bool = False
+
+    @property
+    def cells(self) -> dict[str, Cell]:
+        return {cell.key: cell for cell in self.plan.cells}
+
+
+def execute(plan: Plan, command: list[str], console: Console) -> None:
+    """Measure everything in the plan that is not yet on disk.
+
+    A cell whose child is killed is marked as failed, and the others go on in a new child.
+
+    Raises:
+        UserError: the plan cannot be carried out (nothing was written), or the disk is full.
+        WorkerDiedError: a child died before it was ready.
+    """
+    events: queue.Queue[tuple[int, dict[str, Any] | None]] = queue.Queue()
+    run = _Run(plan, RunFolder(plan.folder), command, console, [])
+    with ExitStack() as stack, Progress(
+        TextColumn("{task.description}"), BarColumn(), TextColumn("{task.percentage:.0f} %"),
+        TimeRemainingColumn(), console=console, transient=True,
+    ) as progress:
+        bar = progress.add_task("loading the model", total=None)
+        stack.callback(lambda: [child.stop() for child in run.children])
+        for number, job in enumerate(_jobs(plan)):
+            run.children.append(Child(job, number, events))
+        while not all(child.ended for child in run.children):
+            number, event = events.get()
+            child = run.children[number]
+            if event is not None:
+                _handle(run, child, event, progress, bar)
+            elif not child.ended:
+                rest = _without_victim(run, child)
+                child.stop()
+                if rest is None:
+                    child.ended = True
+                else:
+                    run.children[number] = Child(rest, number, events)
+
+
+def _jobs(plan: Plan) -> list[Job]:
+    """One job per child. A small model on a CPU is bound by the cost of calls, not of arithmetic,
+    so that several single-threaded children are faster than one with several threads."""
+    request = plan.request
+    cores = request.threads or os.cpu_count() or 1
+    on_cpu = request.device == "cpu" or (request.device == "auto" and not _cuda())
+    small = 0 < plan.model.weight_bytes <= SMALL_MODEL_BYTES
+    shards = min(cores, MOST_CHILDREN) if on_cpu and small else 1
+    threads = max(1, cores // shards) if shards > 1 or request.threads else 0
+    return [
+        Job(
+            plan.cells, plan.model.location, plan.task_files, str(request.data) if request.data else None,
+            request.limit, threads, shard, shards,
+        )
+        for shard in range(shards)
+    ]
+
+
+def _cuda() -> bool:
+    import torch
+
+    return torch.cuda.is_available()
+
+
+def _handle(run: _Run, child: Child, event: dict[str, Any], progress: Progress, bar: Any) -> None:
+    match event.pop("event"):
+        case "refused":
+            raise UserError(event["message"], event["hint"])
+        case "ready":
+            run.ready += 1
+            progress.update(bar, total=event["total"], description="measuring")
+            if run.opened:
+                child.tell(json.dumps(_done(run)))
+            elif run.ready == len(run.children):
+                _open(run, event["tasks"])
+                for other in run.children:
+                    other.tell(json.dumps(_done(run)))
+        case "at":
+            child.at = event["cell"]
+            progress.update(bar, description=run.cells[event["cell"]].label)
+        case "tick":
+            progress.advance(bar, event["tokens"])
+        case "records":
+            records = [DocumentRecord(**record) for record in event["records"]]
+            with _disk(run.folder.path, "What was measured before is kept."):
+                run.folder.append(run.cells[event["cell"]], records)
+        case "failed":
+            _fail(run, Failure(**event))
+        case "end":
+            child.ended = True
+
+
+def _fail(run: _Run, failure: Failure) -> None:
+    with _disk(run.folder.path, "What was measured before is kept."):
+        run.folder.fail(run.cells[failure.cell], failure)
+    run.console.print(f"[red]failed[/] {failure.error} {failure.hint}", highlight=False)
+
+
+def _without_victim(run: _Run, child: Child) -> Job | None:
+    """The dead child's job without the cell that it died in; None if nothing is left of it.
+
+    Raises:
+        WorkerDiedError: it died before it measured anything.
+    """
+    reason = child.death()
+    if child.at is None or not run.opened:
+        raise WorkerDiedError(f"{reason} {child.hint()}".strip())
+    victim = run.cells[child.at]
+    _fail(run, Failure(victim.key, f"{victim.label}: {reason}", child.hint()))
+    rest = tuple(cell for cell in child.job.cells if cell.key != victim.key)
+    return replace(child.job, cells=rest) if rest else None
+
+
+def _done(run: _Run) -> dict[str, list[str]]:
+    return {cell.key: sorted(run.folder.records(cell)) for cell in run.plan.cells}
+
+
+def _open(run: _Run, tasks: dict[str, Any]) -> None:
+    """Write ``run.json`` and the cells' folders: from here on there is something to continue."""
+    plan, folder = run.plan, run.folder
+    with _disk(folder.path, "Choose another folder with --out."):
+        folder.path.mkdir(parents=True, exist_ok=True)
+        earlier = folder.manifest() if (folder.path / RUN).exists() else {}
+        now = datetime.now(UTC).isoformat(timespec="seconds")
+        manifest = {
+            "schema": 1, "content": plan.content, "started": earlier.get("started", now),
+            "command": run.command, "limit": plan.request.limit, "finished": None,
+            "sources": {name: corpus.source for name, corpus in plan.corpora.items()},
+            "tasks": tasks, "environment": describe(),
+            "cells": [dataclasses.asdict(cell) for cell in plan.cells],
+        }
+        write_atomic(folder.path / RUN, json.dumps(manifest, indent=1, ensure_ascii=False) + "\n")
+        for cell in plan.cells:
+            folder.open_cell(cell)
+    run.opened = True
+
+
+@contextmanager
+def _disk(path: Path, hint: str) -> Iterator[None]:
+    """Turn a full or read-only disk into a sentence."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"The output folder {path} cannot be written: {error.strerror}.", hint) from error
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Hold a run folder against other processes; the lock lies elsewhere and is not part of it.
+
+    Raises:
+        UserError: another process is measuring into it.
+    """
+    name = hashlib.sha256(str(folder.resolve()).encode()).hexdigest()[:16]
+    lock = FileLock(Path(tempfile.gettempdir()) / f"kvbench-{name}.lock")
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        raise UserError(
+            f"Another kvbench is measuring into {folder}.", "Wait for it, or choose another --out."
+        ) from None
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def finish(folder: RunFolder) -> None:
+    """Note in ``run.json`` that all cells are done."""
+    manifest = folder.manifest()
+    manifest["finished"] = datetime.now(UTC).isoformat(timespec="seconds")
+    write_atomic(folder.path / RUN, json.dumps(manifest, indent=1, ensure_ascii=False) + "\n")

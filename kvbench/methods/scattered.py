@@ -1,0 +1,43 @@
+"""Random columns of the block, the second baseline of the Sentinel paper."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from kvbench.methods.base import Method, kept
+from kvbench.methods.layout import Layout, Tokens, plain_tokens
+
+_DROPPED, _KEPT = 0, 1
+
+
+@dataclass(frozen=True)
+class Scattered(Method):
+    """kept(N, r) columns of the block, drawn without replacement; self is always visible.
+
+    The published code draws each column by itself with probability 1 - r, so that the number
+    kept is random: ``--set sampler=published``.
+    """
+
+    name = "scattered"
+    summary = "kept(N, r) random columns of the block"
+    paper = "arXiv 2310.08152 (baseline)"
+    seeded = True
+    option_values = {"sampler": ("exact", "published")}
+
+    def layout(self, n: int, rng: np.random.Generator) -> Layout:
+        unit = torch.full((n,), _DROPPED)
+        if self.option("sampler") == "published":
+            columns = np.flatnonzero(rng.random(n) >= float(self.ratio))
+        else:
+            columns = rng.choice(n, kept(n, self.ratio), replace=False)
+        unit[torch.from_numpy(columns)] = _KEPT
+        tokens = plain_tokens(n, unit)
+        return Layout(tokens, tokens.raw, _kept_column, n)
+
+
+def _kept_column(queries: Tokens, keys: Tokens) -> Tensor:
+    return (keys.unit == _KEPT) & (queries.slot >= 0)

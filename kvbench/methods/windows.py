@@ -1,0 +1,82 @@
+"""Methods that hold recent entries: a constant window, a proportional one, sinks and a window."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from kvbench.methods.base import Method, kept
+from kvbench.methods.layout import Layout, Tokens, plain_tokens
+
+SINKS = 4
+"""First entries that ``sinks`` always holds."""
+
+
+@dataclass(frozen=True)
+class Window(Method):
+    """The last kept(N, r) entries, a constant number over the block of N tokens.
+
+    Early in a block it sees more than a proportional window does; ``ratio_mean`` shows this.
+    """
+
+    name = "window"
+    summary = "the last kept(N, r) entries, constant over the block"
+
+    def layout(self, n: int, rng: np.random.Generator) -> Layout:
+        size = kept(n, self.ratio)
+
+        def recent(queries: Tokens, keys: Tokens) -> Tensor:
+            return keys.raw >= queries.raw - size
+
+        tokens = plain_tokens(n)
+        return Layout(tokens, tokens.raw, recent, n)
+
+
+@dataclass(frozen=True)
+class Local(Method):
+    """The last kept(n, r) of the n entries read so far: a window that grows with the text.
+
+    This is the local-attention baseline of the Sentinel paper's code: query i sees the keys
+    from floor(i * r) on.
+    """
+
+    name = "local"
+    summary = "the last kept(n, r) of n entries: the proportional window of the Sentinel paper"
+    paper = "arXiv 2310.08152 (baseline)"
+
+    def layout(self, n: int, rng: np.random.Generator) -> Layout:
+        num, den = self.ratio.numerator, self.ratio.denominator
+
+        def proportional(queries: Tokens, keys: Tokens) -> Tensor:
+            return keys.raw >= (queries.raw * num) // den
+
+        tokens = plain_tokens(n)
+        return Layout(tokens, tokens.raw, proportional, n)
+
+
+@dataclass(frozen=True)
+class Sinks(Method):
+    """The 4 first entries and a recent window, max(5, kept(n, r)) together at every n.
+
+    After StreamingLLM (arXiv 2309.17453), with two departures: the window grows with the text,
+    so that it holds as many entries as the methods it is compared with, and kept keys keep
+    their absolute positions.
+    """
+
+    name = "sinks"
+    summary = "the 4 first entries and a recent window, max(5, kept(n, r)) together"
+    paper = "after arXiv 2309.17453"
+
+    def layout(self, n: int, rng: np.random.Generator) -> Layout:
+        num, den = self.ratio.numerator, self.ratio.denominator
+
+        def sinks_and_recent(queries: Tokens, keys: Tokens) -> Tensor:
+            held = queries.raw - (queries.raw * num) // den
+            recent = torch.clamp(held, min=SINKS + 1) - SINKS
+            return (keys.raw < SINKS) | (keys.raw >= queries.raw - recent)
+
+        tokens = plain_tokens(n)
+        return Layout(tokens, tokens.raw, sinks_and_recent, n)

@@ -1,0 +1,22 @@
+"""Recall of a stated fact: is every token of the answer the most probable one, and how likely?"""
+
+from __future__ import annotations
+
+from kvbench.metrics.base import Array, Metric, Totals
+
+
+def _accuracy(t: Totals) -> Array:
+    return t["correct"] / t["pieces"]
+
+
+def _answer_nll(t: Totals) -> Array:
+    return t["nll"] / t["tokens"]
+
+
+RECALL = (
+    Metric(
+        "accuracy", _accuracy, "all answer tokens are the teacher-forced argmax|v:1",
+        tested="correct", higher_is_better=True,
+    ),
+    Metric("answer_nll", _answer_nll, "nats per answer token|v:1", tested="nll"),
+)

@@ -1,0 +1,199 @@
+"""Adapters: what a trained method adds to a frozen base model, and the folder it lives in.
+
+A folder holds ``adapter_model.safetensors`` and ``adapter_config.json`` in PEFT's own format
+(loaded by PEFT it acts as plain LoRA), ``embeddings.safetensors`` with the sentinel rows, and
+``card.json``: which method, which base model, which data, how long, how good.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import re
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from kvbench.errors import UserError
+from kvbench.models.gated import Gate, GatedLinear, LowRank, attention_linears, fan, swapped
+
+CARD = "card.json"
+WEIGHTS = "adapter_model.safetensors"
+ROWS = "embeddings.safetensors"
+_PEFT_PREFIX = "base_model.model."
+
+
+@dataclass(frozen=True)
+class AdapterCard:
+    """What an adapter is and where it comes from.
+
+    Attributes:
+        method: the compression method it was trained for.
+        gate: ``gated`` (acts on sentinels only) or ``plain`` (acts on every token).
+        rank: rank of each low-rank pair.
+        alpha: LoRA's alpha; the pairs are scaled by ``alpha / rank``.
+        n_rows: trained embedding rows (two for Sentinel: open, close).
+        base_model: name of the base model.
+        base_hash: fingerprint of the base model's files.
+        training: steps, tokens, seed, optimiser, data with hashes, loss.
+        held_out: what was measured on data it was not trained on.
+    """
+
+    method: str
+    gate: str
+    rank: int
+    alpha: float
+    n_rows: int
+    base_model: str
+    base_hash: str
+    training: dict[str, Any] = field(default_factory=dict)
+    held_out: dict[str, Any] = field(default_factory=dict)
+    schema: int = 1
+
+
+class Adapter(nn.Module):
+    """Low-rank pairs on the attention projections, and the sentinels' embedding rows.
+
+    Args:
+        card: its description.
+        fans: (inputs, outputs) of every adapted linear layer, by path in the model.
+        width: size of the model's input embeddings.
+        dropout: on the input of the low-rank pairs, in training only.
+    """
+
+    def __init__(
+        self, card: AdapterCard, fans: dict[str, tuple[int, int]], width: int, dropout: float = 0.0
+    ) -> None:
+        super().__init__()
+        self.card = card
+        self.dropout = dropout
+        self.by_path = {path: LowRank(i, o, card.rank) for path, (i, o) in fans.items()}
+        self.pairs = nn.ModuleList(self.by_path.values())
+        self.rows = nn.Parameter(torch.zeros(card.n_rows, width))
+        self.gate = Gate(None)
+        self._applied = False
+
+    @classmethod
+    def fresh(cls, card: AdapterCard, model: nn.Module, dropout: float = 0.0) -> Adapter:
+        """A new adapter: pairs that add nothing yet, rows near the mean embedding."""
+        embedding = model.get_input_embeddings().weight  # type: ignore[operator]
+        fans = {path: fan(linear) for path, linear in attention_linears(model).items()}
+        adapter = cls(card, fans, embedding.shape[1], dropout)
+        with torch.no_grad():
+            mean, spread = embedding.float().mean(0), embedding.float().std(0)
+            adapter.rows.copy_(mean + 0.5 * spread * torch.randn_like(adapter.rows))
+        return adapter
+
+    @contextmanager
+    def applied(self, model: nn.Module) -> Iterator[Adapter]:
+        """The model with this adapter in its attention projections, for the length of the block.
+
+        Inside such a block a further one changes nothing: an adapter never acts twice.
+        """
+        if self._applied:
+            yield self
+            return
+        scale = self.card.alpha / self.card.rank
+        wrapped: dict[str, nn.Module] = {
+            path: GatedLinear(model.get_submodule(path), pair, scale, self.dropout, self.gate)
+            for path, pair in self.by_path.items()
+        }
+        self._applied = True
+        try:
+            with swapped(model, wrapped):
+                yield self
+        finally:
+            self._applied = False
+
+    def open_gate(self, special: Tensor) -> None:
+        """Tell the adapter where the sentinels are in the input that comes next."""
+        self.gate.slots = None if self.card.gate == "plain" else special
+
+    def save(self, folder: Path, target_name: str) -> None:
+        """Write the folder whole or not at all."""
+        from peft import LoraConfig
+
+        part = folder.with_name(folder.name + ".part")
+        shutil.rmtree(part, ignore_errors=True)
+        part.mkdir(parents=True)
+        weights: dict[str, Tensor] = {}
+        for path, pair in self.by_path.items():
+            weights[f"{_PEFT_PREFIX}{path}.lora_A.weight"] = pair.a.detach().float().contiguous()
+            weights[f"{_PEFT_PREFIX}{path}.lora_B.weight"] = pair.b.detach().float().contiguous()
+        save_file(weights, part / WEIGHTS, metadata={"format": "pt"})
+        save_file({"rows": self.rows.detach().float()}, part / ROWS)
+        config = LoraConfig(
+            task_type="CAUSAL_LM", r=self.card.rank, lora_alpha=self.card.alpha,
+            target_modules="|".join(re.escape(path) for path in self.by_path),
+            base_model_name_or_path=target_name, inference_mode=True,
+        )
+        config.save_pretrained(str(part))
+        card = json.dumps(dataclasses.asdict(self.card), indent=2, ensure_ascii=False)
+        (part / CARD).write_text(card + "\n", encoding="utf-8")
+        if folder.exists():
+            shutil.rmtree(folder)
+        os.replace(part, folder)
+
+    @classmethod
+    def load(cls, folder: Path, model: nn.Module) -> Adapter:
+        """Read an adapter folder for use with ``model``.
+
+        Raises:
+            UserError: a file is missing or damaged, or the shapes are those of another model.
+        """
+        card = read_card(folder)
+        try:
+            weights, rows = load_file(folder / WEIGHTS), load_file(folder / ROWS)["rows"]
+        except (OSError, SafetensorError, KeyError) as error:
+            raise UserError(
+                f"The adapter in {folder} cannot be read: {error}.", "Train it again, or copy it anew."
+            ) from error
+        fans = {path: fan(linear) for path, linear in attention_linears(model).items()}
+        width = model.get_input_embeddings().weight.shape[1]  # type: ignore[operator]
+        adapter = cls(card, fans, width)
+        try:
+            with torch.no_grad():
+                for path, pair in adapter.by_path.items():
+                    pair.a.copy_(weights.pop(f"{_PEFT_PREFIX}{path}.lora_A.weight"))
+                    pair.b.copy_(weights.pop(f"{_PEFT_PREFIX}{path}.lora_B.weight"))
+                adapter.rows.copy_(rows)
+        except (KeyError, RuntimeError) as error:
+            raise UserError(
+                f"The adapter in {folder} does not fit this model: {error}.",
+                f"It was trained on {card.base_model}.",
+            ) from error
+        if weights:
+            raise UserError(
+                f"The adapter in {folder} does not fit this model: it also adapts "
+                f"{sorted(weights)[0].removeprefix(_PEFT_PREFIX)}.",
+                f"It was trained on {card.base_model}.",
+            )
+        return adapter.eval().requires_grad_(False)
+
+
+def read_card(folder: Path) -> AdapterCard:
+    """The card of an adapter folder, without reading its weights.
+
+    Raises:
+        UserError: not an adapter folder, or its card is damaged.
+    """
+    try:
+        raw = json.loads((folder / CARD).read_text(encoding="utf-8"))
+        names = {f.name for f in dataclasses.fields(AdapterCard)}
+        return AdapterCard(**{k: v for k, v in raw.items() if k in names})
+    except FileNotFoundError:
+        raise UserError(
+            f"{folder} is not an adapter folder: it has no {CARD}.",
+            "Give the folder that 'kvbench train --method METHOD' wrote.",
+        ) from None
+    except (OSError, ValueError, TypeError, AttributeError) as error:
+        raise UserError(f"The adapter card {folder / CARD} is damaged: {error}.") from error

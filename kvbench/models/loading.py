@@ -1,0 +1,126 @@
+"""Loading a causal language model so that what is measured is what was meant."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+
+from kvbench.errors import UserError
+from kvbench.models.references import ModelReference
+
+
+class Loaded(NamedTuple):
+    """A model in evaluation mode with frozen weights, its tokenizer, context and vocabulary."""
+
+    model: nn.Module
+    tokenizer: Any
+    context: int
+    vocabulary: int
+
+
+def pick_device(name: str) -> torch.device:
+    """The device of that name, or the best one there is for ``auto``.
+
+    Raises:
+        UserError: unknown, or not present on this machine.
+    """
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        present = ["cpu"] + [f"cuda:{i}" for i in range(torch.cuda.device_count())]
+        raise UserError(
+            f"Device {name!r} is not available here.", f"Available: {', '.join(present)}."
+        ) from error
+    return device
+
+
+def load_model(reference: ModelReference, device: str, dtype: str) -> Loaded:
+    """Load weights (safetensors, or ``weights_only`` otherwise; never remote code) and tokenizer.
+
+    The kernel is always SDPA: eager attention silently adds boolean masks to the logits.
+
+    Raises:
+        UserError: not there, not reachable, damaged, incomplete, or a kind of model whose cache
+            the harness cannot manage.
+    """
+    import transformers
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    where = pick_device(device)
+    weights: Any = getattr(torch, dtype) if dtype != "auto" else (
+        torch.float32 if where.type == "cpu" else "auto"
+    )
+    common: dict[str, Any] = {"revision": reference.revision, "trust_remote_code": False}
+    try:
+        config = AutoConfig.from_pretrained(reference.location, **common)
+        _check_kind(reference, config)
+        tokenizer = AutoTokenizer.from_pretrained(reference.location, **common)
+        model, info = AutoModelForCausalLM.from_pretrained(
+            reference.location, config=config, dtype=weights, attn_implementation="sdpa",
+            output_loading_info=True, **common,
+        )
+    except UserError:
+        raise
+    except Exception as error:  # the hub, the parser and the weights each have their own errors
+        raise _load_error(reference, error) from error
+    missing = sorted(info["missing_keys"]) + sorted(str(k) for k in info["mismatched_keys"])
+    if missing:
+        raise UserError(
+            f"The weights of {reference.name} are incomplete: {missing[0]} "
+            f"({len(missing)} in all) would be random.",
+            "Download or copy the model again.",
+        )
+    if not getattr(model, "_supports_attention_backend", False):
+        raise UserError(
+            f"{type(model).__name__} cannot be given a mask or an evicting cache.",
+            "Choose a decoder-only transformer such as Llama, Qwen, GPT-NeoX, OPT or GPT-2.",
+        )
+    model.eval().requires_grad_(False).to(where)
+    return Loaded(model, tokenizer, context_of(config), int(config.vocab_size))
+
+
+def context_of(config: Any) -> int:
+    """Positions that the model was made for."""
+    for name in ("max_position_embeddings", "n_positions"):
+        if isinstance(getattr(config, name, None), int):
+            return int(getattr(config, name))
+    return 2048
+
+
+def window_of(config: Any) -> int | None:
+    """Width of the model's own sliding window, if one is in use."""
+    if getattr(config, "use_sliding_window", True) is False:
+        return None
+    window = getattr(config, "sliding_window", None)
+    return int(window) if isinstance(window, int) else None
+
+
+def _check_kind(reference: ModelReference, config: Any) -> None:
+    if getattr(config, "is_encoder_decoder", False) or not any(
+        hasattr(config, name) for name in ("num_attention_heads", "n_head")
+    ):
+        raise UserError(
+            f"{reference.name} ({config.model_type}) is not a decoder-only transformer with a KV cache.",
+            "Choose a causal language model such as Llama, Qwen, GPT-NeoX, OPT or GPT-2.",
+        )
+
+
+def _load_error(reference: ModelReference, error: Exception) -> UserError:
+    reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+    if reference.fingerprint:
+        return UserError(
+            f"The model in {reference.location} cannot be loaded: {reason}",
+            "Its files may be damaged or incomplete; copy or download them again.",
+        )
+    return UserError(
+        f"The model {reference.name!r} is not a local folder and cannot be had from the Hugging "
+        f"Face hub ({type(error).__name__}: {reason})",
+        "Check the id and the network, or give the path of a local copy.",
+    )

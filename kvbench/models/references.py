@@ -1,0 +1,109 @@
+"""Where a model is, decided without PyTorch: embedded, a folder, or the hub; and its fingerprint."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from dataclasses import dataclass
+from importlib.resources import files
+from pathlib import Path
+
+from kvbench.config import DEFAULT_MODEL
+from kvbench.errors import UserError
+
+_HUB_ID = re.compile(r"^[\w.-]+(/[\w.-]+)?$")
+_EDGE = 1 << 20
+
+
+@dataclass(frozen=True)
+class ModelReference:
+    """A model by name.
+
+    Attributes:
+        name: as the user gave it.
+        location: what ``from_pretrained`` takes: a folder or a hub id.
+        revision: branch, tag or commit on the hub.
+        fingerprint: of the files in the folder; empty for the hub.
+        weight_bytes: size of the weight files; 0 for the hub.
+    """
+
+    name: str
+    location: str
+    revision: str | None
+    fingerprint: str
+    weight_bytes: int = 0
+
+
+def assets() -> Path:
+    return Path(str(files("kvbench").joinpath("assets")))
+
+
+def resolve_model(name: str, revision: str | None = None) -> ModelReference:
+    """Find out where a model is.
+
+    Raises:
+        UserError: a path that is not there, or a name that can be neither a path nor a hub id.
+    """
+    folder = assets() / DEFAULT_MODEL if name == DEFAULT_MODEL else Path(name).expanduser()
+    if folder.is_dir():
+        if not (folder / "config.json").is_file():
+            raise UserError(
+                f"The model folder {folder} has no config.json.",
+                "Give a folder written by save_pretrained.",
+            )
+        size = sum(f.stat().st_size for f in folder.glob("*.safetensors"))
+        return ModelReference(name, str(folder), None, fingerprint(folder), size)
+    if folder.exists():
+        raise UserError(f"--model {name} is a file.", "Give the folder that holds it, or a hub id.")
+    if name.startswith((".", "/", "~")) or name.count("/") > 1 or not _HUB_ID.match(name):
+        raise UserError(
+            f"There is no model folder {name}.", f"Give a folder, a hub id, or {DEFAULT_MODEL!r}."
+        )
+    return ModelReference(name, name, revision, "")
+
+
+def fingerprint(folder: Path) -> str:
+    """Hash of a model folder: its settings, and the edges and sizes of its weight files.
+
+    The first MiB of a safetensors file holds the names and shapes of all tensors; reading both
+    edges instead of the whole keeps this instant for large models.
+    """
+    digest = hashlib.sha256()
+    for path in sorted(folder.iterdir()):
+        if path.suffix in {".safetensors", ".bin"} or path.name == "config.json":
+            digest.update(f"{path.name}\0{path.stat().st_size}\0".encode())
+            with path.open("rb") as file:
+                digest.update(file.read(_EDGE))
+                if path.stat().st_size > _EDGE:
+                    file.seek(-_EDGE, 2)
+                    digest.update(file.read(_EDGE))
+    return digest.hexdigest()[:16]
+
+
+def find_adapter(method: str, model: ModelReference, given: str | None) -> Path:
+    """The adapter folder of a trained method: ``--adapter``, or the one shipped for the model.
+
+    Raises:
+        UserError: there is none; the command that trains one is named.
+    """
+    if given is not None:
+        folder = Path(given).expanduser()
+        if not folder.is_dir():
+            raise UserError(
+                f"There is no adapter folder {given}.", _train_hint(method, model.name)
+            )
+        return folder
+    shipped = assets() / "adapters" / f"{DEFAULT_MODEL}-{method}"
+    if model.name == DEFAULT_MODEL and shipped.is_dir():
+        return shipped
+    raise UserError(
+        f"Method {method!r} needs an adapter trained for {model.name}, and none was given.",
+        _train_hint(method, model.name),
+    )
+
+
+def _train_hint(method: str, model: str) -> str:
+    return (
+        f"Train one: kvbench train --method {method} --model {model} --data TEXTS.jsonl "
+        f"--out ADAPTER; then pass --adapter ADAPTER."
+    )

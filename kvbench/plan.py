@@ -1,0 +1,212 @@
+"""From a request to the ordered cells that will be measured, and the folder they go to."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+from pathlib import Path
+
+from kvbench.corpora.documents import Corpus, load_corpus
+from kvbench.corpora.tasks import Task, load_task
+from kvbench.errors import UserError, unknown
+from kvbench.methods import METHODS, Method, make_method, parse_ratio
+from kvbench.models.adapter import read_card
+from kvbench.models.references import ModelReference, find_adapter, fingerprint, resolve_model
+from kvbench.protocols.protocol import OPTIONS, PROTOCOLS, protocol_options
+from kvbench.store.records import Cell
+
+CONTROLS, RIVALS = ("full", "none"), ("local", "scattered", "sinks")
+EXECUTIONS = ("streamed", "onepass")
+
+
+@dataclass(frozen=True)
+class Request:
+    """What the user asked for, settings merged in; names are not yet checked."""
+
+    model: str
+    revision: str | None
+    adapter: str | None
+    methods: tuple[str, ...]
+    ratios: tuple[str, ...]
+    tasks: tuple[str, ...]
+    data: Path | None
+    protocol: str | None
+    execution: str
+    limit: int
+    seed: int
+    options: dict[str, str]
+    out: Path | None
+    reports: Path
+    baselines: bool
+    device: str
+    dtype: str
+    threads: int
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Cells in order of execution (``full`` first within a task), and where they go.
+
+    Attributes:
+        task_files: task name -> what it was asked for by (a name, or the path of a task file).
+    """
+
+    request: Request
+    model: ModelReference
+    cells: tuple[Cell, ...]
+    corpora: dict[str, Corpus]
+    folder: Path
+    content: str
+    task_files: dict[str, str]
+
+
+def parse_options(pairs: Sequence[str]) -> dict[str, str]:
+    """``key=value`` pairs of ``--set``.
+
+    Raises:
+        UserError: a pair without ``=``.
+    """
+    options = {}
+    for pair in pairs:
+        key, equals, value = pair.partition("=")
+        if not equals or not key.strip():
+            raise UserError(f"--set {pair!r} is not of the form key=value.")
+        options[key.strip()] = value.strip()
+    return options
+
+
+def build_plan(request: Request) -> Plan:
+    """Check every name and number of a request, and lay out its cells.
+
+    Raises:
+        UserError: anything in the request that cannot be carried out.
+    """
+    if request.execution not in EXECUTIONS:
+        raise unknown("--execution", request.execution, EXECUTIONS)
+    if request.protocol is not None and request.protocol not in PROTOCOLS:
+        raise unknown("protocol", request.protocol, PROTOCOLS)
+    for name in request.methods:
+        if name not in METHODS:
+            raise unknown("method", name, METHODS)
+    ratios = [parse_ratio(text) for text in request.ratios]
+    tasks = {name: load_task(name) for name in dict.fromkeys(request.tasks)}
+    if request.data is not None and len(tasks) > 1:
+        raise UserError(
+            f"--data stands for the corpus of one task, and {len(tasks)} are asked for "
+            f"({', '.join(tasks)}).",
+            "Name one with --task.",
+        )
+    protocols = {name: _protocol_of(task, request, len(tasks)) for name, task in tasks.items()}
+    methods = _with_baselines(request, ratios)
+    _check_options(request, methods, tuple(protocols.values()))
+    model = resolve_model(request.model, request.revision)
+    corpora = {name: load_corpus(task, request.data) for name, task in tasks.items()}
+    methods = [_adapted(m, model, request) for m in methods]
+    cells = []
+    for name, task in tasks.items():
+        options = protocol_options(protocols[name], request.options)
+        for method, role, adapter in _with_adapted_control(methods):
+            cells.append(Cell(
+                model=model.name, revision=request.revision, model_hash=model.fingerprint,
+                dtype=request.dtype, device=request.device, method=method.name,
+                ratio_asked=_decimal(method.ratio) if method.takes_ratio else None, role=role,
+                task=task.name, task_version=task.version, data_hash=corpora[name].hash,
+                protocol=protocols[name], execution=request.execution,
+                options={**options, **{k: method.option(k) for k in method.option_values}},
+                adapter=None if adapter is None else str(adapter),
+                adapter_hash=None if adapter is None else fingerprint(adapter), seed=request.seed,
+            ))
+    content = hashlib.sha256(json.dumps(sorted(c.key for c in cells)).encode()).hexdigest()[:10]
+    asked = "+".join(dict.fromkeys(request.methods))[:40]
+    shown = "+".join(dict.fromkeys(request.ratios))[:40]
+    folder = request.out or request.reports / f"{asked}-{shown}-{content}"
+    return Plan(
+        request, model, tuple(cells), {t.name: corpora[asked] for asked, t in tasks.items()}, folder,
+        content, {t.name: asked for asked, t in tasks.items()},
+    )
+
+
+_Entry = tuple[Method, str, Path | None]
+
+
+def _decimal(ratio: Fraction) -> str:
+    return f"{float(ratio):.10g}"
+
+
+def _protocol_of(task: Task, request: Request, n_tasks: int) -> str:
+    asked = request.protocol
+    if asked is None or asked in task.protocols:
+        return asked or task.protocols[0]
+    if n_tasks > 1:  # asked for the others; this task has its own
+        return task.protocols[0]
+    raise UserError(
+        f"Task {task.name!r} is not measured with protocol {asked!r}.",
+        f"Allowed: {', '.join(task.protocols)}.",
+    )
+
+
+def _with_baselines(request: Request, ratios: Sequence[Fraction]) -> list[_Entry]:
+    """Controls first, then rivals and the asked methods, once per ratio."""
+    asked = list(dict.fromkeys(request.methods))
+    wanted: list[tuple[str, str]] = [("full", "control")]
+    if request.baselines:
+        wanted += [("none", "control")]
+        if any(METHODS[name].takes_ratio for name in asked):
+            wanted += [(name, "baseline") for name in RIVALS if name not in asked]
+    wanted += [(name, "method") for name in asked if name not in CONTROLS]
+    if "none" in asked and not request.baselines:
+        wanted.append(("none", "method"))
+    entries: list[_Entry] = []
+    for name, role in wanted:
+        for ratio in dict.fromkeys(ratios) if METHODS[name].takes_ratio else [Fraction(0)]:
+            entries.append((make_method(name, ratio, request.options), role, None))
+    return entries
+
+
+def _check_options(request: Request, methods: Sequence[_Entry], protocols: Sequence[str]) -> None:
+    known = {name for protocol in protocols for name in OPTIONS[protocol]}
+    for method, _, _ in methods:
+        known |= set(method.option_values)
+    for key in request.options:
+        if key not in known:
+            raise unknown("--set key", key, known)
+    for method, _, _ in methods:
+        for key, allowed in method.option_values.items():
+            if method.option(key) not in allowed:
+                raise unknown(f"value for --set {key}=", method.option(key), allowed)
+
+
+def _adapted(entry: _Entry, model: ModelReference, request: Request) -> _Entry:
+    """The entry with its adapter, which must have been trained for this method and base model."""
+    method, role, _ = entry
+    if not method.needs_adapter:
+        return entry
+    folder = find_adapter(method.name, model, request.adapter)
+    card = read_card(folder)
+    if card.method != method.name and not (method.name == "adapted" and card.gate == "plain"):
+        raise UserError(
+            f"The adapter in {folder} was trained for {card.method!r}, not for {method.name!r}.",
+            "Give another --adapter.",
+        )
+    if model.fingerprint and card.base_hash != model.fingerprint:
+        raise UserError(
+            f"The adapter in {folder} was trained on another base model "
+            f"({card.base_model}, {card.base_hash}), not on {model.name} ({model.fingerprint}).",
+            f"Train one: kvbench train --method {method.name} --model {model.name} "
+            f"--data TEXTS.jsonl --out ADAPTER.",
+        )
+    return method, role, folder
+
+
+def _with_adapted_control(entries: Sequence[_Entry]) -> list[_Entry]:
+    """Add ``adapted`` (the tuned model, nothing removed) where an adapter acts on the text too."""
+    out = list(entries)
+    seen = {folder for method, _, folder in entries if method.name == "adapted"}
+    for _, _, folder in entries:
+        if folder is not None and folder not in seen and read_card(folder).gate == "plain":
+            seen.add(folder)
+            out.append((METHODS["adapted"](), "control", folder))
+    return out

@@ -1,0 +1,120 @@
+"""The three protocols for language modelling under compression, with their signatures.
+
+``block``: disjoint blocks, each read with a fresh cache. ``stream``: one long passage per
+document. ``prefix``: the method compresses a prefix once, and what follows is scored without
+further compression. They answer different questions and are never mixed in one row.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from kvbench.errors import UserError, unknown
+
+PROTOCOLS = ("block", "stream", "prefix")
+PRESETS = {"standard": 512, "paper": 256}
+"""Block length by preset; the Sentinel scripts use 256."""
+
+PREFIX_CONTEXT = 1280
+STREAM_CHUNK = 64
+
+OPTIONS: dict[str, tuple[str, ...]] = {
+    "block": ("preset", "block", "chunk", "bos"),
+    "stream": ("tokens", "chunk", "bos"),
+    "prefix": ("prefix", "continuation", "chunk", "bos"),
+}
+"""Protocol options of ``--set``, by protocol."""
+
+_DEFAULTS = {
+    "preset": "standard", "block": "auto", "tokens": "auto", "prefix": "auto",
+    "continuation": "auto", "chunk": str(STREAM_CHUNK), "bos": "auto",
+}
+_CHOICES = {"preset": tuple(PRESETS), "bos": ("auto", "true", "false")}
+_LEAST = {"block": 32, "tokens": 32, "prefix": 32, "continuation": 1, "chunk": 1}
+
+
+def protocol_options(protocol: str, given: dict[str, str]) -> dict[str, str]:
+    """All options of a protocol, defaults filled in, values checked.
+
+    Raises:
+        UserError: a value of the wrong kind.
+    """
+    resolved = {}
+    for name in OPTIONS[protocol]:
+        value = given.get(name, _DEFAULTS[name])
+        if name in _CHOICES:
+            if value not in _CHOICES[name]:
+                raise unknown(f"value for --set {name}=", value, _CHOICES[name])
+        elif value != "auto":
+            if not value.isdecimal() or int(value) < _LEAST[name]:
+                raise UserError(
+                    f"--set {name}={value}: not a whole number of at least {_LEAST[name]}."
+                )
+            value = str(int(value))
+        resolved[name] = value
+    return resolved
+
+
+@dataclass(frozen=True)
+class Protocol:
+    """A protocol with its lengths resolved for a model.
+
+    Attributes:
+        length: tokens of a block or stream, or of the prefix.
+        continuation: tokens scored after the prefix; 0 otherwise.
+        chunk: tokens fed at a time when streamed.
+        bos: ``auto``, ``true`` or ``false``.
+        beyond_context: the stream is longer than the model was made for.
+    """
+
+    name: str
+    length: int
+    continuation: int
+    chunk: int
+    bos: str
+    beyond_context: bool = False
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest sequence that is read."""
+        return self.length + self.continuation
+
+    def signature(self, execution: str, has_bos: bool, tokenizer: str, recall: str | None = None) -> str:
+        """The settings that decide what a number means; ``recall`` stands for the lengths there."""
+        lengths = f"P:{self.length}|C:{self.continuation}" if self.continuation else f"L:{self.length}"
+        lengths = recall or lengths
+        step = f"chunk:{self.chunk}" if execution == "streamed" else "onepass"
+        marks = "|beyond-context" if self.beyond_context else ""
+        bos = "per_piece" if has_bos else "none"
+        return f"{self.name}|{lengths}|{step}|bos:{bos}|reset:piece|tok:{tokenizer}{marks}|v:1"
+
+
+def resolve_protocol(name: str, options: dict[str, str], context: int, model: str) -> Protocol:
+    """Fill in what depends on the model's context length.
+
+    Raises:
+        UserError: the lengths do not fit the model.
+    """
+    chunk, bos = int(options["chunk"]), options["bos"]
+    if name == "block":
+        given = options["block"]
+        length = PRESETS[options["preset"]] if given == "auto" else int(given)
+        _check(length, context, model, f"--set block={context}")
+        return Protocol(name, length, 0, chunk, bos)
+    if name == "stream":
+        given = options["tokens"]
+        length = context if given == "auto" else int(given)
+        return Protocol(name, length, 0, chunk, bos, beyond_context=length > context)
+    whole = min(context, PREFIX_CONTEXT)
+    prefix = whole * 3 // 4 if options["prefix"] == "auto" else int(options["prefix"])
+    rest = whole - whole * 3 // 4 if options["continuation"] == "auto" else int(options["continuation"])
+    _check(prefix + rest, context, model, "a smaller --set prefix= or --set continuation=")
+    return Protocol(name, prefix, rest, chunk, bos)
+
+
+def _check(length: int, context: int, model: str, remedy: str) -> None:
+    if length > context:
+        raise UserError(
+            f"Sequences of {length} tokens do not fit {model}: its context is {context} tokens.",
+            f"Use {remedy}.",
+        )

@@ -1,0 +1,196 @@
+"""Scoring a batch of pieces under one method: log-likelihoods, agreement with the full cache,
+and what the cache held."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from kvbench.cache.evicting import EvictingCache
+from kvbench.methods.layout import Layout
+from kvbench.metrics.agreement import KL_BINS, KL_HIGH, KL_LOW
+from kvbench.models.adapter import Adapter
+from kvbench.protocols.cut import Piece
+from kvbench.runtime import Reader, Trace
+
+
+@dataclass(frozen=True)
+class Reference:
+    """The full cache's predictions for one batch; it does not outlive the batch.
+
+    Attributes:
+        probabilities: ``[batch, targets, vocabulary]`` in float32.
+        negentropy: ``[batch, targets]``, the sum of p log p.
+        best: ``[batch, targets]``, the most probable token.
+    """
+
+    probabilities: Tensor
+    negentropy: Tensor
+    best: Tensor
+
+    def rows(self, which: list[int]) -> Reference:
+        """The reference of some of the batch's rows."""
+        index = torch.tensor(which, device=self.best.device)
+        return Reference(*(t.index_select(0, index) for t in (self.probabilities, self.negentropy, self.best)))
+
+    @classmethod
+    def of(cls, logits: Tensor) -> Reference:
+        log_p = logits.log_softmax(-1)
+        p = log_p.exp()
+        return cls(p, (p * log_p).sum(-1), logits.argmax(-1))
+
+
+@dataclass(frozen=True)
+class BatchScore:
+    """What a method did on a batch; tensors are ``[batch, targets]`` in float64 on the CPU.
+
+    Attributes:
+        nll: negative log-likelihood of each target, in nats.
+        hit: whether the target was the most probable token.
+        kl: KL(full || method) at each target; None for the reference itself.
+        top1: whether the most probable token is the full cache's; None likewise.
+        visible: sum over scoring queries of entries visible / text tokens before.
+        queries: scoring queries with text before them.
+        held: entries after the context was read.
+        peak: the most entries ever held.
+        logical, physical, full: bytes of the cache at that moment, for the whole batch.
+    """
+
+    nll: Tensor
+    hit: Tensor
+    kl: Tensor | None
+    top1: Tensor | None
+    visible: float
+    queries: int
+    held: int
+    peak: int
+    logical: int
+    physical: int
+    full: int
+
+
+def score_batch(
+    model: nn.Module, adapter: Adapter | None, layout: Layout, pieces: list[Piece],
+    reference: Reference | None, execution: str, chunk: int, keep_reference: bool = False,
+) -> tuple[BatchScore, Reference | None]:
+    """Read a batch of pieces (equal ``shape``, and equal layouts) under a layout and score its targets.
+
+    Args:
+        execution: ``streamed`` (entries really removed) or ``onepass`` (masked).
+        chunk: tokens fed at a time when streamed.
+        keep_reference: return this batch's predictions, to compare the other methods with.
+    """
+    device = next(model.parameters()).device
+    first = pieces[0]
+    ids = torch.tensor([piece.ids for piece in pieces], device=device)
+    targets = ids[:, first.scored :]
+    reader = Reader(model, adapter, Trace())
+    cache = EvictingCache()
+    rows = _Rows(targets, first.scored, reference, keep_reference)
+    with torch.inference_mode(), reader.ready():
+        context, wanted = ids[:, : first.context], first.scored - 1
+        for start, logits in _context_logits(reader, context, layout, cache, execution, chunk, wanted):
+            rows.add(start, logits)
+        held = reader.trace.held
+        sizes = _cache_bytes(cache, held, first.context)
+        if execution == "onepass" and len(ids[0]) > first.context:
+            cache.keep(layout.held_after(len(layout)).to(device))
+        if len(first.ids) > first.context + 1:
+            rest = reader.go_on(ids[:, first.context : -1], first.context, cache)
+            rows.add(first.context, rest)
+    visible, queries = _visibility(layout, first)
+    score = BatchScore(
+        torch.cat(rows.nll, 1), torch.cat(rows.hit, 1),
+        torch.cat(rows.kl, 1) if rows.kl else None, torch.cat(rows.top1, 1) if rows.top1 else None,
+        visible, queries, held, reader.trace.peak, *sizes,
+    )
+    return score, rows.collected()
+
+
+def _context_logits(
+    reader: Reader, ids: Tensor, layout: Layout, cache: EvictingCache, execution: str, chunk: int, wanted: int
+) -> Iterator[tuple[int, Tensor]]:
+    """(text token, logits after it and those that follow it) over the context, from ``wanted`` on."""
+    if execution == "onepass":
+        wanted = min(wanted, layout.n_raw)
+        logits = reader.one_pass(ids, layout, slice(wanted, None), cache=cache)
+        reader.trace = Trace(len(layout.held_after(len(layout))), len(layout))
+        yield wanted, logits
+        return
+    for part in reader.stream(ids, layout, cache, chunk, wanted):
+        yield part.start, part.logits
+
+
+class _Rows:
+    """Collects scores from logits that arrive in consecutive runs."""
+
+    def __init__(self, targets: Tensor, scored: int, reference: Reference | None, keep: bool) -> None:
+        self.targets, self.scored, self.reference = targets, scored, reference
+        self.nll: list[Tensor] = []
+        self.hit: list[Tensor] = []
+        self.kl: list[Tensor] = []
+        self.top1: list[Tensor] = []
+        self._kept: list[Reference] | None = [] if keep else None
+
+    def add(self, start: int, logits: Tensor) -> None:
+        """Logits ``[batch, m, vocabulary]`` after the text tokens start .. start + m - 1."""
+        first = start + 1 - self.scored  # the target that the first of these logits predicts
+        skip = max(0, -first)
+        first += skip
+        logits = logits[:, skip : skip + self.targets.shape[1] - first].float()
+        count = logits.shape[1]
+        if count <= 0:
+            return
+        targets = self.targets[:, first : first + count]
+        total = logits.logsumexp(-1)
+        best = logits.argmax(-1)
+        chosen = logits.gather(-1, targets[..., None])[..., 0]
+        self.nll.append((total - chosen).double().cpu())
+        self.hit.append((best == targets).cpu())
+        if self.reference is not None:
+            here = slice(first, first + count)
+            cross = torch.linalg.vecdot(self.reference.probabilities[:, here], logits)
+            kl = self.reference.negentropy[:, here] - cross + total
+            self.kl.append(kl.clamp(min=0).double().cpu())
+            self.top1.append((best == self.reference.best[:, here]).cpu())
+        if self._kept is not None:
+            self._kept.append(Reference.of(logits))
+
+    def collected(self) -> Reference | None:
+        if not self._kept:
+            return None
+        return Reference(
+            torch.cat([part.probabilities for part in self._kept], 1),
+            torch.cat([part.negentropy for part in self._kept], 1),
+            torch.cat([part.best for part in self._kept], 1),
+        )
+
+
+def _cache_bytes(cache: EvictingCache, held: int, raw: int) -> tuple[int, int, int]:
+    """(logical, physical, full) bytes, by the shape of the cache's own tensors."""
+    per_entry = sum(
+        t.element_size() * t.shape[0] * t.shape[1] * t.shape[-1] for t in cache.tensors()
+    )
+    return held * per_entry, cache.physical_bytes(), raw * per_entry
+
+
+def _visibility(layout: Layout, piece: Piece) -> tuple[float, int]:
+    """(sum over scoring queries of entries visible / text tokens before, number of queries)."""
+    queries = torch.arange(max(1, piece.scored - 1), len(piece.ids) - 1)
+    inside = queries < piece.context
+    after = len(layout.held_after(len(layout))) + queries - piece.context
+    before = layout.visible_before[queries.clamp(max=piece.context - 1)]
+    seen = torch.where(inside, before, after)
+    return float((seen / queries).sum()), len(queries)
+
+
+def kl_histogram(values: Tensor) -> dict[str, int]:
+    """Counts of per-token KL in logarithmic bins, empty ones left out."""
+    span = math.log(KL_HIGH / KL_LOW)
+    place = (values.clamp(KL_LOW, KL_HIGH) / KL_LOW).log() / span * KL_BINS
+    bins, counts = torch.unique(place.long().clamp(max=KL_BINS - 1), return_counts=True)
+    return {str(int(b)): int(c) for b, c in zip(bins, counts, strict=True)}

@@ -1,0 +1,162 @@
+"""The two executions of a layout: one masked pass, and a stream with entries really removed.
+
+Both yield the logits of the *text* tokens only, in order; the sentinels that a layout inserts are
+fed but never scored. A layout is shared by all rows of a batch, so eviction is aligned and no
+padding is ever needed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from kvbench.cache.evicting import EvictingCache
+from kvbench.methods.layout import Layout
+from kvbench.models.adapter import Adapter
+
+STREAM_CHUNK = 64
+"""Tokens fed at a time by the streamed execution; results do not depend on it."""
+
+
+class Scored(NamedTuple):
+    """Logits ``[batch, stop - start, vocabulary]`` after the text tokens start .. stop - 1."""
+
+    start: int
+    stop: int
+    logits: Tensor
+
+
+@dataclass
+class Trace:
+    """What a streamed execution held.
+
+    Attributes:
+        held: entries in the cache now.
+        peak: the most entries there ever were at once, the current chunk included.
+    """
+
+    held: int = 0
+    peak: int = 0
+
+
+@dataclass
+class Reader:
+    """Feeds text under a layout to a model, with the method's adapter if it has one."""
+
+    model: nn.Module
+    adapter: Adapter | None = None
+    trace: Trace = field(default_factory=Trace)
+
+    @contextmanager
+    def ready(self) -> Iterator[Reader]:
+        """The model with the adapter applied."""
+        with ExitStack() as stack:
+            if self.adapter is not None:
+                stack.enter_context(self.adapter.applied(self.model))
+            yield self
+
+    @contextmanager
+    def bare(self) -> Iterator[None]:
+        """The base model again, inside ``ready``: the gate is closed for the length of the block."""
+        if self.adapter is None:
+            yield
+            return
+        before = self.adapter.gate.slots
+        self.adapter.gate.slots = torch.empty(0, dtype=torch.long)
+        try:
+            yield
+        finally:
+            self.adapter.gate.slots = before
+
+    def embed(self, ids: Tensor, layout: Layout) -> Tensor:
+        """Input embeddings ``[batch, T, width]`` of text ids ``[batch, n_raw]`` under a layout."""
+        text: Tensor = self.model.get_input_embeddings()(ids)  # type: ignore[operator]
+        if len(layout) == layout.n_raw:
+            return text
+        assert self.adapter is not None, "a layout with sentinels needs the adapter's rows"
+        rows = self.adapter.rows.to(text.dtype).expand(text.shape[0], -1, -1)
+        return torch.cat([text, rows], dim=1).index_select(1, layout.source.to(ids.device))
+
+    def one_pass(
+        self, ids: Tensor, layout: Layout, keep: slice = slice(None), cache: EvictingCache | None = None
+    ) -> Tensor:
+        """Logits ``[batch, kept, vocabulary]`` of the text tokens ``keep`` under the mask."""
+        device = ids.device
+        self._open_gate(layout.special_slots.to(device))
+        mask = None if layout.is_plain else layout.mask[None, None].to(device)
+        return self._forward(
+            self.embed(ids, layout), mask, layout.position.to(device),
+            layout.raw_slots[keep].to(device), cache,
+        )
+
+    def stream(
+        self, ids: Tensor, layout: Layout, cache: EvictingCache, chunk: int = STREAM_CHUNK, first: int = 0
+    ) -> Iterator[Scored]:
+        """Feed ``chunk`` tokens at a time; dead entries leave the cache after each chunk.
+
+        Args:
+            first: text token from which on logits are wanted; before it none are computed.
+        """
+        device = ids.device
+        inputs, size = self.embed(ids, layout), len(layout)
+        stored = torch.empty(0, dtype=torch.long)
+        wanted = layout.raw_slots[first:]
+        for start in range(0, size, chunk):
+            stop = min(start + chunk, size)
+            fed = torch.arange(start, stop)
+            present = torch.cat([stored, fed])
+            special = layout.special_slots
+            inside = special[(special >= start) & (special < stop)] - start
+            self._open_gate(inside.to(device))
+            text = wanted[(wanted >= start) & (wanted < stop)]
+            logits = self._forward(
+                inputs[:, start:stop], layout.visible(fed, present)[None, None].to(device),
+                layout.position[start:stop].to(device), (text - start).to(device), cache,
+            )
+            self.trace.peak = max(self.trace.peak, len(present))
+            alive = layout.last_query[present] >= stop
+            if not bool(alive.all()):
+                cache.keep(torch.nonzero(alive).flatten().to(device))
+            stored = present[alive]
+            self.trace.held = len(stored)
+            if len(text):
+                token = int(layout.tokens.raw[text[0]])
+                yield Scored(token, token + len(text), logits)
+
+    def go_on(self, ids: Tensor, position: int, cache: EvictingCache) -> Tensor:
+        """Feed text ``[batch, m]`` after a compressed context, without further compression.
+
+        Args:
+            position: position id of the first of these tokens.
+
+        Returns:
+            Logits ``[batch, m, vocabulary]``.
+        """
+        held, m = cache.entries(), ids.shape[1]
+        mask = torch.ones(m, held + m, dtype=torch.bool).tril(held)[None, None].to(ids.device)
+        self._open_gate(torch.empty(0, dtype=torch.long, device=ids.device))
+        self.trace.peak = max(self.trace.peak, held + m)
+        inputs = self.model.get_input_embeddings()(ids)  # type: ignore[operator]
+        places = torch.arange(position, position + m, device=ids.device)
+        return self._forward(inputs, mask, places, torch.arange(m, device=ids.device), cache)
+
+    def _open_gate(self, special: Tensor) -> None:
+        if self.adapter is not None:
+            self.adapter.open_gate(special)
+
+    def _forward(
+        self, inputs: Tensor, mask: Tensor | None, position: Tensor, keep: Tensor,
+        cache: EvictingCache | None,
+    ) -> Tensor:
+        extra: dict[str, Any] = {} if cache is None else {"past_key_values": cache}
+        out = self.model(
+            inputs_embeds=inputs, attention_mask=mask, position_ids=position[None],
+            use_cache=cache is not None, logits_to_keep=keep, **extra,
+        )
+        logits: Tensor = out.logits
+        return logits

@@ -1,0 +1,76 @@
+"""Intervals, paired tests and Holm's correction. The unit of resampling is the group."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy import stats
+
+Array = NDArray[np.float64]
+
+RESAMPLES = 5000
+LEVEL = 0.95
+
+
+def bootstrap_intervals(
+    tables: Sequence[Array], values: Callable[[Sequence[Array]], Array], seed: int
+) -> Array:
+    """Percentile intervals of many statistics from one and the same resampling of groups.
+
+    Args:
+        tables: sums per group, each ``[groups, columns]``, all with the same groups in order.
+        values: from resampled totals, each ``[resamples, columns]``, to ``[statistics, resamples]``.
+        seed: of the resampling; the same seed gives the same interval.
+
+    Returns:
+        ``[statistics, 2]``, low and high ends; NaN where there are fewer than two groups.
+    """
+    groups = tables[0].shape[0]
+    if groups < 2:
+        size = values([table.sum(0)[None] for table in tables]).shape[0]
+        return np.full((size, 2), np.nan)
+
+    def statistic(index: Array, axis: int = -1) -> Array:
+        drawn = np.atleast_2d(index).astype(np.int64)
+        weights = np.zeros((drawn.shape[0], groups))
+        np.add.at(weights, (np.arange(drawn.shape[0])[:, None], drawn), 1.0)
+        result = values([weights @ table for table in tables])
+        return result if index.ndim > 1 else result[:, 0]
+
+    with np.errstate(divide="ignore", invalid="ignore"):
+        found = stats.bootstrap(
+            (np.arange(groups, dtype=np.float64),), statistic, vectorized=True, axis=-1,
+            n_resamples=RESAMPLES, confidence_level=LEVEL, method="percentile",
+            rng=np.random.default_rng(seed),
+        )
+    interval = found.confidence_interval
+    return np.stack([interval.low, interval.high], axis=-1)
+
+
+def paired_p_value(differences: Array, seed: int) -> float | None:
+    """Two-sided sign-flip permutation test that the differences of the groups centre on zero.
+
+    Exact when there are few groups; otherwise ``(c + 1) / (n + 1)`` over 9999 random flips.
+    """
+    if len(differences) < 2:
+        return None
+    if not np.any(differences):
+        return 1.0
+    found = stats.permutation_test(
+        (differences,), lambda d, axis=-1: np.sum(d, axis=axis), permutation_type="samples",
+        vectorized=True, n_resamples=9999, rng=np.random.default_rng(seed),
+    )
+    return float(found.pvalue)
+
+
+def holm(p_values: Sequence[float | None]) -> list[float | None]:
+    """Holm's step-down adjustment; None stays None and does not count."""
+    present = [(p, i) for i, p in enumerate(p_values) if p is not None]
+    adjusted: list[float | None] = [None] * len(p_values)
+    highest = 0.0
+    for rank, (p, i) in enumerate(sorted(present)):
+        highest = max(highest, min(1.0, (len(present) - rank) * p))
+        adjusted[i] = highest
+    return adjusted

@@ -1,0 +1,143 @@
+"""The run folder: written so that nothing is lost or half written, read so that nothing breaks."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from kvbench.errors import UserError
+from kvbench.store.records import Cell, DocumentRecord, Failure
+
+RUN, CELL, RECORDS, FAILURE, RESULTS = (
+    "run.json", "cell.json", "records.jsonl", "failure.json", "results.json",
+)
+
+
+def write_atomic(path: Path, text: str) -> None:
+    """The whole text, or nothing: a reader never sees half a file."""
+    part = path.with_name(path.name + ".part")
+    part.write_text(text, encoding="utf-8")
+    os.replace(part, path)
+
+
+class RunFolder:
+    """A run on disk: ``run.json``, and a folder for each cell."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def check(self, content: str) -> None:
+        """See that the folder can be used for a run of this content; writes nothing.
+
+        Raises:
+            UserError: not a folder, not writable, or it holds something else.
+        """
+        parent = self.path
+        while not parent.exists():
+            parent = parent.parent
+        try:
+            with tempfile.TemporaryFile(dir=parent):
+                pass
+        except OSError as error:
+            raise UserError(
+                f"The output folder {self.path} cannot be written: {error.strerror} ({parent}).",
+                "Choose another folder with --out.",
+            ) from error
+        if not self.path.exists() or not any(self.path.iterdir()):
+            return
+        if not (self.path / RUN).is_file():
+            raise UserError(
+                f"The output folder {self.path} holds something that is not a kvbench run.",
+                "Choose an empty or a new folder with --out.",
+            )
+        if self.manifest().get("content") != content:
+            raise UserError(
+                f"The output folder {self.path} holds another run.",
+                "Choose an empty or a new folder with --out.",
+            )
+
+    def manifest(self) -> dict[str, Any]:
+        """``run.json``.
+
+        Raises:
+            UserError: there is none, or it is damaged.
+        """
+        path = self.path / RUN
+        try:
+            manifest = json.loads(path.read_text(encoding="utf-8"))
+            if not isinstance(manifest, dict):
+                raise ValueError("not an object")
+        except OSError as error:
+            raise UserError(
+                f"{self.path} is not a run folder: {path.name} is not there.",
+                "Give a folder that 'kvbench run' wrote.",
+            ) from error
+        except ValueError as error:
+            raise UserError(f"{path} is damaged: {error}.", "Run again with --fresh.") from error
+        return manifest
+
+    def cell_folder(self, cell: Cell) -> Path:
+        return self.path / "cells" / cell.key
+
+    def open_cell(self, cell: Cell) -> None:
+        """Make the cell's folder, drop an old failure, and repair a torn last line."""
+        folder = self.cell_folder(cell)
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / FAILURE).unlink(missing_ok=True)
+        write_atomic(folder / CELL, json.dumps(dataclasses.asdict(cell), indent=1) + "\n")
+        records = folder / RECORDS
+        if records.exists():
+            raw = records.read_bytes()
+            if raw and not raw.endswith(b"\n"):
+                with records.open("r+b") as file:
+                    file.truncate(raw.rfind(b"\n") + 1)
+
+    def append(self, cell: Cell, records: Sequence[DocumentRecord]) -> None:
+        """Append records and see them onto the disk."""
+        lines = "".join(json.dumps(dataclasses.asdict(r), allow_nan=False) + "\n" for r in records)
+        with (self.cell_folder(cell) / RECORDS).open("a", encoding="utf-8") as file:
+            file.write(lines)
+            file.flush()
+            os.fsync(file.fileno())
+
+    def records(self, cell: Cell) -> dict[str, DocumentRecord]:
+        """The records of a cell by document; a torn last line is ignored."""
+        path = self.cell_folder(cell) / RECORDS
+        if not path.exists():
+            return {}
+        found: dict[str, DocumentRecord] = {}
+        lines = path.read_bytes().split(b"\n")
+        for number, line in enumerate(lines, start=1):
+            if not line:
+                continue
+            try:
+                record = DocumentRecord(**json.loads(line))
+            except (ValueError, TypeError) as error:
+                if number == len(lines):
+                    break
+                raise UserError(
+                    f"{path}, line {number}: damaged record ({error}).",
+                    "Delete that line, or run again with --fresh.",
+                ) from error
+            found.setdefault(record.document, record)
+        return found
+
+    def fail(self, cell: Cell, failure: Failure) -> None:
+        folder = self.cell_folder(cell)
+        folder.mkdir(parents=True, exist_ok=True)
+        write_atomic(folder / FAILURE, json.dumps(dataclasses.asdict(failure), indent=1) + "\n")
+
+    def failure(self, cell: Cell) -> Failure | None:
+        path = self.cell_folder(cell) / FAILURE
+        if not path.exists():
+            return None
+        return Failure(**json.loads(path.read_text(encoding="utf-8")))
+
+    def cells(self) -> list[Cell]:
+        """The cells of the run, in the order of the plan."""
+        return [Cell(**raw) for raw in self.manifest()["cells"]]

@@ -1,0 +1,164 @@
+"""The record types: all that measuring and reporting share."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from dataclasses import dataclass, field
+from typing import Any
+
+SCHEMA = 1
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One cell of the plan: a model, a method at a ratio, a task under a protocol.
+
+    Attributes:
+        ratio_asked: as text, such as ``0.7``; None for methods that take none.
+        role: ``method``, ``baseline`` or ``control``.
+        options: resolved options of method and protocol.
+        adapter: folder of the adapter, None if the method has none.
+        adapter_hash: of the adapter's files.
+    """
+
+    model: str
+    revision: str | None
+    model_hash: str
+    dtype: str
+    device: str
+    method: str
+    ratio_asked: str | None
+    role: str
+    task: str
+    task_version: int
+    data_hash: str
+    protocol: str
+    execution: str
+    options: dict[str, str]
+    adapter: str | None
+    adapter_hash: str | None
+    seed: int
+
+    @property
+    def key(self) -> str:
+        """Content key: equal for equal measurements, whatever the command or the limit."""
+        content = dataclasses.asdict(self)
+        for name in ("role", "adapter"):
+            content.pop(name)
+        text = json.dumps(content, sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+    @property
+    def label(self) -> str:
+        """For people: ``sentinel 0.7 on minidocs``."""
+        ratio = f" {self.ratio_asked}" if self.ratio_asked is not None else ""
+        return f"{self.method}{ratio} on {self.task}"
+
+
+@dataclass(frozen=True)
+class DocumentRecord:
+    """Sufficient statistics of one document under one cell; sums over its pieces.
+
+    Attributes:
+        group: unit of resampling.
+        pieces: blocks, passages or prefixes.
+        dropped: tokens of the document that no piece holds.
+        tokens: scored tokens; ``n_bytes`` their UTF-8 bytes.
+        nll: sum in nats.
+        hits: targets that were the most probable token.
+        correct: pieces whose targets were all the most probable token.
+        kl: sum of KL(full || method) over targets, None for ``full`` or where ``full`` failed.
+        kl_bins: counts of per-token KL in logarithmic bins.
+        top1: targets where the most probable token is the full cache's.
+        raw: text tokens read when the cache was looked at; ``held`` the entries it had then.
+        visible: sum over ``queries`` of entries visible / text tokens before.
+        peak: the most entries ever held in a piece.
+        kv_logical, kv_physical, kv_full: bytes of the cache, summed over pieces.
+        bin: what results are also reported by.
+        seconds: time of the batches, shared out by tokens.
+    """
+
+    document: str
+    group: str
+    pieces: int
+    dropped: int
+    tokens: int
+    n_bytes: int
+    nll: float
+    hits: int
+    correct: int
+    kl: float | None
+    kl_bins: dict[str, int] | None
+    top1: int | None
+    raw: int
+    held: int
+    visible: float
+    queries: int
+    peak: int
+    kv_logical: float
+    kv_physical: float
+    kv_full: float
+    bin: str | None = None
+    seconds: float = 0.0
+    schema: int = SCHEMA
+
+
+@dataclass(frozen=True)
+class Failure:
+    """Why a cell could not be finished."""
+
+    cell: str
+    error: str
+    hint: str = ""
+
+
+@dataclass(frozen=True)
+class Row:
+    """One number with its recipe and its uncertainty: a row of ``results.json``.
+
+    ``value``, ``ci_low``, ``ci_high`` and the deltas are in the metric's own unit; what does not
+    apply is None. ``p_value`` is Holm-adjusted within (task, metric).
+    """
+
+    task: str
+    protocol: str
+    model: str
+    method: str
+    ratio_asked: float | None
+    ratio_realised: float | None
+    ratio_mean: float | None
+    entries_peak: int | None
+    removal: str
+    params: dict[str, Any]
+    groups: int
+    metric: str
+    value: float | None
+    ci_low: float | None
+    ci_high: float | None
+    n: int
+    unit: str
+    delta: float | None
+    delta_ci_low: float | None
+    delta_ci_high: float | None
+    p_value: float | None
+    baseline: str | None
+    seed: int
+    signature: str
+
+
+@dataclass(frozen=True)
+class Results:
+    """The document of the JSON contract."""
+
+    run: str
+    ok: bool
+    failures: tuple[Failure, ...] = ()
+    rows: tuple[Row, ...] = ()
+    schema: int = field(default=SCHEMA)
+
+    def to_json(self) -> str:
+        content = dataclasses.asdict(self)
+        ordered = {"schema": content.pop("schema"), **content}
+        return json.dumps(ordered, indent=1, allow_nan=False, ensure_ascii=False)

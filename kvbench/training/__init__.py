@@ -1,0 +1,1 @@
+"""Training of the base model and of adapters."""

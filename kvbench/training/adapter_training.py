@@ -1,0 +1,132 @@
+"""Training the adapter of a compression method on a frozen base model.
+
+One masked pass per step: the layout's mask lets every span of a block be trained in one forward
+pass. Spans are drawn anew every step and the ratio is drawn per batch, so that one adapter serves
+the whole axis. The loss runs over all text tokens: the language-model loss (``text``, as
+published), or the divergence from the uncompressed base model's predictions (``distil``), which
+says more per token: it carries none of the noise of the text itself.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from fractions import Fraction
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from kvbench.methods import make_method
+from kvbench.methods.layout import Layout, everything, plain_tokens
+from kvbench.models.adapter import Adapter
+from kvbench.runtime import Reader
+from kvbench.training.loop import Progress, Stateful, rate_factor, restore_checkpoint, save_checkpoint
+from kvbench.training.mixture import Mixture
+
+LOWEST_RATIO, HIGHEST_RATIO = 0.05, 0.95
+
+
+@dataclass(frozen=True)
+class AdapterPlan:
+    """All that decides the trained weights, besides the base model and the data.
+
+    Attributes:
+        method: name of the trained method.
+        adapter: ``gated`` or ``plain``.
+        steps: optimiser steps.
+        batch: sequences per step; they share one layout.
+        length: text tokens per sequence.
+        lr: peak learning rate (AdamW; warm-up, constant, linear to 3 %).
+        rank: rank of the low-rank pairs; alpha is the same, so the scale is 1.
+        dropout: on the input of the pairs.
+        warmup: steps of linear warm-up.
+        decay_from: share of the steps after which the rate falls.
+        seed: of the weights, the data and the layouts.
+        autocast: ``bfloat16`` or ``none``.
+        objective: ``distil`` or ``text``.
+    """
+
+    method: str
+    adapter: str = "gated"
+    steps: int = 2000
+    batch: int = 4
+    length: int = 512
+    lr: float = 2e-3
+    rank: int = 32
+    dropout: float = 0.0
+    warmup: int = 100
+    decay_from: float = 0.7
+    seed: int = 0
+    autocast: str = "bfloat16"
+    objective: str = "distil"
+
+
+def step_layout(plan: AdapterPlan, step: int) -> Layout:
+    """The layout of a step: ratio and spans are functions of (seed, step)."""
+    rng = np.random.default_rng([plan.seed, step, 1])
+    low, high = round(100 * LOWEST_RATIO), round(100 * HIGHEST_RATIO)
+    ratio = Fraction(int(rng.integers(low, high, endpoint=True)), 100)
+    return make_method(plan.method, ratio).layout(plan.length, rng)
+
+
+def text_loss(logits: Tensor, ids: Tensor) -> Tensor:
+    """Mean negative log-likelihood of all text tokens but the first, in nats."""
+    return functional.cross_entropy(logits.flatten(0, 1).float(), ids[:, 1:].flatten())
+
+
+def distil_loss(logits: Tensor, teacher: Tensor) -> Tensor:
+    """Mean KL(base || compressed) over the same predictions, in nats."""
+    wanted = teacher.flatten(0, 1).float().log_softmax(-1)
+    given = logits.flatten(0, 1).float().log_softmax(-1)
+    return functional.kl_div(given, wanted, reduction="batchmean", log_target=True)
+
+
+def step_loss(plan: AdapterPlan, model: nn.Module, reader: Reader, ids: Tensor, layout: Layout) -> Tensor:
+    """The loss of one step under the plan's objective."""
+    if plan.objective == "text":
+        return text_loss(reader.one_pass(ids, layout, slice(0, -1)), ids)
+    with torch.no_grad(), reader.bare():
+        plain = Layout(plain_tokens(plan.length), torch.arange(plan.length), everything, plan.length)
+        teacher = Reader(model).one_pass(ids, plain, slice(0, -1))
+    return distil_loss(reader.one_pass(ids, layout, slice(0, -1)), teacher)
+
+
+def train_adapter(
+    plan: AdapterPlan, model: nn.Module, adapter: Adapter, data: Mixture, out: Path,
+    checkpoint_every: int,
+) -> Iterator[Progress]:
+    """Train ``adapter`` in place; yields after every step.
+
+    A checkpoint in ``out`` is continued, exactly: the same weights as an uninterrupted training
+    on the same machine with the same number of threads.
+
+    Raises:
+        UserError: ``out`` holds the checkpoint of another plan.
+    """
+    device = next(model.parameters()).device
+    adapter.to(device).train()
+    optimiser = torch.optim.AdamW(
+        adapter.parameters(), lr=plan.lr, betas=(0.9, 0.95), weight_decay=0.0
+    )
+    parts: dict[str, Stateful] = {"adapter": adapter, "optimiser": optimiser}
+    first = restore_checkpoint(out, plan, parts)
+    reader = Reader(model, adapter)
+    with reader.ready():
+        for step in range(first, plan.steps):
+            torch.manual_seed(plan.seed * 1_000_003 + step)  # dropout
+            for group in optimiser.param_groups:
+                group["lr"] = plan.lr * rate_factor(step, plan.steps, plan.warmup, plan.decay_from)
+            ids = torch.from_numpy(data.batch(step, plan.batch)).to(device)
+            with torch.autocast(device.type, torch.bfloat16, enabled=plan.autocast != "none"):
+                loss = step_loss(plan, model, reader, ids, step_layout(plan, step))
+            optimiser.zero_grad(set_to_none=True)
+            loss.backward()  # type: ignore[no-untyped-call]
+            nn.utils.clip_grad_norm_(adapter.parameters(), 1.0)
+            optimiser.step()
+            if (step + 1) % checkpoint_every == 0:
+                save_checkpoint(out, plan, step + 1, parts)
+            yield Progress(step + 1, float(loss.detach()))
+    adapter.eval().requires_grad_(False)

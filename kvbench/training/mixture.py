@@ -1,0 +1,92 @@
+"""Training sequences: windows of running text, copies, and facts to be recalled.
+
+Plain text alone teaches a small model little about its context. A quarter of the sequences
+therefore repeat a passage, or state facts (``The key of Mary is 4821.``) and restate them later,
+so that there is something in the cache worth keeping. Every batch is a function of (seed, step),
+so that an interrupted training can go on exactly where it was.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+
+NAMES = (
+    "Mary", "John", "Anna", "Peter", "Alice", "Henry", "Ruth", "Paul", "Clara", "James",
+    "Lucy", "Robert", "Emma", "David", "Jane", "Thomas", "Sarah", "George", "Martha", "William",
+)
+THINGS = ("key", "room", "house", "number", "ticket", "box", "letter", "book")
+FACT_LOW, FACT_HIGH = 100, 9999
+
+PLAIN_SHARE, COPY_SHARE = 0.75, 0.12
+"""Shares of the mixture; the rest are recall sequences."""
+
+Encode = Callable[[str], list[int]]
+
+
+def fact(thing: str, name: str, number: int) -> str:
+    """The one form in which facts are stated, in training and in the ``recall`` task."""
+    return f"\n\nThe {thing} of {name} is {number}.\n\n"
+
+
+@dataclass(frozen=True)
+class Mixture:
+    """Draws batches from one running stream of token ids.
+
+    Attributes:
+        stream: int64 ``[tokens]``, documents end to end.
+        encode: text to token ids, without special tokens.
+        length: tokens in a sequence.
+        seed: with the step, all that a batch depends on.
+    """
+
+    stream: np.ndarray
+    encode: Encode
+    length: int
+    seed: int
+
+    def batch(self, step: int, rows: int) -> np.ndarray:
+        """int64 ``[rows, length]``."""
+        rng = np.random.default_rng([self.seed, step])
+        return np.stack([self._row(rng) for _ in range(rows)])
+
+    def _row(self, rng: np.random.Generator) -> np.ndarray:
+        share = rng.random()
+        if share < PLAIN_SHARE:
+            return self._text(rng, self.length)
+        if share < PLAIN_SHARE + COPY_SHARE:
+            return self._copies(rng)
+        return self._recall(rng)
+
+    def _text(self, rng: np.random.Generator, tokens: int) -> np.ndarray:
+        start = int(rng.integers(0, len(self.stream) - tokens))
+        return self.stream[start : start + tokens]
+
+    def _copies(self, rng: np.random.Generator) -> np.ndarray:
+        """A passage, other text, the passage again, and again after short gaps."""
+        longest = min(181, self.length // 3)
+        passage = self._text(rng, int(rng.integers(24, max(25, longest))))
+        parts = [passage, self._text(rng, int(rng.integers(0, min(201, self.length // 3))))]
+        while sum(map(len, parts)) < self.length:
+            parts += [passage, self._text(rng, int(rng.integers(8, 81)))]
+        return np.concatenate(parts)[: self.length]
+
+    def _recall(self, rng: np.random.Generator) -> np.ndarray:
+        """One to five facts, stated and restated with prose between."""
+        count = int(rng.integers(1, 6))
+        names = rng.choice(len(NAMES), count, replace=False)
+        facts = [
+            np.array(self.encode(fact(
+                THINGS[rng.integers(len(THINGS))], NAMES[name],
+                int(rng.integers(FACT_LOW, FACT_HIGH, endpoint=True)),
+            )))
+            for name in names
+        ]
+        parts = [self._text(rng, int(rng.integers(4, 91)))]
+        order = list(range(count))
+        while sum(map(len, parts)) < self.length:
+            parts += [facts[order[0]], self._text(rng, int(rng.integers(4, 91)))]
+            order = order[1:] or [int(rng.integers(count))]
+        return np.concatenate(parts)[: self.length]

@@ -1,0 +1,210 @@
+"""Trainings from end to end: check, load, train, measure, write a folder with its card."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import kvbench
+from kvbench.errors import UserError, unknown
+from kvbench.methods import METHODS
+from kvbench.models.adapter import Adapter, AdapterCard
+from kvbench.models.loading import load_model, pick_device
+from kvbench.models.references import resolve_model
+from kvbench.training.adapter_training import AdapterPlan, train_adapter
+from kvbench.training.base_training import BasePlan, new_model, train_base, train_tokenizer
+from kvbench.training.data import load_stream
+from kvbench.training.held_out import HeldOut
+from kvbench.training.loop import CHECKPOINT, Progress
+from kvbench.training.mixture import Mixture
+
+Measure = Callable[[int, float], dict[str, Any] | None]
+Follow = Callable[[Iterator[Progress], int, Measure, int], float]
+"""Runs a training to its end, shows it, and calls the measurement every so many steps."""
+
+_CHOICES = {
+    "adapter": ("gated", "plain"), "objective": ("distil", "text"), "autocast": ("bfloat16", "none"),
+}
+SENTINEL_ROWS = 2
+
+
+@dataclass(frozen=True)
+class AdapterRequest:
+    """What the user asked for; names are not yet checked."""
+
+    method: str
+    data: tuple[Path, ...]
+    out: Path
+    model: str
+    revision: str | None
+    steps: int
+    batch: int
+    length: int
+    lr: float
+    rank: int
+    held_out: Path | None
+    every: int
+    seed: int
+    options: dict[str, str]
+    device: str
+    threads: int
+
+
+def run_adapter_training(request: AdapterRequest, follow: Follow) -> Path:
+    """Train and write an adapter.
+
+    Returns:
+        The adapter folder, which is ``request.out``; the checkpoint is deleted at the end.
+
+    Raises:
+        UserError: anything in the request that cannot be carried out.
+    """
+    plan = _plan(request)
+    _check_out(request.out, "card.json")
+    reference = resolve_model(request.model, request.revision)
+    if request.threads:
+        torch.set_num_threads(request.threads)
+    model, tokenizer, context, _ = load_model(reference, request.device, "float32")
+    if plan.length > context:
+        raise UserError(
+            f"--length {plan.length} does not fit {request.model}: its context is {context} tokens.",
+            f"Use --length {context} or less.",
+        )
+    stream = load_stream(request.data, tokenizer, 2 * plan.length)
+    held = HeldOut.from_file(request.held_out, tokenizer, plan.length) if request.held_out else None
+    card = AdapterCard(
+        method=plan.method, gate=plan.adapter, rank=plan.rank, alpha=float(plan.rank),
+        n_rows=SENTINEL_ROWS, base_model=reference.name, base_hash=reference.fingerprint,
+    )
+    torch.manual_seed(plan.seed)
+    adapter = Adapter.fresh(card, model, plan.dropout)
+    data = Mixture(stream.ids, lambda text: _encode(tokenizer, text), plan.length, plan.seed)
+    request.out.mkdir(parents=True, exist_ok=True)
+    started = time.perf_counter()
+    measured: dict[str, Any] = {}
+
+    def measure(step: int, loss: float) -> dict[str, Any] | None:
+        if held is None:
+            return None
+        adapter.eval()
+        found = held.measure(model, adapter, plan.method)
+        adapter.train()
+        measured.update(found)
+        line = {"step": step, "loss": round(loss, 4), "held_out": found}
+        with (request.out / "log.jsonl").open("a", encoding="utf-8") as log:
+            log.write(json.dumps(line) + "\n")
+        return found
+
+    loss = follow(
+        train_adapter(plan, model, adapter, data, request.out, request.every), plan.steps, measure, request.every
+    )
+    adapter.card = replace(card, held_out=measured, training={
+        **dataclasses.asdict(plan), "tokens": plan.steps * plan.batch * plan.length,
+        "loss": None if math.isnan(loss) else round(loss, 4), "data": list(stream.sources),
+        "stream_tokens": len(stream.ids), "seconds": round(time.perf_counter() - started),
+        "kvbench": kvbench.__version__, "torch": torch.__version__,
+    })
+    log = request.out / "log.jsonl"
+    curve = log.read_text(encoding="utf-8") if log.exists() else None
+    adapter.save(request.out, request.model)
+    if curve is not None:
+        (request.out / "log.jsonl").write_text(curve, encoding="utf-8")
+    return request.out
+
+
+def run_base_training(
+    plan: BasePlan, data: tuple[Path, ...], out: Path, tokenizer_folder: Path | None, device: str,
+    threads: int, every: int, follow: Follow,
+) -> Path:
+    """Train and write a base model with its tokenizer.
+
+    Raises:
+        UserError: anything in the request that cannot be carried out.
+    """
+    from transformers import AutoTokenizer
+
+    from kvbench.corpora.documents import read_rows
+
+    _check_out(out, "config.json")
+    if threads:
+        torch.set_num_threads(threads)
+    where = pick_device(device)
+    if not data:
+        raise UserError("Training needs text.", "Give --data FILE (.jsonl or .txt, also .gz).")
+    if tokenizer_folder is not None:
+        try:
+            tokenizer: Any = AutoTokenizer.from_pretrained(str(tokenizer_folder))
+        except (OSError, ValueError) as error:
+            raise UserError(f"There is no tokenizer in {tokenizer_folder}: {error}.") from error
+    else:
+        texts = (row["text"] for row in read_rows(data[0]))
+        tokenizer = train_tokenizer(_at_most(texts, 25_000_000), plan.vocabulary, plan.length)
+    stream = load_stream(data, tokenizer, 2 * plan.length)
+    model = new_model(plan, len(tokenizer), tokenizer.eos_token_id).to(where)
+    mixture = Mixture(stream.ids, lambda text: _encode(tokenizer, text), plan.length, plan.seed)
+    out.mkdir(parents=True, exist_ok=True)
+    follow(train_base(plan, model, mixture, out, every), plan.steps, lambda step, loss: None, every)
+    model.to(torch.bfloat16).save_pretrained(out)  # type: ignore[operator]
+    tokenizer.save_pretrained(out)
+    card = {**dataclasses.asdict(plan), "data": list(stream.sources), "kvbench": kvbench.__version__}
+    (out / "training.json").write_text(json.dumps(card, indent=2) + "\n", encoding="utf-8")
+    (out / CHECKPOINT).unlink(missing_ok=True)
+    return out
+
+
+def _plan(request: AdapterRequest) -> AdapterPlan:
+    trained = [name for name, kind in METHODS.items() if kind.needs_adapter and kind.takes_ratio]
+    if request.method not in trained:
+        raise unknown("trained method", request.method, trained)
+    given = dict(request.options)
+    try:
+        dropout = float(given.pop("dropout", "0"))
+    except ValueError:
+        dropout = -1.0
+    if not 0 <= dropout < 1:
+        raise UserError(f"--set dropout={request.options['dropout']} is not a number in [0, 1).")
+    for key, value in given.items():
+        if key not in _CHOICES:
+            raise unknown("--set key", key, (*_CHOICES, "dropout"))
+        if value not in _CHOICES[key]:
+            raise unknown(f"value for --set {key}=", value, _CHOICES[key])
+    plain = given.get("adapter") == "plain"
+    return AdapterPlan(
+        method=request.method, adapter=given.get("adapter", "gated"), steps=request.steps,
+        batch=request.batch, length=request.length, lr=request.lr, rank=request.rank,
+        dropout=dropout, seed=request.seed, autocast=given.get("autocast", "bfloat16"),
+        objective=given.get("objective", "text" if plain else "distil"),
+    )
+
+
+def _check_out(out: Path, marker: str) -> None:
+    """An output folder may be missing, empty, or hold a training of the same kind."""
+    if out.exists() and not out.is_dir():
+        raise UserError(f"--out {out} is a file.", "Give a folder.")
+    if not out.is_dir() or not any(out.iterdir()):
+        return
+    if (out / marker).exists():
+        raise UserError(f"--out {out} already holds a finished training.", "Choose another folder.")
+    if not (out / CHECKPOINT).exists() and not (out / "log.jsonl").exists():
+        raise UserError(f"--out {out} holds something else.", "Choose an empty or a new folder.")
+
+
+def _encode(tokenizer: Any, text: str) -> list[int]:
+    return list(tokenizer(text, add_special_tokens=False).input_ids)
+
+
+def _at_most(texts: Iterator[str], characters: int) -> Iterator[str]:
+    count = 0
+    for text in texts:
+        if count >= characters:
+            return
+        count += len(text)
+        yield text
