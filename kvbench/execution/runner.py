@@ -127,7 +127,7 @@ def execute(plan: Plan, command: list[str], console: Console) -> None:
         TimeRemainingColumn(), console=console, transient=True,
     ) as progress:
         bar = progress.add_task("loading the model", total=None)
-        stack.callback(lambda: [child.stop() for child in run.children])
+        stack.callback(_stop, run.children)
         for number, job in enumerate(_jobs(plan)):
             run.children.append(Child(job, number, events))
         while not all(child.ended for child in run.children):
@@ -142,6 +142,11 @@ def execute(plan: Plan, command: list[str], console: Console) -> None:
                     child.ended = True
                 else:
                     run.children[number] = Child(rest, number, events)
+
+
+def _stop(children: list[Child]) -> None:
+    for child in children:
+        child.stop()
 
 
 def _jobs(plan: Plan) -> list[Job]:

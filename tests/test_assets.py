@@ -1,0 +1,90 @@
+"""What is always there: the model, the documents, the adapter, the tasks."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from pathlib import Path
+
+import pytest
+import torch
+
+from kvbench.corpora.documents import load_corpus, read_rows
+from kvbench.corpora.tasks import load_task, task_names
+from kvbench.models.adapter import Adapter, read_card
+from kvbench.models.loading import load_model
+from kvbench.models.references import assets, resolve_model
+
+
+def test_minidocs() -> None:
+    rows = [json.loads(line) for line in (assets() / "minidocs.jsonl").read_text().splitlines()]
+    words = [len(row["text"].split()) for row in rows]
+    assert sum(300 <= n <= 500 for n in words) >= 40
+    assert sum(n > 2000 for n in words) >= 4
+    assert all(300 <= n <= 500 or n > 2000 for n in words)
+    assert len({row["id"] for row in rows}) == len({row["text"] for row in rows}) == len(rows)
+    assert set(Counter(row["kind"] for row in rows)) == {"story", "letter", "essay", "report"}
+    openings = Counter(row["text"][:25] for row in rows)
+    assert max(openings.values()) == 1
+
+
+def test_the_embedded_model_and_its_adapter() -> None:
+    reference = resolve_model("kvbench-tiny")
+    model, tokenizer, context, vocabulary = load_model(reference, "cpu", "auto")
+    assert (context, vocabulary) == (1024, 4096)
+    assert next(model.parameters()).dtype == torch.float32
+    folder = assets() / "adapters" / "kvbench-tiny-sentinel"
+    card = read_card(folder)
+    assert card.base_hash == reference.fingerprint
+    assert (card.method, card.gate) == ("sentinel", "gated")
+    adapter = Adapter.load(folder, model)
+    assert adapter.rows.shape == (2, 256)
+    ids = torch.tensor([tokenizer("The key of Mary is 4821. The key of Mary is").input_ids])
+    answer = tokenizer.decode(model(ids).logits[0, -1].argmax())
+    assert answer.strip()[:1] == "4"
+
+
+def test_tasks_are_valid_and_fixed() -> None:
+    assert task_names() == ["books", "minidocs", "recall", "wikitext2"]
+    for name in task_names():
+        assert load_task(name).name == name
+    corpus = load_corpus(load_task("minidocs"), None)
+    assert len(corpus.documents) == 48
+    assert corpus.hash == load_corpus(load_task("minidocs"), None).hash
+
+
+def test_wikitext_rows_become_articles(tmp_path: Path) -> None:
+    rows = ["", " = Robert Boulter = \n", "", " He acted . \n", " = = Career = = \n", " More . \n", " = Du Fu = \n", " A poet . \n"]
+    (tmp_path / "w.jsonl").write_text("".join(json.dumps({"text": row}) + "\n" for row in rows))
+    documents = load_corpus(load_task("wikitext2"), tmp_path / "w.jsonl").documents
+    assert [d.id for d in documents] == ["article-000", "article-001"]
+    assert documents[0].text.startswith(" = Robert Boulter = \n")
+    assert "Career" in documents[0].text
+    assert "A poet" in documents[1].text
+
+
+def test_books_are_taken_in_turn(tmp_path: Path) -> None:
+    books = [{"id": name, "text": f"{name} says something here.\n\n" * 900} for name in ("a", "b")]
+    (tmp_path / "b.jsonl").write_text("".join(json.dumps(book) + "\n" for book in books))
+    documents = load_corpus(load_task("books"), tmp_path / "b.jsonl").documents
+    assert [d.group for d in documents[:4]] == ["a", "b", "a", "b"]
+    assert "".join(d.text for d in documents if d.group == "a") == books[0]["text"]
+    assert all(len(d.text) >= 8000 for d in documents[:4])
+
+
+def test_equal_ids_are_told_apart(tmp_path: Path) -> None:
+    (tmp_path / "d.jsonl").write_text('{"id": "x", "text": "one"}\n{"id": "x", "text": "two"}\n{"text": "three"}\n')
+    documents = load_corpus(load_task("minidocs"), tmp_path / "d.jsonl").documents
+    assert [d.id for d in documents] == ["x", "x~1", "00002"]
+    assert len(read_rows(tmp_path / "d.jsonl")) == 3
+
+
+@pytest.mark.gpu
+def test_cuda_gives_the_same_scores() -> None:
+    if not torch.cuda.is_available():
+        pytest.skip("needs a CUDA device")
+    reference = resolve_model("kvbench-tiny")
+    ids = torch.arange(200)[None]
+    cpu = load_model(reference, "cpu", "float32").model(ids).logits
+    cuda = load_model(reference, "cuda", "float32").model(ids.cuda()).logits.cpu()
+    assert (cpu - cuda).abs().max() < 1e-2

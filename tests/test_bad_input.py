@@ -1,0 +1,235 @@
+"""A bad request gets a sentence and exit code 2, and nothing is written."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import shutil
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import pytest
+
+from kvbench.errors import UserError
+from kvbench.models.loading import load_model
+from kvbench.models.references import assets, resolve_model
+from tests.conftest import Outcome, small_adapter, small_model
+
+Call = Callable[[Sequence[str | Path]], Outcome]
+RUN = ["run", "--method", "sinks", "--ratio", "0.5", "--limit", "2"]
+
+
+def refused(call: Call, arguments: Sequence[str | Path], *words: str) -> str:
+    """The request is refused with these words, without traceback, and leaves no trace."""
+    before = sorted(Path.cwd().rglob("*"))
+    found = call(arguments)
+    assert found.code == 2, (found.code, found.out, found.err)
+    for word in words:
+        assert word in found.err, found.err
+    assert "Traceback" not in found.err
+    assert found.out == ""
+    assert sorted(Path.cwd().rglob("*")) == before
+    return found.err
+
+
+@pytest.mark.parametrize(("arguments", "words"), [
+    (["run", "--method", "sentinal"], ["Unknown method 'sentinal'", "Did you mean 'sentinel'"]),
+    (["run", "--task", "minidoc"], ["Unknown task", "Did you mean 'minidocs'"]),
+    (["run", "--task", "nowhere.toml"], ["no task file"]),
+    (["run", "--protocol", "blok"], ["Unknown protocol", "Did you mean 'block'"]),
+    (["run", "--task", "recall", "--protocol", "block"], ["not measured with protocol 'block'", "prefix"]),
+    (["run", "--execution", "masked"], ["Unknown --execution", "onepass"]),
+    (["run", "--ratio", "1"], ["outside [0, 1)"]),
+    (["run", "--ratio", "-0.1"], ["outside [0, 1)"]),
+    (["run", "--ratio", "seventy"], ["not a number"]),
+    (["run", "--ratio", "nan"], ["not a number"]),
+    (["run", "--ratio", "inf"], ["not a number"]),
+    (["run", "--limit", "0"], ["--limit 0 is below 1"]),
+    (["run", "--limit", "-3"], ["below 1"]),
+    (["run", "--limit", "two"], ["--limit"]),
+    (["run", "--seed", "-1"], ["negative"]),
+    (["run", "--threads", "0"], ["below 1"]),
+    (["run", "--dtype", "float23"], ["Unknown dtype", "Did you mean 'float32'"]),
+    (["run", "--device", "cuda:77"], ["not available", "cpu"]),
+    (["run", "--device", "abacus"], ["not available", "cpu"]),
+    (["run", "--model", "./nowhere"], ["no model folder ./nowhere"]),
+    (["run", "--model", "/nowhere/at/all"], ["no model folder"]),
+    (["run", "--adapter", "nowhere"], ["no adapter folder nowhere", "kvbench train --method sentinel"]),
+    (["run", "--data", "x.jsonl"], ["--data stands for the corpus of one task"]),
+    (["run", "--set", "chunk"], ["not of the form key=value"]),
+    (["run", "--set", "chunck=3"], ["Unknown --set key 'chunck'", "Did you mean 'chunk'"]),
+    (["run", "--set", "chunk=three"], ["chunk=three", "whole number"]),
+    (["run", "--set", "sampler=exat"], ["sampler", "Did you mean 'exact'"]),
+    (["run", "--config", "nowhere.toml"], ["no settings file nowhere.toml"]),
+    (["run", "--no-such-option"], ["No such option"]),
+    (["train"], []),
+    (["train", "--method", "sentinel"], ["--method and --out"]),
+    (["train", "--method", "sinks", "--out", "x"], ["Unknown trained method", "sentinel"]),
+    (["train", "--method", "sentinel", "--out", "x"], ["Training needs text"]),
+    (["train", "--method", "sentinel", "--out", "x", "--data", "no.jsonl"], ["no data file no.jsonl"]),
+    (["train", "--method", "sentinel", "--out", "x", "--set", "adapter=gatd"], ["Did you mean 'gated'"]),
+    (["train", "--method", "sentinel", "--out", "x", "--set", "dropout=2"], ["[0, 1)"]),
+    (["train", "--method", "sentinel", "--out", "x", "--length", "4096"], ["does not fit"]),
+    (["train", "base", "--out", "x"], ["Training needs text"]),
+    (["report", "nowhere"], ["not a run folder"]),
+])
+def test_names_and_numbers(called: Call, arguments: list[str], words: list[str]) -> None:
+    if arguments == ["train"]:
+        assert called(arguments).code == 2
+        return
+    refused(called, arguments, *words)
+
+
+@pytest.mark.parametrize(("content", "words"), [
+    (b"", ["is empty"]),
+    (b"\n \n", ["is empty"]),
+    (b'{"text": "caf\xe9"}\n', ["not UTF-8"]),
+    (b"\x89PNG\r\n\x1a\n\0\0", ["is binary"]),
+    (b'{"text": "fine"}\n{"text": \n', ["line 2", "malformed JSON"]),
+    (b'{"text": "fine"}\n{"body": "no"}\n', ["line 2", 'no "text"']),
+    (b'{"text": 7}\n', ["line 1", 'no "text"']),
+    (b'["text"]\n', ["line 1", 'no "text"']),
+    (b'{"text": "  "}\n', ["holds no text"]),
+])
+def test_data_files(called: Call, tmp_path: Path, content: bytes, words: list[str]) -> None:
+    path = tmp_path / "data.jsonl"
+    path.write_bytes(content)
+    refused(called, [*RUN, "--task", "books", "--data", path], str(path), *words)
+    packed = tmp_path / "data.jsonl.gz"
+    packed.write_bytes(gzip.compress(content))
+    refused(called, [*RUN, "--task", "books", "--data", packed], *words)
+
+
+def test_data_paths(called: Call, tmp_path: Path) -> None:
+    task = [*RUN, "--task", "wikitext2", "--data"]
+    refused(called, [*task, "nowhere.jsonl"], "no data file nowhere.jsonl")
+    (tmp_path / "data.parquet").write_text("x")
+    refused(called, [*task, "data.parquet"], "no known ending", ".jsonl")
+    (tmp_path / "folder.jsonl").mkdir()
+    refused(called, [*task, "folder.jsonl"], "cannot be read")
+    (tmp_path / "torn.jsonl.gz").write_bytes(gzip.compress(b'{"text": "fine"}\n' * 99)[:40])
+    refused(called, [*task, "torn.jsonl.gz"], "cannot be read")
+
+
+@pytest.mark.parametrize(("text", "words"), [
+    ("[run]\nmetod = ['sinks']\n", ["kvbench.toml", "unknown key 'run.metod'", "Allowed keys here", "method"]),
+    ("[runn]\n", ["unknown key 'runn'", "run"]),
+    ("[run]\nratio = 0.7\n", ["kvbench.toml", "run.ratio", "list"]),
+    ("[run]\nlimit = 'ten'\n", ["run.limit", "integer", "'ten'"]),
+    ("[run]\ndtype = 'float23'\n", ["run.dtype", "'float32'"]),
+    ("[run\n", ["not valid TOML"]),
+])
+def test_settings_files(called: Call, tmp_path: Path, text: str, words: list[str]) -> None:
+    (tmp_path / "kvbench.toml").write_text(text)
+    refused(called, RUN, *words)
+
+
+@pytest.mark.parametrize(("text", "words"), [
+    ("name = 'x'\n", ["own.toml", "version"]),
+    ("nam = 'x'\n", ["own.toml"]),
+    ("[", ["not valid TOML"]),
+])
+def test_task_files(called: Call, tmp_path: Path, text: str, words: list[str]) -> None:
+    (tmp_path / "own.toml").write_text(text)
+    refused(called, [*RUN, "--task", "own.toml"], *words)
+
+
+def test_output_folders(called: Call, tmp_path: Path) -> None:
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "thesis.txt").write_text("years of work")
+    refused(called, [*RUN, "--out", "other"], "holds something that is not a kvbench run")
+    (tmp_path / "file").write_text("x")
+    refused(called, [*RUN, "--out", "file"], "cannot be written")
+    refused(called, [*RUN, "--out", "file/below"], "cannot be written")
+    refused(called, [*RUN, "--out", "/proc/kvbench"], "cannot be written")
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "run.json").write_text('{"content": "another"}')
+    refused(called, [*RUN, "--out", "run"], "holds another run")
+    (tmp_path / "run" / "run.json").write_text("{")
+    refused(called, [*RUN, "--out", "run"], "damaged")
+    refused(called, ["report", "run"], "damaged")
+
+
+def test_adapters(called: Call, tmp_path: Path, model_folder: Callable[..., Path]) -> None:
+    other = model_folder("llama")
+    sentinel = ["run", "--method", "sentinel", "--limit", "2", "--task", "minidocs"]
+    refused(called, [*sentinel, "--model", other], "needs an adapter", "kvbench train --method sentinel")
+    shipped = assets() / "adapters" / "kvbench-tiny-sentinel"
+    refused(called, [*sentinel, "--model", other, "--adapter", shipped], "another base model", "kvbench train")
+    (tmp_path / "empty").mkdir()
+    refused(called, [*sentinel, "--adapter", "empty"], "not an adapter folder")
+    small_adapter(small_model("llama")).save(tmp_path / "small", "small")
+    refused(called, [*sentinel, "--adapter", "small"], "another base model")
+
+
+def test_damaged_models(called: Call, tmp_path: Path, model_folder: Callable[..., Path]) -> None:
+    run = [*RUN, "--task", "minidocs", "--model"]
+    (tmp_path / "empty").mkdir()
+    refused(called, [*run, "empty"], "no config.json")
+    whole = model_folder("llama")
+    for name, damage in {
+        "truncated": lambda f: (f / "model.safetensors").write_bytes((whole / "model.safetensors").read_bytes()[:5000]),
+        "garbage": lambda f: (f / "model.safetensors").write_bytes(b"garbage" * 99),
+        "no-weights": lambda f: (f / "model.safetensors").unlink(),
+        "no-tokenizer": lambda f: [p.unlink() for p in f.glob("tokenizer*")],
+        "bad-config": lambda f: (f / "config.json").write_text("{"),
+    }.items():
+        folder = tmp_path / name
+        shutil.copytree(whole, folder)
+        damage(folder)
+        with pytest.raises(UserError, match="cannot be loaded"):
+            load_model(resolve_model(str(folder)), "cpu", "auto")
+    refused(called, [*run, "truncated"], "truncated", "cannot be loaded")
+
+
+def test_incomplete_weights(tmp_path: Path, model_folder: Callable[..., Path]) -> None:
+    from safetensors.torch import load_file, save_file
+
+    folder = tmp_path / "incomplete"
+    shutil.copytree(model_folder("llama"), folder)
+    weights = load_file(folder / "model.safetensors")
+    weights.pop("model.layers.1.mlp.up_proj.weight")
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(UserError, match=r"incomplete: .*up_proj"):
+        load_model(resolve_model(str(folder)), "cpu", "auto")
+
+
+def test_models_without_what_is_needed(called: Call, tmp_path: Path, model_folder: Callable[..., Path]) -> None:
+    run = [*RUN, "--task", "minidocs", "--model"]
+    refused(called, [*run, model_folder("gpt2", context=256)], "do not fit", "256", "--set block=")
+    for kind in ("t5", "mamba"):
+        folder = tmp_path / kind
+        folder.mkdir()
+        (folder / "config.json").write_text(json.dumps({"model_type": kind}))
+        with pytest.raises(UserError, match="not a decoder-only"):
+            load_model(resolve_model(str(folder)), "cpu", "auto")
+    refused(called, [*run, tmp_path / "mamba"], "not a decoder-only")
+
+
+def test_sliding_windows_are_named(called: Call, tmp_path: Path, tiny_tokenizer: object) -> None:
+    from transformers import MistralConfig, MistralForCausalLM
+
+    config = MistralConfig(
+        vocab_size=4096, hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2,
+        num_key_value_heads=1, max_position_embeddings=1024, sliding_window=64,
+    )
+    MistralForCausalLM(config).save_pretrained(tmp_path / "mistral")
+    tiny_tokenizer.save_pretrained(tmp_path / "mistral")  # type: ignore[attr-defined]
+    refused(called, [*RUN, "--task", "minidocs", "--model", "mistral"], "sliding window of 64")
+
+
+def test_unreachable_hub(called: Call) -> None:
+    refused(called, [*RUN, "--task", "minidocs", "--model", "nobody/nothing"], "Hugging Face hub", "local copy")
+    refused(called, [*RUN, "--task", "wikitext2"], "Cannot load Salesforce/wikitext", "--data")
+
+
+def test_documents_too_short(called: Call, tmp_path: Path) -> None:
+    (tmp_path / "short.jsonl").write_text('{"text": "Too short."}\n')
+    run = [*RUN, "--task", "books", "--data", "short.jsonl"]
+    refused(called, run, "no document is long enough", "32 tokens")
+    refused(called, [*run, "--protocol", "prefix"], "no document is long enough", "1024 tokens")
+
+
+def test_ratio_beyond_the_layout(called: Call) -> None:
+    refused(called, ["run", "--method", "sentinel", "--ratio", "0.97", "--task", "minidocs", "--limit", "1"],
+            "cannot remove 0.97", "at most 0.96")
