@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from kvbench.models.adapter import Adapter, AdapterCard
+from kvbench.models.attention import register
 
 FAMILIES = ("llama", "qwen3", "neox", "opt", "gpt2")
 VOCABULARY = 97
@@ -55,7 +56,7 @@ def small_model(family: str, **sizes: int) -> nn.Module:
     import transformers as hf
 
     torch.manual_seed(0)
-    model = hf.AutoModelForCausalLM.from_config(small_config(family, **sizes), attn_implementation="sdpa")
+    model = hf.AutoModelForCausalLM.from_config(small_config(family, **sizes), attn_implementation=register())
     for name, parameter in model.named_parameters():
         if "bias" in name:
             nn.init.normal_(parameter, std=0.05)

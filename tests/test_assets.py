@@ -54,7 +54,8 @@ def test_tasks_are_valid_and_fixed() -> None:
 
 
 def test_wikitext_rows_become_articles(tmp_path: Path) -> None:
-    rows = ["", " = Robert Boulter = \n", "", " He acted . \n", " = = Career = = \n", " More . \n", " = Du Fu = \n", " A poet . \n"]
+    rows = ["", " = Robert Boulter = \n", "", " He acted . \n", " = = Career = = \n", " More . \n"]
+    rows += [" = Du Fu = \n", " A poet . \n"]
     (tmp_path / "w.jsonl").write_text("".join(json.dumps({"text": row}) + "\n" for row in rows))
     documents = load_corpus(load_task("wikitext2"), tmp_path / "w.jsonl").documents
     assert [d.id for d in documents] == ["article-000", "article-001"]

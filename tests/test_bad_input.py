@@ -167,8 +167,9 @@ def test_damaged_models(called: Call, tmp_path: Path, model_folder: Callable[...
     (tmp_path / "empty").mkdir()
     refused(called, [*run, "empty"], "no config.json")
     whole = model_folder("llama")
+    weights = (whole / "model.safetensors").read_bytes()
     for name, damage in {
-        "truncated": lambda f: (f / "model.safetensors").write_bytes((whole / "model.safetensors").read_bytes()[:5000]),
+        "truncated": lambda f: (f / "model.safetensors").write_bytes(weights[:5000]),
         "garbage": lambda f: (f / "model.safetensors").write_bytes(b"garbage" * 99),
         "no-weights": lambda f: (f / "model.safetensors").unlink(),
         "no-tokenizer": lambda f: [p.unlink() for p in f.glob("tokenizer*")],

@@ -24,7 +24,9 @@ CELL = Cell("m", None, "h", "auto", "cpu", "sinks", "0.5", "method", "minidocs",
 
 
 def record(name: str) -> DocumentRecord:
-    return DocumentRecord(name, name, 1, 0, 10, 40, 30.0, 5, 0, 0.1, {"500": 10}, 9, 11, 6, 5.0, 10, 9, 60.0, 60.0, 110.0)
+    return DocumentRecord(
+        name, name, 1, 0, 10, 40, 30.0, 5, 0, 0.1, {"500": 10}, 9, 11, 6, 5.0, 10, 9, 60.0, 60.0, 110.0
+    )
 
 
 @pytest.fixture

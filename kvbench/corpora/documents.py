@@ -120,7 +120,7 @@ def _hub_rows(spec: CorpusSpec) -> list[dict[str, str]]:
     from datasets import load_dataset
     from huggingface_hub.utils import logging
 
-    logging.set_verbosity_error()  # the sentence below says it once
+    logging.set_verbosity_error()  # type: ignore[no-untyped-call]  # the sentence below says it once
     try:
         dataset = load_dataset(spec.hub, spec.config, split=spec.split)
     except Exception as error:  # the library raises a different type for each way to be offline

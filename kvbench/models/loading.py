@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from kvbench.errors import UserError
+from kvbench.models.attention import register
 from kvbench.models.references import ModelReference
 
 
@@ -42,7 +43,8 @@ def pick_device(name: str) -> torch.device:
 def load_model(reference: ModelReference, device: str, dtype: str) -> Loaded:
     """Load weights (safetensors, or ``weights_only`` otherwise; never remote code) and tokenizer.
 
-    The kernel is always SDPA: eager attention silently adds boolean masks to the logits.
+    The kernel is always SDPA (see :mod:`kvbench.models.attention`): eager attention silently adds
+    boolean masks to the logits.
 
     Raises:
         UserError: not there, not reachable, damaged, incomplete, or a kind of model whose cache
@@ -63,7 +65,7 @@ def load_model(reference: ModelReference, device: str, dtype: str) -> Loaded:
         _check_kind(reference, config)
         tokenizer = AutoTokenizer.from_pretrained(reference.location, **common)
         model, info = AutoModelForCausalLM.from_pretrained(
-            reference.location, config=config, dtype=weights, attn_implementation="sdpa",
+            reference.location, config=config, dtype=weights, attn_implementation=register(),
             output_loading_info=True, **common,
         )
     except UserError:
