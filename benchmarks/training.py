@@ -39,7 +39,7 @@ def main() -> None:
     lora.train()
     lora_optimiser = torch.optim.AdamW([p for p in lora.parameters() if p.requires_grad], lr=1e-3)
     for rows, length in SHAPES:
-        print(f"training step, {rows} x {length} text tokens, ratio drawn anew, rival: PEFT LoRA step on the same text")
+        print(f"training step, {rows} x {length} text tokens, ratio drawn anew; rival: PEFT LoRA, same text")
         ids = torch.randint(0, 4000, (rows, length), generator=torch.Generator().manual_seed(0))
 
         def rival(ids=ids) -> None:  # type: ignore[no-untyped-def]

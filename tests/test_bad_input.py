@@ -72,6 +72,7 @@ def refused(call: Call, arguments: Sequence[str | Path], *words: str) -> str:
     (["train", "--method", "sentinel", "--out", "x", "--length", "4096"], ["does not fit"]),
     (["train", "base", "--out", "x"], ["Training needs text"]),
     (["report", "nowhere"], ["not a run folder"]),
+    (["report", "nowhere", "--metric", "ppll"], ["Unknown metric 'ppll'", "Did you mean 'ppl'"]),
 ])
 def test_names_and_numbers(called: Call, arguments: list[str], words: list[str]) -> None:
     if arguments == ["train"]:

@@ -161,6 +161,23 @@ def test_a_killed_child_costs_its_cell_only(documents: Path) -> None:
     assert again.document["ok"]
 
 
+@pytest.mark.heavy
+def test_interrupted_keeps_what_was_measured(documents: Path) -> None:
+    victim = subprocess.Popen(
+        [sys.executable, "-m", "kvbench", *COMMAND, "--out", "broken-off"], cwd=documents, text=True,
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, env={**os.environ, "HF_HUB_OFFLINE": "1"},
+    )
+    deadline = time.monotonic() + 100
+    while not list((documents / "broken-off").glob("cells/*/records.jsonl")) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    victim.send_signal(signal.SIGINT)
+    out, err = victim.communicate(timeout=60)
+    assert (victim.returncode, out) == (130, "")
+    assert "interrupted; what was measured is kept" in err
+    assert "Traceback" not in err
+    assert RunFolder(documents / "broken-off").manifest()["finished"] is None
+
+
 def test_two_processes_cannot_share_a_folder(
     called: Callable[[Sequence[str | Path]], Outcome], tmp_path: Path
 ) -> None:

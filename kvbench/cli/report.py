@@ -8,9 +8,13 @@ from typing import Annotated
 
 import typer
 
+_LABELS = {"ppl": "perplexity", "accuracy": "recall accuracy", "kl": "KL from the full cache (nats per token)"}
+
 
 def report(
     run: Annotated[Path, typer.Argument(help="Run folder, as 'kvbench run' named it.", metavar="RUN")],
+    metric: Annotated[list[str] | None, typer.Option(
+        help="Metric to draw against removal; repeatable. [default: ppl and accuracy]", show_default=False)] = None,
     json_: Annotated[bool, typer.Option("--json", help="Print the JSON document on stdout.")] = False,
 ) -> None:
     """Print the table of a run again and draw its figures, from what is on disk.
@@ -22,12 +26,16 @@ def report(
     """
     from rich.console import Console
 
-    from kvbench.errors import UserError
+    from kvbench.errors import UserError, unknown
+    from kvbench.metrics import METRIC_NAMES
     from kvbench.reporting.figures import removal_figure
     from kvbench.reporting.results import compute_results
     from kvbench.reporting.tables import print_results
     from kvbench.store.folder import RESULTS, RunFolder, write_atomic
 
+    for name in metric or ():
+        if name not in METRIC_NAMES:
+            raise unknown("metric", name, METRIC_NAMES)
     folder = RunFolder(run)
     results = compute_results(folder)
     rows = list(results.rows)
@@ -35,8 +43,10 @@ def report(
         write_atomic(run / RESULTS, results.to_json() + "\n")
         with (run / "table.txt").open("w", encoding="utf-8") as file:
             print_results(results, Console(file=file), run)
-        figures = removal_figure(rows, "ppl", run / "figures", "perplexity")
-        figures += removal_figure(rows, "accuracy", run / "figures", "recall accuracy")
+        figures = [
+            path for name in metric or ("ppl", "accuracy")
+            for path in removal_figure(rows, name, run / "figures", _LABELS.get(name, name))
+        ]
     except OSError as error:
         raise UserError(f"The run folder {run} cannot be written: {error.strerror}.") from error
     if json_:

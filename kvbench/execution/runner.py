@@ -184,6 +184,7 @@ def _handle(run: _Run, child: Child, event: dict[str, Any], progress: Progress, 
                 child.tell(json.dumps(_done(run)))
             elif run.ready == len(run.children):
                 _open(run, event["tasks"])
+                _say_what_is_left_out(run.console, event["tasks"])
                 for other in run.children:
                     other.tell(json.dumps(_done(run)))
         case "at":
@@ -199,6 +200,15 @@ def _handle(run: _Run, child: Child, event: dict[str, Any], progress: Progress, 
             _fail(run, Failure(**event))
         case "end":
             child.ended = True
+
+
+def _say_what_is_left_out(console: Console, tasks: dict[str, Any]) -> None:
+    for name, task in tasks.items():
+        if task["skipped_documents"] or task["dropped_tokens"]:
+            console.print(
+                f"{name}: {len(task['documents'])} documents; {task['skipped_documents']} too short or too long were "
+                f"skipped; {task['dropped_tokens']} tokens are in no sequence.", highlight=False,
+            )
 
 
 def _fail(run: _Run, failure: Failure) -> None:

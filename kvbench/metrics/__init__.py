@@ -10,7 +10,7 @@ from kvbench.metrics.recall import RECALL
 
 LM_METRICS = PERPLEXITY + AGREEMENT + MEMORY
 RECALL_METRICS = RECALL + MEMORY
-METRIC_NAMES = (*(m.name for m in LM_METRICS + RECALL_METRICS), "recovery")
+METRIC_NAMES = tuple(dict.fromkeys((*(m.name for m in LM_METRICS + RECALL_METRICS), "recovery")))
 
 __all__ = [
     "KL_BINS", "LM_METRICS", "METRIC_NAMES", "RECALL_METRICS", "RECOVERY_SIGNATURE", "Metric", "Totals", "recovery",

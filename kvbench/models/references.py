@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import re
 from dataclasses import dataclass
 from importlib.resources import files
@@ -93,9 +94,10 @@ def find_adapter(method: str, model: ModelReference, given: str | None) -> Path:
                 f"There is no adapter folder {given}.", _train_hint(method, model.name)
             )
         return folder
-    shipped = assets() / "adapters" / f"{DEFAULT_MODEL}-{method}"
-    if model.name == DEFAULT_MODEL and shipped.is_dir():
-        return shipped
+    for card in sorted((assets() / "adapters").glob("*/card.json")):
+        made_for = json.loads(card.read_text(encoding="utf-8"))
+        if (made_for["method"], made_for["base_hash"]) == (method, model.fingerprint):
+            return card.parent
     raise UserError(
         f"Method {method!r} needs an adapter trained for {model.name}, and none was given.",
         _train_hint(method, model.name),
