@@ -15,7 +15,7 @@ from kvbench.errors import UserError, unknown
 from kvbench.methods import METHODS, Method, make_method, parse_ratio
 from kvbench.models.adapter import read_card
 from kvbench.models.references import ModelReference, find_adapter, fingerprint, resolve_model
-from kvbench.protocols.protocol import OPTIONS, PROTOCOLS, protocol_options
+from kvbench.protocols.protocol import OPTIONS, PROTOCOLS, RECALL_OPTIONS, protocol_options
 from kvbench.store.records import Cell
 
 CONTROLS, RIVALS = ("full", "none"), ("local", "scattered", "sinks")
@@ -101,13 +101,13 @@ def build_plan(request: Request) -> Plan:
         )
     protocols = {name: _protocol_of(task, request, len(tasks)) for name, task in tasks.items()}
     methods = _with_baselines(request, ratios)
-    _check_options(request, methods, tuple(protocols.values()))
+    _check_options(request, methods, [_options_of(task, protocols[name]) for name, task in tasks.items()])
     model = resolve_model(request.model, request.revision)
     corpora = {name: load_corpus(task, request.data) for name, task in tasks.items()}
     methods = [_adapted(m, model, request) for m in methods]
     cells = []
     for name, task in tasks.items():
-        options = protocol_options(protocols[name], request.options)
+        options = protocol_options(_options_of(task, protocols[name]), request.options)
         for method, role, adapter in _with_adapted_control(methods):
             cells.append(Cell(
                 model=model.name, revision=request.revision, model_hash=model.fingerprint,
@@ -166,8 +166,12 @@ def _with_baselines(request: Request, ratios: Sequence[Fraction]) -> list[_Entry
     return entries
 
 
-def _check_options(request: Request, methods: Sequence[_Entry], protocols: Sequence[str]) -> None:
-    known = {name for protocol in protocols for name in OPTIONS[protocol]}
+def _options_of(task: Task, protocol: str) -> tuple[str, ...]:
+    return RECALL_OPTIONS if task.kind == "recall" else OPTIONS[protocol]
+
+
+def _check_options(request: Request, methods: Sequence[_Entry], options: Sequence[tuple[str, ...]]) -> None:
+    known = {name for names in options for name in names}
     for method, _, _ in methods:
         known |= set(method.option_values)
     for key in request.options:

@@ -58,6 +58,7 @@ def refused(call: Call, arguments: Sequence[str | Path], *words: str) -> str:
     (["run", "--data", "x.jsonl"], ["--data stands for the corpus of one task"]),
     (["run", "--set", "chunk"], ["not of the form key=value"]),
     (["run", "--set", "chunck=3"], ["Unknown --set key 'chunck'", "Did you mean 'chunk'"]),
+    (["run", "--set", "prefix=200"], ["Unknown --set key 'prefix'"]),
     (["run", "--set", "chunk=three"], ["chunk=three", "whole number"]),
     (["run", "--set", "sampler=exat"], ["sampler", "Did you mean 'exact'"]),
     (["run", "--config", "nowhere.toml"], ["no settings file nowhere.toml"]),

@@ -26,7 +26,7 @@ from kvbench.protocols.cut import (
     make_tokenizer,
     recall_trials,
 )
-from kvbench.protocols.protocol import protocol_options, resolve_protocol
+from kvbench.protocols.protocol import OPTIONS, protocol_options, resolve_protocol
 from kvbench.protocols.score import kl_histogram, score_batch
 from tests.conftest import VOCABULARY, small_adapter
 
@@ -185,7 +185,7 @@ def test_kl_histogram_counts_everything() -> None:
 
 def test_protocol_lengths() -> None:
     def resolved(name: str, context: int, **given: str) -> Any:
-        return resolve_protocol(name, protocol_options(name, given), context, "model")
+        return resolve_protocol(name, protocol_options(OPTIONS[name], given), context, "model")
 
     assert resolved("block", 1024).length == 512
     assert resolved("block", 1024, preset="paper").length == 256

@@ -21,6 +21,7 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
+from kvbench.corpora.facts import FACT_LOW, NAMES, fact
 from kvbench.errors import UserError
 from kvbench.methods import make_layout, make_method
 from kvbench.models.adapter import WEIGHTS, Adapter, AdapterCard, read_card
@@ -28,7 +29,7 @@ from kvbench.runtime import Reader
 from kvbench.training.adapter_training import AdapterPlan, step_layout, step_loss, text_loss, train_adapter
 from kvbench.training.base_training import BasePlan, new_model, train_base, train_tokenizer
 from kvbench.training.loop import CHECKPOINT, rate_factor
-from kvbench.training.mixture import FACT_LOW, NAMES, Mixture, fact
+from kvbench.training.mixture import Mixture
 from tests.conftest import VOCABULARY, Outcome, small_model
 
 PLAN = AdapterPlan(
@@ -126,7 +127,7 @@ def test_rate_warms_up_and_falls_to_three_per_cent() -> None:
     assert factors[0] == pytest.approx(0.01)
     assert factors[100:700] == [1.0] * 600
     assert factors[-1] == pytest.approx(0.03, abs=0.005)
-    assert all(a >= b for a, b in pairwise(factors))
+    assert all(a >= b for a, b in pairwise(factors[700:]))
 
 
 def test_mixture_is_a_function_of_seed_and_step() -> None:

@@ -10,14 +10,11 @@ and nothing of size tokens x vocabulary outlives its batch.
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import json
 import os
 import sys
 import time
 import traceback
-from collections import defaultdict
-from collections.abc import Iterator
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
@@ -25,47 +22,24 @@ from typing import IO, Any
 
 import torch
 
-from kvbench.corpora.documents import Document, load_corpus
-from kvbench.corpora.tasks import Task, load_task
+from kvbench.corpora.documents import Document
 from kvbench.errors import UserError
 from kvbench.execution.job import Job
+from kvbench.execution.sums import DocumentSums
+from kvbench.execution.work import Work, batches, cut_task, same_layout, tokens_of
 from kvbench.methods import Layout, Method, make_layout, make_method
 from kvbench.models.adapter import Adapter
-from kvbench.models.loading import Loaded, load_model, window_of
+from kvbench.models.loading import load_model
 from kvbench.models.references import ModelReference
 from kvbench.protocols.cut import (
-    MIN_TOKENS,
     Cut,
     Piece,
-    Tokenizer,
-    cut_blocks,
-    cut_prefix,
-    cut_stream,
-    make_tokenizer,
-    recall_trials,
 )
-from kvbench.protocols.protocol import Protocol, resolve_protocol
-from kvbench.protocols.score import BatchScore, Reference, kl_histogram, score_batch
-from kvbench.store.records import Cell, DocumentRecord, Failure
+from kvbench.protocols.score import BatchScore, Reference, score_batch
+from kvbench.store.records import Cell, Failure
 
 WINDOW = 64
 """Documents that are batched together; a kill loses at most the unfinished ones of a window."""
-
-MAX_ROWS, MAX_SCORES = 8, 1 << 25
-"""Bounds on a batch: rows, and rows x targets x vocabulary."""
-
-
-@dataclass(frozen=True)
-class Work:
-    """A task, cut: the documents with their pieces, and the cells that measure them."""
-
-    task: Task
-    protocol: Protocol
-    documents: tuple[tuple[Document, Cut], ...]
-    skipped: int
-    cells: tuple[Cell, ...]
-    signature: str
-
 
 @dataclass(frozen=True)
 class Runner:
@@ -108,50 +82,10 @@ class Worker:
                 parameter = next(self.loaded.model.parameters())
                 self.adapters[cell.adapter] = adapter.to(parameter.device, parameter.dtype)
         names = dict.fromkeys(cell.task for cell in job.cells)
-        self.works = [self._cut(name) for name in names]
+        self.works = [cut_task(job, name, self.loaded) for name in names]
         self.runners = {cell.key: self._runner(cell) for cell in job.cells}
         for work in self.works:
             self._check_reach(work)
-
-    def _cut(self, name: str) -> Work:
-        cells = tuple(cell for cell in self.job.cells if cell.task == name)
-        first = cells[0]
-        task = load_task(self.job.task_files[name])
-        data = Path(self.job.data) if self.job.data else None
-        corpus = load_corpus(task, data)
-        loaded, limit = self.loaded, self.job.limit or None
-        tokenizer = make_tokenizer(loaded.tokenizer, first.options["bos"])
-        protocol = resolve_protocol(first.protocol, first.options, loaded.context, first.model)
-        cuts: list[tuple[Document, Cut]] = []
-        skipped, sample = 0, corpus.documents
-        for document, cut in _cut_all(task, sample, tokenizer, protocol, first.seed):
-            longest = max((len(piece.ids) for piece in cut.pieces), default=0)
-            if not cut.pieces or (task.kind == "recall" and longest > loaded.context):
-                skipped += 1
-                continue
-            cuts.append((document, cut))
-            if len(cuts) == limit:
-                break
-        if not cuts:
-            least = protocol.longest if protocol.continuation else MIN_TOKENS
-            raise UserError(
-                f"Task {name!r}: no document is long enough for protocol {protocol.name!r} "
-                f"({least} tokens are needed, {skipped} documents are shorter or do not fit).",
-                "Give longer documents, or another --protocol.",
-            )
-        window = window_of(loaded.model.config)
-        longest = max(len(piece.ids) for _, cut in cuts for piece in cut.pieces)
-        if window is not None and window < longest:
-            raise UserError(
-                f"{first.model} attends within a sliding window of {window} tokens, shorter than "
-                f"the {longest} tokens of a sequence: its full cache is already compressed.",
-                f"Keep sequences within {window} tokens, such as --set block={window}.",
-            )
-        signature = protocol.signature(
-            first.execution, tokenizer.bos is not None, _tokenizer_hash(loaded),
-            task.recall.signature() if task.recall else None,
-        )
-        return Work(task, protocol, tuple(cuts), skipped, cells, signature)
 
     def _runner(self, cell: Cell) -> Runner:
         method = make_method(cell.method, Fraction(cell.ratio_asked or 0), cell.options)
@@ -172,10 +106,10 @@ class Worker:
                 "documents": [document.id for document, _ in work.documents],
                 "skipped_documents": work.skipped,
                 "dropped_tokens": sum(cut.dropped for _, cut in work.documents),
-                "tokens": _tokens(cut for _, cut in work.documents),
+                "tokens": tokens_of(cut for _, cut in work.documents),
             }
             for work in self.works
-        }, total=sum(_tokens(cut for _, cut in w.documents) * len(w.cells) for w in self.works))
+        }, total=sum(tokens_of(cut for _, cut in w.documents) * len(w.cells) for w in self.works))
 
     def run(self, done: dict[str, list[str]]) -> None:
         """Measure this child's share of what is not yet on disk (``done``: documents by cell)."""
@@ -190,12 +124,12 @@ class Worker:
         self, work: Work, documents: tuple[tuple[Document, Cut], ...], done: dict[str, set[str]]
     ) -> None:
         pending = {
-            (cell.key, document.id): _Pending(document, cut)
+            (cell.key, document.id): DocumentSums(document, cut)
             for cell in work.cells for document, cut in documents
             if document.id not in done.get(cell.key, ())
         }
         vocabulary = self.loaded.vocabulary
-        for batch in _batches(documents, vocabulary):
+        for batch in batches(documents, vocabulary):
             todo = [c for c in work.cells if any((c.key, p.document) in pending for p in batch)]
             needs_full = any(cell.method != "full" for cell in todo)
             tokens, reference = sum(len(p.ids) for p in batch), None
@@ -209,7 +143,7 @@ class Worker:
 
     def _measure(
         self, cell: Cell, batch: list[Piece], reference: Reference | None,
-        pending: dict[tuple[str, str], _Pending],
+        pending: dict[tuple[str, str], DocumentSums],
     ) -> Reference | None:
         """Score a batch under one cell and store what is complete; a fault stays in its cell.
 
@@ -219,7 +153,7 @@ class Worker:
         runner = self.runners[cell.key]
         is_full, kept = cell.method == "full", None
         try:
-            for rows in _same_layout(batch) if runner.method.seeded else [list(range(len(batch)))]:
+            for rows in same_layout(batch) if runner.method.seeded else [list(range(len(batch)))]:
                 pieces = [batch[row] for row in rows]
                 started = time.perf_counter()
                 score, kept = score_batch(
@@ -248,7 +182,7 @@ class Worker:
 
     def _store(
         self, cell: Cell, batch: list[Piece], score: BatchScore,
-        pending: dict[tuple[str, str], _Pending], seconds: float,
+        pending: dict[tuple[str, str], DocumentSums], seconds: float,
     ) -> None:
         finished = []
         for row, piece in enumerate(batch):
@@ -261,104 +195,6 @@ class Worker:
                 del pending[cell.key, piece.document]
         if finished:
             self.say("records", cell=cell.key, records=[dataclasses.asdict(r) for r in finished])
-
-
-class _Pending:
-    """A document whose pieces are being scored under one cell."""
-
-    def __init__(self, document: Document, cut: Cut) -> None:
-        self.document, self.cut = document, cut
-        self.left = len(cut.pieces)
-        self.sums: dict[str, Any] = defaultdict(float)
-        self.bins: dict[str, int] = defaultdict(int)
-        self.has_kl, self.peak = True, 0
-
-    @property
-    def complete(self) -> bool:
-        return self.left == 0
-
-    def add(self, piece: Piece, score: BatchScore, row: int, rows: int, seconds: float) -> None:
-        s = self.sums
-        s["tokens"] += score.nll.shape[1]
-        s["n_bytes"] += piece.n_bytes
-        s["nll"] += float(score.nll[row].sum())
-        s["hits"] += int(score.hit[row].sum())
-        s["correct"] += int(score.hit[row].all())
-        s["raw"] += piece.context
-        s["held"] += score.held
-        s["visible"] += score.visible
-        s["queries"] += score.queries
-        s["kv_logical"] += score.logical / rows
-        s["kv_physical"] += score.physical / rows
-        s["kv_full"] += score.full / rows
-        s["seconds"] += seconds / rows
-        self.peak = max(self.peak, score.peak)
-        if score.kl is None or score.top1 is None:
-            self.has_kl = False
-        else:
-            s["kl"] += float(score.kl[row].sum())
-            s["top1"] += int(score.top1[row].sum())
-            for place, count in kl_histogram(score.kl[row]).items():
-                self.bins[place] += count
-        self.left -= 1
-
-    def record(self) -> DocumentRecord:
-        s, whole = self.sums, ("tokens", "n_bytes", "hits", "correct", "raw", "held", "queries")
-        return DocumentRecord(
-            document=self.document.id, group=self.document.group, pieces=len(self.cut.pieces),
-            dropped=self.cut.dropped, **{name: int(s[name]) for name in whole},
-            nll=s["nll"], visible=s["visible"], peak=self.peak,
-            kl=s["kl"] if self.has_kl else None, kl_bins=dict(self.bins) if self.has_kl else None,
-            top1=int(s["top1"]) if self.has_kl else None, kv_logical=s["kv_logical"],
-            kv_physical=s["kv_physical"], kv_full=s["kv_full"], bin=self.cut.pieces[0].bin,
-            seconds=round(s["seconds"], 4),
-        )
-
-
-def _cut_all(
-    task: Task, documents: tuple[Document, ...], tokenizer: Tokenizer, protocol: Protocol, seed: int
-) -> Iterator[tuple[Document, Cut]]:
-    if task.recall is not None:
-        yield from recall_trials(documents, tokenizer, task.recall, seed)
-        return
-    for document in documents:
-        if protocol.name == "block":
-            yield document, cut_blocks(document, tokenizer, protocol.length)
-        elif protocol.name == "stream":
-            yield document, cut_stream(document, tokenizer, protocol.length)
-        else:
-            yield document, cut_prefix(document, tokenizer, protocol.length, protocol.continuation)
-
-
-def _tokens(cuts: Iterator[Cut]) -> int:
-    return sum(len(piece.ids) for cut in cuts for piece in cut.pieces)
-
-
-def _batches(documents: tuple[tuple[Document, Cut], ...], vocabulary: int) -> Iterator[list[Piece]]:
-    """Pieces of equal shape together, those of one layout side by side."""
-    groups: dict[tuple[int, int, int], list[Piece]] = {}
-    for _, cut in documents:
-        for piece in cut.pieces:
-            groups.setdefault(piece.shape, []).append(piece)
-    for pieces in groups.values():
-        ordered = sorted(pieces, key=lambda piece: piece.layout)
-        targets = len(pieces[0].ids) - pieces[0].scored
-        rows = max(1, min(MAX_ROWS, MAX_SCORES // max(1, targets * vocabulary)))
-        for start in range(0, len(ordered), rows):
-            yield ordered[start : start + rows]
-
-
-def _same_layout(batch: list[Piece]) -> list[list[int]]:
-    """Rows of a batch that share a layout, so that a seeded method evicts them together."""
-    found: dict[int, list[int]] = {}
-    for row, piece in enumerate(batch):
-        found.setdefault(piece.layout, []).append(row)
-    return list(found.values())
-
-
-def _tokenizer_hash(loaded: Loaded) -> str:
-    vocabulary = sorted(loaded.tokenizer.get_vocab().items(), key=lambda item: item[1])
-    return hashlib.sha256(json.dumps(vocabulary).encode()).hexdigest()[:8]
 
 
 def main() -> None:

@@ -9,10 +9,10 @@ from typing import Any
 import numpy as np
 
 from kvbench.corpora.documents import Document
+from kvbench.corpora.facts import FACT_HIGH, FACT_LOW, NAMES, THINGS, fact
 from kvbench.corpora.tasks import RecallSpec
 from kvbench.errors import UserError
 from kvbench.methods import layout_id
-from kvbench.training.mixture import FACT_HIGH, FACT_LOW, NAMES, THINGS, fact
 
 MIN_TOKENS = 32
 """Shorter tails and documents are not scored; they are counted."""

@@ -7,6 +7,7 @@ further compression. They answer different questions and are never mixed in one 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from kvbench.errors import UserError, unknown
@@ -25,6 +26,9 @@ OPTIONS: dict[str, tuple[str, ...]] = {
 }
 """Protocol options of ``--set``, by protocol."""
 
+RECALL_OPTIONS = ("chunk", "bos")
+"""Those of the recall task, whose lengths are the task's own."""
+
 _DEFAULTS = {
     "preset": "standard", "block": "auto", "tokens": "auto", "prefix": "auto",
     "continuation": "auto", "chunk": str(STREAM_CHUNK), "bos": "auto",
@@ -33,14 +37,14 @@ _CHOICES = {"preset": tuple(PRESETS), "bos": ("auto", "true", "false")}
 _LEAST = {"block": 32, "tokens": 32, "prefix": 32, "continuation": 1, "chunk": 1}
 
 
-def protocol_options(protocol: str, given: dict[str, str]) -> dict[str, str]:
-    """All options of a protocol, defaults filled in, values checked.
+def protocol_options(names: Sequence[str], given: dict[str, str]) -> dict[str, str]:
+    """The options of those names, defaults filled in, values checked.
 
     Raises:
         UserError: a value of the wrong kind.
     """
     resolved = {}
-    for name in OPTIONS[protocol]:
+    for name in names:
         value = given.get(name, _DEFAULTS[name])
         if name in _CHOICES:
             if value not in _CHOICES[name]:
@@ -106,8 +110,9 @@ def resolve_protocol(name: str, options: dict[str, str], context: int, model: st
         length = context if given == "auto" else int(given)
         return Protocol(name, length, 0, chunk, bos, beyond_context=length > context)
     whole = min(context, PREFIX_CONTEXT)
-    prefix = whole * 3 // 4 if options["prefix"] == "auto" else int(options["prefix"])
-    rest = whole - whole * 3 // 4 if options["continuation"] == "auto" else int(options["continuation"])
+    given, more = options.get("prefix", "auto"), options.get("continuation", "auto")
+    prefix = whole * 3 // 4 if given == "auto" else int(given)
+    rest = whole - whole * 3 // 4 if more == "auto" else int(more)
     _check(prefix + rest, context, model, "a smaller --set prefix= or --set continuation=")
     return Protocol(name, prefix, rest, chunk, bos)
 

@@ -13,22 +13,12 @@ from dataclasses import dataclass
 
 import numpy as np
 
-NAMES = (
-    "Mary", "John", "Anna", "Peter", "Alice", "Henry", "Ruth", "Paul", "Clara", "James",
-    "Lucy", "Robert", "Emma", "David", "Jane", "Thomas", "Sarah", "George", "Martha", "William",
-)
-THINGS = ("key", "room", "house", "number", "ticket", "box", "letter", "book")
-FACT_LOW, FACT_HIGH = 100, 9999
+from kvbench.corpora.facts import FACT_HIGH, FACT_LOW, NAMES, THINGS, fact
 
 PLAIN_SHARE, COPY_SHARE = 0.75, 0.12
 """Shares of the mixture; the rest are recall sequences."""
 
 Encode = Callable[[str], list[int]]
-
-
-def fact(thing: str, name: str, number: int) -> str:
-    """The one form in which facts are stated, in training and in the ``recall`` task."""
-    return f"\n\nThe {thing} of {name} is {number}.\n\n"
 
 
 @dataclass(frozen=True)

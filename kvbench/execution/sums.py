@@ -1,0 +1,63 @@
+"""From scores of pieces to the record of a document."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from typing import Any
+
+from kvbench.corpora.documents import Document
+from kvbench.protocols.cut import Cut, Piece
+from kvbench.protocols.score import BatchScore, kl_histogram
+from kvbench.store.records import DocumentRecord
+
+
+class DocumentSums:
+    """Collects the scores of a document's pieces until all are there, and makes the record of them."""
+
+    def __init__(self, document: Document, cut: Cut) -> None:
+        self.document, self.cut = document, cut
+        self.left = len(cut.pieces)
+        self.sums: dict[str, Any] = defaultdict(float)
+        self.bins: dict[str, int] = defaultdict(int)
+        self.has_kl, self.peak = True, 0
+
+    @property
+    def complete(self) -> bool:
+        return self.left == 0
+
+    def add(self, piece: Piece, score: BatchScore, row: int, rows: int, seconds: float) -> None:
+        s = self.sums
+        s["tokens"] += score.nll.shape[1]
+        s["n_bytes"] += piece.n_bytes
+        s["nll"] += float(score.nll[row].sum())
+        s["hits"] += int(score.hit[row].sum())
+        s["correct"] += int(score.hit[row].all())
+        s["raw"] += piece.context
+        s["held"] += score.held
+        s["visible"] += score.visible
+        s["queries"] += score.queries
+        s["kv_logical"] += score.logical / rows
+        s["kv_physical"] += score.physical / rows
+        s["kv_full"] += score.full / rows
+        s["seconds"] += seconds / rows
+        self.peak = max(self.peak, score.peak)
+        if score.kl is None or score.top1 is None:
+            self.has_kl = False
+        else:
+            s["kl"] += float(score.kl[row].sum())
+            s["top1"] += int(score.top1[row].sum())
+            for place, count in kl_histogram(score.kl[row]).items():
+                self.bins[place] += count
+        self.left -= 1
+
+    def record(self) -> DocumentRecord:
+        s, whole = self.sums, ("tokens", "n_bytes", "hits", "correct", "raw", "held", "queries")
+        return DocumentRecord(
+            document=self.document.id, group=self.document.group, pieces=len(self.cut.pieces),
+            dropped=self.cut.dropped, **{name: int(s[name]) for name in whole},
+            nll=s["nll"], visible=s["visible"], peak=self.peak,
+            kl=s["kl"] if self.has_kl else None, kl_bins=dict(self.bins) if self.has_kl else None,
+            top1=int(s["top1"]) if self.has_kl else None, kv_logical=s["kv_logical"],
+            kv_physical=s["kv_physical"], kv_full=s["kv_full"], bin=self.cut.pieces[0].bin,
+            seconds=round(s["seconds"], 4),
+        )

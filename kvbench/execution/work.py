@@ -1,0 +1,135 @@
+"""The work of a task: its documents cut into pieces, and the batches that they are scored in."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from kvbench.corpora.documents import Document, load_corpus
+from kvbench.corpora.tasks import Task, load_task
+from kvbench.errors import UserError
+from kvbench.execution.job import Job
+from kvbench.models.loading import Loaded, window_of
+from kvbench.protocols.cut import (
+    MIN_TOKENS,
+    Cut,
+    Piece,
+    Tokenizer,
+    cut_blocks,
+    cut_prefix,
+    cut_stream,
+    make_tokenizer,
+    recall_trials,
+)
+from kvbench.protocols.protocol import Protocol, resolve_protocol
+from kvbench.store.records import Cell
+
+MAX_ROWS, MAX_SCORES = 8, 1 << 25
+"""Bounds on a batch: rows, and rows x targets x vocabulary."""
+
+
+@dataclass(frozen=True)
+class Work:
+    """A task, cut: the documents with their pieces, and the cells that measure them."""
+
+    task: Task
+    protocol: Protocol
+    documents: tuple[tuple[Document, Cut], ...]
+    skipped: int
+    cells: tuple[Cell, ...]
+    signature: str
+
+
+def cut_task(job: Job, name: str, loaded: Loaded) -> Work:
+    """Cut the documents of a task for a model.
+
+    Raises:
+        UserError: the lengths do not fit the model, or no document is long enough.
+    """
+    cells = tuple(cell for cell in job.cells if cell.task == name)
+    first = cells[0]
+    task = load_task(job.task_files[name])
+    data = Path(job.data) if job.data else None
+    corpus = load_corpus(task, data)
+    limit = job.limit or None
+    tokenizer = make_tokenizer(loaded.tokenizer, first.options["bos"])
+    protocol = resolve_protocol(first.protocol, first.options, loaded.context, first.model)
+    cuts: list[tuple[Document, Cut]] = []
+    skipped = 0
+    for document, cut in _cut_all(task, corpus.documents, tokenizer, protocol, first.seed):
+        longest = max((len(piece.ids) for piece in cut.pieces), default=0)
+        if not cut.pieces or (task.kind == "recall" and longest > loaded.context):
+            skipped += 1
+            continue
+        cuts.append((document, cut))
+        if len(cuts) == limit:
+            break
+    if not cuts:
+        least = protocol.longest if protocol.continuation else MIN_TOKENS
+        raise UserError(
+            f"Task {name!r}: no document is long enough for protocol {protocol.name!r} "
+            f"({least} tokens are needed, {skipped} documents are shorter or do not fit).",
+            "Give longer documents, or another --protocol.",
+        )
+    window = window_of(loaded.model.config)
+    longest = max(len(piece.ids) for _, cut in cuts for piece in cut.pieces)
+    if window is not None and window < longest:
+        raise UserError(
+            f"{first.model} attends within a sliding window of {window} tokens, shorter than "
+            f"the {longest} tokens of a sequence: its full cache is already compressed.",
+            f"Keep sequences within {window} tokens, such as --set block={window}.",
+        )
+    signature = protocol.signature(
+        first.execution, tokenizer.bos is not None, _tokenizer_hash(loaded),
+        task.recall.signature() if task.recall else None,
+    )
+    return Work(task, protocol, tuple(cuts), skipped, cells, signature)
+
+
+def _cut_all(
+    task: Task, documents: tuple[Document, ...], tokenizer: Tokenizer, protocol: Protocol, seed: int
+) -> Iterator[tuple[Document, Cut]]:
+    if task.recall is not None:
+        yield from recall_trials(documents, tokenizer, task.recall, seed)
+        return
+    for document in documents:
+        if protocol.name == "block":
+            yield document, cut_blocks(document, tokenizer, protocol.length)
+        elif protocol.name == "stream":
+            yield document, cut_stream(document, tokenizer, protocol.length)
+        else:
+            yield document, cut_prefix(document, tokenizer, protocol.length, protocol.continuation)
+
+
+def tokens_of(cuts: Iterator[Cut]) -> int:
+    return sum(len(piece.ids) for cut in cuts for piece in cut.pieces)
+
+
+def batches(documents: tuple[tuple[Document, Cut], ...], vocabulary: int) -> Iterator[list[Piece]]:
+    """Pieces of equal shape together, those of one layout side by side."""
+    groups: dict[tuple[int, int, int], list[Piece]] = {}
+    for _, cut in documents:
+        for piece in cut.pieces:
+            groups.setdefault(piece.shape, []).append(piece)
+    for pieces in groups.values():
+        ordered = sorted(pieces, key=lambda piece: piece.layout)
+        targets = len(pieces[0].ids) - pieces[0].scored
+        rows = max(1, min(MAX_ROWS, MAX_SCORES // max(1, targets * vocabulary)))
+        for start in range(0, len(ordered), rows):
+            yield ordered[start : start + rows]
+
+
+def same_layout(batch: list[Piece]) -> list[list[int]]:
+    """Rows of a batch that share a layout, so that a seeded method evicts them together."""
+    found: dict[int, list[int]] = {}
+    for row, piece in enumerate(batch):
+        found.setdefault(piece.layout, []).append(row)
+    return list(found.values())
+
+
+def _tokenizer_hash(loaded: Loaded) -> str:
+    vocabulary = sorted(loaded.tokenizer.get_vocab().items(), key=lambda item: item[1])
+    return hashlib.sha256(json.dumps(vocabulary).encode()).hexdigest()[:8]
