@@ -8,6 +8,7 @@ from typing import Any
 from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, ScalarFormatter
 
 from kvbench.store.records import Row
 
@@ -49,6 +50,7 @@ def removal_figure(rows: list[Row], metric: str, folder: Path, metric_label: str
 
 
 def _panel(panel: Axes, rows: list[Row], label: str) -> None:
+    first = rows[0]
     methods = [m for m in dict.fromkeys(r.method for r in rows) if m not in ("full", "none", "adapted")]
     spare = iter(_SPARE * 4)
     for method in methods:
@@ -67,7 +69,12 @@ def _panel(panel: Axes, rows: list[Row], label: str) -> None:
     for name, style in (("full", "-"), ("none", ":")):
         for row in (r for r in rows if r.method == name):
             panel.axhline(row.value or 0.0, color="0.35", linewidth=1, linestyle=style, label=name)
-    first = rows[0]
+    values = [r.value for r in rows if r.value]
+    if values and min(values) > 0 and max(values) > 2 * min(values) and first.metric != "accuracy":
+        panel.set_yscale("log")
+        panel.yaxis.set_major_formatter(ScalarFormatter())
+        panel.yaxis.set_minor_formatter(ScalarFormatter())
+        panel.yaxis.set_minor_locator(LogLocator(subs=(1.5, 2, 3, 4, 5, 6, 7, 8, 9)))
     panel.set_title(f"{first.task} ({first.model}, {first.protocol})", fontsize=9)
     panel.set_xlabel("share of cache entries removed (mean over queries)")
     panel.set_ylabel(label)
