@@ -28,15 +28,15 @@ class RunSettings(BaseModel):
         seed: of the layouts and the resampling.
         device: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
         dtype: of weights and cache; ``auto`` is float32 on CPU, the checkpoint's elsewhere.
-        threads: CPU threads; 0 leaves PyTorch's choice.
+        threads: CPU threads; 0 leaves the choice to kvbench.
         out: folder under which run folders are made.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
     model: str = DEFAULT_MODEL
-    method: list[str] = ["sentinel"]
-    ratio: list[float] = [0.7]
-    task: list[str] = ["minidocs", "recall"]
+    method: list[str] = Field(default=["sentinel"], min_length=1)
+    ratio: list[float] = Field(default=[0.7], min_length=1)
+    task: list[str] = Field(default=["minidocs", "recall"], min_length=1)
     limit: int = Field(default=0, ge=0)
     seed: int = Field(default=0, ge=0)
     device: str = "auto"

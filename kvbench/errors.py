@@ -24,6 +24,12 @@ class UserError(Exception):
         return f"{self.message} {self.hint}".strip()
 
 
+class StoppedError(UserError):
+    """Measuring could not go on, such as on a full disk; what was measured before is kept."""
+
+    exit_code = 1
+
+
 def unknown(what: str, given: str, allowed: Iterable[str]) -> UserError:
     """The error for a name that is not in ``allowed``; the nearest name is suggested."""
     names = sorted(allowed)

@@ -12,7 +12,7 @@ from pathlib import Path
 from kvbench.corpora.documents import Corpus, load_corpus
 from kvbench.corpora.tasks import Task, load_task
 from kvbench.errors import UserError, unknown
-from kvbench.methods import METHODS, Method, make_method, parse_ratio
+from kvbench.methods import METHODS, Method, make_method, parse_ratio, ratio_text
 from kvbench.models.adapter import read_card
 from kvbench.models.references import ModelReference, find_adapter, fingerprint, resolve_model
 from kvbench.protocols.protocol import OPTIONS, PROTOCOLS, RECALL_OPTIONS, protocol_options
@@ -99,6 +99,8 @@ def build_plan(request: Request) -> Plan:
             f"({', '.join(tasks)}).",
             "Name one with --task.",
         )
+    if len({task.name for task in tasks.values()}) < len(tasks):
+        raise UserError("Two of the tasks have the same name.", "Give each task file a name of its own.")
     protocols = {name: _protocol_of(task, request, len(tasks)) for name, task in tasks.items()}
     methods = _with_baselines(request, ratios)
     _check_options(request, methods, [_options_of(task, protocols[name]) for name, task in tasks.items()])
@@ -111,17 +113,18 @@ def build_plan(request: Request) -> Plan:
         for method, role, adapter in _with_adapted_control(methods):
             cells.append(Cell(
                 model=model.name, revision=request.revision, model_hash=model.fingerprint,
-                dtype=request.dtype, device=request.device, method=method.name,
-                ratio_asked=_decimal(method.ratio) if method.takes_ratio else None, role=role,
+                dtype=_dtype(request), device=request.device, method=method.name,
+                ratio_asked=ratio_text(method.ratio) if method.takes_ratio else None, role=role,
                 task=task.name, task_version=task.version, data_hash=corpora[name].hash,
                 protocol=protocols[name], execution=request.execution,
                 options={**options, **{k: method.option(k) for k in method.option_values}},
                 adapter=None if adapter is None else str(adapter),
                 adapter_hash=None if adapter is None else fingerprint(adapter), seed=request.seed,
+                position_rule=method.position_rule,
             ))
     content = hashlib.sha256(json.dumps(sorted(c.key for c in cells)).encode()).hexdigest()[:10]
     asked = "+".join(dict.fromkeys(request.methods))[:40]
-    shown = "+".join(dict.fromkeys(request.ratios))[:40]
+    shown = "+".join(dict.fromkeys(map(ratio_text, ratios)))[:40]
     folder = request.out or request.reports / f"{asked}-{shown}-{content}"
     return Plan(
         request, model, tuple(cells), {t.name: corpora[asked] for asked, t in tasks.items()}, folder,
@@ -132,8 +135,9 @@ def build_plan(request: Request) -> Plan:
 _Entry = tuple[Method, str, Path | None]
 
 
-def _decimal(ratio: Fraction) -> str:
-    return f"{float(ratio):.10g}"
+def _dtype(request: Request) -> str:
+    """``auto`` is float32 on a CPU, so that a run cannot be continued in another precision."""
+    return "float32" if request.dtype == "auto" and request.device == "cpu" else request.dtype
 
 
 def _protocol_of(task: Task, request: Request, n_tasks: int) -> str:
@@ -195,7 +199,8 @@ def _adapted(entry: _Entry, model: ModelReference, request: Request) -> _Entry:
             f"The adapter in {folder} was trained for {card.method!r}, not for {method.name!r}.",
             "Give another --adapter.",
         )
-    if model.fingerprint and card.base_hash != model.fingerprint:
+    known = bool(model.fingerprint and card.base_hash)
+    if card.base_hash != model.fingerprint if known else card.base_model != model.short_name:
         raise UserError(
             f"The adapter in {folder} was trained on another base model "
             f"({card.base_model}, {card.base_hash}), not on {model.name} ({model.fingerprint}).",

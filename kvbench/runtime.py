@@ -19,9 +19,6 @@ from kvbench.cache.evicting import EvictingCache
 from kvbench.methods.layout import Layout
 from kvbench.models.adapter import Adapter
 
-STREAM_CHUNK = 64
-"""Tokens fed at a time by the streamed execution; results do not depend on it."""
-
 
 class Scored(NamedTuple):
     """Logits ``[batch, stop - start, vocabulary]`` after the text tokens start .. stop - 1."""
@@ -95,7 +92,7 @@ class Reader:
         )
 
     def stream(
-        self, ids: Tensor, layout: Layout, cache: EvictingCache, chunk: int = STREAM_CHUNK, first: int = 0
+        self, ids: Tensor, layout: Layout, cache: EvictingCache, chunk: int, first: int = 0
     ) -> Iterator[Scored]:
         """Feed ``chunk`` tokens at a time; dead entries leave the cache after each chunk.
 

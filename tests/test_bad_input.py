@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from kvbench.corpora.tasks import tasks_folder
 from kvbench.errors import UserError
 from kvbench.models.loading import load_model
 from kvbench.models.references import assets, resolve_model
@@ -44,11 +45,13 @@ def refused(call: Call, arguments: Sequence[str | Path], *words: str) -> str:
     (["run", "--ratio", "seventy"], ["not a number"]),
     (["run", "--ratio", "nan"], ["not a number"]),
     (["run", "--ratio", "inf"], ["not a number"]),
+    (["run", "--ratio", "1/3"], ["not a number"]),
+    (["run", "--revision", "main"], ["--revision is for models on the hub"]),
     (["run", "--limit", "0"], ["--limit 0 is below 1"]),
     (["run", "--limit", "-3"], ["below 1"]),
     (["run", "--limit", "two"], ["--limit"]),
-    (["run", "--seed", "-1"], ["negative"]),
-    (["run", "--threads", "0"], ["below 1"]),
+    (["run", "--seed", "-1"], ["--seed"]),
+    (["run", "--threads", "0"], ["--threads"]),
     (["run", "--dtype", "float23"], ["Unknown dtype", "Did you mean 'float32'"]),
     (["run", "--device", "cuda:77"], ["not available", "cpu"]),
     (["run", "--device", "abacus"], ["not available", "cpu"]),
@@ -58,6 +61,7 @@ def refused(call: Call, arguments: Sequence[str | Path], *words: str) -> str:
     (["run", "--data", "x.jsonl"], ["--data stands for the corpus of one task"]),
     (["run", "--set", "chunk"], ["not of the form key=value"]),
     (["run", "--set", "chunck=3"], ["Unknown --set key 'chunck'", "Did you mean 'chunk'"]),
+    (["run", "--set", "chunk=auto"], ["chunk=auto", "whole number"]),
     (["run", "--set", "prefix=200"], ["Unknown --set key 'prefix'"]),
     (["run", "--set", "chunk=three"], ["chunk=three", "whole number"]),
     (["run", "--set", "sampler=exat"], ["sampler", "Did you mean 'exact'"]),
@@ -117,6 +121,7 @@ def test_data_paths(called: Call, tmp_path: Path) -> None:
     ("[run]\nmetod = ['sinks']\n", ["kvbench.toml", "unknown key 'run.metod'", "Allowed keys here", "method"]),
     ("[runn]\n", ["unknown key 'runn'", "run"]),
     ("[run]\nratio = 0.7\n", ["kvbench.toml", "run.ratio", "list"]),
+    ("[run]\ntask = []\n", ["run.task", "at least 1"]),
     ("[run]\nlimit = 'ten'\n", ["run.limit", "integer", "'ten'"]),
     ("[run]\ndtype = 'float23'\n", ["run.dtype", "'float32'"]),
     ("[run\n", ["not valid TOML"]),
@@ -130,10 +135,25 @@ def test_settings_files(called: Call, tmp_path: Path, text: str, words: list[str
     ("name = 'x'\n", ["own.toml", "version"]),
     ("nam = 'x'\n", ["own.toml"]),
     ("[", ["not valid TOML"]),
+    ("name='x'\nversion=1\nsummary=''\nkind='recall'\nprotocols=['prefix']\n[corpus]\nembedded='minidocs.jsonl'\n",
+     ["own.toml", "[recall]"]),
 ])
 def test_task_files(called: Call, tmp_path: Path, text: str, words: list[str]) -> None:
     (tmp_path / "own.toml").write_text(text)
     refused(called, [*RUN, "--task", "own.toml"], *words)
+
+
+def test_two_tasks_of_one_name(called: Call, tmp_path: Path) -> None:
+    shutil.copy(tasks_folder() / "minidocs.toml", tmp_path / "own.toml")
+    refused(called, [*RUN, "--task", "minidocs", "--task", "own.toml"], "same name")
+    refused(called, [*RUN, "--task", str(tmp_path)], "Unknown task")
+
+
+def test_fresh_keeps_the_old_run_until_the_new_one_can_start(called: Call, tmp_path: Path) -> None:
+    (tmp_path / "run" / "cells").mkdir(parents=True)
+    (tmp_path / "run" / "run.json").write_text('{"content": "x", "cells": [], "tasks": {}}')
+    (tmp_path / "short.jsonl").write_text('{"text": "Too short."}\n')
+    refused(called, [*RUN, "--task", "books", "--data", "short.jsonl", "--out", "run", "--fresh"], "no document is")
 
 
 def test_output_folders(called: Call, tmp_path: Path) -> None:
@@ -145,10 +165,11 @@ def test_output_folders(called: Call, tmp_path: Path) -> None:
     refused(called, [*RUN, "--out", "file/below"], "cannot be written")
     refused(called, [*RUN, "--out", "/proc/kvbench"], "cannot be written")
     (tmp_path / "run").mkdir()
-    (tmp_path / "run" / "run.json").write_text('{"content": "another"}')
+    (tmp_path / "run" / "run.json").write_text('{"content": "another", "cells": [], "tasks": {}}')
     refused(called, [*RUN, "--out", "run"], "holds another run")
-    (tmp_path / "run" / "run.json").write_text("{")
-    refused(called, [*RUN, "--out", "run"], "damaged")
+    for damage in ("{", "{}", "[]"):
+        (tmp_path / "run" / "run.json").write_text(damage)
+        refused(called, [*RUN, "--out", "run"], "damaged")
     refused(called, ["report", "run"], "damaged")
 
 

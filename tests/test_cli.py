@@ -175,8 +175,10 @@ def test_help_and_version_are_instant(work: Path) -> None:
 def test_dry_run_prints_the_cells_and_writes_nothing(
     called: Callable[[Sequence[str | Path]], Outcome], tmp_path: Path
 ) -> None:
-    found = called(["run", "--method", "sinks", "--ratio", "0.5", "--dry-run"])
+    found = called(["run", "--method", "sinks", "--ratio", "0.50", "--dry-run"])
     assert found.code == 0
+    assert "sinks-0.5-" in found.out
+    assert len(called(["run", "--method", "sinks", "--ratio", "0.5", "--dry-run", "--json"]).document["cells"]) == 10
     assert "10 cells" in found.out
     assert list(tmp_path.iterdir()) == []
 

@@ -65,6 +65,13 @@ def test_a_document_counts_once(folder: RunFolder) -> None:
     assert list(folder.records(CELL)) == ["a", "b"]
 
 
+def test_records_without_the_comparison_are_measured_again(folder: RunFolder) -> None:
+    folder.append(CELL, [dataclasses.replace(record("c"), kl=None, top1=None, kl_bins=None)])
+    assert list(folder.records(CELL)) == ["a", "b", "c"]
+    folder.open_cell(CELL)
+    assert list(folder.records(CELL)) == ["a", "b"]
+
+
 def test_keys_follow_the_content_only() -> None:
     assert dataclasses.replace(CELL, role="baseline", adapter="elsewhere").key == CELL.key
     for change in ({"seed": 1}, {"ratio_asked": "0.6"}, {"data_hash": "e"}, {"options": {"chunk": "1"}}):

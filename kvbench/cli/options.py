@@ -12,7 +12,7 @@ Model = Annotated[str | None, typer.Option(
 Revision = Annotated[str | None, typer.Option(
     help="Branch, tag or commit on the hub.", rich_help_panel="What to run")]
 Seed = Annotated[int | None, typer.Option(
-    help="Seed of the layouts and of the resampling. [default: 0]", show_default=False,
+    help="Seed of the layouts and of the resampling. [default: 0]", show_default=False, min=0,
     rich_help_panel="How to run")]
 Device = Annotated[str | None, typer.Option(
     help="auto, cpu, cuda or cuda:N.", envvar="KVBENCH_DEVICE", rich_help_panel="How to run")]
@@ -20,7 +20,7 @@ Dtype = Annotated[str | None, typer.Option(
     help="auto (float32 on CPU), float32, bfloat16 or float16.", envvar="KVBENCH_DTYPE",
     rich_help_panel="How to run")]
 Threads = Annotated[int | None, typer.Option(
-    help="CPU threads. [default: PyTorch's choice]", show_default=False, envvar="KVBENCH_THREADS",
+    help="CPU threads. [default: all cores]", show_default=False, min=1, envvar="KVBENCH_THREADS",
     rich_help_panel="How to run")]
 Set = Annotated[list[str] | None, typer.Option(
     "--set", metavar="KEY=VALUE",

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -103,7 +102,7 @@ def run(
     )
     plan = build_plan(request)
     if dry_run:
-        _print_plan(plan)
+        _print_plan(plan, json_)
         return
     results = _measured(plan, fresh, console)
     if json_:
@@ -117,25 +116,28 @@ def run(
 
 def _measured(plan: Plan, fresh: bool, console: Console) -> Results:
     """The results of the plan: from disk if they are there, measured otherwise."""
+    from rich.markup import escape
+
     from kvbench.execution.runner import WorkerDiedError, execute, finish, locked
     from kvbench.reporting.results import compute_results
     from kvbench.store.folder import RESULTS, RUN, RunFolder, write_atomic
     from kvbench.store.records import Failure, Results
 
     folder = RunFolder(plan.folder)
-    folder.check(plan.content)
+    folder.check(plan.content, fresh)
     with locked(plan.folder):
-        manifest = folder.manifest() if (plan.folder / RUN).exists() else {}
-        if fresh and manifest:
-            shutil.rmtree(plan.folder)
-        elif manifest.get("finished") and manifest.get("limit") == plan.request.limit:
+        manifest = folder.manifest() if not fresh and (plan.folder / RUN).exists() else {}
+        if not fresh and manifest.get("finished") and manifest.get("limit") == plan.request.limit:
             console.print(f"Already measured ({manifest['finished']}); --fresh measures again.")
             return compute_results(folder)
         try:
-            execute(plan, sys.argv, console)
+            execute(plan, sys.argv, console, fresh)
         except WorkerDiedError as death:
-            console.print(f"[red]failed[/] {death}", highlight=False)
+            console.print(f"[red]failed[/] {escape(str(death))}", highlight=False)
             return Results(str(plan.folder), False, (Failure("", str(death)),))
+        except KeyboardInterrupt:
+            console.print("kvbench: interrupted; what was measured is kept, and the same command goes on.")
+            raise typer.Exit(130) from None
         results = compute_results(folder)
         write_atomic(plan.folder / RESULTS, results.to_json() + "\n")
         if results.ok:
@@ -143,7 +145,14 @@ def _measured(plan: Plan, fresh: bool, console: Console) -> Results:
         return results
 
 
-def _print_plan(plan: Plan) -> None:
+def _print_plan(plan: Plan, as_json: bool) -> None:
+    import dataclasses
+    import json
+
+    if as_json:
+        cells = [{"key": cell.key, **dataclasses.asdict(cell)} for cell in plan.cells]
+        sys.stdout.write(json.dumps({"schema": 1, "run": str(plan.folder), "dry_run": True, "cells": cells}) + "\n")
+        return
     from rich.console import Console
     from rich.table import Table
 

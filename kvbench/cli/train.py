@@ -71,9 +71,8 @@ def train(
         method=method, data=tuple(data or ()), out=out, model=model or "kvbench-tiny",
         revision=revision, steps=steps, batch=batch_size, length=length, lr=lr, rank=rank,
         held_out=held_out, every=every, seed=seed or 0, options=parse_options(set_ or []),
-        device=device or "auto", threads=threads or 0,
+        device=device or "auto", threads=threads or 0, fresh=fresh,
     )
-    _clear(out, fresh)
     folder = run_adapter_training(request, _followed)
     typer.echo(f"adapter: {folder}")
 
@@ -110,30 +109,32 @@ def base(
     if out is None:
         raise UserError("Training needs --out.", "See kvbench train base --help.")
     plan = BasePlan(steps=steps, batch=batch_size, length=length, lr=lr, seed=seed or 0)
-    _clear(out, fresh)
     folder = run_base_training(
-        plan, tuple(data or ()), out, tokenizer, device or "auto", threads or 0, every, _followed
+        plan, tuple(data or ()), out, tokenizer, device or "auto", threads or 0, every, _followed, fresh
     )
     typer.echo(f"model: {folder}")
-
-
-def _clear(out: Path, fresh: bool) -> None:
-    from kvbench.training.loop import CHECKPOINT
-
-    if fresh and (out / CHECKPOINT).exists():
-        (out / CHECKPOINT).unlink()
-        (out / "log.jsonl").unlink(missing_ok=True)
 
 
 def _followed(
     training: Iterator[Progress], steps: int, measure: Callable[[int, float], dict[str, Any] | None], every: int
 ) -> float:
     """Show loss and remaining time while a training runs; returns the mean loss at its end."""
+    loss = float("nan")
+    try:
+        return _drawn(training, steps, measure, every, loss)
+    except KeyboardInterrupt:
+        typer.echo("kvbench: interrupted; the last checkpoint is kept, and the same command goes on.", err=True)
+        raise typer.Exit(130) from None
+
+
+def _drawn(
+    training: Iterator[Progress], steps: int, measure: Callable[[int, float], dict[str, Any] | None], every: int,
+    loss: float,
+) -> float:
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
     from rich.progress import Progress as Bar
 
-    loss = float("nan")
     with Bar(
         TextColumn("loss {task.fields[loss]:.4f}"), BarColumn(), MofNCompleteColumn(),
         TextColumn("steps"), TimeRemainingColumn(), console=Console(stderr=True), transient=True,

@@ -6,6 +6,7 @@ import gzip
 import hashlib
 import json
 import re
+import zlib
 from collections.abc import Iterable
 from dataclasses import dataclass
 from importlib.resources import files
@@ -104,7 +105,7 @@ def _read_text(path: Path) -> str:
         raw = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
     except FileNotFoundError:
         raise UserError(f"There is no data file {path}.", "Check the path given to --data.") from None
-    except (OSError, EOFError) as error:
+    except (OSError, EOFError, zlib.error) as error:
         raise UserError(f"The data file {path} cannot be read: {error}.") from error
     if b"\0" in raw:
         raise UserError(f"The data file {path} is binary, not text (byte {raw.index(0)} is 0).")
@@ -129,6 +130,8 @@ def _hub_rows(spec: CorpusSpec) -> list[dict[str, str]]:
             f"Cannot load {spec.hub} from the Hugging Face hub ({type(error).__name__}: {reason}).",
             "Check the network, or give a local copy with --data.",
         ) from error
+    if "text" not in dataset.column_names:
+        raise UserError(f"{spec.hub} has no column \"text\" (it has: {', '.join(dataset.column_names)}).")
     return [{"id": f"{i:05d}", "text": row["text"]} for i, row in enumerate(dataset)]
 
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import tomllib
 from pathlib import Path
-from typing import Literal
+from typing import Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from kvbench.config import toml_sentence
 from kvbench.errors import UserError, unknown
@@ -69,6 +69,16 @@ class Task(BaseModel):
     corpus: CorpusSpec
     recall: RecallSpec | None = None
 
+    @model_validator(mode="after")
+    def _complete(self) -> Self:
+        if (self.kind == "recall") != (self.recall is not None):
+            raise ValueError("a task of kind 'recall' has a table [recall], and no other has one")
+        if self.kind == "recall" and self.protocols != ("prefix",):
+            raise ValueError("a task of kind 'recall' has protocols = [\"prefix\"]")
+        if (self.corpus.embedded is None) == (self.corpus.hub is None):
+            raise ValueError("the corpus has either 'embedded' or 'hub'")
+        return self
+
 
 def tasks_folder() -> Path:
     """The folder of task files: beside the package in a checkout, inside it in a wheel."""
@@ -95,6 +105,8 @@ def load_task(name: str) -> Task:
         return Task.model_validate(tomllib.loads(path.read_text(encoding="utf-8")))
     except FileNotFoundError:
         raise UserError(f"There is no task file {path}.", "Give a path to a TOML file.") from None
+    except OSError as error:
+        raise UserError(f"The task file {path} cannot be read: {error.strerror}.") from error
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise UserError(f"The task file {path} is not valid TOML: {error}.") from error
     except ValidationError as error:

@@ -21,10 +21,11 @@ from typing import IO, Any
 
 from filelock import FileLock, Timeout
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from kvbench.environment import describe
-from kvbench.errors import UserError
+from kvbench.errors import StoppedError, UserError
 from kvbench.execution.job import Job
 from kvbench.plan import Plan
 from kvbench.store.folder import RUN, RunFolder, write_atomic
@@ -32,6 +33,7 @@ from kvbench.store.records import Cell, DocumentRecord, Failure
 
 SMALL_MODEL_BYTES = 256 << 20
 MOST_CHILDREN = 4
+_KEPT = "What was measured before is kept, and the same command goes on."
 
 
 class WorkerDiedError(Exception):
@@ -103,6 +105,7 @@ class _Run:
     command: list[str]
     console: Console
     children: list[Child]
+    fresh: bool
     ready: int = 0
     opened: bool = False
 
@@ -111,8 +114,8 @@ class _Run:
         return {cell.key: cell for cell in self.plan.cells}
 
 
-def execute(plan: Plan, command: list[str], console: Console) -> None:
-    """Measure everything in the plan that is not yet on disk.
+def execute(plan: Plan, command: list[str], console: Console, fresh: bool = False) -> None:
+    """Measure everything in the plan that is not yet on disk, or all of it if ``fresh``.
 
     A cell whose child is killed is marked as failed, and the others go on in a new child.
 
@@ -121,7 +124,7 @@ def execute(plan: Plan, command: list[str], console: Console) -> None:
         WorkerDiedError: a child died before it was ready.
     """
     events: queue.Queue[tuple[int, dict[str, Any] | None]] = queue.Queue()
-    run = _Run(plan, RunFolder(plan.folder), command, console, [])
+    run = _Run(plan, RunFolder(plan.folder), command, console, [], fresh)
     with ExitStack() as stack, Progress(
         TextColumn("{task.description}"), BarColumn(), TextColumn("{task.percentage:.0f} %"),
         TimeRemainingColumn(), console=console, transient=True,
@@ -194,7 +197,7 @@ def _handle(run: _Run, child: Child, event: dict[str, Any], progress: Progress, 
             progress.advance(bar, event["tokens"])
         case "records":
             records = [DocumentRecord(**record) for record in event["records"]]
-            with _disk(run.folder.path, "What was measured before is kept."):
+            with _disk(run.folder.path, _KEPT, StoppedError):
                 run.folder.append(run.cells[event["cell"]], records)
         case "failed":
             _fail(run, Failure(**event))
@@ -212,9 +215,9 @@ def _say_what_is_left_out(console: Console, tasks: dict[str, Any]) -> None:
 
 
 def _fail(run: _Run, failure: Failure) -> None:
-    with _disk(run.folder.path, "What was measured before is kept."):
+    with _disk(run.folder.path, _KEPT, StoppedError):
         run.folder.fail(run.cells[failure.cell], failure)
-    run.console.print(f"[red]failed[/] {failure.error} {failure.hint}", highlight=False)
+    run.console.print(f"[red]failed[/] {escape(f'{failure.error} {failure.hint}')}", highlight=False)
 
 
 def _without_victim(run: _Run, child: Child) -> Job | None:
@@ -224,8 +227,12 @@ def _without_victim(run: _Run, child: Child) -> Job | None:
         WorkerDiedError: it died before it measured anything.
     """
     reason = child.death()
-    if child.at is None or not run.opened:
+    if not run.opened:
         raise WorkerDiedError(f"{reason} {child.hint()}".strip())
+    if child.at is None:  # a second child, dead before it measured: its cells cannot be done here
+        for cell in child.job.cells:
+            _fail(run, Failure(cell.key, f"{cell.label}: {reason}", child.hint()))
+        return None
     victim = run.cells[child.at]
     _fail(run, Failure(victim.key, f"{victim.label}: {reason}", child.hint()))
     rest = tuple(cell for cell in child.job.cells if cell.key != victim.key)
@@ -241,6 +248,8 @@ def _open(run: _Run, tasks: dict[str, Any]) -> None:
     plan, folder = run.plan, run.folder
     with _disk(folder.path, "Choose another folder with --out."):
         folder.path.mkdir(parents=True, exist_ok=True)
+        if run.fresh:
+            folder.clear()
         earlier = folder.manifest() if (folder.path / RUN).exists() else {}
         now = datetime.now(UTC).isoformat(timespec="seconds")
         manifest = {
@@ -257,12 +266,12 @@ def _open(run: _Run, tasks: dict[str, Any]) -> None:
 
 
 @contextmanager
-def _disk(path: Path, hint: str) -> Iterator[None]:
+def _disk(path: Path, hint: str, kind: type[UserError] = UserError) -> Iterator[None]:
     """Turn a full or read-only disk into a sentence."""
     try:
         yield
     except OSError as error:
-        raise UserError(f"The output folder {path} cannot be written: {error.strerror}.", hint) from error
+        raise kind(f"The output folder {path} cannot be written: {error.strerror}.", hint) from error
 
 
 @contextmanager

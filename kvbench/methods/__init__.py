@@ -8,7 +8,7 @@ from fractions import Fraction
 import numpy as np
 
 from kvbench.errors import unknown
-from kvbench.methods.base import Method, kept, parse_ratio
+from kvbench.methods.base import Method, kept, parse_ratio, ratio_text
 from kvbench.methods.full import Adapted, Full, NoContext
 from kvbench.methods.layout import Layout
 from kvbench.methods.scattered import Scattered
@@ -47,4 +47,5 @@ def make_layout(method: Method, n: int, seed: int, which: int) -> Layout:
 __all__ = [
     "LAYOUT_IDS", "METHODS", "Layout", "Method", "kept", "layout_id", "make_layout", "make_method",
     "parse_ratio",
+    "ratio_text",
 ]

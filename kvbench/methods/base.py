@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
+from decimal import Decimal
 from fractions import Fraction
 from typing import TYPE_CHECKING, ClassVar
 
@@ -22,8 +23,8 @@ def parse_ratio(text: str | float) -> Fraction:
         UserError: not a number, or outside the interval.
     """
     try:
-        ratio = Fraction(str(text))
-    except (ValueError, ZeroDivisionError):
+        ratio = Fraction(Decimal(str(text)))
+    except (ArithmeticError, ValueError):
         raise UserError(
             f"--ratio {text!s} is not a number.", "Give the share to remove, such as 0.7."
         ) from None
@@ -33,6 +34,12 @@ def parse_ratio(text: str | float) -> Fraction:
             "It is the share of cache entries that is removed: 0.7 keeps 30 %.",
         )
     return ratio
+
+
+def ratio_text(ratio: Fraction) -> str:
+    """The ratio as its shortest exact decimal, such as ``0.7``."""
+    exact = Decimal(ratio.numerator) / Decimal(ratio.denominator)
+    return f"{exact.normalize():f}"
 
 
 def kept(n: int, ratio: Fraction, min_keep: int = 1) -> int:

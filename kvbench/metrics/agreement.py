@@ -33,5 +33,5 @@ def _kl_p99(t: Totals) -> Array:
 AGREEMENT = (
     Metric("kl", _kl, "KL(full||method)|nats|mean per token|v:1"),
     Metric("kl_p99", _kl_p99, f"KL(full||method)|nats|99th percentile|bins:{KL_BINS} log|v:1"),
-    Metric("top1_agreement", _top1, "argmax equals full's|share of tokens|v:1", higher_is_better=True),
+    Metric("top1_agreement", _top1, "argmax equals full's|share of tokens|v:1"),
 )

@@ -22,7 +22,6 @@ class Metric:
         value: from the method's totals to ``[resamples]``.
         tested: column whose difference to ``full`` is tested; None if there is nothing to test.
         unit: what ``n`` counts.
-        higher_is_better: for the reader of a table; None if neither.
         signature: version and settings, as sacrebleu does for BLEU.
         has_interval: whether resampling makes sense.
     """
@@ -32,5 +31,4 @@ class Metric:
     signature: str
     tested: str | None = None
     unit: str = "document"
-    higher_is_better: bool | None = False
     has_interval: bool = True

@@ -13,7 +13,8 @@ from kvbench.config import DEFAULT_MODEL
 from kvbench.errors import UserError
 
 _HUB_ID = re.compile(r"^[\w.-]+(/[\w.-]+)?$")
-_EDGE = 1 << 20
+_WHOLE, _EDGE = 64 << 20, 1 << 20
+_SMALL_FILES = {"config.json", "tokenizer.json", "tokenizer_config.json", "adapter_config.json", "card.json"}
 
 
 @dataclass(frozen=True)
@@ -34,6 +35,11 @@ class ModelReference:
     fingerprint: str
     weight_bytes: int = 0
 
+    @property
+    def short_name(self) -> str:
+        """The hub id, or the last part of a path."""
+        return Path(self.location).name if self.fingerprint else self.name
+
 
 def assets() -> Path:
     return Path(str(files("kvbench").joinpath("assets")))
@@ -46,6 +52,8 @@ def resolve_model(name: str, revision: str | None = None) -> ModelReference:
         UserError: a path that is not there, or a name that can be neither a path nor a hub id.
     """
     folder = assets() / DEFAULT_MODEL if name == DEFAULT_MODEL else Path(name).expanduser()
+    if folder.is_dir() and revision is not None:
+        raise UserError(f"--revision is for models on the hub; {name} is a folder.", "Leave it out.")
     if folder.is_dir():
         if not (folder / "config.json").is_file():
             raise UserError(
@@ -64,18 +72,18 @@ def resolve_model(name: str, revision: str | None = None) -> ModelReference:
 
 
 def fingerprint(folder: Path) -> str:
-    """Hash of a model folder: its settings, and the edges and sizes of its weight files.
+    """Hash of a model or adapter folder: settings, tokenizer, weights.
 
-    The first MiB of a safetensors file holds the names and shapes of all tensors; reading both
-    edges instead of the whole keeps this instant for large models.
+    Of weight files over 64 MiB only the beginning, the last MiB and the size are read, which keeps
+    this instant for large models.
     """
     digest = hashlib.sha256()
     for path in sorted(folder.iterdir()):
-        if path.suffix in {".safetensors", ".bin"} or path.name == "config.json":
+        if path.suffix in {".safetensors", ".bin"} or path.name in _SMALL_FILES:
             digest.update(f"{path.name}\0{path.stat().st_size}\0".encode())
             with path.open("rb") as file:
-                digest.update(file.read(_EDGE))
-                if path.stat().st_size > _EDGE:
+                digest.update(file.read(_WHOLE))
+                if path.stat().st_size > _WHOLE:
                     file.seek(-_EDGE, 2)
                     digest.update(file.read(_EDGE))
     return digest.hexdigest()[:16]

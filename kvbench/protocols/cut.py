@@ -124,7 +124,7 @@ def cut_blocks(document: Document, tokenizer: Tokenizer, length: int) -> Cut:
 def cut_stream(document: Document, tokenizer: Tokenizer, tokens: int) -> Cut:
     """One passage from the start of the document, of at most ``tokens`` tokens."""
     whole = cut_blocks(document, tokenizer, tokens)
-    rest = sum(len(piece.ids) for piece in whole.pieces[1:])
+    rest = sum(len(piece.ids) - len(tokenizer.lead()) for piece in whole.pieces[1:])
     return Cut(whole.pieces[:1], whole.dropped + rest)
 
 

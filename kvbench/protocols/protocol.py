@@ -49,7 +49,7 @@ def protocol_options(names: Sequence[str], given: dict[str, str]) -> dict[str, s
         if name in _CHOICES:
             if value not in _CHOICES[name]:
                 raise unknown(f"value for --set {name}=", value, _CHOICES[name])
-        elif value != "auto":
+        elif value != "auto" or _DEFAULTS[name] != "auto":
             if not value.isdecimal() or int(value) < _LEAST[name]:
                 raise UserError(
                     f"--set {name}={value}: not a whole number of at least {_LEAST[name]}."

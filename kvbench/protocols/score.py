@@ -142,23 +142,30 @@ class _Rows:
         first = start + 1 - self.scored  # the target that the first of these logits predicts
         skip = max(0, -first)
         first += skip
-        logits = logits[:, skip : skip + self.targets.shape[1] - first].float()
+        logits = logits[:, skip : skip + self.targets.shape[1] - first]
+        exact = logits.dtype == torch.float32
+        logits = logits.float()
         count = logits.shape[1]
         if count <= 0:
             return
         targets = self.targets[:, first : first + count]
         nll = functional.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none").view_as(targets)
         chosen = logits.gather(-1, targets[..., None])[..., 0]
-        highest = logits.amax(-1)  # far cheaper than an argmax, and all that agreement needs
+        highest = logits.amax(-1)
+        # An argmax is far dearer than a maximum, and only needed where half precision makes ties.
+        best = None if exact else logits.argmax(-1)
+        if not bool(torch.isfinite(nll).all()):
+            raise RuntimeError("the model's predictions are not finite (overflow, or damaged weights)")
         self.nll.append(nll.double().cpu())
-        self.hit.append((chosen == highest).cpu())
+        self.hit.append((chosen == highest if best is None else best == targets).cpu())
         if self.reference is not None:
             here = slice(first, first + count)
-            cross = torch.linalg.vecdot(self.reference.probabilities[:, here], logits)
-            kl = self.reference.negentropy[:, here] - cross + (nll + chosen)
+            cross = torch.linalg.vecdot(self.reference.probabilities[:, here], logits - highest[..., None])
+            kl = self.reference.negentropy[:, here] - cross + (nll + (chosen - highest))
             self.kl.append(kl.clamp(min=0).double().cpu())
-            theirs = logits.gather(-1, self.reference.best[:, here, None])[..., 0]
-            self.top1.append((theirs == highest).cpu())
+            wanted = self.reference.best[:, here]
+            theirs = logits.gather(-1, wanted[..., None])[..., 0]
+            self.top1.append((theirs == highest if best is None else best == wanted).cpu())
         if self._kept is not None:
             self._kept.append(Reference.of(logits))
 

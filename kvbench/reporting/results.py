@@ -74,6 +74,7 @@ def compute_results(folder: RunFolder) -> Results:
 
 
 def _task_rows(measured: list[tuple[Cell, list[DocumentRecord]]], info: dict[str, Any]) -> list[Row]:
+    """Rows of a task and of its bins; p-values are adjusted here, within each metric."""
     kinds = metrics.RECALL_METRICS if info["kind"] == "recall" else metrics.LM_METRICS
     rows = _bin_rows([_aggregate(c, r) for c, r in measured], kinds, info, None)
     bins = list(dict.fromkeys(r.bin for _, records in measured for r in records if r.bin is not None))
@@ -81,6 +82,10 @@ def _task_rows(measured: list[tuple[Cell, list[DocumentRecord]]], info: dict[str
     for name in sorted(bins, key=_bin_order):
         parts = [_aggregate(c, [r for r in records if r.bin == name]) for c, records in measured]
         rows += _bin_rows(parts, tested, info, name)
+    for metric in dict.fromkeys(row.metric for row in rows):
+        places = [i for i, row in enumerate(rows) if row.metric == metric]
+        for i, p in zip(places, holm([rows[i].p_value for i in places]), strict=True):
+            rows[i] = replace(rows[i], p_value=p)
     return rows
 
 
@@ -110,15 +115,11 @@ def _aggregate(cell: Cell, records: list[DocumentRecord]) -> _Measured:
 def _bin_rows(
     parts: list[_Measured], kinds: Sequence[Metric], info: dict[str, Any], bin_name: str | None
 ) -> list[Row]:
-    """Rows of one task (or one bin of it); p-values are adjusted here, within each metric."""
+    """Rows of one task, or of one bin of it, with p-values as they come."""
     full = next((p for p in parts if p.cell.method == "full"), None)
     none = next((p for p in parts if p.cell.method == "none"), None)
     per_part = [_rows_of(p, full, none, kinds, info, bin_name) for p in parts]
     rows = [row for part in per_part for row in part]
-    for metric in dict.fromkeys(row.metric for row in rows):
-        places = [i for i, row in enumerate(rows) if row.metric == metric]
-        for i, p in zip(places, holm([rows[i].p_value for i in places]), strict=True):
-            rows[i] = replace(rows[i], p_value=p)
     order = list(dict.fromkeys(row.metric for row in rows))
     return sorted(rows, key=lambda row: order.index(row.metric))
 
@@ -172,7 +173,7 @@ def _estimates(
                 m.value(totals[0]) - m.value(totals[1]) if m.tested else np.zeros_like(out[0])
                 for m in sampled
             ]
-        if full is not None and none is not None and "kl_bins" in totals[0]:
+        if full is not None and none is not None:
             out.append(metrics.recovery(totals[0], totals[1], totals[2]))
             out.append((totals[2]["nll"] - totals[1]["nll"]) / totals[1]["tokens"])
         return np.stack([np.broadcast_to(np.asarray(o, dtype=np.float64), out[0].shape) for o in out])
@@ -217,7 +218,7 @@ def _row(
     cell, totals = part.cell, {k: float(v.sum()) for k, v in part.sums.items()}
     params: dict[str, Any] = {
         "seq_len": info["seq_len"], "batch_size": None, "new_tokens": None, "step": None,
-        "bin": bin_name, **cell.options,
+        "bin": bin_name, "position_rule": cell.position_rule, **cell.options,
     }
     return Row(
         task=cell.task, protocol=cell.protocol, model=cell.model, method=cell.method,

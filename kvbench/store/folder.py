@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import shutil
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -31,8 +32,11 @@ class RunFolder:
     def __init__(self, path: Path) -> None:
         self.path = path
 
-    def check(self, content: str) -> None:
+    def check(self, content: str, fresh: bool = False) -> None:
         """See that the folder can be used for a run of this content; writes nothing.
+
+        Args:
+            fresh: what the folder holds of a run will be replaced.
 
         Raises:
             UserError: not a folder, not writable, or it holds something else.
@@ -55,11 +59,18 @@ class RunFolder:
                 f"The output folder {self.path} holds something that is not a kvbench run.",
                 "Choose an empty or a new folder with --out.",
             )
-        if self.manifest().get("content") != content:
+        if not fresh and self.manifest().get("content") != content:
             raise UserError(
                 f"The output folder {self.path} holds another run.",
                 "Choose an empty or a new folder with --out.",
             )
+
+    def clear(self) -> None:
+        """Remove what a run and a report write, and nothing else."""
+        for name in (RUN, RESULTS, "table.txt"):
+            (self.path / name).unlink(missing_ok=True)
+        for name in ("cells", "figures"):
+            shutil.rmtree(self.path / name, ignore_errors=True)
 
     def manifest(self) -> dict[str, Any]:
         """``run.json``.
@@ -70,8 +81,8 @@ class RunFolder:
         path = self.path / RUN
         try:
             manifest = json.loads(path.read_text(encoding="utf-8"))
-            if not isinstance(manifest, dict):
-                raise ValueError("not an object")
+            if not isinstance(manifest, dict) or not {"cells", "tasks", "content"} <= set(manifest):
+                raise ValueError("it lacks what a run has")
         except OSError as error:
             raise UserError(
                 f"{self.path} is not a run folder: {path.name} is not there.",
@@ -96,6 +107,14 @@ class RunFolder:
             if raw and not raw.endswith(b"\n"):
                 with records.open("r+b") as file:
                     file.truncate(raw.rfind(b"\n") + 1)
+            self._drop_incomparable(cell, records)
+
+    def _drop_incomparable(self, cell: Cell, path: Path) -> None:
+        """Records made while the full cache had failed lack the comparison with it: measure again."""
+        found = self.records(cell)
+        if cell.method != "full" and any(record.kl is None for record in found.values()):
+            kept = (record for record in found.values() if record.kl is not None)
+            write_atomic(path, "".join(json.dumps(dataclasses.asdict(record)) + "\n" for record in kept))
 
     def append(self, cell: Cell, records: Sequence[DocumentRecord]) -> None:
         """Append records and see them onto the disk."""

@@ -17,6 +17,7 @@ class Cell:
 
     Attributes:
         ratio_asked: as text, such as ``0.7``; None for methods that take none.
+        position_rule: ``absolute``, or ``shared`` where a sentinel repeats its predecessor's position.
         role: ``method``, ``baseline`` or ``control``.
         options: resolved options of method and protocol.
         adapter: folder of the adapter, None if the method has none.
@@ -40,6 +41,7 @@ class Cell:
     adapter: str | None
     adapter_hash: str | None
     seed: int
+    position_rule: str = "absolute"
 
     @property
     def key(self) -> str:

@@ -47,6 +47,7 @@ class AdapterPlan:
         seed: of the weights, the data and the layouts.
         autocast: ``bfloat16`` or ``none``.
         objective: ``distil`` or ``text``.
+        base_hash, data: fingerprints of the base model and of the data files.
     """
 
     method: str
@@ -62,6 +63,8 @@ class AdapterPlan:
     seed: int = 0
     autocast: str = "bfloat16"
     objective: str = "distil"
+    base_hash: str = ""
+    data: str = ""
 
 
 def step_layout(plan: AdapterPlan, step: int) -> Layout:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 import math
 import time
@@ -56,6 +57,7 @@ class AdapterRequest:
     options: dict[str, str]
     device: str
     threads: int
+    fresh: bool = False
 
 
 def run_adapter_training(request: AdapterRequest, follow: Follow) -> Path:
@@ -79,15 +81,17 @@ def run_adapter_training(request: AdapterRequest, follow: Follow) -> Path:
             f"Use --length {context} or less.",
         )
     stream = load_stream(request.data, tokenizer, 2 * plan.length)
+    data_hash = hashlib.sha256("".join(source["sha256"] for source in stream.sources).encode()).hexdigest()[:16]
+    plan = replace(plan, base_hash=reference.fingerprint, data=data_hash)
     held = HeldOut.from_file(request.held_out, tokenizer, plan.length) if request.held_out else None
     card = AdapterCard(
         method=plan.method, gate=plan.adapter, rank=plan.rank, alpha=float(plan.rank),
-        n_rows=SENTINEL_ROWS, base_model=reference.name, base_hash=reference.fingerprint,
+        n_rows=SENTINEL_ROWS, base_model=reference.short_name, base_hash=reference.fingerprint,
     )
     torch.manual_seed(plan.seed)
     adapter = Adapter.fresh(card, model, plan.dropout)
     data = Mixture(stream.ids, lambda text: _encode(tokenizer, text), plan.length, plan.seed)
-    request.out.mkdir(parents=True, exist_ok=True)
+    _make(request.out, request.fresh)
     started = time.perf_counter()
     measured: dict[str, Any] = {}
 
@@ -106,8 +110,11 @@ def run_adapter_training(request: AdapterRequest, follow: Follow) -> Path:
     loss = follow(
         train_adapter(plan, model, adapter, data, request.out, request.every), plan.steps, measure, request.every
     )
+    if not measured:  # continued after its last step
+        measure(plan.steps, loss)
     adapter.card = replace(card, held_out=measured, training={
-        **dataclasses.asdict(plan), "tokens": plan.steps * plan.batch * plan.length,
+        **{k: v for k, v in dataclasses.asdict(plan).items() if k not in ("base_hash", "data")},
+        "tokens": plan.steps * plan.batch * plan.length,
         "loss": None if math.isnan(loss) else round(loss, 4), "data": list(stream.sources),
         "stream_tokens": len(stream.ids), "seconds": round(time.perf_counter() - started),
         "kvbench": kvbench.__version__, "torch": torch.__version__,
@@ -122,7 +129,7 @@ def run_adapter_training(request: AdapterRequest, follow: Follow) -> Path:
 
 def run_base_training(
     plan: BasePlan, data: tuple[Path, ...], out: Path, tokenizer_folder: Path | None, device: str,
-    threads: int, every: int, follow: Follow,
+    threads: int, every: int, follow: Follow, fresh: bool = False,
 ) -> Path:
     """Train and write a base model with its tokenizer.
 
@@ -150,7 +157,7 @@ def run_base_training(
     stream = load_stream(data, tokenizer, 2 * plan.length)
     model = new_model(plan, len(tokenizer), tokenizer.eos_token_id).to(where)
     mixture = Mixture(stream.ids, lambda text: _encode(tokenizer, text), plan.length, plan.seed)
-    out.mkdir(parents=True, exist_ok=True)
+    _make(out, fresh)
     follow(train_base(plan, model, mixture, out, every), plan.steps, lambda step, loss: None, every)
     model.to(torch.bfloat16).save_pretrained(out)  # type: ignore[operator]
     tokenizer.save_pretrained(out)
@@ -195,6 +202,15 @@ def _check_out(out: Path, marker: str) -> None:
         raise UserError(f"--out {out} already holds a finished training.", "Choose another folder.")
     if not (out / CHECKPOINT).exists() and not (out / "log.jsonl").exists():
         raise UserError(f"--out {out} holds something else.", "Choose an empty or a new folder.")
+
+
+def _make(out: Path, fresh: bool) -> None:
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        for name in (CHECKPOINT, "log.jsonl") if fresh else ():
+            (out / name).unlink(missing_ok=True)
+    except OSError as error:
+        raise UserError(f"--out {out} cannot be written: {error.strerror}.", "Choose another folder.") from error
 
 
 def _encode(tokenizer: Any, text: str) -> list[int]:
