@@ -31,15 +31,13 @@ from kvbench.methods import Layout, Method, make_layout, make_method
 from kvbench.models.adapter import Adapter
 from kvbench.models.loading import load_model
 from kvbench.models.references import ModelReference
-from kvbench.protocols.cut import (
-    Cut,
-    Piece,
-)
+from kvbench.protocols.cut import Cut, Piece
 from kvbench.protocols.score import BatchScore, Reference, score_batch
 from kvbench.store.records import Cell, Failure
 
 WINDOW = 64
 """Documents that are batched together; a kill loses at most the unfinished ones of a window."""
+
 
 @dataclass(frozen=True)
 class Runner:
@@ -128,8 +126,7 @@ class Worker:
             for cell in work.cells for document, cut in documents
             if document.id not in done.get(cell.key, ())
         }
-        vocabulary = self.loaded.vocabulary
-        for batch in batches(documents, vocabulary):
+        for batch in batches(documents, self.loaded.vocabulary):
             todo = [c for c in work.cells if any((c.key, p.document) in pending for p in batch)]
             needs_full = any(cell.method != "full" for cell in todo)
             tokens, reference = sum(len(p.ids) for p in batch), None

@@ -4,7 +4,7 @@ One masked pass per step: the layout's mask lets every span of a block be traine
 pass. Spans are drawn anew every step and the ratio is drawn per batch, so that one adapter serves
 the whole axis. The loss runs over all text tokens: the language-model loss (``text``, as
 published), or the divergence from the uncompressed base model's predictions (``distil``), which
-says more per token: it carries none of the noise of the text itself.
+carries none of the noise of the text itself.
 """
 
 from __future__ import annotations
