@@ -117,7 +117,7 @@ def build_plan(request: Request) -> Plan:
                 ratio_asked=ratio_text(method.ratio) if method.takes_ratio else None, role=role,
                 task=task.name, task_version=task.version, data_hash=corpora[name].hash,
                 protocol=protocols[name], execution=request.execution,
-                options={**options, **{k: method.option(k) for k in method.option_values}},
+                options={**options, **{k: method.option(k) for k in method.known}},
                 adapter=None if adapter is None else str(adapter),
                 adapter_hash=None if adapter is None else fingerprint(adapter), seed=request.seed,
                 position_rule=method.position_rule,
@@ -177,14 +177,13 @@ def _options_of(task: Task, protocol: str) -> tuple[str, ...]:
 def _check_options(request: Request, methods: Sequence[_Entry], options: Sequence[tuple[str, ...]]) -> None:
     known = {name for names in options for name in names}
     for method, _, _ in methods:
-        known |= set(method.option_values)
+        known |= set(method.known)
     for key in request.options:
         if key not in known:
             raise unknown("--set key", key, known)
     for method, _, _ in methods:
-        for key, allowed in method.option_values.items():
-            if method.option(key) not in allowed:
-                raise unknown(f"value for --set {key}=", method.option(key), allowed)
+        for key in method.known:
+            method.option(key)
 
 
 def _adapted(entry: _Entry, model: ModelReference, request: Request) -> _Entry:

@@ -8,17 +8,20 @@ from fractions import Fraction
 import numpy as np
 
 from kvbench.errors import unknown
-from kvbench.methods.base import Method, kept, parse_ratio, ratio_text
+from kvbench.methods.base import Method, Option, kept, parse_ratio, ratio_text
 from kvbench.methods.full import Adapted, Full, NoContext
 from kvbench.methods.layout import Layout
-from kvbench.methods.scattered import Scattered
+from kvbench.methods.scattered import Scattered, ScatteredTuned
 from kvbench.methods.sentinel import Sentinel
-from kvbench.methods.windows import Local, Sinks, Window
+from kvbench.methods.windows import Local, LocalTuned, Sinks, SinksTuned, Window
 
 LAYOUT_IDS = 16
 
 METHODS: dict[str, type[Method]] = {
-    kind.name: kind for kind in (Full, NoContext, Window, Sinks, Local, Scattered, Sentinel, Adapted)
+    kind.name: kind for kind in (
+        Full, NoContext, Window, Sinks, Local, Scattered, Sentinel,
+        LocalTuned, ScatteredTuned, SinksTuned, Adapted,
+    )
 }
 
 
@@ -27,7 +30,7 @@ def make_method(name: str, ratio: Fraction, options: dict[str, str] | None = Non
     if name not in METHODS:
         raise unknown("method", name, METHODS)
     kind = METHODS[name]
-    mine = {k: v for k, v in (options or {}).items() if k in kind.option_values}
+    mine = {k: v for k, v in (options or {}).items() if k in kind.known}
     return kind(ratio if kind.takes_ratio else Fraction(0), mine)
 
 
@@ -45,7 +48,7 @@ def make_layout(method: Method, n: int, seed: int, which: int) -> Layout:
 
 
 __all__ = [
-    "LAYOUT_IDS", "METHODS", "Layout", "Method", "kept", "layout_id", "make_layout", "make_method",
+    "LAYOUT_IDS", "METHODS", "Layout", "Method", "Option", "kept", "layout_id", "make_layout", "make_method",
     "parse_ratio",
     "ratio_text",
 ]

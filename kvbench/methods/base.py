@@ -8,12 +8,16 @@ from decimal import Decimal
 from fractions import Fraction
 from typing import TYPE_CHECKING, ClassVar
 
-from kvbench.errors import UserError
+from kvbench.errors import UserError, unknown
 
 if TYPE_CHECKING:
     import numpy as np
 
     from kvbench.methods.layout import Layout
+
+
+TRAINED_PERCENT = (5, 95)
+"""Ratios that training draws from, in per cent."""
 
 
 def parse_ratio(text: str | float) -> Fraction:
@@ -48,6 +52,39 @@ def kept(n: int, ratio: Fraction, min_keep: int = 1) -> int:
 
 
 @dataclass(frozen=True)
+class Option:
+    """A ``--set`` key of a method: one of some words, or a whole number.
+
+    Attributes:
+        default: the value when nothing is given, as text.
+        choices: the allowed words; empty for a number.
+        least, most: bounds of a number.
+        trained: part of what an adapter learns; an adapter trained with another value is refused.
+    """
+
+    default: str
+    choices: tuple[str, ...] = ()
+    least: int = 0
+    most: int | None = None
+    trained: bool = False
+
+    def parsed(self, name: str, value: str) -> str:
+        """The value in its one spelling.
+
+        Raises:
+            UserError: not an allowed value.
+        """
+        if self.choices:
+            if value not in self.choices:
+                raise unknown(f"value for --set {name}=", value, self.choices)
+            return value
+        bounds = f"at least {self.least}" if self.most is None else f"{self.least} to {self.most}"
+        if not value.isdecimal() or int(value) < self.least or int(value) > (self.most or int(value)):
+            raise UserError(f"--set {name}={value}: not a whole number of {bounds}.")
+        return str(int(value))
+
+
+@dataclass(frozen=True)
 class Method(ABC):
     """A compression method with its parameters resolved.
 
@@ -56,7 +93,7 @@ class Method(ABC):
 
     Attributes:
         ratio: asked share of entries to remove; 0 for methods that take none.
-        options: what ``--set`` gave, by name; every name is in ``option_values``.
+        options: what ``--set`` gave, by name; every name is in ``known``.
     """
 
     name: ClassVar[str]
@@ -66,7 +103,8 @@ class Method(ABC):
     needs_adapter: ClassVar[bool] = False
     seeded: ClassVar[bool] = False
     position_rule: ClassVar[str] = "absolute"
-    option_values: ClassVar[dict[str, tuple[str, ...]]] = {}
+    known: ClassVar[dict[str, Option]] = {}
+    trainable: ClassVar[tuple[str, ...]] = ()
 
     ratio: Fraction = Fraction(0)
     options: dict[str, str] = field(default_factory=dict)
@@ -79,6 +117,26 @@ class Method(ABC):
             UserError: the ratio is beyond what the method can reach on ``n`` tokens.
         """
 
+    @classmethod
+    def drawn(cls, n: int, rng: np.random.Generator, options: dict[str, str]) -> Layout:
+        """A layout to train on: the ratio is drawn, so that one adapter serves the whole axis."""
+        percent = int(rng.integers(*TRAINED_PERCENT, endpoint=True))
+        return cls(Fraction(percent, 100), options).layout(n, rng)
+
     def option(self, name: str) -> str:
-        """The value given for an option, or its default (the first allowed value)."""
-        return self.options.get(name, self.option_values[name][0])
+        """The value given for an option, or its default."""
+        option = self.known[name]
+        return option.parsed(name, self.options[name]) if name in self.options else option.default
+
+    def number(self, name: str) -> int:
+        return int(self.option(name))
+
+    @property
+    def n_rows(self) -> int:
+        """Embedding rows that the method's adapter trains."""
+        return 0
+
+    @property
+    def trained_options(self) -> dict[str, str]:
+        """The options that an adapter of this method is bound to."""
+        return {name: self.option(name) for name, option in self.known.items() if option.trained}

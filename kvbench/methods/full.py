@@ -55,3 +55,4 @@ class Adapted(Full):
     name = "adapted"
     summary = "a plain adapter's model with the whole cache: the effect of tuning alone"
     needs_adapter = True
+    trainable = ("plain", "full")

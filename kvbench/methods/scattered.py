@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from kvbench.methods.base import Method, kept
+from kvbench.methods.base import Method, Option, kept
 from kvbench.methods.layout import Layout, Tokens, plain_tokens
 
 _DROPPED, _KEPT = 0, 1
@@ -26,7 +26,7 @@ class Scattered(Method):
     summary = "kept(N, r) random columns of the block"
     paper = "arXiv 2310.08152 (baseline)"
     seeded = True
-    option_values = {"sampler": ("exact", "published")}
+    known = {"sampler": Option("exact", ("exact", "published"))}
 
     def layout(self, n: int, rng: np.random.Generator) -> Layout:
         unit = torch.full((n,), _DROPPED)
@@ -37,6 +37,16 @@ class Scattered(Method):
         unit[torch.from_numpy(columns)] = _KEPT
         tokens = plain_tokens(n, unit)
         return Layout(tokens, tokens.raw, _kept_column, n)
+
+
+@dataclass(frozen=True)
+class ScatteredTuned(Scattered):
+    """The same columns, read by a model whose LoRA was trained under such masks, as the paper's code does."""
+
+    name = "scattered-tuned"
+    summary = "the same, with a LoRA trained under such masks"
+    needs_adapter = True
+    trainable = ("plain", "full")
 
 
 def _kept_column(queries: Tokens, keys: Tokens) -> Tensor:

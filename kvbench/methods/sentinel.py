@@ -37,8 +37,13 @@ class Sentinel(Method):
     summary = "one trained summary entry per closed span of 2 to 25 tokens"
     paper = "arXiv 2310.08152"
     needs_adapter = True
+    trainable = ("gated", "plain", "full")
     seeded = True
     position_rule = "shared"
+
+    @property
+    def n_rows(self) -> int:
+        return 2
 
     def layout(self, n: int, rng: np.random.Generator) -> Layout:
         gaps, lengths = sample_spans(n, self.ratio, rng)

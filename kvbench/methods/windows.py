@@ -80,3 +80,23 @@ class Sinks(Method):
 
         tokens = plain_tokens(n)
         return Layout(tokens, tokens.raw, sinks_and_recent, n)
+
+
+@dataclass(frozen=True)
+class LocalTuned(Local):
+    """The same window, read by a model whose LoRA was trained under it, as the paper's code does."""
+
+    name = "local-tuned"
+    summary = "the same, with a LoRA trained under such windows"
+    needs_adapter = True
+    trainable = ("plain", "full")
+
+
+@dataclass(frozen=True)
+class SinksTuned(Sinks):
+    """The same sinks and window, read by a model whose LoRA was trained under them."""
+
+    name = "sinks-tuned"
+    summary = "the same, with a LoRA trained under such windows"
+    needs_adapter = True
+    trainable = ("plain", "full")

@@ -42,6 +42,7 @@ class AdapterCard:
         rank: rank of each low-rank pair.
         alpha: LoRA's alpha; the pairs are scaled by ``alpha / rank``.
         n_rows: trained embedding rows (two for Sentinel: open, close).
+        options: the method's options that it is bound to, such as ``n_comp``.
         base_model: name of the base model.
         base_hash: fingerprint of the base model's files.
         training: steps, tokens, seed, optimiser, data with hashes, loss.
@@ -57,6 +58,7 @@ class AdapterCard:
     base_hash: str
     training: dict[str, Any] = field(default_factory=dict)
     held_out: dict[str, Any] = field(default_factory=dict)
+    options: dict[str, str] = field(default_factory=dict)
     schema: int = 1
 
 

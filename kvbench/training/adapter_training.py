@@ -10,8 +10,7 @@ carries none of the noise of the text itself.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
-from fractions import Fraction
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -19,14 +18,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from kvbench.methods import make_method
+from kvbench.methods import METHODS
 from kvbench.methods.layout import Layout, everything, plain_tokens
 from kvbench.models.adapter import Adapter
 from kvbench.runtime import Reader
 from kvbench.training.loop import Progress, Stateful, rate_factor, restore_checkpoint, save_checkpoint
 from kvbench.training.mixture import Mixture
-
-LOWEST_RATIO, HIGHEST_RATIO = 0.05, 0.95
 
 
 @dataclass(frozen=True)
@@ -35,7 +32,7 @@ class AdapterPlan:
 
     Attributes:
         method: name of the trained method.
-        adapter: ``gated`` or ``plain``.
+        adapter: what is trained: ``gated``, ``plain`` or ``full`` (see ``AdapterCard``).
         steps: optimiser steps.
         batch: sequences per step; they share one layout.
         length: text tokens per sequence.
@@ -48,6 +45,7 @@ class AdapterPlan:
         autocast: ``bfloat16`` or ``none``.
         objective: ``distil`` or ``text``.
         base_hash, data: fingerprints of the base model and of the data files.
+        options: the method's options that the adapter is bound to.
     """
 
     method: str
@@ -62,17 +60,16 @@ class AdapterPlan:
     decay_from: float = 0.7
     seed: int = 0
     autocast: str = "bfloat16"
-    objective: str = "distil"
+    objective: str = "text"
     base_hash: str = ""
     data: str = ""
+    options: dict[str, str] = field(default_factory=dict)
 
 
 def step_layout(plan: AdapterPlan, step: int) -> Layout:
     """The layout of a step: ratio and spans are functions of (seed, step)."""
     rng = np.random.default_rng([plan.seed, step, 1])
-    low, high = round(100 * LOWEST_RATIO), round(100 * HIGHEST_RATIO)
-    ratio = Fraction(int(rng.integers(low, high, endpoint=True)), 100)
-    return make_method(plan.method, ratio).layout(plan.length, rng)
+    return METHODS[plan.method].drawn(plan.length, rng, plan.options)
 
 
 def text_loss(logits: Tensor, ids: Tensor) -> Tensor:

@@ -16,7 +16,7 @@ from kvbench.cache.evicting import EvictingCache
 from kvbench.corpora.documents import Document, read_rows
 from kvbench.corpora.tasks import RecallSpec
 from kvbench.errors import UserError
-from kvbench.methods import make_layout, make_method
+from kvbench.methods import METHODS, make_layout, make_method
 from kvbench.models.adapter import Adapter
 from kvbench.protocols.cut import MIN_TOKENS, Piece, Tokenizer, recall_trials
 from kvbench.runtime import Reader
@@ -61,15 +61,16 @@ class HeldOut:
         return cls(tuple(blocks), tuple(trials))
 
     def measure(
-        self, model: nn.Module, adapter: Adapter | None, method: str, ratios: Sequence[str] = RATIOS
+        self, model: nn.Module, adapter: Adapter | None, method: str, ratios: Sequence[str] = RATIOS,
+        options: dict[str, str] | None = None,
     ) -> dict[str, dict[str, float]]:
         """Nats per token and recall accuracy, by ratio."""
         reader = Reader(model, adapter)
         device = next(model.parameters()).device
         found = {}
         with torch.inference_mode(), reader.ready():
-            for ratio in ratios:
-                kind = make_method(method, Fraction(ratio))
+            for ratio in ratios if METHODS[method].takes_ratio else ("0",):
+                kind = make_method(method, Fraction(ratio), options)
                 nll = tokens = 0.0
                 for i, block in enumerate(self.blocks):
                     ids = torch.tensor([block], device=device)

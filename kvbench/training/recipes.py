@@ -9,6 +9,7 @@ import math
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ import torch
 
 import kvbench
 from kvbench.errors import UserError, unknown
-from kvbench.methods import METHODS
+from kvbench.methods import METHODS, make_method
 from kvbench.models.adapter import Adapter, AdapterCard
 from kvbench.models.loading import load_model, pick_device
 from kvbench.models.references import resolve_model
@@ -31,10 +32,7 @@ Measure = Callable[[int, float], dict[str, Any] | None]
 Follow = Callable[[Iterator[Progress], int, Measure, int], float]
 """Runs a training to its end, shows it, and calls the measurement every so many steps."""
 
-_CHOICES = {
-    "adapter": ("gated", "plain"), "objective": ("distil", "text"), "autocast": ("bfloat16", "none"),
-}
-SENTINEL_ROWS = 2
+_CHOICES = {"objective": ("text", "distil"), "autocast": ("bfloat16", "none")}
 
 
 @dataclass(frozen=True)
@@ -86,7 +84,8 @@ def run_adapter_training(request: AdapterRequest, follow: Follow) -> Path:
     held = HeldOut.from_file(request.held_out, tokenizer, plan.length) if request.held_out else None
     card = AdapterCard(
         method=plan.method, gate=plan.adapter, rank=plan.rank, alpha=float(plan.rank),
-        n_rows=SENTINEL_ROWS, base_model=reference.short_name, base_hash=reference.fingerprint,
+        n_rows=make_method(plan.method, Fraction(0), plan.options).n_rows, options=plan.options,
+        base_model=reference.short_name, base_hash=reference.fingerprint,
     )
     torch.manual_seed(plan.seed)
     adapter = Adapter.fresh(card, model, plan.dropout)
@@ -99,7 +98,7 @@ def run_adapter_training(request: AdapterRequest, follow: Follow) -> Path:
         if held is None:
             return None
         adapter.eval()
-        found = held.measure(model, adapter, plan.method)
+        found = held.measure(model, adapter, plan.method, options=plan.options)
         adapter.train()
         measured.update(found)
         line = {"step": step, "loss": round(loss, 4), "held_out": found}
@@ -168,7 +167,7 @@ def run_base_training(
 
 
 def _plan(request: AdapterRequest) -> AdapterPlan:
-    trained = [name for name, kind in METHODS.items() if kind.needs_adapter and kind.takes_ratio]
+    trained = [name for name, kind in METHODS.items() if kind.needs_adapter]
     if request.method not in trained:
         raise unknown("trained method", request.method, trained)
     given = dict(request.options)
@@ -178,17 +177,20 @@ def _plan(request: AdapterRequest) -> AdapterPlan:
         dropout = -1.0
     if not 0 <= dropout < 1:
         raise UserError(f"--set dropout={request.options['dropout']} is not a number in [0, 1).")
+    kind = METHODS[request.method]
+    bound = [name for name, option in kind.known.items() if option.trained]
+    choices = {**_CHOICES, "adapter": kind.trainable}
     for key, value in given.items():
-        if key not in _CHOICES:
-            raise unknown("--set key", key, (*_CHOICES, "dropout"))
-        if value not in _CHOICES[key]:
-            raise unknown(f"value for --set {key}=", value, _CHOICES[key])
-    plain = given.get("adapter") == "plain"
+        if key not in (*choices, *bound):
+            raise unknown("--set key", key, (*choices, "dropout", *bound))
+        if key in choices and value not in choices[key]:
+            raise unknown(f"value for --set {key}=", value, choices[key])
+    options = make_method(request.method, Fraction(0), given).trained_options
     return AdapterPlan(
-        method=request.method, adapter=given.get("adapter", "gated"), steps=request.steps,
+        method=request.method, adapter=given.get("adapter", kind.trainable[0]), steps=request.steps,
         batch=request.batch, length=request.length, lr=request.lr, rank=request.rank,
         dropout=dropout, seed=request.seed, autocast=given.get("autocast", "bfloat16"),
-        objective=given.get("objective", "text" if plain else "distil"),
+        objective=given.get("objective", "text"), options=options, warmup=min(100, max(1, request.steps // 10)),
     )
 
 
