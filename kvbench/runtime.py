@@ -15,9 +15,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from kvbench.cache.evicting import EvictingCache
+from kvbench.cache.evicting import EvictingCache, Mixing
 from kvbench.methods.layout import Layout
 from kvbench.models.adapter import Adapter
+from kvbench.models.rotary import frequencies
 
 
 class Scored(NamedTuple):
@@ -75,8 +76,11 @@ class Reader:
         text: Tensor = self.model.get_input_embeddings()(ids)  # type: ignore[operator]
         if len(layout) == layout.n_raw:
             return text
-        assert self.adapter is not None, "a layout with sentinels needs the adapter's rows"
-        rows = self.adapter.rows.to(text.dtype).expand(text.shape[0], -1, -1)
+        if self.adapter is not None:
+            rows = self.adapter.rows.to(text.dtype)
+        else:  # the other tokens are addresses, and nothing that is computed at them is read
+            rows = text.new_zeros(int(layout.tokens.row.max()) + 1, text.shape[-1])
+        rows = rows.expand(text.shape[0], -1, -1)
         return torch.cat([text, rows], dim=1).index_select(1, layout.source.to(ids.device))
 
     def one_pass(
@@ -85,10 +89,13 @@ class Reader:
         """Logits ``[batch, kept, vocabulary]`` of the text tokens ``keep`` under the mask."""
         device = ids.device
         self._open_gate(layout.special_slots.to(device))
+        if layout.mixture is not None:
+            cache = EvictingCache() if cache is None else cache
+            cache.mixing = self._mixing(layout, 0, torch.arange(len(layout)), device)
         mask = None if layout.is_plain else layout.mask[None, None].to(device)
         return self._forward(
             self.embed(ids, layout), mask, layout.position.to(device),
-            layout.raw_slots[keep].to(device), cache,
+            layout.read_slots[keep].to(device), cache,
         )
 
     def stream(
@@ -102,7 +109,8 @@ class Reader:
         device = ids.device
         inputs, size = self.embed(ids, layout), len(layout)
         stored = torch.empty(0, dtype=torch.long)
-        wanted = layout.raw_slots[first:]
+        wanted = layout.read_slots[first:]
+        token = first
         for start in range(0, size, chunk):
             stop = min(start + chunk, size)
             fed = torch.arange(start, stop)
@@ -111,6 +119,7 @@ class Reader:
             inside = special[(special >= start) & (special < stop)] - start
             self._open_gate(inside.to(device))
             text = wanted[(wanted >= start) & (wanted < stop)]
+            cache.mixing = self._mixing(layout, start, present, device)
             logits = self._forward(
                 inputs[:, start:stop], layout.visible(fed, present)[None, None].to(device),
                 layout.position[start:stop].to(device), (text - start).to(device), cache,
@@ -122,8 +131,8 @@ class Reader:
             stored = present[alive]
             self.trace.held = len(stored)
             if len(text):
-                token = int(layout.tokens.raw[text[0]])
                 yield Scored(token, token + len(text), logits)
+                token += len(text)
 
     def go_on(self, ids: Tensor, position: int, cache: EvictingCache) -> Tensor:
         """Feed text ``[batch, m]`` after a compressed context, without further compression.
@@ -137,10 +146,26 @@ class Reader:
         held, m = cache.entries(), ids.shape[1]
         mask = torch.ones(m, held + m, dtype=torch.bool).tril(held)[None, None].to(ids.device)
         self._open_gate(torch.empty(0, dtype=torch.long, device=ids.device))
+        cache.mixing = None
         self.trace.peak = max(self.trace.peak, held + m)
         inputs = self.model.get_input_embeddings()(ids)  # type: ignore[operator]
         places = torch.arange(position, position + m, device=ids.device)
         return self._forward(inputs, mask, places, torch.arange(m, device=ids.device), cache)
+
+    def _mixing(self, layout: Layout, first: int, present: Tensor, device: torch.device) -> Mixing | None:
+        """What the forward pass of the slots from ``first`` on has to mix, given what is present."""
+        mixture = layout.mixture
+        if mixture is None:
+            return None
+        places, weights = mixture.among(first, present)
+        if len(places) == 0:
+            return None
+        turn = None
+        speeds = frequencies(self.model) if mixture.unrotated else None
+        if speeds is not None:
+            angles = layout.position[present].to(device)[:, None] * speeds.to(device)
+            turn = (angles.cos(), angles.sin())
+        return Mixing(places.to(device), weights.to(device), turn)
 
     def _open_gate(self, special: Tensor) -> None:
         if self.adapter is not None:

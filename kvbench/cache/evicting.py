@@ -2,10 +2,41 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
 from transformers.cache_utils import Cache, DynamicLayer
+
+from kvbench.models.rotary import rotated
+
+
+@dataclass(frozen=True)
+class Mixing:
+    """Entries of the coming forward pass that are weighted sums of other entries.
+
+    Attributes:
+        places: int64 ``[m]`` among all entries, stored and new.
+        weights: ``[m, entries]``.
+        turn: cosine and sine ``[entries, d / 2]`` of every entry's rotation, if keys are averaged
+            without it.
+    """
+
+    places: Tensor
+    weights: Tensor
+    turn: tuple[Tensor, Tensor] | None = None
+
+    def applied(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys and values ``[batch, heads, entries, width]`` with the mixed entries in place."""
+        plain = keys if self.turn is None else rotated(keys, self.turn[0], -self.turn[1])
+        mixed = self.weights.to(plain.dtype) @ plain
+        if self.turn is not None:
+            mixed = rotated(mixed, self.turn[0][self.places], self.turn[1][self.places])
+        sums = self.weights.to(values.dtype) @ values
+        return (
+            keys.index_copy(-2, self.places, mixed.to(keys.dtype)),
+            values.index_copy(-2, self.places, sums.to(values.dtype)),
+        )
 
 
 class EvictingLayer(DynamicLayer):  # type: ignore[misc]
@@ -30,6 +61,17 @@ class EvictingCache(Cache):  # type: ignore[misc]
 
     def __init__(self) -> None:
         super().__init__(layer_class_to_replicate=EvictingLayer)
+        self.mixing: Mixing | None = None
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        """Store what a layer computed; entries that are mixed from others are computed here."""
+        super().update(key_states, value_states, layer_idx, *args, **kwargs)
+        layer = self.layers[layer_idx]
+        if self.mixing is not None:
+            layer.keys, layer.values = self.mixing.applied(layer.keys, layer.values)
+        return layer.keys, layer.values
 
     def keep(self, entries: Tensor) -> None:
         """Keep only these entries (int64, ascending) in every layer and row."""

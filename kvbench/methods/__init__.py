@@ -9,8 +9,9 @@ import numpy as np
 
 from kvbench.errors import unknown
 from kvbench.methods.base import Method, Option, kept, parse_ratio, ratio_text
+from kvbench.methods.chunked import CcmConcat, CcmMerge, Gist, MeanPool, Pic
 from kvbench.methods.full import Adapted, Full, NoContext
-from kvbench.methods.layout import Layout
+from kvbench.methods.layout import RUNNING, Layout, Structure
 from kvbench.methods.scattered import Scattered, ScatteredTuned
 from kvbench.methods.sentinel import Sentinel
 from kvbench.methods.windows import Local, LocalTuned, Sinks, SinksTuned, Window
@@ -19,7 +20,7 @@ LAYOUT_IDS = 16
 
 METHODS: dict[str, type[Method]] = {
     kind.name: kind for kind in (
-        Full, NoContext, Window, Sinks, Local, Scattered, Sentinel,
+        Full, NoContext, Window, Sinks, Local, Scattered, Sentinel, CcmConcat, CcmMerge, Gist, MeanPool, Pic,
         LocalTuned, ScatteredTuned, SinksTuned, Adapted,
     )
 }
@@ -40,15 +41,14 @@ def layout_id(document: str, block: int) -> int:
     return int.from_bytes(digest[:8], "big") % LAYOUT_IDS
 
 
-def make_layout(method: Method, n: int, seed: int, which: int) -> Layout:
-    """The layout of a block: a function of (seed, n, ratio, id) alone."""
+def make_layout(method: Method, n: int, seed: int, which: int, text: Structure = RUNNING) -> Layout:
+    """The layout of a block: a function of (seed, n, ratio, id) and of the text's own structure."""
     ratio = method.ratio
     rng = np.random.default_rng([seed, n, ratio.numerator, ratio.denominator, which])
-    return method.layout(n, rng)
+    return method.layout(n, rng, text)
 
 
 __all__ = [
-    "LAYOUT_IDS", "METHODS", "Layout", "Method", "Option", "kept", "layout_id", "make_layout", "make_method",
-    "parse_ratio",
-    "ratio_text",
+    "LAYOUT_IDS", "METHODS", "RUNNING", "Layout", "Method", "Option", "Structure", "kept", "layout_id",
+    "make_layout", "make_method", "parse_ratio", "ratio_text",
 ]

@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from decimal import Decimal
 from fractions import Fraction
 from typing import TYPE_CHECKING, ClassVar
 
 from kvbench.errors import UserError, unknown
+from kvbench.methods.layout import RUNNING, Layout, Structure
 
 if TYPE_CHECKING:
     import numpy as np
-
-    from kvbench.methods.layout import Layout
 
 
 TRAINED_PERCENT = (5, 95)
@@ -110,12 +110,31 @@ class Method(ABC):
     options: dict[str, str] = field(default_factory=dict)
 
     @abstractmethod
-    def layout(self, n: int, rng: np.random.Generator) -> Layout:
-        """The layout of a block of ``n`` text tokens; ``rng`` is used by seeded methods only.
+    def layout(self, n: int, rng: np.random.Generator, text: Structure = RUNNING) -> Layout:
+        """The layout of a block of ``n`` text tokens.
+
+        Args:
+            rng: used by seeded methods only.
+            text: what is known of the text besides its length.
 
         Raises:
             UserError: the ratio is beyond what the method can reach on ``n`` tokens.
         """
+
+    def check(self, longest: int, in_chunks: bool) -> None:  # noqa: B027  # most methods have nothing to check
+        """See that the method can be used on text of that many tokens.
+
+        Args:
+            in_chunks: the text comes in chunks of its own.
+
+        Raises:
+            UserError: it cannot, and why.
+        """
+
+    @classmethod
+    def uses_ratio(cls, options: Mapping[str, str], in_chunks: bool) -> bool:
+        """Whether a ratio decides what is removed; ``in_chunks``: the text comes in chunks of its own."""
+        return cls.takes_ratio
 
     @classmethod
     def drawn(cls, n: int, rng: np.random.Generator, options: dict[str, str]) -> Layout:
@@ -130,6 +149,16 @@ class Method(ABC):
 
     def number(self, name: str) -> int:
         return int(self.option(name))
+
+    @property
+    def resolved(self) -> dict[str, str]:
+        """All options that take part, with their values."""
+        return {name: self.option(name) for name in self.known}
+
+    @property
+    def by_text(self) -> bool:
+        """Whether the layout depends on the words of the text, so that every piece has its own."""
+        return False
 
     @property
     def n_rows(self) -> int:

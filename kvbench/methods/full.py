@@ -5,10 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from kvbench.methods.base import Method
-from kvbench.methods.layout import Layout, Tokens, everything, plain_tokens
+from kvbench.methods.layout import RUNNING, Layout, Structure, Tokens, everything, plain_tokens
 
 NONE_CHUNK = 32
 """Tokens in a chunk of the ``none`` control; part of its signature."""
@@ -22,26 +23,37 @@ class Full(Method):
     summary = "the whole cache, nothing removed"
     takes_ratio = False
 
-    def layout(self, n: int, rng: np.random.Generator) -> Layout:
+    def layout(self, n: int, rng: np.random.Generator, text: Structure = RUNNING) -> Layout:
         tokens = plain_tokens(n)
         return Layout(tokens, tokens.raw, everything, n)
 
 
 @dataclass(frozen=True)
 class NoContext(Method):
-    """Only the current disjoint chunk of 32 tokens is seen: the floor that recovery is taken from."""
+    """Only the current disjoint chunk of 32 tokens is seen: the floor that recovery is taken from.
+
+    Where the text itself comes in chunks, such as turns, only the current one is seen.
+    """
 
     name = "none"
     summary = f"no context beyond the current disjoint chunk of {NONE_CHUNK} tokens"
     takes_ratio = False
 
-    def layout(self, n: int, rng: np.random.Generator) -> Layout:
+    def layout(self, n: int, rng: np.random.Generator, text: Structure = RUNNING) -> Layout:
+        if text.chunks:
+            unit = torch.repeat_interleave(torch.arange(len(text.chunks)), torch.tensor(text.chunks))
+            tokens = plain_tokens(n, unit)
+            return Layout(tokens, tokens.raw, _same_unit, n, next_unit=len(text.chunks))
         tokens = plain_tokens(n)
         return Layout(tokens, tokens.raw, _same_chunk, n)
 
 
 def _same_chunk(queries: Tokens, keys: Tokens) -> Tensor:
     return queries.raw // NONE_CHUNK == keys.raw // NONE_CHUNK
+
+
+def _same_unit(queries: Tokens, keys: Tokens) -> Tensor:
+    return queries.unit == keys.unit
 
 
 @dataclass(frozen=True)

@@ -20,8 +20,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-RAW, OPEN, CLOSE = 0, 1, 2
-"""Kinds of tokens: a token of the text, a sentinel that opens a span, one that closes it."""
+RAW, OPEN, CLOSE, COMP, SUM = 0, 1, 2, 3, 4
+"""Kinds of tokens: a token of the text; a sentinel that opens a span, one that closes it; a token whose
+entry becomes memory; the address of an entry that is computed from other entries."""
 
 OUTSIDE = -1
 """The unit of a token that belongs to no span."""
@@ -34,15 +35,17 @@ class Tokens(NamedTuple):
 
     Attributes:
         slot: place in the fed sequence, sentinels included.
-        kind: ``RAW``, ``OPEN`` or ``CLOSE``.
-        raw: number of the token in the text; for a sentinel, that of the token before it.
-        unit: the span or group the token belongs to, ``OUTSIDE`` if none.
+        kind: ``RAW``, ``OPEN``, ``CLOSE``, ``COMP`` or ``SUM``.
+        raw: number of the token in the text; for other kinds, that of the token whose place it shares.
+        unit: the span or chunk the token belongs to, ``OUTSIDE`` if none.
+        row: row of the adapter's embeddings that feeds it; -1 for text.
     """
 
     slot: Tensor
     kind: Tensor
     raw: Tensor
     unit: Tensor
+    row: Tensor
 
     def at(self, where: Tensor | slice) -> Tokens:
         return Tokens(*(field[where] for field in self))
@@ -51,6 +54,23 @@ class Tokens(NamedTuple):
         """Shape ``[q, 1]``, to broadcast against keys of shape ``[k]``."""
         return Tokens(*(field[:, None] for field in self))
 
+
+class Structure(NamedTuple):
+    """What a layout may know of the text besides its length.
+
+    Attributes:
+        chunks: lengths of the pieces that arrive one after another, such as the turns of a
+            dialogue; empty for running text.
+        words: for every token its line, its word in that line, and the words of that line; None
+            unless the method asks for them.
+    """
+
+    chunks: tuple[int, ...] = ()
+    words: tuple[tuple[int, int, int], ...] | None = None
+
+
+RUNNING = Structure()
+"""Running text, of which only the length is known."""
 
 Policy = Callable[[Tokens, Tokens], Tensor]
 """``(queries [q, 1], keys [k]) -> bool [q, k]``. Causality and self-visibility are added by the
@@ -63,6 +83,48 @@ def everything(queries: Tokens, keys: Tokens) -> Tensor:
 
 
 @dataclass(frozen=True, eq=False)
+class Mixture:
+    """Entries that are computed from other entries of their layer, not from a token.
+
+    Keys and values of each of the ``slots`` are a weighted sum of those of its sources. Sources
+    come earlier in the fed sequence and may be mixed themselves (a running mean needs only the
+    previous mean and the new entry), and the policy lets a ``SUM`` token see them, which is what
+    keeps them in the cache until then.
+
+    Attributes:
+        slots: int64 ``[m]``, ascending.
+        sources: int64 ``[m, s]``.
+        weights: float32 ``[m, s]``; 0 where a slot has fewer than s sources.
+        unrotated: keys are averaged before the rotary embedding, and rotated to the place of the
+            slot; otherwise as they are in the cache, each rotated to its own place.
+    """
+
+    slots: Tensor
+    sources: Tensor
+    weights: Tensor
+    unrotated: bool = False
+
+    def among(self, first: int, present: Tensor) -> tuple[Tensor, Tensor]:
+        """How to mix once the slots from ``first`` on have been fed.
+
+        Args:
+            present: int64, the slots in the cache, ascending.
+
+        Returns:
+            Places among ``present`` that are mixed now ``[m]``, and their weights over all places
+            ``[m, present]``, with chains of mixed sources followed to their ends.
+        """
+        chosen = (self.slots >= first) & (self.slots <= int(present[-1]))
+        places = torch.searchsorted(present, self.slots[chosen])
+        weights = torch.zeros(len(places), len(present))
+        weights.scatter_add_(1, torch.searchsorted(present, self.sources[chosen]), self.weights[chosen])
+        inner = weights[:, places]
+        weights[:, places] = 0
+        unit = torch.eye(len(places))
+        return places, torch.linalg.solve_triangular(unit - inner, weights, upper=False, unitriangular=True)
+
+
+@dataclass(frozen=True, eq=False)
 class Layout:
     """A typed token sequence for one block of ``n_raw`` text tokens.
 
@@ -71,12 +133,19 @@ class Layout:
         position: int64 ``[T]``, the position id that each token is fed with.
         policy: who may see whom among earlier tokens.
         n_raw: number of text tokens in the block.
+        next_unit: unit of the text that follows the block.
+        mixture: how the ``SUM`` entries are computed; None if there are none.
+        predictors: int64 ``[n_raw]``, the slot whose logits predict the token after each text
+            token; None for the text tokens themselves.
     """
 
     tokens: Tokens
     position: Tensor
     policy: Policy
     n_raw: int
+    next_unit: int = OUTSIDE
+    mixture: Mixture | None = None
+    predictors: Tensor | None = None
 
     def __len__(self) -> int:
         return int(self.position.shape[0])
@@ -92,14 +161,19 @@ class Layout:
         return torch.nonzero(self.tokens.kind == RAW).flatten()
 
     @cached_property
+    def read_slots(self) -> Tensor:
+        """int64 ``[n_raw]``: the slot whose logits predict the token after each text token."""
+        return self.raw_slots if self.predictors is None else self.predictors
+
+    @cached_property
     def source(self) -> Tensor:
-        """int64 ``[T]``: row of the table [text tokens; OPEN; CLOSE] that feeds each slot."""
+        """int64 ``[T]``: row of the table [text tokens; the adapter's rows] that feeds each slot."""
         kind, raw = self.tokens.kind, self.tokens.raw
-        return torch.where(kind == RAW, raw, self.n_raw + kind - OPEN)
+        return torch.where(kind == RAW, raw, self.n_raw + self.tokens.row)
 
     @cached_property
     def special_slots(self) -> Tensor:
-        """int64: where the sentinels are in the fed sequence."""
+        """int64: where the tokens that are not text are in the fed sequence."""
         return torch.nonzero(self.tokens.kind != RAW).flatten()
 
     @cached_property
@@ -124,7 +198,7 @@ class Layout:
             rows = torch.arange(start, min(start + _ROWS_AT_ONCE, size))
             seen = self.visible(rows, torch.arange(size))
             last = torch.maximum(last, torch.where(seen, rows[:, None], 0).amax(dim=0))
-        following = Tokens(*(torch.tensor([v]) for v in (size, RAW, self.n_raw, OUTSIDE)))
+        following = Tokens(*(torch.tensor([v]) for v in (size, RAW, self.n_raw, self.next_unit, -1)))
         return torch.where(self.policy(following.as_queries(), every)[0], size, last)
 
     def held_after(self, fed: int) -> Tensor:
@@ -145,4 +219,4 @@ def plain_tokens(n: int, unit: Tensor | None = None) -> Tokens:
     """``n`` text tokens without sentinels; ``unit`` marks groups (default: none)."""
     slot = torch.arange(n)
     unit = torch.full((n,), OUTSIDE) if unit is None else unit
-    return Tokens(slot, torch.full((n,), RAW), slot, unit)
+    return Tokens(slot, torch.full((n,), RAW), slot, unit, torch.full((n,), -1))

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from kvbench.methods.base import Method, Option, kept
-from kvbench.methods.layout import Layout, Tokens, plain_tokens
+from kvbench.methods.layout import RUNNING, Layout, Structure, Tokens, plain_tokens
 
 _DROPPED, _KEPT = 0, 1
 
@@ -28,7 +28,7 @@ class Scattered(Method):
     seeded = True
     known = {"sampler": Option("exact", ("exact", "published"))}
 
-    def layout(self, n: int, rng: np.random.Generator) -> Layout:
+    def layout(self, n: int, rng: np.random.Generator, text: Structure = RUNNING) -> Layout:
         unit = torch.full((n,), _DROPPED)
         if self.option("sampler") == "published":
             columns = np.flatnonzero(rng.random(n) >= float(self.ratio))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 
@@ -11,12 +12,11 @@ import torch
 from torch import Tensor
 
 from kvbench.errors import UserError
-from kvbench.methods.base import Method
-from kvbench.methods.layout import CLOSE, OPEN, OUTSIDE, RAW, Layout, Tokens
+from kvbench.methods.base import Method, Option
+from kvbench.methods.layout import CLOSE, OPEN, OUTSIDE, RAW, RUNNING, Layout, Structure, Tokens
+from kvbench.methods.published import word_spans
 
 MAX_SPAN = 25
-MEAN_REMOVED = Fraction(25, 2)
-"""Entries that a span removes on average (its length less its one summary)."""
 
 
 @dataclass(frozen=True)
@@ -27,10 +27,17 @@ class Sentinel(Method):
     values become the summary of the span; every later token may see the closing sentinel and
     never the span. Sentinels repeat the position of the token before them.
 
+    With ``recent=w`` a span is closed when w more tokens have been read, so that the last w
+    tokens are always raw: the two sentinels are then fed after the fact, at their own positions.
+    Neither sees anything but the span, so their entries are the same; only the text in between
+    still saw the span. ``sampler=published`` draws spans of words as the released code does;
+    ``predict_from_cr=true`` predicts the token after a span from the closing sentinel.
+
     Departures from the released code: sentinel ids are inserted after tokenisation (no stray
     spaces), spans are drawn so that the realised ratio is the asked one to 1/n (the released
-    sampler saturates near one half), and the same text tokens are scored for every method. As
-    published, the token after a span is predicted by the last token of the span.
+    sampler saturates near one half), spans that a block would cut are left out, and the same
+    text tokens are scored for every method. As published, the token after a span is predicted
+    by the last token of the span.
     """
 
     name = "sentinel"
@@ -40,45 +47,81 @@ class Sentinel(Method):
     trainable = ("gated", "plain", "full")
     seeded = True
     position_rule = "shared"
+    known = {
+        "sampler": Option("exact", ("exact", "published")),
+        "span": Option(str(MAX_SPAN), least=2, most=512),
+        "recent": Option("0"),
+        "predict_from_cr": Option("false", ("false", "true"), trained=True),
+    }
 
     @property
     def n_rows(self) -> int:
         return 2
 
-    def layout(self, n: int, rng: np.random.Generator) -> Layout:
-        gaps, lengths = sample_spans(n, self.ratio, rng)
-        return span_layout(gaps, lengths)
+    @property
+    def by_text(self) -> bool:
+        return self.option("sampler") == "published"
+
+    def check(self, longest: int, in_chunks: bool) -> None:
+        if self.number("recent") and self.option("predict_from_cr") == "true":
+            raise UserError(
+                "--set recent= and predict_from_cr=true exclude each other: a span that is closed later "
+                "has no closing sentinel when its next token is predicted."
+            )
+
+    def layout(self, n: int, rng: np.random.Generator, text: Structure = RUNNING) -> Layout:
+        recent, top = self.number("recent"), self.number("span")
+        if self.option("sampler") == "published":
+            if text.words is None:
+                raise UserError(
+                    "--set sampler=published draws spans of words, which this task does not know.",
+                    "Use it with protocol block or stream on a task of documents.",
+                )
+            gaps, lengths = word_spans(n, self.ratio, top, rng, text.words)
+            recent = min(recent, gaps[-1])
+        else:
+            gaps, lengths = sample_spans(n, self.ratio, rng, top, recent)
+        return span_layout(gaps, lengths, recent, self.option("predict_from_cr") == "true")
 
 
 def sample_spans(
-    n: int, ratio: Fraction, rng: np.random.Generator
+    n: int, ratio: Fraction, rng: np.random.Generator, top: int = MAX_SPAN, recent: int = 0
 ) -> tuple[list[int], list[int]]:
-    """Draw spans that remove exactly floor(ratio * n) of ``n`` entries.
+    """Draw spans that remove exactly floor(ratio * n) of ``n`` entries, all before the last ``recent``.
 
     Returns:
         The K + 1 gaps of uncompressed tokens around the spans, and the K span lengths
-        (2 to 25 tokens each); together they cover the n tokens.
+        (2 to ``top`` tokens each); together they cover the n tokens.
 
     Raises:
-        UserError: no set of spans of at most 25 tokens removes that many entries.
+        UserError: no set of such spans removes that many entries.
     """
     removed = (ratio.numerator * n) // ratio.denominator
-    fewest = math.ceil(removed / (MAX_SPAN - 1))
-    most = min(n - removed, removed)
+    fewest = math.ceil(removed / (top - 1))
+    most = min(n - recent - removed, removed)
     if fewest > most:
+        within = f" outside the last {recent}" if recent else ""
         raise UserError(
-            f"sentinel cannot remove {float(ratio):g} of {n} tokens: each span of up to "
-            f"{MAX_SPAN} tokens keeps one entry.",
-            "Ask for a ratio of at most 0.96.",
+            f"sentinel cannot remove {float(ratio):g} of {n} tokens{within}: each span of up to {top} tokens "
+            "keeps one entry.",
+            f"Ask for a ratio of at most {_most_removed(n, top, recent) / n:.3g}.",
         )
     if removed == 0:
         return [n], []
-    count = min(max(round(removed / MEAN_REMOVED), fewest, 1), most)
-    shares = _bounded_composition(removed, count, MAX_SPAN - 1, rng)
-    free = n - removed - count
+    count = min(max(round(removed / Fraction(top, 2)), fewest, 1), most)
+    shares = _bounded_composition(removed, count, top - 1, rng)
+    free = n - recent - removed - count
     bars = np.sort(rng.choice(free + count, count, replace=False))
     edges = np.concatenate(([-1], bars, [free + count]))
-    return list(np.diff(edges) - 1), list(shares + 1)
+    gaps = list(np.diff(edges) - 1)
+    gaps[-1] += recent
+    return gaps, list(shares + 1)
+
+
+def _most_removed(n: int, top: int, recent: int) -> int:
+    """The most entries that spans of up to ``top`` tokens before the last ``recent`` can remove."""
+    room = max(0, n - recent)
+    return room - math.ceil(room / top)
 
 
 def _bounded_composition(total: int, parts: int, top: int, rng: np.random.Generator) -> np.ndarray:
@@ -92,23 +135,56 @@ def _bounded_composition(total: int, parts: int, top: int, rng: np.random.Genera
     return draw
 
 
-def span_layout(gaps: list[int], lengths: list[int]) -> Layout:
-    """The typed sequence gap, OPEN, span, CLOSE, gap, ... of K spans and K + 1 gaps."""
-    runs: list[tuple[int, int, int]] = []  # (kind, unit, how many)
-    for unit, length in enumerate(lengths):
-        runs += [(RAW, OUTSIDE, gaps[unit]), (OPEN, unit, 1), (RAW, unit, length), (CLOSE, unit, 1)]
-    runs.append((RAW, OUTSIDE, gaps[-1]))
-    counts = torch.tensor([run[2] for run in runs])
-    kind = torch.repeat_interleave(torch.tensor([run[0] for run in runs]), counts)
-    units = torch.repeat_interleave(torch.tensor([run[1] for run in runs]), counts)
-    raw = torch.clamp(torch.cumsum(kind == RAW, 0) - 1, min=0)
-    tokens = Tokens(torch.arange(len(kind)), kind, raw, units)
-    return Layout(tokens, raw, sentinel_policy, int((kind == RAW).sum()))
+def span_layout(
+    gaps: Sequence[int], lengths: Sequence[int], recent: int = 0, predict_from_close: bool = False
+) -> Layout:
+    """The typed sequence gap, OPEN, span, CLOSE, gap, ... of K spans and K + 1 gaps.
+
+    With ``recent`` the two sentinels of a span come together, that many text tokens after it.
+    """
+    spans = torch.arange(len(lengths))
+    starts = torch.cumsum(torch.tensor([*gaps]), 0)[: len(lengths)] + torch.cumsum(
+        torch.tensor([0, *lengths]), 0
+    )[: len(lengths)]
+    stops = starts + torch.tensor([*lengths], dtype=torch.long)
+    n = sum(gaps) + sum(lengths)
+    text = torch.arange(n)
+    unit = torch.full((n,), OUTSIDE)
+    for s, (start, stop) in enumerate(zip(starts.tolist(), stops.tolist(), strict=True)):
+        unit[start:stop] = s
+    raw = torch.cat([text, (starts - 1).clamp(min=0), stops - 1])
+    kind = torch.cat([torch.full((n,), RAW), torch.full_like(spans, OPEN), torch.full_like(spans, CLOSE)])
+    # What is fed after text token i and before i + 1 sorts between 4 i and 4 i + 4.
+    opened = 4 * (stops + recent - 1) + 1 if recent else 4 * starts - 1
+    place = torch.cat([4 * text, opened, 4 * (stops + recent - 1) + 2])
+    order = torch.argsort(place)
+    tokens = Tokens(
+        torch.arange(len(order)), kind[order], raw[order], torch.cat([unit, spans, spans])[order],
+        torch.where(kind == RAW, -1, kind - OPEN)[order],
+    )
+    closed = tokens.slot[tokens.kind == CLOSE]
+    predictors = None
+    if predict_from_close:
+        predictors = tokens.slot[tokens.kind == RAW].clone()
+        predictors[stops - 1] = closed
+    return Layout(tokens, tokens.raw, Closing(closed), n, predictors=predictors)
 
 
-def sentinel_policy(queries: Tokens, keys: Tokens) -> Tensor:
-    """Who sees whom: see the class docstring of :class:`Sentinel`."""
-    own_span = (keys.unit == queries.unit) & (keys.unit != OUTSIDE)
-    summary_or_free = (keys.kind == CLOSE) | (keys.unit == OUTSIDE)
-    text_sees = summary_or_free | (own_span & (keys.kind == RAW))
-    return ((queries.kind == RAW) & text_sees) | ((queries.kind == CLOSE) & own_span)
+@dataclass(frozen=True, eq=False)
+class Closing:
+    """Who sees whom: see the class docstring of :class:`Sentinel`.
+
+    Attributes:
+        closed: int64 ``[K]``, the slot of each span's closing sentinel: text before it sees the
+            span, text after it sees the sentinel.
+    """
+
+    closed: Tensor
+
+    def __call__(self, queries: Tokens, keys: Tokens) -> Tensor:
+        outside = keys.unit == OUTSIDE
+        closed = torch.cat([self.closed, self.closed.new_zeros(1)])[keys.unit]
+        open_text = (keys.kind == RAW) & (outside | (queries.slot < closed))
+        text_sees = (keys.kind == CLOSE) | open_text
+        own_span = (keys.unit == queries.unit) & ~outside
+        return ((queries.kind == RAW) & text_sees) | ((queries.kind == CLOSE) & own_span)

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from kvbench.methods.base import Method, kept
-from kvbench.methods.layout import Layout, Tokens, plain_tokens
+from kvbench.methods.base import Method, Option, kept
+from kvbench.methods.layout import RUNNING, Layout, Structure, Tokens, plain_tokens
+from kvbench.methods.streaming import STREAMING, budget_layout, check_budget
 
 SINKS = 4
 """First entries that ``sinks`` always holds."""
@@ -25,7 +27,7 @@ class Window(Method):
     name = "window"
     summary = "the last kept(N, r) entries, constant over the block"
 
-    def layout(self, n: int, rng: np.random.Generator) -> Layout:
+    def layout(self, n: int, rng: np.random.Generator, text: Structure = RUNNING) -> Layout:
         size = kept(n, self.ratio)
 
         def recent(queries: Tokens, keys: Tokens) -> Tensor:
@@ -47,7 +49,7 @@ class Local(Method):
     summary = "the last kept(n, r) of n entries: the proportional window of the Sentinel paper"
     paper = "arXiv 2310.08152 (baseline)"
 
-    def layout(self, n: int, rng: np.random.Generator) -> Layout:
+    def layout(self, n: int, rng: np.random.Generator, text: Structure = RUNNING) -> Layout:
         num, den = self.ratio.numerator, self.ratio.denominator
 
         def proportional(queries: Tokens, keys: Tokens) -> Tensor:
@@ -63,14 +65,30 @@ class Sinks(Method):
 
     After StreamingLLM (arXiv 2309.17453), with two departures: the window grows with the text,
     so that it holds as many entries as the methods it is compared with, and kept keys keep
-    their absolute positions.
+    their absolute positions. With ``budget=160`` it is cut at the moments, and to the sizes, of
+    ``ccm-concat`` under that budget.
     """
 
+    known = {**STREAMING, "n_comp": Option("2", least=1, most=32)}
     name = "sinks"
     summary = "the 4 first entries and a recent window, max(5, kept(n, r)) together"
     paper = "after arXiv 2309.17453"
 
-    def layout(self, n: int, rng: np.random.Generator) -> Layout:
+    @classmethod
+    def uses_ratio(cls, options: Mapping[str, str], in_chunks: bool) -> bool:
+        return options.get("budget", "0") == "0"
+
+    @property
+    def resolved(self) -> dict[str, str]:
+        return super().resolved if self.number("budget") else {}
+
+    def check(self, longest: int, in_chunks: bool) -> None:
+        if self.number("budget"):
+            check_budget(self, self.number("n_comp"))
+
+    def layout(self, n: int, rng: np.random.Generator, text: Structure = RUNNING) -> Layout:
+        if self.number("budget"):
+            return budget_layout(self, n, 0, None)
         num, den = self.ratio.numerator, self.ratio.denominator
 
         def sinks_and_recent(queries: Tokens, keys: Tokens) -> Tensor:
