@@ -13,8 +13,8 @@ from kvbench.corpora.documents import Corpus, load_corpus
 from kvbench.corpora.tasks import Task, load_task
 from kvbench.errors import UserError, unknown
 from kvbench.methods import METHODS, Method, make_method, parse_ratio, ratio_text
-from kvbench.models.adapter import read_card
-from kvbench.models.references import ModelReference, find_adapter, fingerprint, resolve_model
+from kvbench.models.adapter import AdapterCard, read_card
+from kvbench.models.references import ModelReference, find_adapter, fingerprint, given_adapter, resolve_model
 from kvbench.protocols.protocol import OPTIONS, PROTOCOLS, RECALL_OPTIONS, protocol_options
 from kvbench.store.records import Cell
 
@@ -28,7 +28,7 @@ class Request:
 
     model: str
     revision: str | None
-    adapter: str | None
+    adapters: tuple[str, ...]
     methods: tuple[str, ...]
     ratios: tuple[str, ...]
     tasks: tuple[str, ...]
@@ -102,22 +102,27 @@ def build_plan(request: Request) -> Plan:
     if len({task.name for task in tasks.values()}) < len(tasks):
         raise UserError("Two of the tasks have the same name.", "Give each task file a name of its own.")
     protocols = {name: _protocol_of(task, request, len(tasks)) for name, task in tasks.items()}
-    methods = _with_baselines(request, ratios)
-    _check_options(request, methods, [_options_of(task, protocols[name]) for name, task in tasks.items()])
+    wanted = {name: _with_baselines(request, ratios, task) for name, task in tasks.items()}
+    _check_options(
+        request, [entry for entries in wanted.values() for entry in entries],
+        [_options_of(task, protocols[name]) for name, task in tasks.items()],
+    )
     model = resolve_model(request.model, request.revision)
     corpora = {name: load_corpus(task, request.data) for name, task in tasks.items()}
-    methods = [_adapted(m, model, request) for m in methods]
+    adapters = _Adapters(request, model)
     cells = []
     for name, task in tasks.items():
         options = protocol_options(_options_of(task, protocols[name]), request.options)
-        for method, role, adapter in _with_adapted_control(methods):
+        in_chunks = task.kind == "online"
+        for method, role, adapter in adapters.given_to(wanted[name]):
+            with_ratio = method.uses_ratio(request.options, in_chunks)
             cells.append(Cell(
                 model=model.name, revision=request.revision, model_hash=model.fingerprint,
                 dtype=_dtype(request), device=request.device, method=method.name,
-                ratio_asked=ratio_text(method.ratio) if method.takes_ratio else None, role=role,
+                ratio_asked=ratio_text(method.ratio) if with_ratio else None, role=role,
                 task=task.name, task_version=task.version, data_hash=corpora[name].hash,
                 protocol=protocols[name], execution=request.execution,
-                options={**options, **{k: method.option(k) for k in method.known}},
+                options={**options, **method.resolved},
                 adapter=None if adapter is None else str(adapter),
                 adapter_hash=None if adapter is None else fingerprint(adapter), seed=request.seed,
                 position_rule=method.position_rule,
@@ -152,20 +157,20 @@ def _protocol_of(task: Task, request: Request, n_tasks: int) -> str:
     )
 
 
-def _with_baselines(request: Request, ratios: Sequence[Fraction]) -> list[_Entry]:
-    """Controls first, then rivals and the asked methods, once per ratio."""
+def _with_baselines(request: Request, ratios: Sequence[Fraction], task: Task) -> list[_Entry]:
+    """Controls first, then rivals and the asked methods, once per ratio that they take."""
     asked = list(dict.fromkeys(request.methods))
+    in_chunks = task.kind == "online"
     wanted: list[tuple[str, str]] = [("full", "control")]
-    if request.baselines:
+    if "none" in asked or (request.baselines and not in_chunks):
         wanted += [("none", "control")]
-        if any(METHODS[name].takes_ratio for name in asked):
-            wanted += [(name, "baseline") for name in RIVALS if name not in asked]
+    if request.baselines and not in_chunks and any(METHODS[name].compresses for name in asked):
+        wanted += [(name, "baseline") for name in RIVALS if name not in asked]
     wanted += [(name, "method") for name in asked if name not in CONTROLS]
-    if "none" in asked and not request.baselines:
-        wanted.append(("none", "method"))
     entries: list[_Entry] = []
     for name, role in wanted:
-        for ratio in dict.fromkeys(ratios) if METHODS[name].takes_ratio else [Fraction(0)]:
+        with_ratio = METHODS[name].uses_ratio(request.options, in_chunks)
+        for ratio in dict.fromkeys(ratios) if with_ratio else [Fraction(0)]:
             entries.append((make_method(name, ratio, request.options), role, None))
     return entries
 
@@ -186,35 +191,65 @@ def _check_options(request: Request, methods: Sequence[_Entry], options: Sequenc
             method.option(key)
 
 
-def _adapted(entry: _Entry, model: ModelReference, request: Request) -> _Entry:
-    """The entry with its adapter, which must have been trained for this method and base model."""
-    method, role, _ = entry
-    if not method.needs_adapter:
-        return entry
-    folder = find_adapter(method.name, model, request.adapter)
-    card = read_card(folder)
-    if card.method != method.name and not (method.name == "adapted" and card.gate == "plain"):
-        raise UserError(
-            f"The adapter in {folder} was trained for {card.method!r}, not for {method.name!r}.",
-            "Give another --adapter.",
-        )
-    known = bool(model.fingerprint and card.base_hash)
-    if card.base_hash != model.fingerprint if known else card.base_model != model.short_name:
-        raise UserError(
-            f"The adapter in {folder} was trained on another base model "
-            f"({card.base_model}, {card.base_hash}), not on {model.name} ({model.fingerprint}).",
-            f"Train one: kvbench train --method {method.name} --model {model.name} "
-            f"--data TEXTS.jsonl --out ADAPTER.",
-        )
-    return method, role, folder
+class _Adapters:
+    """The adapters of a request: those given, each for the method on its card, and the shipped ones."""
 
+    def __init__(self, request: Request, model: ModelReference) -> None:
+        self.request, self.model = request, model
+        self.given = {folder: read_card(folder) for folder in map(given_adapter, request.adapters)}
 
-def _with_adapted_control(entries: Sequence[_Entry]) -> list[_Entry]:
-    """Add ``adapted`` (the tuned model, nothing removed) where an adapter acts on the text too."""
-    out = list(entries)
-    seen = {folder for method, _, folder in entries if method.name == "adapted"}
-    for _, _, folder in entries:
-        if folder is not None and folder not in seen and read_card(folder).gate == "plain":
-            seen.add(folder)
-            out.append((METHODS["adapted"](), "control", folder))
-    return out
+    def given_to(self, entries: Sequence[_Entry]) -> list[_Entry]:
+        """The entries with their adapters, and ``adapted`` where an adapter acts on the text too.
+
+        Raises:
+            UserError: an adapter is missing, of no use, or made for another model or other options.
+        """
+        found = [(m, role, self._folder(m) if m.needs_adapter else None) for m, role, _ in entries]
+        used = {folder for _, _, folder in found}
+        for folder, card in self.given.items():
+            if folder not in used:
+                raise UserError(
+                    f"The adapter in {folder} was trained for {card.method!r}, which is not asked for.",
+                    f"Add --method {card.method}, or give another --adapter.",
+                )
+        controls = {folder for method, _, folder in found if method.name == "adapted"}
+        for folder in dict.fromkeys(f for m, _, f in found if f is not None and m.name != "adapted"):
+            if read_card(folder).gate == "gated":
+                continue
+            control = folder if folder in self.given else self._shipped_control() or folder
+            if control not in controls:
+                controls.add(control)
+                found.append((METHODS["adapted"](), "control", control))
+        return found
+
+    def _folder(self, method: Method) -> Path:
+        mine = [f for f, card in self.given.items() if card.method == method.name]
+        if method.name == "adapted":
+            mine = mine or [f for f, card in self.given.items() if card.gate != "gated"]
+        folder = mine[0] if mine else find_adapter(method.name, self.model, method.trained_options)
+        self._check(folder, read_card(folder), method)
+        return folder
+
+    def _shipped_control(self) -> Path | None:
+        try:
+            return find_adapter("adapted", self.model, {})
+        except UserError:
+            return None
+
+    def _check(self, folder: Path, card: AdapterCard, method: Method) -> None:
+        model = self.model
+        known = bool(model.fingerprint and card.base_hash)
+        if card.base_hash != model.fingerprint if known else card.base_model != model.short_name:
+            raise UserError(
+                f"The adapter in {folder} was trained on another base model "
+                f"({card.base_model}, {card.base_hash}), not on {model.name} ({model.fingerprint}).",
+                f"Train one: kvbench train --method {method.name} --model {model.name} "
+                f"--data TEXTS.jsonl --out ADAPTER.",
+            )
+        for name, wanted in method.trained_options.items():
+            trained = card.options.get(name, method.known[name].default)
+            if trained != wanted:
+                raise UserError(
+                    f"The adapter in {folder} was trained with {name}={trained}, and {name}={wanted} is asked for.",
+                    f"Use --set {name}={trained}, or train one with --set {name}={wanted}.",
+                )

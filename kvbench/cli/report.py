@@ -28,6 +28,7 @@ def report(
 
     from kvbench.errors import UserError, unknown
     from kvbench.metrics import METRIC_NAMES
+    from kvbench.reporting.curves import asked_figures, distance_figure, memory_figure
     from kvbench.reporting.figures import removal_figure
     from kvbench.reporting.results import compute_results
     from kvbench.reporting.tables import print_results
@@ -47,6 +48,8 @@ def report(
             path for name in metric or ("ppl", "accuracy")
             for path in removal_figure(rows, name, run / "figures", _LABELS.get(name, name))
         ]
+        for draw in (asked_figures, memory_figure, distance_figure):
+            figures += draw(rows, run / "figures")
     except OSError as error:
         raise UserError(f"The run folder {run} cannot be written: {error.strerror}.") from error
     if json_:

@@ -33,11 +33,11 @@ def run(
         rich_help_panel=_WHAT)] = None,
     model: options.Model = None,
     revision: options.Revision = None,
-    adapter: Annotated[str | None, typer.Option(
-        help="Adapter folder for a trained method. [default: the one shipped for kvbench-tiny]",
+    adapter: Annotated[list[str] | None, typer.Option(
+        help="Adapter folder of a trained method; repeatable. [default: those shipped for kvbench-tiny]",
         show_default=False, rich_help_panel=_WHAT)] = None,
     protocol: Annotated[str | None, typer.Option(
-        help="block, stream or prefix. [default: the task's own]", rich_help_panel=_HOW)] = None,
+        help="block, stream, prefix or online. [default: the task's own]", rich_help_panel=_HOW)] = None,
     execution: Annotated[str, typer.Option(
         help="streamed (entries really removed) or onepass (masked, nothing freed).",
         rich_help_panel=_HOW)] = "streamed",
@@ -91,7 +91,7 @@ def run(
     console = Console(stderr=True)
     settings = load_settings(config).run
     request = Request(
-        model=model or settings.model, revision=revision, adapter=adapter,
+        model=model or settings.model, revision=revision, adapters=tuple(adapter or ()),
         methods=tuple(method or settings.method),
         ratios=tuple(ratio or (f"{r:.10g}" for r in settings.ratio)),
         tasks=tuple(task or settings.task), data=data, protocol=protocol, execution=execution,

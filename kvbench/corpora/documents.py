@@ -14,6 +14,7 @@ from itertools import chain, zip_longest
 from pathlib import Path
 
 from kvbench.corpora.tasks import CorpusSpec, Task
+from kvbench.corpora.turns import SYNTHETIC, read_turns
 from kvbench.errors import UserError
 
 _TITLE = re.compile(r"^ = [^=].*[^=] = $")
@@ -26,11 +27,13 @@ class Document:
     Attributes:
         id: unique within the corpus.
         group: the unit of resampling: the book, the article, or the document itself.
+        turns: the turns of a dialogue, the answer last; empty for running text.
     """
 
     id: str
     group: str
     text: str
+    turns: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -49,6 +52,8 @@ def load_corpus(task: Task, data: Path | None) -> Corpus:
         UserError: the file or the hub cannot be read, or holds no text.
     """
     spec = task.corpus
+    if spec.cut == "turns":
+        return _load_turns(task, data)
     if data is not None:
         rows, source = read_rows(data), str(data)
     elif spec.embedded is not None:
@@ -59,10 +64,31 @@ def load_corpus(task: Task, data: Path | None) -> Corpus:
     documents = tuple(_CUTS[spec.cut](rows, spec))
     if not documents:
         raise UserError(f"{source} holds no text.", "Give a file with at least one document.")
-    digest = hashlib.sha256(task.model_dump_json().encode())
+    return Corpus(documents, _digest(task, documents), source)
+
+
+def _load_turns(task: Task, data: Path | None) -> Corpus:
+    spec = task.corpus
+    if data is not None:
+        rows, source = read_turns(data), str(data)
+    elif spec.synthetic is not None:
+        rows, source = SYNTHETIC[spec.synthetic](), f"synthetic {spec.synthetic}"
+    else:
+        assert spec.embedded is not None, "the task file is checked for this"
+        asset = files("kvbench").joinpath("assets", spec.embedded)
+        rows, source = read_turns(Path(str(asset))), f"embedded {spec.embedded}"
+    documents = tuple(_unique(Document(row["id"], row["id"], "", tuple(row["turns"])) for row in rows))
+    if not documents:
+        raise UserError(f"{source} holds no turns.", "Give a file with at least one row.")
+    return Corpus(documents, _digest(task, documents), source)
+
+
+def _digest(task: Task, documents: tuple[Document, ...]) -> str:
+    digest = hashlib.sha256(task.model_dump_json(exclude_defaults=True).encode())
     for document in documents:
         digest.update(f"{document.id}\0{document.text}\0".encode())
-    return Corpus(documents, digest.hexdigest()[:16], source)
+        digest.update("".join(f"{turn}\0" for turn in document.turns).encode())
+    return digest.hexdigest()[:16]
 
 
 def read_rows(path: Path) -> list[dict[str, str]]:
@@ -71,7 +97,7 @@ def read_rows(path: Path) -> list[dict[str, str]]:
     Raises:
         UserError: missing, empty, binary, not UTF-8, malformed JSON, or rows without text.
     """
-    text = _read_text(path)
+    text = read_text(path)
     if not text.strip():
         raise UserError(f"The data file {path} is empty.", "Give a .jsonl or .txt file with text.")
     if ".jsonl" not in path.suffixes:
@@ -96,7 +122,7 @@ def read_rows(path: Path) -> list[dict[str, str]]:
     return rows
 
 
-def _read_text(path: Path) -> str:
+def read_text(path: Path) -> str:
     if not {".jsonl", ".txt"} & set(path.suffixes):
         raise UserError(
             f"The data file {path} has no known ending.", "Known: .jsonl, .txt, and both with .gz."
@@ -184,7 +210,7 @@ def _unique(documents: Iterable[Document]) -> Iterable[Document]:
     for document in documents:
         count = seen[document.id] = seen.get(document.id, -1) + 1
         name = f"{document.id}~{count}" if count else document.id
-        yield Document(name, name if count else document.group, document.text)
+        yield Document(name, name if count else document.group, document.text, document.turns)
 
 
 _CUTS = {"document": _documents, "wikitext-articles": _articles, "passages": _passages}

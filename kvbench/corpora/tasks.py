@@ -18,7 +18,9 @@ class CorpusSpec(BaseModel):
     Attributes:
         embedded: file in ``kvbench/assets``; None if the corpus is on the hub.
         hub: data set id on the Hugging Face hub, with ``config`` and ``split``.
-        cut: ``document`` (each row), ``wikitext-articles`` (at title rows) or ``passages``.
+        synthetic: a set made by a rule, ``profiles`` or ``demonstrations``.
+        cut: ``document`` (each row), ``wikitext-articles`` (at title rows), ``passages``, or ``turns``
+            (each row has turns and an answer).
         passage_chars: least characters in a passage, for ``cut = "passages"``.
     """
 
@@ -27,7 +29,8 @@ class CorpusSpec(BaseModel):
     hub: str | None = None
     config: str | None = None
     split: str = "test"
-    cut: Literal["document", "wikitext-articles", "passages"] = "document"
+    synthetic: Literal["profiles", "demonstrations"] | None = None
+    cut: Literal["document", "wikitext-articles", "passages", "turns"] = "document"
     passage_chars: int = Field(default=8000, ge=200)
 
 
@@ -53,6 +56,37 @@ class RecallSpec(BaseModel):
         return f"distances:{distances}|trials:{self.trials}|context:{self.context}"
 
 
+class OnlineSpec(BaseModel):
+    """What is scored given the memory of t chunks.
+
+    Attributes:
+        steps: the numbers t of chunks.
+        query: ``next`` (turn t + 1 is the query, turn t + 2 the target), ``last`` (the last turn is
+            the query at every step, the answer the target) or ``text`` (chunks of running text, and
+            the next chunk is the target).
+        between: put between turns; ``before_answer`` before the answer.
+        segment: tokens of a chunk of running text.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+    steps: tuple[int, ...] = (1, 2, 4, 6, 8, 12)
+    query: Literal["next", "last", "text"] = "next"
+    between: str = "\n\n"
+    before_answer: str = "\n\n"
+    segment: int = Field(default=64, ge=8, le=512)
+
+    @model_validator(mode="after")
+    def _ordered(self) -> Self:
+        if not self.steps or min(self.steps) < 1:
+            raise ValueError("'steps' are whole numbers of at least 1")
+        return self
+
+    def signature(self) -> str:
+        """The settings that decide what a number means."""
+        chunk = f"|segment:{self.segment}" if self.query == "text" else ""
+        return f"steps:{','.join(map(str, self.steps))}|query:{self.query}{chunk}"
+
+
 class Task(BaseModel):
     """What to read, how to cut it, which protocols it may be measured with.
 
@@ -64,10 +98,21 @@ class Task(BaseModel):
     name: str
     version: int
     summary: str
-    kind: Literal["lm", "recall"]
-    protocols: tuple[Literal["block", "stream", "prefix"], ...] = Field(min_length=1)
+    kind: Literal["lm", "recall", "online"]
+    protocols: tuple[Literal["block", "stream", "prefix", "online"], ...] = Field(min_length=1)
     corpus: CorpusSpec
     recall: RecallSpec | None = None
+    online: OnlineSpec | None = None
+
+    @property
+    def has_answers(self) -> bool:
+        """Whether what is scored is an answer, right or wrong."""
+        return self.kind == "recall" or (self.online is not None and self.online.query == "last")
+
+    @property
+    def trials(self) -> RecallSpec | OnlineSpec | None:
+        """How trials are made of the documents, where a document is not itself what is scored."""
+        return self.recall or self.online
 
     @model_validator(mode="after")
     def _complete(self) -> Self:
@@ -75,8 +120,16 @@ class Task(BaseModel):
             raise ValueError("a task of kind 'recall' has a table [recall], and no other has one")
         if self.kind == "recall" and self.protocols != ("prefix",):
             raise ValueError("a task of kind 'recall' has protocols = [\"prefix\"]")
-        if (self.corpus.embedded is None) == (self.corpus.hub is None):
-            raise ValueError("the corpus has either 'embedded' or 'hub'")
+        if (self.kind == "online") != (self.online is not None):
+            raise ValueError("a task of kind 'online' has a table [online], and no other has one")
+        if (self.kind == "online") != (self.protocols == ("online",)):
+            raise ValueError("a task of kind 'online', and no other, has protocols = [\"online\"]")
+        sources = (self.corpus.embedded, self.corpus.hub, self.corpus.synthetic)
+        if sum(source is not None for source in sources) != 1:
+            raise ValueError("the corpus has one of 'embedded', 'hub' and 'synthetic'")
+        in_turns = self.online is not None and self.online.query != "text"
+        if in_turns != (self.corpus.cut == "turns"):
+            raise ValueError("cut = \"turns\" goes with [online] query = \"next\" or \"last\"")
         return self
 
 

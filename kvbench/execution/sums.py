@@ -7,7 +7,7 @@ from typing import Any
 
 from kvbench.corpora.documents import Document
 from kvbench.protocols.cut import Cut, Piece
-from kvbench.protocols.score import BatchScore, kl_histogram
+from kvbench.protocols.score import BatchScore, kl_histogram, loss_by_distance
 from kvbench.store.records import DocumentRecord
 
 
@@ -19,6 +19,7 @@ class DocumentSums:
         self.left = len(cut.pieces)
         self.sums: dict[str, Any] = defaultdict(float)
         self.bins: dict[str, int] = defaultdict(int)
+        self.curve: dict[str, tuple[int, float]] = {}
         self.has_kl, self.peak = True, 0
 
     @property
@@ -48,6 +49,10 @@ class DocumentSums:
             s["top1"] += int(score.top1[row].sum())
             for place, count in kl_histogram(score.kl[row]).items():
                 self.bins[place] += count
+        if score.loss is not None and score.since is not None:
+            for place, (count, loss) in loss_by_distance(score.loss[row], score.since).items():
+                before = self.curve.get(place, (0, 0.0))
+                self.curve[place] = (before[0] + count, before[1] + loss)
         self.left -= 1
 
     def record(self) -> DocumentRecord:
@@ -59,5 +64,5 @@ class DocumentSums:
             kl=s["kl"] if self.has_kl else None, kl_bins=dict(self.bins) if self.has_kl else None,
             top1=int(s["top1"]) if self.has_kl else None, kv_logical=s["kv_logical"],
             kv_physical=s["kv_physical"], kv_full=s["kv_full"], bin=self.cut.pieces[0].bin,
-            seconds=round(s["seconds"], 4),
+            seconds=round(s["seconds"], 4), by_distance=self.curve or None,
         )

@@ -6,12 +6,15 @@ import hashlib
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
+from fractions import Fraction
 from pathlib import Path
+from typing import Any
 
 from kvbench.corpora.documents import Document, load_corpus
 from kvbench.corpora.tasks import Task, load_task
 from kvbench.errors import UserError
 from kvbench.execution.job import Job
+from kvbench.methods import make_method
 from kvbench.models.loading import Loaded, window_of
 from kvbench.protocols.cut import (
     MIN_TOKENS,
@@ -24,6 +27,7 @@ from kvbench.protocols.cut import (
     make_tokenizer,
     recall_trials,
 )
+from kvbench.protocols.online import online_trials
 from kvbench.protocols.protocol import Protocol, resolve_protocol
 from kvbench.store.records import Cell
 
@@ -59,9 +63,13 @@ def cut_task(job: Job, name: str, loaded: Loaded) -> Work:
     protocol = resolve_protocol(first.protocol, first.options, loaded.context, first.model)
     cuts: list[tuple[Document, Cut]] = []
     skipped = 0
-    for document, cut in _cut_all(task, corpus.documents, tokenizer, protocol, first.seed):
+    with_words = any(make_method(c.method, Fraction(0), c.options).by_text for c in cells)
+    sources = corpus.documents
+    if task.kind == "online":  # a document is many trials here, and the limit counts documents
+        sources, limit = sources[:limit], None
+    for document, cut in _cut_all(task, sources, tokenizer, protocol, first.seed, with_words):
         longest = max((len(piece.ids) for piece in cut.pieces), default=0)
-        if not cut.pieces or (task.kind == "recall" and longest > loaded.context):
+        if not cut.pieces or (task.kind != "lm" and longest > loaded.context):
             skipped += 1
             continue
         cuts.append((document, cut))
@@ -84,22 +92,26 @@ def cut_task(job: Job, name: str, loaded: Loaded) -> Work:
         )
     signature = protocol.signature(
         first.execution, tokenizer.bos is not None, _tokenizer_hash(loaded),
-        task.recall.signature() if task.recall else None,
+        task.trials.signature() if task.trials else None,
     )
     return Work(task, protocol, tuple(cuts), skipped, cells, signature)
 
 
 def _cut_all(
-    task: Task, documents: tuple[Document, ...], tokenizer: Tokenizer, protocol: Protocol, seed: int
+    task: Task, documents: tuple[Document, ...], tokenizer: Tokenizer, protocol: Protocol, seed: int,
+    with_words: bool,
 ) -> Iterator[tuple[Document, Cut]]:
     if task.recall is not None:
         yield from recall_trials(documents, tokenizer, task.recall, seed)
         return
+    if task.online is not None:
+        yield from online_trials(documents, tokenizer, task.online)
+        return
     for document in documents:
         if protocol.name == "block":
-            yield document, cut_blocks(document, tokenizer, protocol.length)
+            yield document, cut_blocks(document, tokenizer, protocol.length, with_words)
         elif protocol.name == "stream":
-            yield document, cut_stream(document, tokenizer, protocol.length)
+            yield document, cut_stream(document, tokenizer, protocol.length, with_words)
         else:
             yield document, cut_prefix(document, tokenizer, protocol.length, protocol.continuation)
 
@@ -110,7 +122,7 @@ def tokens_of(cuts: Iterator[Cut]) -> int:
 
 def batches(documents: tuple[tuple[Document, Cut], ...], vocabulary: int) -> Iterator[list[Piece]]:
     """Pieces of equal shape together, those of one layout side by side."""
-    groups: dict[tuple[int, int, int], list[Piece]] = {}
+    groups: dict[Any, list[Piece]] = {}
     for _, cut in documents:
         for piece in cut.pieces:
             groups.setdefault(piece.shape, []).append(piece)

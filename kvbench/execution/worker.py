@@ -27,10 +27,11 @@ from kvbench.errors import UserError
 from kvbench.execution.job import Job
 from kvbench.execution.sums import DocumentSums
 from kvbench.execution.work import Work, batches, cut_task, same_layout, tokens_of
-from kvbench.methods import Layout, Method, make_layout, make_method
+from kvbench.methods import Layout, Method, Structure, make_layout, make_method
 from kvbench.models.adapter import Adapter
 from kvbench.models.loading import load_model
 from kvbench.models.references import ModelReference
+from kvbench.models.rotary import has_rotary
 from kvbench.protocols.cut import Cut, Piece
 from kvbench.protocols.score import BatchScore, Reference, score_batch
 from kvbench.store.records import Cell, Failure
@@ -54,7 +55,7 @@ class Worker:
     def __init__(self, job: Job, events: IO[str]) -> None:
         self.job = job
         self.events = events
-        self.layouts: dict[tuple[int, int, Fraction, str, int], Layout] = {}
+        self.layouts: dict[tuple[int, int, Fraction, str, int, Structure], Layout] = {}
         self.failed: set[str] = set()
 
     def say(self, event: str, **fields: Any) -> None:
@@ -90,16 +91,32 @@ class Worker:
         return Runner(cell, method, self.adapters[cell.adapter] if cell.adapter else None)
 
     def _check_reach(self, work: Work) -> None:
-        lengths = {piece.context for _, cut in work.documents for piece in cut.pieces}
+        """See that every method can be used on every piece, before anything is measured."""
+        pieces = {piece.shape: piece for _, cut in work.documents for piece in cut.pieces}
+        longest = max(piece.context for piece in pieces.values())
         for cell in work.cells:
-            for length in lengths:
-                make_layout(self.runners[cell.key].method, length, cell.seed, 0)
+            method = self.runners[cell.key].method
+            method.check(longest, work.task.kind == "online")
+            for piece in pieces.values():
+                layout = make_layout(method, piece.context, cell.seed, 0, piece.structure)
+                self._check_positions(cell, layout, len(piece.ids) - piece.context)
+
+    def _check_positions(self, cell: Cell, layout: Layout, more: int) -> None:
+        """Learned positions end with the model's context; rotary ones go on."""
+        needed = max(int(layout.position.max()) + 1, layout.n_raw + more)
+        if needed > self.loaded.context and not has_rotary(self.loaded.model):
+            raise UserError(
+                f"{cell.model} has learned positions up to {self.loaded.context}, and {cell.method} needs "
+                f"{needed} on this task.",
+                "Use shorter blocks, such as --set block=" + str(self.loaded.context - 32) + ".",
+            )
 
     def announce(self) -> None:
         """Tell the parent what there is to do."""
         self.say("ready", tasks={
             work.task.name: {
-                "kind": work.task.kind, "version": work.task.version, "signature": work.signature,
+                "kind": work.task.kind, "answers": work.task.has_answers, "version": work.task.version,
+                "signature": work.signature,
                 "seq_len": work.protocol.length if work.task.kind == "lm" else None,
                 "documents": [document.id for document, _ in work.documents],
                 "skipped_documents": work.skipped,
@@ -150,7 +167,7 @@ class Worker:
         runner = self.runners[cell.key]
         is_full, kept = cell.method == "full", None
         try:
-            for rows in same_layout(batch) if runner.method.seeded else [list(range(len(batch)))]:
+            for rows in _together(batch, runner.method):
                 pieces = [batch[row] for row in rows]
                 started = time.perf_counter()
                 score, kept = score_batch(
@@ -170,11 +187,11 @@ class Worker:
     def _layout(self, runner: Runner, piece: Piece) -> Layout:
         method = runner.method
         which = piece.layout if method.seeded else 0
-        key = (piece.context, runner.cell.seed, method.ratio, method.name, which)
+        key = (piece.context, runner.cell.seed, method.ratio, method.name, which, piece.structure)
         if key not in self.layouts:
             if len(self.layouts) >= 512:
                 self.layouts.clear()
-            self.layouts[key] = make_layout(method, piece.context, runner.cell.seed, which)
+            self.layouts[key] = make_layout(method, piece.context, runner.cell.seed, which, piece.structure)
         return self.layouts[key]
 
     def _store(
@@ -192,6 +209,13 @@ class Worker:
                 del pending[cell.key, piece.document]
         if finished:
             self.say("records", cell=cell.key, records=[dataclasses.asdict(r) for r in finished])
+
+
+def _together(batch: list[Piece], method: Method) -> list[list[int]]:
+    """Rows of a batch that can be read under one layout."""
+    if method.by_text:
+        return [[row] for row in range(len(batch))]
+    return same_layout(batch) if method.seeded else [list(range(len(batch)))]
 
 
 def main() -> None:

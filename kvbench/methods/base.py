@@ -100,6 +100,7 @@ class Method(ABC):
     summary: ClassVar[str]
     paper: ClassVar[str] = ""
     takes_ratio: ClassVar[bool] = True
+    compresses: ClassVar[bool] = True
     needs_adapter: ClassVar[bool] = False
     seeded: ClassVar[bool] = False
     position_rule: ClassVar[str] = "absolute"

@@ -10,8 +10,10 @@ from kvbench.metrics.recall import RECALL
 
 LM_METRICS = PERPLEXITY + AGREEMENT + MEMORY
 RECALL_METRICS = RECALL + MEMORY
+ANSWER_METRICS = (*PERPLEXITY, *(m for m in RECALL if m.name == "accuracy"), *AGREEMENT, *MEMORY)
 METRIC_NAMES = tuple(dict.fromkeys((*(m.name for m in LM_METRICS + RECALL_METRICS), "recovery")))
 
 __all__ = [
-    "KL_BINS", "LM_METRICS", "METRIC_NAMES", "RECALL_METRICS", "RECOVERY_SIGNATURE", "Metric", "Totals", "recovery",
+    "ANSWER_METRICS", "KL_BINS", "LM_METRICS", "MEMORY", "METRIC_NAMES", "RECALL_METRICS", "RECOVERY_SIGNATURE",
+    "Metric", "Totals", "recovery",
 ]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
@@ -89,25 +90,35 @@ def fingerprint(folder: Path) -> str:
     return digest.hexdigest()[:16]
 
 
-def find_adapter(method: str, model: ModelReference, given: str | None) -> Path:
-    """The adapter folder of a trained method: ``--adapter``, or the one shipped for the model.
+def given_adapter(name: str) -> Path:
+    """The adapter folder that the user named.
+
+    Raises:
+        UserError: it is not there.
+    """
+    folder = Path(name).expanduser()
+    if not folder.is_dir():
+        raise UserError(
+            f"There is no adapter folder {name}.", "Give the folder that 'kvbench train --method METHOD' wrote."
+        )
+    return folder
+
+
+def find_adapter(method: str, model: ModelReference, options: Mapping[str, str]) -> Path:
+    """The adapter shipped for a method and model, with those trained options if there is one.
 
     Raises:
         UserError: there is none; the command that trains one is named.
     """
-    if given is not None:
-        folder = Path(given).expanduser()
-        if not folder.is_dir():
-            raise UserError(
-                f"There is no adapter folder {given}.", _train_hint(method, model.name)
-            )
-        return folder
+    found: list[tuple[bool, Path]] = []
     for card in sorted((assets() / "adapters").glob("*/card.json")):
         made_for = json.loads(card.read_text(encoding="utf-8"))
         if (made_for["method"], made_for["base_hash"]) == (method, model.fingerprint):
-            return card.parent
-    raise UserError(
-        f"Method {method!r} needs an adapter trained for {model.name}, and none was given.",
+            trained = made_for.get("options", {})
+            found.append((all(trained.get(k) == v for k, v in options.items()), card.parent))
+    if found:
+        return max(found, key=lambda item: item[0])[1]
+    raise UserError(        f"Method {method!r} needs an adapter trained for {model.name}, and none was given.",
         _train_hint(method, model.name),
     )
 

@@ -22,6 +22,10 @@ def rotated(x: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
     return torch.cat([turned.to(x.dtype), rest], dim=-1)
 
 
+def has_rotary(model: nn.Module) -> bool:
+    return any(isinstance(getattr(m, "inv_freq", None), Tensor) for m in model.modules())
+
+
 def frequencies(model: nn.Module) -> Tensor | None:
     """Angle per position of each pair of coordinates ``[d / 2]``; None without rotary embeddings.
 

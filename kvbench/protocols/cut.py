@@ -12,7 +12,7 @@ from kvbench.corpora.documents import Document
 from kvbench.corpora.facts import FACT_HIGH, FACT_LOW, NAMES, THINGS, fact
 from kvbench.corpora.tasks import RecallSpec
 from kvbench.errors import UserError
-from kvbench.methods import layout_id
+from kvbench.methods import Structure, layout_id
 
 MIN_TOKENS = 32
 """Shorter tails and documents are not scored; they are counted."""
@@ -30,6 +30,8 @@ class Piece:
         n_bytes: UTF-8 bytes of the scored text.
         layout: which of the 16 layouts it is read under.
         bin: what results are also reported by, such as ``distance=120``.
+        chunks: lengths of the chunks that the context came in; empty for running text.
+        words: line, word and words of the line of every token; None unless a method asks for them.
     """
 
     document: str
@@ -39,11 +41,18 @@ class Piece:
     n_bytes: int
     layout: int
     bin: str | None = None
+    chunks: tuple[int, ...] = ()
+    words: tuple[tuple[int, int, int], ...] | None = None
 
     @property
-    def shape(self) -> tuple[int, int, int]:
+    def shape(self) -> tuple[int, int, int, tuple[int, ...]]:
         """Pieces of equal shape can share a batch; under a seeded method, if their layouts agree."""
-        return len(self.ids), self.context, self.scored
+        return len(self.ids), self.context, self.scored, self.chunks
+
+    @property
+    def structure(self) -> Structure:
+        """What a layout may know of the text."""
+        return Structure(self.chunks, self.words)
 
 
 @dataclass(frozen=True)
@@ -100,10 +109,35 @@ def _bytes_between(text: str, ends: list[int] | None, tokenizer: Tokenizer, ids:
     return len(text[first : ends[stop - 1]].encode())
 
 
-def cut_blocks(document: Document, tokenizer: Tokenizer, length: int) -> Cut:
-    """Disjoint blocks of ``length`` tokens, BOS included; the first token is context only."""
+def word_places(text: str, ends: list[int]) -> list[tuple[int, int, int]]:
+    """For tokens that end at ``ends``: the line, the word in it, and how many words the line has.
+
+    Words are what lies between single spaces, as the released Sentinel code splits them.
+    """
+    places, counts = [], [line.count(" ") + 1 for line in text.split("\n")]
+    line = word = at = 0
+    for end in ends:
+        for character in text[at : max(at, end - 1)]:
+            if character == "\n":
+                line, word = line + 1, 0
+            elif character == " ":
+                word += 1
+        places.append((line, word, counts[line]))
+        at = max(at, end - 1)
+    return places
+
+
+def cut_blocks(document: Document, tokenizer: Tokenizer, length: int, with_words: bool = False) -> Cut:
+    """Disjoint blocks of ``length`` tokens, BOS included; the first token is context only.
+
+    Raises:
+        UserError: words are asked for, and the tokenizer does not say where its tokens are.
+    """
     ids, ends = tokenizer.encode(document.text)
     lead = tokenizer.lead()
+    if with_words and ends is None:
+        raise UserError("--set sampler=published needs a fast tokenizer, and this model's is not.")
+    words = word_places(document.text, ends) if with_words and ends is not None else None
     size = length - len(lead)
     pieces, dropped = [], 0
     for block, start in enumerate(range(0, len(ids), size)):
@@ -117,13 +151,14 @@ def cut_blocks(document: Document, tokenizer: Tokenizer, length: int) -> Cut:
             document.id, block_ids, len(block_ids), 1,
             _bytes_between(document.text, ends, tokenizer, ids, scored, stop),
             layout_id(document.id, block),
+            words=None if words is None else (*[(-1, 0, 0)] * len(lead), *words[start:stop]),
         ))
     return Cut(tuple(pieces), dropped)
 
 
-def cut_stream(document: Document, tokenizer: Tokenizer, tokens: int) -> Cut:
+def cut_stream(document: Document, tokenizer: Tokenizer, tokens: int, with_words: bool = False) -> Cut:
     """One passage from the start of the document, of at most ``tokens`` tokens."""
-    whole = cut_blocks(document, tokenizer, tokens)
+    whole = cut_blocks(document, tokenizer, tokens, with_words)
     rest = sum(len(piece.ids) - len(tokenizer.lead()) for piece in whole.pieces[1:])
     return Cut(whole.pieces[:1], whole.dropped + rest)
 

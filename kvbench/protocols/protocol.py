@@ -1,4 +1,4 @@
-"""The three protocols for language modelling under compression, with their signatures.
+"""The protocols for language modelling under compression, with their signatures.
 
 ``block``: disjoint blocks, each read with a fresh cache. ``stream``: one long passage per
 document. ``prefix``: the method compresses a prefix once, and what follows is scored without
@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from kvbench.errors import UserError, unknown
 
-PROTOCOLS = ("block", "stream", "prefix")
+PROTOCOLS = ("block", "stream", "prefix", "online")
 PRESETS = {"standard": 512, "paper": 256}
 """Block length by preset; the Sentinel scripts use 256."""
 
@@ -23,6 +23,7 @@ OPTIONS: dict[str, tuple[str, ...]] = {
     "block": ("preset", "block", "chunk", "bos"),
     "stream": ("tokens", "chunk", "bos"),
     "prefix": ("prefix", "continuation", "chunk", "bos"),
+    "online": ("chunk", "bos"),
 }
 """Protocol options of ``--set``, by protocol."""
 
@@ -83,10 +84,10 @@ class Protocol:
         """Tokens of the longest sequence that is read."""
         return self.length + self.continuation
 
-    def signature(self, execution: str, has_bos: bool, tokenizer: str, recall: str | None = None) -> str:
-        """The settings that decide what a number means; ``recall`` stands for the lengths there."""
+    def signature(self, execution: str, has_bos: bool, tokenizer: str, trials: str | None = None) -> str:
+        """The settings that decide what a number means; ``trials`` stand for the lengths where the task has some."""
         lengths = f"P:{self.length}|C:{self.continuation}" if self.continuation else f"L:{self.length}"
-        lengths = recall or lengths
+        lengths = trials or lengths
         step = f"chunk:{self.chunk}" if execution == "streamed" else "onepass"
         marks = "|beyond-context" if self.beyond_context else ""
         bos = "per_piece" if has_bos else "none"
@@ -109,6 +110,8 @@ def resolve_protocol(name: str, options: dict[str, str], context: int, model: st
         given = options["tokens"]
         length = context if given == "auto" else int(given)
         return Protocol(name, length, 0, chunk, bos, beyond_context=length > context)
+    if name == "online":
+        return Protocol(name, context, 0, chunk, bos)
     whole = min(context, PREFIX_CONTEXT)
     given, more = options.get("prefix", "auto"), options.get("continuation", "auto")
     prefix = whole * 3 // 4 if given == "auto" else int(given)

@@ -12,11 +12,14 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from kvbench.cache.evicting import EvictingCache
-from kvbench.methods.layout import Layout
+from kvbench.methods.layout import OPEN, RAW, Layout
 from kvbench.metrics.agreement import KL_BINS, KL_HIGH, KL_LOW
 from kvbench.models.adapter import Adapter
 from kvbench.protocols.cut import Piece
 from kvbench.runtime import Reader, Trace
+
+DISTANCES = (0, 1, 2, 3, 4, 8, 16, 32, 64)
+"""Least distances of the bins that the loss is recorded by; the last bin is open."""
 
 
 @dataclass(frozen=True)
@@ -27,22 +30,25 @@ class Reference:
         probabilities: ``[batch, targets, vocabulary]`` in float32.
         negentropy: ``[batch, targets]``, the sum of p log p.
         best: ``[batch, targets]``, the most probable token.
+        nll: ``[batch, targets]``, of the targets themselves.
     """
 
     probabilities: Tensor
     negentropy: Tensor
     best: Tensor
+    nll: Tensor
 
     def rows(self, which: list[int]) -> Reference:
         """The reference of some of the batch's rows."""
         index = torch.tensor(which, device=self.best.device)
-        return Reference(*(t.index_select(0, index) for t in (self.probabilities, self.negentropy, self.best)))
+        fields = (self.probabilities, self.negentropy, self.best, self.nll)
+        return Reference(*(t.index_select(0, index) for t in fields))
 
     @classmethod
-    def of(cls, logits: Tensor) -> Reference:
+    def of(cls, logits: Tensor, nll: Tensor) -> Reference:
         log_p = logits.log_softmax(-1)
         p = log_p.exp()
-        return cls(p, (p * log_p).sum(-1), logits.argmax(-1))
+        return cls(p, (p * log_p).sum(-1), logits.argmax(-1), nll)
 
 
 @dataclass(frozen=True)
@@ -54,6 +60,9 @@ class BatchScore:
         hit: whether the target was the most probable token.
         kl: KL(full || method) at each target; None for the reference itself.
         top1: whether the most probable token is the full cache's; None likewise.
+        loss: what each target costs more than with the full cache, in nats; None likewise.
+        since: int64 ``[targets]``, text tokens since the last place where entries were replaced,
+            -1 before the first; None if the method replaces none.
         visible: sum over scoring queries of entries visible / text tokens before.
         queries: scoring queries with text before them.
         held: entries after the context was read.
@@ -65,6 +74,8 @@ class BatchScore:
     hit: Tensor
     kl: Tensor | None
     top1: Tensor | None
+    loss: Tensor | None
+    since: Tensor | None
     visible: float
     queries: int
     held: int
@@ -107,6 +118,7 @@ def score_batch(
     score = BatchScore(
         torch.cat(rows.nll, 1), torch.cat(rows.hit, 1),
         torch.cat(rows.kl, 1) if rows.kl else None, torch.cat(rows.top1, 1) if rows.top1 else None,
+        torch.cat(rows.loss, 1) if rows.loss else None, _since(layout, first),
         visible, queries, held, reader.trace.peak, *sizes,
     )
     return score, rows.collected()
@@ -135,6 +147,7 @@ class _Rows:
         self.hit: list[Tensor] = []
         self.kl: list[Tensor] = []
         self.top1: list[Tensor] = []
+        self.loss: list[Tensor] = []
         self._kept: list[Reference] | None = [] if keep else None
 
     def add(self, start: int, logits: Tensor) -> None:
@@ -162,21 +175,19 @@ class _Rows:
             here = slice(first, first + count)
             cross = torch.linalg.vecdot(self.reference.probabilities[:, here], logits - highest[..., None])
             kl = self.reference.negentropy[:, here] - cross + (nll + (chosen - highest))
+            self.loss.append((nll - self.reference.nll[:, here]).double().cpu())
             self.kl.append(kl.clamp(min=0).double().cpu())
             wanted = self.reference.best[:, here]
             theirs = logits.gather(-1, wanted[..., None])[..., 0]
             self.top1.append((theirs == highest if best is None else best == wanted).cpu())
         if self._kept is not None:
-            self._kept.append(Reference.of(logits))
+            self._kept.append(Reference.of(logits, nll))
 
     def collected(self) -> Reference | None:
         if not self._kept:
             return None
-        return Reference(
-            torch.cat([part.probabilities for part in self._kept], 1),
-            torch.cat([part.negentropy for part in self._kept], 1),
-            torch.cat([part.best for part in self._kept], 1),
-        )
+        parts = [(p.probabilities, p.negentropy, p.best, p.nll) for p in self._kept]
+        return Reference(*(torch.cat(field, 1) for field in zip(*parts, strict=True)))
 
 
 def _cache_bytes(cache: EvictingCache, held: int, raw: int) -> tuple[int, int, int]:
@@ -195,6 +206,29 @@ def _visibility(layout: Layout, piece: Piece) -> tuple[float, int]:
     before = layout.visible_before[queries.clamp(max=piece.context - 1)]
     seen = torch.where(inside, before, after)
     return float((seen / queries).sum()), len(queries)
+
+
+def _since(layout: Layout, piece: Piece) -> Tensor | None:
+    """Text tokens between the last replacement of entries and each target."""
+    boundary = (layout.tokens.kind != RAW) & (layout.tokens.kind != OPEN)
+    if not bool(boundary.any()):
+        return None
+    texts = torch.cumsum(layout.tokens.kind == RAW, 0)
+    begin = torch.cummax(torch.where(boundary, texts, -1), 0).values  # text tokens before the last boundary
+    at_text = begin[layout.raw_slots]
+    target = torch.arange(piece.scored, len(piece.ids))
+    last = torch.where(target < layout.n_raw, at_text[target.clamp(max=layout.n_raw - 1)], begin[-1])
+    return torch.where(last < 0, -1, target - last)
+
+
+def loss_by_distance(loss: Tensor, since: Tensor) -> dict[str, tuple[int, float]]:
+    """Tokens and their summed loss, by distance from the last replacement of entries."""
+    place = torch.bucketize(since, torch.tensor(DISTANCES), right=True) - 1
+    found = {}
+    for p in torch.unique(place[since >= 0]).tolist():
+        chosen = loss[(place == p) & (since >= 0)]
+        found[str(DISTANCES[p])] = (int(chosen.numel()), float(chosen.sum()))
+    return found
 
 
 def kl_histogram(values: Tensor) -> dict[str, int]:

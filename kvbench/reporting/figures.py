@@ -1,7 +1,9 @@
-"""Figures in the style of a paper: perplexity against removal, with bands, as PNG and PDF."""
+"""Figures in the style of a paper, with bands, as PNG and PDF: what all of them share, and the
+first one, a metric against removal."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,68 +17,99 @@ from kvbench.store.records import Row
 _STYLES = {
     "sentinel": ("#D55E00", "o", "-"), "local": ("#0072B2", "s", "--"),
     "sinks": ("#009E73", "^", "-."), "scattered": ("#CC79A7", "D", ":"),
-    "window": ("#E69F00", "v", "--"),
+    "window": ("#E69F00", "v", "--"), "local-tuned": ("#0072B2", "s", "-"),
+    "sinks-tuned": ("#009E73", "^", "-"), "scattered-tuned": ("#CC79A7", "D", "-"),
+    "ccm-concat": ("#56B4E9", "P", "-"), "ccm-merge": ("#8C564B", "X", "-"),
+    "gist": ("#7F7F7F", "*", "--"), "meanpool": ("#BCBD22", "h", ":"), "pic": ("#17BECF", "<", "-."),
+    "full": ("0.2", "_", "-"), "none": ("0.2", "|", ":"), "adapted": ("0.5", "_", "--"),
 }
-_SPARE = (("#56B4E9", "P", "-"), ("#000000", "X", "--"), ("#999999", "*", ":"))
+_SPARE = ("#332288", "p", "-.")
 _SETTINGS: dict[Any, Any] = {
     "font.size": 9, "axes.spines.top": False, "axes.spines.right": False, "pdf.fonttype": 42,
     "ps.fonttype": 42, "legend.frameon": False, "axes.grid": True, "grid.alpha": 0.25,
 }
 
+Panel = Callable[[Axes, list[Row]], None]
 
-def removal_figure(rows: list[Row], metric: str, folder: Path, metric_label: str) -> list[Path]:
-    """A metric against the mean share of entries removed; one panel per task.
 
-    Methods that fill their budget differently see different shares of the text at one asked
-    ratio, so the x-axis is ``ratio_mean``: 1 - entries visible / text tokens before.
+def style_of(method: str) -> dict[str, Any]:
+    """Colour, marker and line of a method: the same in every figure."""
+    colour, marker, line = _STYLES.get(method, _SPARE)
+    return {"color": colour, "marker": marker, "linestyle": line, "label": method, "markersize": 5, "linewidth": 1.4}
+
+
+def draw(rows: Sequence[Row], panel: Panel, folder: Path, name: str) -> list[Path]:
+    """One panel per task, side by side, written as PNG and PDF.
 
     Returns:
-        The files written, PNG and PDF; none if no row has the metric.
+        The files written; none if there are no rows.
     """
-    chosen = [r for r in rows if r.metric == metric and r.params.get("bin") is None and r.value is not None]
-    tasks = list(dict.fromkeys(r.task for r in chosen))
+    tasks = list(dict.fromkeys(r.task for r in rows))
     if not tasks:
         return []
     with rc_context(_SETTINGS):
         figure = Figure(figsize=(4.6 * len(tasks), 3.4), layout="constrained")
         axes = figure.subplots(1, len(tasks), squeeze=False)
-        for panel, task in zip(axes[0], tasks, strict=True):
-            _panel(panel, [r for r in chosen if r.task == task], metric_label)
+        for place, task in zip(axes[0], tasks, strict=True):
+            mine = [r for r in rows if r.task == task]
+            panel(place, mine)
+            place.set_title(f"{task} ({mine[0].model}, {mine[0].protocol})", fontsize=9)
+            place.legend(fontsize=8)
         folder.mkdir(parents=True, exist_ok=True)
-        paths = [folder / f"{metric}-removal.{ending}" for ending in ("png", "pdf")]
+        paths = [folder / f"{name}.{ending}" for ending in ("png", "pdf")]
         for path in paths:
             figure.savefig(path, dpi=200)
     return paths
 
 
-def _panel(panel: Axes, rows: list[Row], label: str) -> None:
-    first = rows[0]
-    methods = [m for m in dict.fromkeys(r.method for r in rows) if m not in ("full", "none", "adapted")]
-    spare = iter(_SPARE * 4)
-    for method in methods:
-        mine = sorted((r for r in rows if r.method == method), key=lambda r: r.ratio_mean or 0.0)
-        colour, marker, line = _STYLES.get(method) or next(spare)
-        x = [r.ratio_mean or 0.0 for r in mine]
-        y = [r.value or 0.0 for r in mine]
-        panel.plot(x, y, line, marker=marker, color=colour, label=method, markersize=5, linewidth=1.4)
-        low = [v if r.ci_low is None else r.ci_low for v, r in zip(y, mine, strict=True)]
-        high = [v if r.ci_high is None else r.ci_high for v, r in zip(y, mine, strict=True)]
-        if len(mine) > 1:
-            panel.fill_between(x, low, high, color=colour, alpha=0.12, linewidth=0)
-        else:
-            error = [[y[0] - low[0]], [high[0] - y[0]]]
-            panel.errorbar(x, y, yerr=error, color=colour, capsize=3, linewidth=0.9)
-    for name, style in (("full", "-"), ("none", ":")):
-        for row in (r for r in rows if r.method == name):
-            panel.axhline(row.value or 0.0, color="0.35", linewidth=1, linestyle=style, label=name)
-    values = [r.value for r in rows if r.value]
-    if values and min(values) > 0 and max(values) > 2 * min(values) and first.metric != "accuracy":
+def curve(panel: Axes, method: str, x: list[float], rows: list[Row]) -> None:
+    """Values of a method over ``x`` with their intervals: a band, or a bar where there is one point."""
+    style = style_of(method)
+    y = [r.value or 0.0 for r in rows]
+    low = [v if r.ci_low is None else r.ci_low for v, r in zip(y, rows, strict=True)]
+    high = [v if r.ci_high is None else r.ci_high for v, r in zip(y, rows, strict=True)]
+    panel.plot(x, y, **style)
+    if len(rows) > 1:
+        panel.fill_between(x, low, high, color=style["color"], alpha=0.12, linewidth=0)
+    else:
+        error = [[y[0] - low[0]], [high[0] - y[0]]]
+        panel.errorbar(x, y, yerr=error, color=style["color"], capsize=3, linewidth=0.9)
+
+
+def log_scale(panel: Axes, values: Sequence[float | None]) -> None:
+    """A logarithmic y-axis with plain numbers, where values differ by more than a factor of two."""
+    present = [v for v in values if v]
+    if present and min(present) > 0 and max(present) > 2 * min(present):
         panel.set_yscale("log")
         panel.yaxis.set_major_formatter(ScalarFormatter())
         panel.yaxis.set_minor_formatter(ScalarFormatter())
         panel.yaxis.set_minor_locator(LogLocator(subs=(1.5, 2, 3, 4, 5, 6, 7, 8, 9)))
-    panel.set_title(f"{first.task} ({first.model}, {first.protocol})", fontsize=9)
-    panel.set_xlabel("share of cache entries removed (mean over queries)")
-    panel.set_ylabel(label)
-    panel.set_xlim(0, 1)
-    panel.legend(fontsize=8)
+
+
+def methods_of(rows: Sequence[Row], without: Sequence[str] = ()) -> list[str]:
+    return [m for m in dict.fromkeys(r.method for r in rows) if m not in without]
+
+
+def removal_figure(rows: list[Row], metric: str, folder: Path, metric_label: str) -> list[Path]:
+    """A metric against the mean share of entries removed.
+
+    Methods that fill their budget differently see different shares of the text at one asked
+    ratio, so the x-axis is ``ratio_mean``: 1 - entries visible / text tokens before.
+    """
+    chosen = [r for r in rows if r.metric == metric and r.params.get("bin") is None and r.value is not None]
+
+    def panel(place: Axes, mine: list[Row]) -> None:
+        for method in methods_of(mine, ("full", "none", "adapted")):
+            points = sorted((r for r in mine if r.method == method), key=lambda r: r.ratio_mean or 0.0)
+            curve(place, method, [r.ratio_mean or 0.0 for r in points], points)
+        for name in ("full", "adapted", "none"):
+            line = style_of(name)
+            for row in (r for r in mine if r.method == name):
+                place.axhline(row.value or 0.0, color=line["color"], linewidth=1, linestyle=line["linestyle"], label=name)
+        if metric != "accuracy":
+            log_scale(place, [r.value for r in mine])
+        place.set_xlabel("share of cache entries removed (mean over queries)")
+        place.set_ylabel(metric_label)
+        place.set_xlim(0, 1)
+
+    return draw(chosen, panel, folder, f"{metric}-removal")

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from kvbench import metrics
 from kvbench.metrics import KL_BINS, Metric
+from kvbench.reporting.distance import distance_rows
 from kvbench.statistics import bootstrap_intervals, holm, paired_p_value
 from kvbench.store.folder import RunFolder
 from kvbench.store.records import Cell, DocumentRecord, Failure, Results, Row
@@ -75,13 +76,16 @@ def compute_results(folder: RunFolder) -> Results:
 
 def _task_rows(measured: list[tuple[Cell, list[DocumentRecord]]], info: dict[str, Any]) -> list[Row]:
     """Rows of a task and of its bins; p-values are adjusted here, within each metric."""
-    kinds = metrics.RECALL_METRICS if info["kind"] == "recall" else metrics.LM_METRICS
+    kinds: tuple[Metric, ...] = metrics.ANSWER_METRICS if info.get("answers") else metrics.LM_METRICS
+    if info["kind"] == "recall":
+        kinds = metrics.RECALL_METRICS
     rows = _bin_rows([_aggregate(c, r) for c, r in measured], kinds, info, None)
     bins = list(dict.fromkeys(r.bin for _, records in measured for r in records if r.bin is not None))
-    tested = tuple(m for m in kinds if m.tested)
+    tested = tuple(m for m in kinds if m.tested or (info["kind"] == "online" and m in metrics.MEMORY))
     for name in sorted(bins, key=_bin_order):
         parts = [_aggregate(c, [r for r in records if r.bin == name]) for c, records in measured]
         rows += _bin_rows(parts, tested, info, name)
+    rows += [row for cell, records in measured for row in distance_rows(cell, records, info)]
     for metric in dict.fromkeys(row.metric for row in rows):
         places = [i for i, row in enumerate(rows) if row.metric == metric]
         for i, p in zip(places, holm([rows[i].p_value for i in places]), strict=True):
@@ -216,9 +220,11 @@ def _row(
     p_value: float | None, baseline: _Measured | None,
 ) -> Row:
     cell, totals = part.cell, {k: float(v.sum()) for k, v in part.sums.items()}
+    step = bin_name.removeprefix("step=") if bin_name else ""
     params: dict[str, Any] = {
-        "seq_len": info["seq_len"], "batch_size": None, "new_tokens": None, "step": None,
-        "bin": bin_name, "position_rule": cell.position_rule, **cell.options,
+        "seq_len": info["seq_len"], "batch_size": None, "new_tokens": None,
+        "step": int(step) if step.isdecimal() else None, "bin": bin_name,
+        "entry_bytes": totals["kv_full"] / totals["raw"], "position_rule": cell.position_rule, **cell.options,
     }
     return Row(
         task=cell.task, protocol=cell.protocol, model=cell.model, method=cell.method,

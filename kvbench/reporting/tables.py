@@ -14,6 +14,7 @@ from kvbench.store.records import Results, Row
 WIDTH = 140
 """Width of tables where the output is not a terminal."""
 
+_BINS = {"distance": "distance in tokens", "step": "time step (chunks in memory)"}
 _ROLE_ORDER = ("full", "adapted", "none")
 
 
@@ -35,10 +36,12 @@ def task_tables(rows: list[Row]) -> Group:
     """The main table of a task, and one by distance where there are bins."""
     whole = [r for r in rows if r.params.get("bin") is None]
     names = {r.metric for r in whole}
-    table = _recall_table(whole) if "accuracy" in names else _lm_table(whole)
+    table = _recall_table(whole) if "answer_nll" in names else _lm_table(whole)
     parts: list[Table | Text] = [table, Text(_caption(whole[0]), style="dim")]
-    if any(r.params.get("bin") for r in rows):
-        parts.append(_bin_table([r for r in rows if r.metric == "accuracy"]))
+    for metric, label in (("ppl", "perplexity"), ("accuracy", "accuracy")):
+        binned = [r for r in rows if r.metric == metric and r.params.get("bin")]
+        if binned:
+            parts.append(_bin_table(binned, label))
     return Group(*parts, Text(""))
 
 
@@ -88,11 +91,13 @@ def _recall_table(rows: list[Row]) -> Table:
     return table
 
 
-def _bin_table(rows: list[Row]) -> Table:
+def _bin_table(rows: list[Row], what: str) -> Table:
+    """A metric by distance in tokens, or by time step."""
     bins = list(dict.fromkeys(str(r.params["bin"]) for r in rows if r.params.get("bin")))
     label = bins[0].partition("=")[0]
     table = Table(
-        title=f"accuracy by {label} in tokens [95 % CI]", title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False
+        title=f"{what} by {_BINS.get(label, label)} [95 % CI]", title_justify="left", box=box.SIMPLE_HEAD,
+        pad_edge=False,
     )
     table.add_column("method", no_wrap=True)
     table.add_column("asked", justify="right")

@@ -21,7 +21,7 @@ from kvbench.models.adapter import Adapter
 from kvbench.protocols.cut import MIN_TOKENS, Piece, Tokenizer, recall_trials
 from kvbench.runtime import Reader
 
-RATIOS = ("0.3", "0.5", "0.7", "0.9")
+RATIOS = ("0.3", "0.5", "0.7", "0.8", "0.9")
 _TRIALS = RecallSpec(distances=(30, 120, 240, 400), trials=10, context=32)
 
 
@@ -64,13 +64,17 @@ class HeldOut:
         self, model: nn.Module, adapter: Adapter | None, method: str, ratios: Sequence[str] = RATIOS,
         options: dict[str, str] | None = None,
     ) -> dict[str, dict[str, float]]:
-        """Nats per token and recall accuracy, by ratio."""
+        """Nats per token and recall accuracy, by the ratios that the method can reach."""
         reader = Reader(model, adapter)
         device = next(model.parameters()).device
         found = {}
         with torch.inference_mode(), reader.ready():
             for ratio in ratios if METHODS[method].takes_ratio else ("0",):
                 kind = make_method(method, Fraction(ratio), options)
+                try:
+                    kind.check(min(map(len, self.blocks)), in_chunks=False)
+                except UserError:  # out of this method's reach
+                    continue
                 nll = tokens = 0.0
                 for i, block in enumerate(self.blocks):
                     ids = torch.tensor([block], device=device)

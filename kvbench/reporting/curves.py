@@ -1,0 +1,81 @@
+"""Figures of what was asked and what was had, of memory over time, and of the distance from a summary."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from matplotlib.axes import Axes
+
+from kvbench.reporting.figures import curve, draw, log_scale, methods_of, style_of
+from kvbench.store.records import Row
+
+
+def asked_figures(rows: list[Row], folder: Path) -> list[Path]:
+    """Realised against asked ratio, and the share of earlier tokens that queries see at each ratio."""
+    chosen = [r for r in rows if r.metric == "nll" and r.params.get("bin") is None and r.ratio_asked is not None]
+    if len({r.ratio_asked for r in chosen}) < 2:
+        return []
+
+    def realised(place: Axes, mine: list[Row]) -> None:
+        place.plot([0, 1], [0, 1], color="0.6", linewidth=1, linestyle=":", label="asked = realised")
+        _by_ratio(place, mine, [r.ratio_realised for r in mine])
+        place.set_ylabel("share of entries removed: realised")
+        place.set_ylim(0, 1)
+
+    def seen(place: Axes, mine: list[Row]) -> None:
+        place.plot([0, 1], [1, 0], color="0.6", linewidth=1, linestyle=":", label="1 - asked")
+        _by_ratio(place, mine, [None if r.ratio_mean is None else 1 - r.ratio_mean for r in mine])
+        place.set_ylabel("share of earlier tokens that a query sees")
+        place.set_ylim(0, 1)
+
+    return draw(chosen, realised, folder, "asked-realised") + draw(chosen, seen, folder, "visible-share")
+
+
+def _by_ratio(place: Axes, rows: list[Row], values: list[float | None]) -> None:
+    for method in methods_of(rows):
+        points = sorted(
+            (r.ratio_asked or 0.0, v) for r, v in zip(rows, values, strict=True) if r.method == method and v is not None
+        )
+        place.plot([x for x, _ in points], [y for _, y in points], **style_of(method))
+    place.set_xlabel("share of entries removed: asked")
+    place.set_xlim(0, 1)
+
+
+def memory_figure(rows: list[Row], folder: Path) -> list[Path]:
+    """Perplexity against peak KV memory, over time steps (after figure 10 of arXiv 2312.03414)."""
+    chosen = [r for r in rows if r.metric == "ppl" and r.params.get("step") is not None and r.value is not None]
+
+    def panel(place: Axes, mine: list[Row]) -> None:
+        for method in methods_of(mine):
+            points = sorted((r for r in mine if r.method == method), key=lambda r: r.params["step"])
+            peak = [(r.entries_peak or 0) * r.params["entry_bytes"] / 2**20 for r in points]
+            curve(place, method, peak, points)
+            for x, row in zip(peak, points, strict=True):
+                place.annotate(
+                    str(row.params["step"]), (x, row.value or 0.0), fontsize=6, xytext=(2, 3), textcoords="offset points",
+                )
+        place.set_xscale("log")
+        place.set_xlabel("peak KV memory per sequence, compression included (MiB); numbers: time steps")
+        place.set_ylabel("perplexity")
+        log_scale(place, [r.value for r in mine])
+
+    return draw(chosen, panel, folder, "memory-steps")
+
+
+def distance_figure(rows: list[Row], folder: Path) -> list[Path]:
+    """What a target costs more than with the full cache, by its distance from the last summary."""
+    chosen = [r for r in rows if str(r.params.get("bin")).startswith("since=") and r.delta is not None]
+
+    def panel(place: Axes, mine: list[Row]) -> None:
+        for key in dict.fromkeys((r.method, r.ratio_asked) for r in mine):
+            points = [r for r in mine if (r.method, r.ratio_asked) == key]
+            x = [1 + int(str(r.params["bin"]).removeprefix("since=")) for r in points]
+            style = style_of(key[0]) | {"label": key[0] if key[1] is None else f"{key[0]} {key[1]:g}"}
+            if key[1] is not None:
+                style |= {"alpha": 0.35 + 0.65 * key[1]}
+            place.plot(x, [r.delta or 0.0 for r in points], **style)
+        place.set_xscale("log", base=2)
+        place.set_xlabel("text tokens since the last summary, counted from 1")
+        place.set_ylabel("nats per token above the full cache")
+
+    return draw(chosen, panel, folder, "loss-distance")
