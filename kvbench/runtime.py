@@ -60,16 +60,12 @@ class Reader:
 
     @contextmanager
     def bare(self) -> Iterator[None]:
-        """The base model again, inside ``ready``: the gate is closed for the length of the block."""
+        """The base model again, inside ``ready``, for the length of the block."""
         if self.adapter is None:
             yield
             return
-        before = self.adapter.gate.slots
-        self.adapter.gate.slots = torch.empty(0, dtype=torch.long)
-        try:
+        with self.adapter.closed(self.model):
             yield
-        finally:
-            self.adapter.gate.slots = before
 
     def embed(self, ids: Tensor, layout: Layout) -> Tensor:
         """Input embeddings ``[batch, T, width]`` of text ids ``[batch, n_raw]`` under a layout."""

@@ -14,10 +14,11 @@ import pytest
 import torch
 from torch import nn
 
+from kvbench.methods import Method
 from kvbench.models.adapter import Adapter, AdapterCard
 from kvbench.models.attention import register
 
-FAMILIES = ("llama", "qwen3", "neox", "opt", "gpt2")
+FAMILIES = ("llama", "qwen3", "mistral", "neox", "opt", "gpt2")
 VOCABULARY = 97
 CONTEXT = 256
 
@@ -36,6 +37,10 @@ def small_config(family: str, vocabulary: int = VOCABULARY, context: int = CONTE
             return hf.Qwen3Config(
                 hidden_size=64, intermediate_size=96, num_hidden_layers=3, num_attention_heads=4,
                 num_key_value_heads=2, head_dim=16, initializer_range=0.1, **sizes, **marks)
+        case "mistral":
+            return hf.MistralConfig(
+                hidden_size=64, intermediate_size=96, num_hidden_layers=3, num_attention_heads=4,
+                num_key_value_heads=2, sliding_window=None, initializer_range=0.1, **sizes, **marks)
         case "neox":
             return hf.GPTNeoXConfig(
                 hidden_size=64, intermediate_size=96, num_hidden_layers=3, num_attention_heads=4,
@@ -63,13 +68,27 @@ def small_model(family: str, **sizes: int) -> nn.Module:
     return model.eval().requires_grad_(False)
 
 
-def small_adapter(model: nn.Module, gate: str = "gated") -> Adapter:
+def small_card(gate: str = "gated", method: str = "sentinel", n_rows: int = 2, **options: str) -> AdapterCard:
+    return AdapterCard(method, gate, 4, 4.0, n_rows, "small", "hash", options=options)
+
+
+def small_adapter(model: nn.Module, gate: str = "gated", n_rows: int = 2) -> Adapter:
     """An adapter that changes what it acts on."""
     torch.manual_seed(1)
-    adapter = Adapter.fresh(AdapterCard("sentinel", gate, 4, 4.0, 2, "small", "hash"), model)
+    adapter = Adapter.fresh(small_card(gate, n_rows=n_rows), model)
     for pair in adapter.by_path.values():
         nn.init.normal_(pair.b, std=0.2)
+    with torch.no_grad():
+        for weight in adapter.whole.values():
+            weight.mul_(1.1)
     return adapter.eval().requires_grad_(False)
+
+
+def adapter_for(model: nn.Module, method: Method, gate: str | None = None) -> Adapter | None:
+    """An adapter that the method can be read with; None if it needs none."""
+    if not method.needs_adapter:
+        return None
+    return small_adapter(model, gate or method.trainable[0], method.n_rows)
 
 
 @pytest.fixture(scope="session", params=FAMILIES)

@@ -1,8 +1,9 @@
 """Adapters: what a trained method adds to a frozen base model, and the folder it lives in.
 
 A folder holds ``adapter_model.safetensors`` and ``adapter_config.json`` in PEFT's own format
-(loaded by PEFT it acts as plain LoRA), ``embeddings.safetensors`` with the sentinel rows, and
-``card.json``: which method, which base model, which data, how long, how good.
+(loaded by PEFT it acts as plain LoRA), ``embeddings.safetensors`` with the special tokens' rows,
+and ``card.json``: which method, which base model, which data, how long, how good. Where the whole
+model was trained, ``weights.safetensors`` takes the place of PEFT's files.
 """
 
 from __future__ import annotations
@@ -24,11 +25,12 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from kvbench.errors import UserError
-from kvbench.models.gated import Gate, GatedLinear, LowRank, attention_linears, fan, swapped
+from kvbench.models.gated import Gate, GatedLinear, LowRank, attention_linears, fan, swapped, with_weights
 
 CARD = "card.json"
 WEIGHTS = "adapter_model.safetensors"
 ROWS = "embeddings.safetensors"
+WHOLE = "weights.safetensors"
 _PEFT_PREFIX = "base_model.model."
 
 
@@ -38,8 +40,9 @@ class AdapterCard:
 
     Attributes:
         method: the compression method it was trained for.
-        gate: ``gated`` (acts on sentinels only) or ``plain`` (acts on every token).
-        rank: rank of each low-rank pair.
+        gate: what was trained: ``gated`` (low-rank pairs that act on special tokens only),
+            ``plain`` (pairs that act on every token) or ``full`` (every weight of a small model).
+        rank: rank of each low-rank pair; of no meaning for ``full``.
         alpha: LoRA's alpha; the pairs are scaled by ``alpha / rank``.
         n_rows: trained embedding rows (two for Sentinel: open, close).
         options: the method's options that it is bound to, such as ``n_comp``.
@@ -63,33 +66,38 @@ class AdapterCard:
 
 
 class Adapter(nn.Module):
-    """Low-rank pairs on the attention projections, and the sentinels' embedding rows.
+    """Low-rank pairs on the attention projections (or a whole set of weights), and embedding rows.
 
     Args:
         card: its description.
-        fans: (inputs, outputs) of every adapted linear layer, by path in the model.
+        model: the base model, whose shapes it takes.
         width: size of the model's input embeddings.
         dropout: on the input of the low-rank pairs, in training only.
     """
 
     def __init__(
-        self, card: AdapterCard, fans: dict[str, tuple[int, int]], width: int, dropout: float = 0.0
+        self, card: AdapterCard, model: nn.Module, dropout: float = 0.0
     ) -> None:
         super().__init__()
         self.card = card
         self.dropout = dropout
+        is_full = card.gate == "full"
+        fans = {} if is_full else {path: fan(linear) for path, linear in attention_linears(model).items()}
+        whole = dict(model.named_parameters()) if is_full else {}
         self.by_path = {path: LowRank(i, o, card.rank) for path, (i, o) in fans.items()}
         self.pairs = nn.ModuleList(self.by_path.values())
-        self.rows = nn.Parameter(torch.zeros(card.n_rows, width))
+        self.whole = {name: nn.Parameter(p.detach().clone().float()) for name, p in whole.items()}
+        self.weights = nn.ParameterList(self.whole.values())
+        self.rows = nn.Parameter(torch.zeros(card.n_rows, model.get_input_embeddings().weight.shape[1]))  # type: ignore[operator]
         self.gate = Gate(None)
         self._applied = False
+        self._base: dict[str, nn.Parameter] = {}
 
     @classmethod
     def fresh(cls, card: AdapterCard, model: nn.Module, dropout: float = 0.0) -> Adapter:
-        """A new adapter: pairs that add nothing yet, rows near the mean embedding."""
+        """A new adapter: it changes nothing yet, and its rows are near the mean embedding."""
         embedding = model.get_input_embeddings().weight  # type: ignore[operator]
-        fans = {path: fan(linear) for path, linear in attention_linears(model).items()}
-        adapter = cls(card, fans, embedding.shape[1], dropout)
+        adapter = cls(card, model, dropout)
         with torch.no_grad():
             mean, spread = embedding.float().mean(0), embedding.float().std(0)
             adapter.rows.copy_(mean + 0.5 * spread * torch.randn_like(adapter.rows))
@@ -110,11 +118,22 @@ class Adapter(nn.Module):
             for path, pair in self.by_path.items()
         }
         self._applied = True
+        self._base = dict(model.named_parameters()) if self.whole else {}
         try:
-            with swapped(model, wrapped):
+            with swapped(model, wrapped), with_weights(model, self.whole):
                 yield self
         finally:
-            self._applied = False
+            self._applied, self._base = False, {}
+
+    @contextmanager
+    def closed(self, model: nn.Module) -> Iterator[None]:
+        """The base model again, inside ``applied``, for the length of the block."""
+        slots, self.gate.slots = self.gate.slots, torch.empty(0, dtype=torch.long)
+        try:
+            with with_weights(model, self._base):
+                yield
+        finally:
+            self.gate.slots = slots
 
     def open_gate(self, special: Tensor) -> None:
         """Tell the adapter where the sentinels are in the input that comes next."""
@@ -122,28 +141,34 @@ class Adapter(nn.Module):
 
     def save(self, folder: Path, target_name: str) -> None:
         """Write the folder whole or not at all."""
-        from peft import LoraConfig
-
         part = folder.with_name(folder.name + ".part")
         shutil.rmtree(part, ignore_errors=True)
         part.mkdir(parents=True)
-        weights: dict[str, Tensor] = {}
-        for path, pair in self.by_path.items():
-            weights[f"{_PEFT_PREFIX}{path}.lora_A.weight"] = pair.a.detach().float().contiguous()
-            weights[f"{_PEFT_PREFIX}{path}.lora_B.weight"] = pair.b.detach().float().contiguous()
-        save_file(weights, part / WEIGHTS, metadata={"format": "pt"})
+        if self.whole:
+            save_file({name: p.detach().contiguous() for name, p in self.whole.items()}, part / WHOLE)
+        else:
+            self._save_pairs(part, target_name)
         save_file({"rows": self.rows.detach().float()}, part / ROWS)
-        config = LoraConfig(
-            task_type="CAUSAL_LM", r=self.card.rank, lora_alpha=self.card.alpha,
-            target_modules="|".join(re.escape(path) for path in self.by_path),
-            base_model_name_or_path=target_name, inference_mode=True,
-        )
-        config.save_pretrained(str(part))
         card = json.dumps(dataclasses.asdict(self.card), indent=2, ensure_ascii=False)
         (part / CARD).write_text(card + "\n", encoding="utf-8")
         if folder.exists():
             shutil.rmtree(folder)
         os.replace(part, folder)
+
+    def _save_pairs(self, folder: Path, target_name: str) -> None:
+        from peft import LoraConfig
+
+        weights: dict[str, Tensor] = {}
+        for path, pair in self.by_path.items():
+            weights[f"{_PEFT_PREFIX}{path}.lora_A.weight"] = pair.a.detach().float().contiguous()
+            weights[f"{_PEFT_PREFIX}{path}.lora_B.weight"] = pair.b.detach().float().contiguous()
+        save_file(weights, folder / WEIGHTS, metadata={"format": "pt"})
+        config = LoraConfig(
+            task_type="CAUSAL_LM", r=self.card.rank, lora_alpha=self.card.alpha,
+            target_modules="|".join(re.escape(path) for path in self.by_path),
+            base_model_name_or_path=target_name, inference_mode=True,
+        )
+        config.save_pretrained(str(folder))
 
     @classmethod
     def load(cls, folder: Path, model: nn.Module) -> Adapter:
@@ -154,16 +179,17 @@ class Adapter(nn.Module):
         """
         card = read_card(folder)
         try:
-            weights, rows = load_file(folder / WEIGHTS), load_file(folder / ROWS)["rows"]
+            weights = load_file(folder / (WHOLE if card.gate == "full" else WEIGHTS))
+            rows = load_file(folder / ROWS)["rows"]
         except (OSError, SafetensorError, KeyError) as error:
             raise UserError(
                 f"The adapter in {folder} cannot be read: {error}.", "Train it again, or copy it anew."
             ) from error
-        fans = {path: fan(linear) for path, linear in attention_linears(model).items()}
-        width = model.get_input_embeddings().weight.shape[1]  # type: ignore[operator]
-        adapter = cls(card, fans, width)
+        adapter = cls(card, model)
         try:
             with torch.no_grad():
+                for name, parameter in adapter.whole.items():
+                    parameter.copy_(weights.pop(name))
                 for path, pair in adapter.by_path.items():
                     pair.a.copy_(weights.pop(f"{_PEFT_PREFIX}{path}.lora_A.weight"))
                     pair.b.copy_(weights.pop(f"{_PEFT_PREFIX}{path}.lora_B.weight"))

@@ -97,6 +97,23 @@ def fan(linear: nn.Module) -> tuple[int, int]:
 
 
 @contextmanager
+def with_weights(model: nn.Module, weights: dict[str, nn.Parameter]) -> Iterator[None]:
+    """The model with parameters of its own replaced by others, tied ones together; then as before."""
+    names: dict[int, str] = {id(p): name for name, p in model.named_parameters()}
+    places = [
+        (module, leaf, parameter)
+        for module in model.modules() for leaf, parameter in module._parameters.items() if parameter is not None
+    ]
+    try:
+        for module, leaf, parameter in places:
+            module._parameters[leaf] = weights.get(names[id(parameter)], parameter)
+        yield
+    finally:
+        for module, leaf, parameter in places:
+            module._parameters[leaf] = parameter
+
+
+@contextmanager
 def swapped(model: nn.Module, replacements: dict[str, nn.Module]) -> Iterator[None]:
     """Put modules in the places of others by path, and always put the originals back."""
     originals = {path: model.get_submodule(path) for path in replacements}

@@ -5,8 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 from matplotlib.axes import Axes
+from matplotlib.ticker import ScalarFormatter
 
-from kvbench.reporting.figures import curve, draw, log_scale, methods_of, style_of
+from kvbench.reporting.figures import draw, log_scale, methods_of, style_of
 from kvbench.store.records import Row
 
 
@@ -33,9 +34,8 @@ def asked_figures(rows: list[Row], folder: Path) -> list[Path]:
 
 def _by_ratio(place: Axes, rows: list[Row], values: list[float | None]) -> None:
     for method in methods_of(rows):
-        points = sorted(
-            (r.ratio_asked or 0.0, v) for r, v in zip(rows, values, strict=True) if r.method == method and v is not None
-        )
+        mine = [(r.ratio_asked or 0.0, v) for r, v in zip(rows, values, strict=True) if r.method == method]
+        points = sorted((x, v) for x, v in mine if v is not None)
         place.plot([x for x, _ in points], [y for _, y in points], **style_of(method))
     place.set_xlabel("share of entries removed: asked")
     place.set_xlim(0, 1)
@@ -49,13 +49,21 @@ def memory_figure(rows: list[Row], folder: Path) -> list[Path]:
         for method in methods_of(mine):
             points = sorted((r for r in mine if r.method == method), key=lambda r: r.params["step"])
             peak = [(r.entries_peak or 0) * r.params["entry_bytes"] / 2**20 for r in points]
-            curve(place, method, peak, points)
+            y = [r.value or 0.0 for r in points]
+            ends = [(r.ci_low or v, r.ci_high or v) for r, v in zip(points, y, strict=True)]
+            error = [[v - low for v, (low, _) in zip(y, ends, strict=True)],
+                     [high - v for v, (_, high) in zip(y, ends, strict=True)]]
+            style = style_of(method)
+            place.plot(peak, y, **style)
+            place.errorbar(peak, y, yerr=error, fmt="none", ecolor=style["color"], alpha=0.35, linewidth=0.8)
             for x, row in zip(peak, points, strict=True):
-                place.annotate(
-                    str(row.params["step"]), (x, row.value or 0.0), fontsize=6, xytext=(2, 3), textcoords="offset points",
-                )
+                at = (x, row.value or 0.0)
+                place.annotate(str(row.params["step"]), at, fontsize=6, xytext=(2, 3), textcoords="offset points")
         place.set_xscale("log")
-        place.set_xlabel("peak KV memory per sequence, compression included (MiB); numbers: time steps")
+        for which in (place.xaxis.set_major_formatter, place.xaxis.set_minor_formatter):
+            which(ScalarFormatter())
+        place.tick_params(axis="x", which="minor", labelsize=7)
+        place.set_xlabel("peak KV memory per sequence (MiB); numbers: time steps")
         place.set_ylabel("perplexity")
         log_scale(place, [r.value for r in mine])
 
@@ -75,6 +83,7 @@ def distance_figure(rows: list[Row], folder: Path) -> list[Path]:
                 style |= {"alpha": 0.35 + 0.65 * key[1]}
             place.plot(x, [r.delta or 0.0 for r in points], **style)
         place.set_xscale("log", base=2)
+        place.xaxis.set_major_formatter(ScalarFormatter())
         place.set_xlabel("text tokens since the last summary, counted from 1")
         place.set_ylabel("nats per token above the full cache")
 

@@ -103,9 +103,9 @@ def removal_figure(rows: list[Row], metric: str, folder: Path, metric_label: str
             points = sorted((r for r in mine if r.method == method), key=lambda r: r.ratio_mean or 0.0)
             curve(place, method, [r.ratio_mean or 0.0 for r in points], points)
         for name in ("full", "adapted", "none"):
-            line = style_of(name)
+            line = {k: v for k, v in style_of(name).items() if k in ("color", "linestyle")}
             for row in (r for r in mine if r.method == name):
-                place.axhline(row.value or 0.0, color=line["color"], linewidth=1, linestyle=line["linestyle"], label=name)
+                place.axhline(row.value or 0.0, linewidth=1, label=name, **line)
         if metric != "accuracy":
             log_scale(place, [r.value for r in mine])
         place.set_xlabel("share of cache entries removed (mean over queries)")

@@ -24,6 +24,9 @@ from kvbench.models.adapter import Adapter
 from kvbench.runtime import Reader
 from kvbench.training.loop import Progress, Stateful, rate_factor, restore_checkpoint, save_checkpoint
 from kvbench.training.mixture import Mixture
+from kvbench.training.team import Team
+
+ALONE = Team()
 
 
 @dataclass(frozen=True)
@@ -96,7 +99,7 @@ def step_loss(plan: AdapterPlan, model: nn.Module, reader: Reader, ids: Tensor, 
 
 def train_adapter(
     plan: AdapterPlan, model: nn.Module, adapter: Adapter, data: Mixture, out: Path,
-    checkpoint_every: int,
+    checkpoint_every: int, team: Team = ALONE,
 ) -> Iterator[Progress]:
     """Train ``adapter`` in place; yields after every step.
 
@@ -119,14 +122,15 @@ def train_adapter(
             torch.manual_seed(plan.seed * 1_000_003 + step)  # dropout
             for group in optimiser.param_groups:
                 group["lr"] = plan.lr * rate_factor(step, plan.steps, plan.warmup, plan.decay_from)
-            ids = torch.from_numpy(data.batch(step, plan.batch)).to(device)
+            ids = team.share(torch.from_numpy(data.batch(step, plan.batch))).to(device)
             with torch.autocast(device.type, torch.bfloat16, enabled=plan.autocast != "none"):
                 loss = step_loss(plan, model, reader, ids, step_layout(plan, step))
             optimiser.zero_grad(set_to_none=True)
             loss.backward()  # type: ignore[no-untyped-call]
+            team.average(adapter.parameters())
             nn.utils.clip_grad_norm_(adapter.parameters(), 1.0)
             optimiser.step()
-            if (step + 1) % checkpoint_every == 0:
+            if (step + 1) % checkpoint_every == 0 and team.leads:
                 save_checkpoint(out, plan, step + 1, parts)
             yield Progress(step + 1, float(loss.detach()))
     adapter.eval().requires_grad_(False)

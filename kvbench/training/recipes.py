@@ -27,6 +27,7 @@ from kvbench.training.data import load_stream
 from kvbench.training.held_out import HeldOut
 from kvbench.training.loop import CHECKPOINT, Progress
 from kvbench.training.mixture import Mixture
+from kvbench.training.team import assemble
 
 Measure = Callable[[int, float], dict[str, Any] | None]
 Follow = Callable[[Iterator[Progress], int, Measure, int], float]
@@ -69,10 +70,11 @@ def run_adapter_training(request: AdapterRequest, follow: Follow) -> Path:
     """
     plan = _plan(request)
     _check_out(request.out, "card.json")
+    team = assemble(request.device, plan.batch)
     reference = resolve_model(request.model, request.revision)
     if request.threads:
         torch.set_num_threads(request.threads)
-    model, tokenizer, context, _ = load_model(reference, request.device, "float32")
+    model, tokenizer, context, _ = load_model(reference, team.device(request.device), "float32")
     if plan.length > context:
         raise UserError(
             f"--length {plan.length} does not fit {request.model}: its context is {context} tokens.",
@@ -90,12 +92,14 @@ def run_adapter_training(request: AdapterRequest, follow: Follow) -> Path:
     torch.manual_seed(plan.seed)
     adapter = Adapter.fresh(card, model, plan.dropout)
     data = Mixture(stream.ids, lambda text: _encode(tokenizer, text), plan.length, plan.seed)
-    _make(request.out, request.fresh)
+    if team.leads:
+        _make(request.out, request.fresh)
+    team.wait()
     started = time.perf_counter()
     measured: dict[str, Any] = {}
 
     def measure(step: int, loss: float) -> dict[str, Any] | None:
-        if held is None:
+        if held is None or not team.leads:
             return None
         adapter.eval()
         found = held.measure(model, adapter, plan.method, options=plan.options)
@@ -106,9 +110,10 @@ def run_adapter_training(request: AdapterRequest, follow: Follow) -> Path:
             log.write(json.dumps(line) + "\n")
         return found
 
-    loss = follow(
-        train_adapter(plan, model, adapter, data, request.out, request.every), plan.steps, measure, request.every
-    )
+    steps = train_adapter(plan, model, adapter, data, request.out, request.every, team)
+    loss = follow(steps, plan.steps, measure, request.every)
+    if not team.leads:
+        return request.out
     if not measured:  # continued after its last step
         measure(plan.steps, loss)
     adapter.card = replace(card, held_out=measured, training={
