@@ -12,11 +12,15 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
+from hypothesis import settings
 from torch import nn
 
 from kvbench.methods import Method
 from kvbench.models.adapter import Adapter, AdapterCard
 from kvbench.models.attention import register
+
+settings.register_profile("kvbench", deadline=None, max_examples=40)  # shared machines are slow at times
+settings.load_profile("kvbench")
 
 FAMILIES = ("llama", "qwen3", "mistral", "neox", "opt", "gpt2")
 VOCABULARY = 97

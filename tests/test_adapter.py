@@ -40,6 +40,32 @@ def test_an_adapter_never_acts_twice(llama: nn.Module) -> None:
         assert torch.equal(llama(IDS).logits, once)
 
 
+@pytest.mark.parametrize("gate", ["gated", "plain", "full"])
+@torch.inference_mode()
+def test_closing_inside_is_the_base_model_bit_for_bit(model: nn.Module, gate: str) -> None:
+    """The teacher of a distillation is the base model, whatever is trained; tied weights included."""
+    adapter, base = small_adapter(model, gate), model(IDS).logits
+    with adapter.applied(model):
+        adapter.open_gate(torch.arange(40))
+        assert (model(IDS).logits - base).abs().max() > 1e-3
+        with adapter.closed(model):
+            assert torch.equal(model(IDS).logits, base)
+        assert (model(IDS).logits - base).abs().max() > 1e-3
+    assert torch.equal(model(IDS).logits, base)
+
+
+@torch.inference_mode()
+def test_whole_weights_are_saved_and_loaded(family: str, tmp_path: Path) -> None:
+    model = small_model(family)
+    adapter = small_adapter(model, "full")
+    adapter.save(tmp_path / "adapter", "small")
+    with adapter.applied(model):
+        ours = model(IDS).logits
+    loaded = Adapter.load(tmp_path / "adapter", small_model(family))
+    with loaded.applied(model):
+        assert torch.equal(model(IDS).logits, ours)
+
+
 def test_the_model_is_restored_after_an_error(llama: nn.Module) -> None:
     before = dict(llama.named_modules())
     with pytest.raises(RuntimeError, match="planted"), small_adapter(llama).applied(llama):
@@ -52,6 +78,7 @@ def test_every_family_has_its_attention_projections(family: str, model: nn.Modul
     assert names == {
         "llama": {"q_proj", "k_proj", "v_proj", "o_proj"},
         "qwen3": {"q_proj", "k_proj", "v_proj", "o_proj"},
+        "mistral": {"q_proj", "k_proj", "v_proj", "o_proj"},
         "neox": {"query_key_value", "dense"},
         "opt": {"q_proj", "k_proj", "v_proj", "out_proj"},
         "gpt2": {"c_attn", "c_proj"},

@@ -47,7 +47,10 @@ CASES = [
         for name in ("window", "local", "scattered", "sentinel", "local-tuned", "scattered-tuned")
         for ratio in ("0.3", "0.7", "0.9")
     ),
-    *(Case(name, ratio, {}, max(5, kept(N, Fraction(ratio)))) for name in ("sinks", "sinks-tuned") for ratio in ("0.3", "0.9")),
+    *(
+        Case(name, ratio, {}, max(5, kept(N, Fraction(ratio))))
+        for name in ("sinks", "sinks-tuned") for ratio in ("0.3", "0.9")
+    ),
     *(Case("sentinel", "0.5", {"recent": w}, 48) for w in ("1", "16", "40")),
     Case("sentinel", "0.7", {"predict_from_cr": "true"}, 29), Case("sentinel", "0.7", {"span": "6"}, 29),
     *(

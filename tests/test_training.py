@@ -35,6 +35,7 @@ from tests.conftest import VOCABULARY, Outcome, small_model
 PLAN = AdapterPlan(
     "sentinel", steps=6, batch=2, length=48, lr=1e-2, rank=4, warmup=2, autocast="none", seed=3
 )
+DISTIL = replace(PLAN, objective="distil")
 
 
 def mixture(length: int = 48, seed: int = 3) -> Mixture:
@@ -90,7 +91,7 @@ def test_distillation_of_nothing_is_zero(llama: nn.Module) -> None:
     reader = Reader(llama, adapter)
     layout = make_layout(make_method("sentinel", Fraction(0)), 48, 0, 0)
     with torch.no_grad(), reader.ready():
-        loss = step_loss(PLAN, llama, reader, torch.from_numpy(mixture().batch(0, 2)), layout)
+        loss = step_loss(DISTIL, llama, reader, torch.from_numpy(mixture().batch(0, 2)), layout)
     assert float(loss) == pytest.approx(0.0, abs=1e-6)
 
 
@@ -209,7 +210,7 @@ def test_train_command_writes_an_adapter_that_run_uses(
     card = read_card(tmp_path / "adapter")
     assert card.training["tokens"] == 3 * 2 * 64
     assert card.training["data"][0]["file"] == "text.txt"
-    assert set(card.held_out) == {"0.3", "0.5", "0.7", "0.9"}
+    assert set(card.held_out) == {"0.3", "0.5", "0.7", "0.8", "0.9"}
     assert not (tmp_path / "adapter" / CHECKPOINT).exists()
     log = [json.loads(line) for line in (tmp_path / "adapter" / "log.jsonl").read_text().splitlines()]
     assert [line["step"] for line in log] == [2, 3]
