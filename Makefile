@@ -10,7 +10,7 @@ run: $(STAMP)
 	$(BIN)/kvbench run --method sentinel --ratio 0.7
 
 test: $(STAMP) lint
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n auto --dist loadfile
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

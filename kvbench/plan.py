@@ -19,6 +19,9 @@ from kvbench.protocols.protocol import OPTIONS, PROTOCOLS, RECALL_OPTIONS, proto
 from kvbench.store.records import Cell
 
 CONTROLS, RIVALS = ("full", "none"), ("local", "scattered", "sinks")
+ANY_LENGTH = 1 << 40
+"""Stands for the length of the text, which is only known once it has been cut."""
+
 EXECUTIONS = ("streamed", "onepass")
 
 
@@ -107,6 +110,9 @@ def build_plan(request: Request) -> Plan:
         request, [entry for entries in wanted.values() for entry in entries],
         [_options_of(task, protocols[name]) for name, task in tasks.items()],
     )
+    for name, entries in wanted.items():
+        for method, _, _ in entries:
+            method.check(ANY_LENGTH, in_chunks=tasks[name].kind == "online")
     model = resolve_model(request.model, request.revision)
     corpora = {name: load_corpus(task, request.data) for name, task in tasks.items()}
     adapters = _Adapters(request, model)

@@ -17,6 +17,7 @@ from kvbench.models.references import assets, resolve_model
 from tests.conftest import Outcome, small_adapter, small_model
 
 Call = Callable[[Sequence[str | Path]], Outcome]
+SHIPPED = assets() / "adapters"
 RUN = ["run", "--method", "sinks", "--ratio", "0.5", "--limit", "2"]
 
 
@@ -57,7 +58,7 @@ def refused(call: Call, arguments: Sequence[str | Path], *words: str) -> str:
     (["run", "--device", "abacus"], ["not available", "cpu"]),
     (["run", "--model", "./nowhere"], ["no model folder ./nowhere"]),
     (["run", "--model", "/nowhere/at/all"], ["no model folder"]),
-    (["run", "--adapter", "nowhere"], ["no adapter folder nowhere", "kvbench train --method sentinel"]),
+    (["run", "--adapter", "nowhere"], ["no adapter folder nowhere", "kvbench train"]),
     (["run", "--data", "x.jsonl"], ["--data stands for the corpus of one task"]),
     (["run", "--set", "chunk"], ["not of the form key=value"]),
     (["run", "--set", "chunck=3"], ["Unknown --set key 'chunck'", "Did you mean 'chunk'"]),
@@ -65,6 +66,24 @@ def refused(call: Call, arguments: Sequence[str | Path], *words: str) -> str:
     (["run", "--set", "prefix=200"], ["Unknown --set key 'prefix'"]),
     (["run", "--set", "chunk=three"], ["chunk=three", "whole number"]),
     (["run", "--set", "sampler=exat"], ["sampler", "Did you mean 'exact'"]),
+    (["run", "--method", "ccm-concat"], ["ratio 0.7", "n_comp=2", "chunks of 7", "8 to 128", "0.75"]),
+    (["run", "--method", "meanpool", "--ratio", "0.99"], ["chunks of 200", "0.984"]),
+    (["run", "--method", "gist", "--set", "n_comp=4", "--ratio", "0.3"], ["chunks of 6", "between 0.5 and 0.969"]),
+    (["run", "--method", "ccm-merge", "--set", "n_comp=4"], ["trained with n_comp=2", "n_comp=4 is asked"]),
+    (["run", "--method", "ccm-merge", "--set", "merge=ema"], ["trained with merge=mean", "merge=ema is asked"]),
+    (["run", "--method", "sentinel", "--set", "predict_from_cr=true"], ["trained with predict_from_cr=false"]),
+    (["run", "--method", "ccm-merge", "--set", "n_comp=0"], ["n_comp=0", "1 to 32"]),
+    (["run", "--method", "ccm-merge", "--set", "n_comp=two"], ["n_comp=two", "whole number"]),
+    (["run", "--method", "ccm-merge", "--set", "segment=7"], ["segment=7", "8 to 128"]),
+    (["run", "--method", "ccm-merge", "--set", "merge=median"], ["merge=", "'median'"]),
+    (["run", "--method", "ccm-merge", "--set", "recent=3"], ["Unknown --set key 'recent'"]),
+    (["run", "--method", "sentinel", "--set", "recent=-1"], ["recent=-1", "whole number"]),
+    (["run", "--method", "sentinel", "--set", "span=1"], ["span=1"]),
+    (["run", "--method", "ccm-concat", "--set", "budget=50"], ["budget=50", "1 + 8 + 64"]),
+    (["run", "--method", "sinks", "--set", "budget=160", "--set", "memory=3"], ["memory=3", "no multiple"]),
+    (["run", "--method", "sinks", "--adapter", str(SHIPPED / "kvbench-tiny-gist")], ["'gist'", "not asked for"]),
+    (["run", "--task", "online", "--protocol", "block"], ["not measured with protocol 'block'", "online"]),
+    (["run", "--task", "minidocs", "--protocol", "online"], ["not measured with protocol 'online'"]),
     (["run", "--config", "nowhere.toml"], ["no settings file nowhere.toml"]),
     (["run", "--no-such-option"], ["No such option"]),
     (["train"], []),
@@ -73,6 +92,9 @@ def refused(call: Call, arguments: Sequence[str | Path], *words: str) -> str:
     (["train", "--method", "sentinel", "--out", "x"], ["Training needs text"]),
     (["train", "--method", "sentinel", "--out", "x", "--data", "no.jsonl"], ["no data file no.jsonl"]),
     (["train", "--method", "sentinel", "--out", "x", "--set", "adapter=gatd"], ["Did you mean 'gated'"]),
+    (["train", "--method", "local-tuned", "--out", "x", "--set", "adapter=gated"], ["'gated'", "plain"]),
+    (["train", "--method", "ccm-merge", "--out", "x", "--set", "merge=men"], ["Did you mean 'mean'"]),
+    (["train", "--method", "ccm-merge", "--out", "x", "--set", "budget=9"], ["Unknown --set key 'budget'", "n_comp"]),
     (["train", "--method", "sentinel", "--out", "x", "--set", "dropout=2"], ["[0, 1)"]),
     (["train", "--method", "sentinel", "--out", "x", "--length", "4096"], ["does not fit"]),
     (["train", "base", "--out", "x"], ["Training needs text"]),
@@ -254,6 +276,16 @@ def test_documents_too_short(called: Call, tmp_path: Path) -> None:
     refused(called, [*run, "--protocol", "prefix"], "no document is long enough", "1024 tokens")
 
 
+def test_lengths_that_a_method_cannot_use(called: Call, model_folder: Callable[..., Path]) -> None:
+    run = ["run", "--task", "minidocs", "--limit", "1", "--no-baselines"]
+    refused(called, [*run, "--method", "meanpool", "--ratio", "0.98", "--set", "block=64"],
+            "a chunk of 100 tokens does not fit in 64")
+    refused(called, [*run, "--method", "sentinel", "--ratio", "0.7", "--set", "recent=400"],
+            "cannot remove 0.7 of 512 tokens outside the last 400", "at most 0.209")
+    small = [*run, "--model", model_folder("gpt2", context=256), "--method", "meanpool", "--ratio", "0.9"]
+    refused(called, [*small, "--set", "block=256"], "learned positions up to 256", "--set block=224")
+
+
 def test_ratio_beyond_the_layout(called: Call) -> None:
     refused(called, ["run", "--method", "sentinel", "--ratio", "0.97", "--task", "minidocs", "--limit", "1"],
-            "cannot remove 0.97", "at most 0.96")
+            "cannot remove 0.97", "at most 0.959")

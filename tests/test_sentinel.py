@@ -58,8 +58,12 @@ def test_closing_later_makes_the_same_summary(llama: nn.Module) -> None:
 
 def test_a_recent_window_that_leaves_too_little_is_refused() -> None:
     with pytest.raises(UserError, match="outside the last 60") as refusal:
-        make_layout(make_method("sentinel", Fraction(7, 10), {"recent": "60"}), 100, 0, 0)
+        make_method("sentinel", Fraction(7, 10), {"recent": "60"}).check(100, in_chunks=False)
     assert "at most 0.38" in refusal.value.hint
+    make_method("sentinel", Fraction(38, 100), {"recent": "60"}).check(100, in_chunks=False)
+    # A short end of a document, where the rest of it had room:
+    short = make_layout(make_method("sentinel", Fraction(7, 10), {"recent": "60"}), 50, 0, 0)
+    assert len(short.held_after(len(short))) == 15
     layout = make_layout(make_method("sentinel", Fraction(38, 100), {"recent": "60"}), 100, 0, 0)
     assert len(layout.held_after(len(layout))) == 62
 

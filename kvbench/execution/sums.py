@@ -19,7 +19,7 @@ class DocumentSums:
         self.left = len(cut.pieces)
         self.sums: dict[str, Any] = defaultdict(float)
         self.bins: dict[str, int] = defaultdict(int)
-        self.curve: dict[str, tuple[int, float]] = {}
+        self.curve: dict[str, tuple[int, float, float]] = {}
         self.has_kl, self.peak = True, 0
 
     @property
@@ -50,9 +50,9 @@ class DocumentSums:
             for place, count in kl_histogram(score.kl[row]).items():
                 self.bins[place] += count
         if score.loss is not None and score.since is not None:
-            for place, (count, loss) in loss_by_distance(score.loss[row], score.since).items():
-                before = self.curve.get(place, (0, 0.0))
-                self.curve[place] = (before[0] + count, before[1] + loss)
+            for place, (n, nll, loss) in loss_by_distance(score.nll[row], score.loss[row], score.since).items():
+                before = self.curve.get(place, (0, 0.0, 0.0))
+                self.curve[place] = (before[0] + n, before[1] + nll, before[2] + loss)
         self.left -= 1
 
     def record(self) -> DocumentRecord:

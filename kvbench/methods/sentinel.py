@@ -68,6 +68,14 @@ class Sentinel(Method):
                 "--set recent= and predict_from_cr=true exclude each other: a span that is closed later "
                 "has no closing sentinel when its next token is predicted."
             )
+        recent = self.number("recent")
+        if recent and recent > _widest(longest, self.ratio, self.number("span")):
+            raise UserError(
+                f"sentinel cannot remove {float(self.ratio):g} of {longest} tokens outside the last {recent}: each "
+                f"span of up to {self.number('span')} tokens keeps one entry.",
+                f"Ask for a ratio of at most {_most_removed(longest, self.number('span'), recent) / longest:.3g}, or "
+                "a smaller --set recent=.",
+            )
 
     def layout(self, n: int, rng: np.random.Generator, text: Structure = RUNNING) -> Layout:
         recent, top = self.number("recent"), self.number("span")
@@ -80,6 +88,8 @@ class Sentinel(Method):
             gaps, lengths = word_spans(n, self.ratio, top, rng, text.words)
             recent = min(recent, gaps[-1])
         else:
+            # In a piece too short for it, such as the end of a document, the window is what the ratio leaves.
+            recent = max(0, min(recent, _widest(n, self.ratio, top)))
             gaps, lengths = sample_spans(n, self.ratio, rng, top, recent)
         return span_layout(gaps, lengths, recent, self.option("predict_from_cr") == "true")
 
@@ -100,10 +110,9 @@ def sample_spans(
     fewest = math.ceil(removed / (top - 1))
     most = min(n - recent - removed, removed)
     if fewest > most:
-        within = f" outside the last {recent}" if recent else ""
         raise UserError(
-            f"sentinel cannot remove {float(ratio):g} of {n} tokens{within}: each span of up to {top} tokens "
-            "keeps one entry.",
+            f"sentinel cannot remove {float(ratio):g} of {n} tokens: each span of up to {top} tokens keeps one "
+            "entry.",
             f"Ask for a ratio of at most {_most_removed(n, top, recent) / n:.3g}.",
         )
     if removed == 0:
@@ -116,6 +125,12 @@ def sample_spans(
     gaps = list(np.diff(edges) - 1)
     gaps[-1] += recent
     return gaps, list(shares + 1)
+
+
+def _widest(n: int, ratio: Fraction, top: int) -> int:
+    """The longest recent window that leaves room for the spans that the ratio needs."""
+    removed = (ratio.numerator * n) // ratio.denominator
+    return n - removed - -(-removed // (top - 1))
 
 
 def _most_removed(n: int, top: int, recent: int) -> int:

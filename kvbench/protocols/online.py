@@ -53,25 +53,16 @@ _Trial = tuple[list[list[int]], list[int], list[int], int]
 def _turns(document: Document, tokenizer: Tokenizer, spec: OnlineSpec, step: int) -> _Trial | None:
     """(chunks, query, target, bytes of the target): t turns, the query, and its answer."""
     turns = list(document.turns)
-    if spec.query == "next":
-        if step + 2 > len(turns):
-            return None
-        said, query, answer = turns[:step], turns[step], turns[step + 1]
-    else:
-        if step + 2 > len(turns):
-            return None
-        said, query, answer = turns[:step], turns[-2], turns[-1]
-    chunks = [tokenizer.encode((spec.between if i else "") + turn)[0] for i, turn in enumerate(said)]
+    if step + 2 > len(turns):
+        return None
+    query, answer = (turns[step], turns[step + 1]) if spec.query == "next" else (turns[-2], turns[-1])
+    chunks = [tokenizer.encode((spec.between if i else "") + turn)[0] for i, turn in enumerate(turns[:step])]
     chunks[0] = [*tokenizer.lead(), *chunks[0]]
-    asked = tokenizer.encode(spec.between + query)[0]
-    both = tokenizer.encode(spec.between + query + spec.before_answer + answer)[0]
-    target = both[len(asked) :]
-    if both[: len(asked)] != asked:  # the tokenizer joins query and answer
-        target = tokenizer.encode(spec.before_answer + answer)[0]
-    joint = tokenizer.encode(spec.before_answer.rstrip(" "))[0]
-    if joint and target[: len(joint)] == joint:  # a line break before the answer is part of the query
-        asked, target = [*asked, *joint], target[len(joint) :]
-    return chunks, asked, target, len((spec.before_answer.lstrip("\n") + answer).encode())
+    # A line break before the answer is part of the query; a space is part of the answer's first word.
+    asked, target = f"{spec.between}{query}{spec.before_answer}", answer
+    if spec.before_answer == " ":
+        asked, target = f"{spec.between}{query}", f" {answer}"
+    return chunks, tokenizer.encode(asked)[0], tokenizer.encode(target)[0], len(target.encode())
 
 
 def _text(document: Document, tokenizer: Tokenizer, spec: OnlineSpec, step: int) -> _Trial | None:

@@ -221,13 +221,13 @@ def _since(layout: Layout, piece: Piece) -> Tensor | None:
     return torch.where(last < 0, -1, target - last)
 
 
-def loss_by_distance(loss: Tensor, since: Tensor) -> dict[str, tuple[int, float]]:
-    """Tokens and their summed loss, by distance from the last replacement of entries."""
+def loss_by_distance(nll: Tensor, loss: Tensor, since: Tensor) -> dict[str, tuple[int, float, float]]:
+    """Targets, their summed nll and summed loss, by distance from the last replacement of entries."""
     place = torch.bucketize(since, torch.tensor(DISTANCES), right=True) - 1
     found = {}
     for p in torch.unique(place[since >= 0]).tolist():
-        chosen = loss[(place == p) & (since >= 0)]
-        found[str(DISTANCES[p])] = (int(chosen.numel()), float(chosen.sum()))
+        chosen = (place == p) & (since >= 0)
+        found[str(DISTANCES[p])] = (int(chosen.sum()), float(nll[chosen].sum()), float(loss[chosen].sum()))
     return found
 
 

@@ -80,8 +80,8 @@ class DocumentRecord:
         kv_logical, kv_physical, kv_full: bytes of the cache, summed over pieces.
         bin: what results are also reported by.
         seconds: time of the batches, shared out by tokens.
-        by_distance: scored tokens, and the nats they cost more than with the full cache, by their
-            distance from the last place where entries were replaced (the least of each bin).
+        by_distance: scored tokens, their nll, and what they cost more than with the full cache, by
+            their distance from the last place where entries were replaced (the least of each bin).
     """
 
     document: str
@@ -106,7 +106,7 @@ class DocumentRecord:
     kv_full: float
     bin: str | None = None
     seconds: float = 0.0
-    by_distance: dict[str, tuple[int, float]] | None = None
+    by_distance: dict[str, tuple[int, float, float]] | None = None
     schema: int = SCHEMA
 
 
