@@ -11,9 +11,10 @@ import torch
 
 from kvbench.corpora.documents import load_corpus, read_rows
 from kvbench.corpora.tasks import load_task, task_names
+from kvbench.methods import METHODS
 from kvbench.models.adapter import Adapter, read_card
 from kvbench.models.loading import load_model
-from kvbench.models.references import assets, resolve_model
+from kvbench.models.references import assets, find_adapter, given_adapter, resolve_model
 
 
 def test_minidocs() -> None:
@@ -28,24 +29,46 @@ def test_minidocs() -> None:
     assert max(openings.values()) == 1
 
 
-def test_the_embedded_model_and_its_adapter() -> None:
+def test_the_embedded_model() -> None:
     reference = resolve_model("kvbench-tiny")
     model, tokenizer, context, vocabulary = load_model(reference, "cpu", "auto")
     assert (context, vocabulary) == (1024, 4096)
     assert next(model.parameters()).dtype == torch.float32
-    folder = assets() / "adapters" / "kvbench-tiny-sentinel"
-    card = read_card(folder)
-    assert card.base_hash == reference.fingerprint
-    assert (card.method, card.gate) == ("sentinel", "gated")
-    adapter = Adapter.load(folder, model)
-    assert adapter.rows.shape == (2, 256)
     ids = torch.tensor([tokenizer("The key of Mary is 4821. The key of Mary is").input_ids])
     answer = tokenizer.decode(model(ids).logits[0, -1].argmax())
     assert answer.strip()[:1] == "4"
 
 
+SHIPPED = {
+    "sentinel": "gated", "ccm-concat": "gated", "ccm-merge": "gated", "gist": "gated", "local-tuned": "plain",
+    "scattered-tuned": "plain", "adapted": "plain",
+}
+
+
+def test_shipped_adapters_are_of_equal_training() -> None:
+    reference = resolve_model("kvbench-tiny")
+    model = load_model(reference, "cpu", "float32").model
+    trained = []
+    for method, gate in SHIPPED.items():
+        folder = find_adapter(method, reference, METHODS[method]().trained_options)
+        assert folder.name == f"kvbench-tiny-{method}"
+        card = read_card(folder)
+        assert (card.method, card.gate, card.base_hash) == (method, gate, reference.fingerprint)
+        assert card.options == METHODS[method]().trained_options
+        adapter = Adapter.load(folder, model)
+        assert adapter.rows.shape == (METHODS[method]().n_rows, 256)
+        names = ("steps", "batch", "length", "rank", "lr", "seed", "objective", "tokens")
+        trained.append([card.training[name] for name in names] + [card.training["data"][0]["sha256"]])
+        assert card.held_out
+    assert all(training == trained[0] for training in trained)
+    assert given_adapter("kvbench-tiny-sentinel-long").parent.name == "adapters"
+
+
 def test_tasks_are_valid_and_fixed() -> None:
-    assert task_names() == ["books", "minidocs", "recall", "wikitext2"]
+    assert task_names() == [
+        "books", "minidocs", "online", "online-demonstrations", "online-profiles", "online-text", "recall",
+        "wikitext2",
+    ]
     for name in task_names():
         assert load_task(name).name == name
     corpus = load_corpus(load_task("minidocs"), None)

@@ -91,12 +91,13 @@ def fingerprint(folder: Path) -> str:
 
 
 def given_adapter(name: str) -> Path:
-    """The adapter folder that the user named.
+    """The adapter folder that the user named: a path, or the name of a shipped one.
 
     Raises:
         UserError: it is not there.
     """
-    folder = Path(name).expanduser()
+    shipped = assets() / "adapters" / name
+    folder = shipped if "/" not in name and shipped.is_dir() else Path(name).expanduser()
     if not folder.is_dir():
         raise UserError(
             f"There is no adapter folder {name}.", "Give the folder that 'kvbench train --method METHOD' wrote."
@@ -106,6 +107,8 @@ def given_adapter(name: str) -> Path:
 
 def find_adapter(method: str, model: ModelReference, options: Mapping[str, str]) -> Path:
     """The adapter shipped for a method and model, with those trained options if there is one.
+
+    Of several, the first by name: the others have a longer one and are for ``--adapter``.
 
     Raises:
         UserError: there is none; the command that trains one is named.
