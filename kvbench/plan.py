@@ -104,7 +104,14 @@ def build_plan(request: Request) -> Plan:
         )
     if len({task.name for task in tasks.values()}) < len(tasks):
         raise UserError("Two of the tasks have the same name.", "Give each task file a name of its own.")
-    protocols = {name: _protocol_of(task, request, len(tasks)) for name, task in tasks.items()}
+    if request.protocol is not None and not any(request.protocol in task.protocols for task in tasks.values()):
+        allowed = dict.fromkeys(p for task in tasks.values() for p in task.protocols)
+        raise UserError(
+            f"{'Task' if len(tasks) == 1 else 'None of the tasks'} {', '.join(map(repr, tasks))} is"
+            f"{' not' if len(tasks) == 1 else ''} measured with protocol {request.protocol!r}.",
+            f"Allowed: {', '.join(allowed)}.",
+        )
+    protocols = {name: _protocol_of(task, request) for name, task in tasks.items()}
     wanted = {name: _with_baselines(request, ratios, task) for name, task in tasks.items()}
     _check_options(
         request, [entry for entries in wanted.values() for entry in entries],
@@ -151,16 +158,9 @@ def _dtype(request: Request) -> str:
     return "float32" if request.dtype == "auto" and request.device == "cpu" else request.dtype
 
 
-def _protocol_of(task: Task, request: Request, n_tasks: int) -> str:
-    asked = request.protocol
-    if asked is None or asked in task.protocols:
-        return asked or task.protocols[0]
-    if n_tasks > 1:  # asked for the others; this task has its own
-        return task.protocols[0]
-    raise UserError(
-        f"Task {task.name!r} is not measured with protocol {asked!r}.",
-        f"Allowed: {', '.join(task.protocols)}.",
-    )
+def _protocol_of(task: Task, request: Request) -> str:
+    """The protocol asked for, if the task has it: it may have been asked for another task."""
+    return request.protocol if request.protocol in task.protocols else task.protocols[0]
 
 
 def _with_baselines(request: Request, ratios: Sequence[Fraction], task: Task) -> list[_Entry]:
@@ -211,36 +211,39 @@ class _Adapters:
             UserError: an adapter is missing, of no use, or made for another model or other options.
         """
         found = [(m, role, self._folder(m) if m.needs_adapter else None) for m, role, _ in entries]
+        on_text = [f for _, _, f in found if f is not None and read_card(f).gate != "gated"]
+        if on_text and not any(m.name == "adapted" for m, _, _ in found):
+            found.append((METHODS["adapted"](), "control", self._control(on_text[0])))
         used = {folder for _, _, folder in found}
         for folder, card in self.given.items():
             if folder not in used:
+                asked = any(m.name == card.method for m, _, _ in found)
                 raise UserError(
-                    f"The adapter in {folder} was trained for {card.method!r}, which is not asked for.",
-                    f"Add --method {card.method}, or give another --adapter.",
+                    f"The adapter in {folder} was trained for {card.method!r}, "
+                    + ("for which another one is given." if asked else "which is not asked for."),
+                    "Leave one out." if asked else f"Add --method {card.method}, or give another --adapter.",
                 )
-        controls = {folder for method, _, folder in found if method.name == "adapted"}
-        for folder in dict.fromkeys(f for m, _, f in found if f is not None and m.name != "adapted"):
-            if read_card(folder).gate == "gated":
-                continue
-            control = folder if folder in self.given else self._shipped_control() or folder
-            if control not in controls:
-                controls.add(control)
-                found.append((METHODS["adapted"](), "control", control))
         return found
 
     def _folder(self, method: Method) -> Path:
         mine = [f for f, card in self.given.items() if card.method == method.name]
         if method.name == "adapted":
             mine = mine or [f for f, card in self.given.items() if card.gate != "gated"]
-        folder = mine[0] if mine else find_adapter(method.name, self.model, method.trained_options)
+        bound = method.trained_options
+        mine.sort(key=lambda f: any(self.given[f].options.get(k, v) != v for k, v in bound.items()))
+        folder = mine[0] if mine else find_adapter(method.name, self.model, bound)
         self._check(folder, read_card(folder), method)
         return folder
 
-    def _shipped_control(self) -> Path | None:
+    def _control(self, tuned: Path) -> Path:
+        """The adapter that shows the effect of tuning alone: one made for it, or the tuned one itself."""
+        made = [folder for folder, card in self.given.items() if card.method == "adapted"]
+        if made or tuned in self.given:
+            return made[0] if made else tuned
         try:
             return find_adapter("adapted", self.model, {})
         except UserError:
-            return None
+            return tuned
 
     def _check(self, folder: Path, card: AdapterCard, method: Method) -> None:
         model = self.model

@@ -83,6 +83,8 @@ def refused(call: Call, arguments: Sequence[str | Path], *words: str) -> str:
     (["run", "--method", "sinks", "--set", "budget=160", "--set", "memory=3"], ["memory=3", "no multiple"]),
     (["run", "--method", "sinks", "--adapter", str(SHIPPED / "kvbench-tiny-gist")], ["'gist'", "not asked for"]),
     (["run", "--task", "online", "--protocol", "block"], ["not measured with protocol 'block'", "online"]),
+    (["run", "--task", "minidocs", "--task", "recall", "--protocol", "online"], ["None of the tasks", "'online'"]),
+    (["run", "--task", "online", "--method", "sinks", "--set", "budget=160"], ["for running text"]),
     (["run", "--task", "minidocs", "--protocol", "online"], ["not measured with protocol 'online'"]),
     (["run", "--config", "nowhere.toml"], ["no settings file nowhere.toml"]),
     (["run", "--no-such-option"], ["No such option"]),
@@ -157,6 +159,10 @@ def test_settings_files(called: Call, tmp_path: Path, text: str, words: list[str
     ("name = 'x'\n", ["own.toml", "version"]),
     ("nam = 'x'\n", ["own.toml"]),
     ("[", ["not valid TOML"]),
+    ("name='x'\nversion=1\nsummary=''\nkind='online'\nprotocols=['online']\n[corpus]\nhub='a/b'\ncut='turns'\n[online]\n",
+     ["own.toml", "turns"]),
+    ("name='x'\nversion=1\nsummary=''\nkind='lm'\nprotocols=['block']\n[corpus]\nsynthetic='profiles'\n",
+     ["own.toml", "synthetic"]),
     ("name='x'\nversion=1\nsummary=''\nkind='recall'\nprotocols=['prefix']\n[corpus]\nembedded='minidocs.jsonl'\n",
      ["own.toml", "[recall]"]),
 ])
@@ -283,7 +289,11 @@ def test_lengths_that_a_method_cannot_use(called: Call, model_folder: Callable[.
     refused(called, [*run, "--method", "sentinel", "--ratio", "0.7", "--set", "recent=400"],
             "cannot remove 0.7 of 512 tokens outside the last 400", "at most 0.209")
     small = [*run, "--model", model_folder("gpt2", context=256), "--method", "meanpool", "--ratio", "0.9"]
-    refused(called, [*small, "--set", "block=256"], "learned positions up to 256", "--set block=224")
+    refused(called, [*small, "--set", "block=256"], "learned positions up to 256", "--set block=")
+    data = ["--data", "long.jsonl", "--out", "x", "--length", "256"]
+    (Path.cwd() / "long.jsonl").write_text(json.dumps({"text": "The mill by the bridge. " * 200}) + "\n")
+    refused(called, ["train", "--model", model_folder("gpt2", context=256), "--method", "ccm-concat", *data],
+            "learned positions up to 256", "--length 254")
 
 
 def test_ratio_beyond_the_layout(called: Call) -> None:

@@ -14,8 +14,8 @@ from torch import nn
 from kvbench.cache.evicting import EvictingCache
 from kvbench.errors import UserError
 from kvbench.methods import Layout, Structure, make_layout, make_method
-from kvbench.methods.chunked import chunk_length
 from kvbench.methods.layout import COMP, RAW, SUM
+from kvbench.methods.memory import chunk_length
 from kvbench.models.rotary import frequencies, rotated
 from kvbench.runtime import Reader, Trace
 from tests.conftest import VOCABULARY, adapter_for, small_model
@@ -76,6 +76,11 @@ def test_ratio_sets_the_chunk(n: int, n_comp: int, percent: int) -> None:
     assert chunk_length(method, n_comp) == wanted
     layout = make_layout(method, n, 0, 0)
     assert len(layout.held_after(len(layout))) == n_comp * (n // wanted) + min(n % wanted, n_comp)
+
+
+def test_pooled_entries_take_the_place_of_the_last_token() -> None:
+    layout = make_layout(make_method("meanpool", Fraction(0)), 5, 0, 0, Structure((3, 2)))
+    assert layout.position.tolist() == [0, 1, 2, 2, 2, 3, 4, 4, 4]
 
 
 def test_positions_skip_the_memory_tokens() -> None:
@@ -207,6 +212,24 @@ def test_budgets_without_room_are_refused(options: dict[str, str], words: str) -
         make_method("ccm-concat", Fraction(0), options).check(512, in_chunks=False)
 
 
+@pytest.mark.parametrize("name", ["ccm-concat", "ccm-merge", "sinks"])
+def test_a_budget_is_for_running_text(name: str) -> None:
+    with pytest.raises(UserError, match="for running text"):
+        make_method(name, Fraction(0), {"budget": "160"}).check(512, in_chunks=True)
+
+
+def test_keys_that_cannot_be_turned_are_refused() -> None:
+    import transformers as hf
+
+    config = hf.Gemma3TextConfig(
+        vocab_size=64, hidden_size=32, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2,
+        num_key_value_heads=1, head_dim=16, max_position_embeddings=64,
+    )
+    with pytest.raises(UserError, match="cannot be undone"):
+        frequencies(hf.Gemma3ForCausalLM(config))
+    assert frequencies(small_model("gpt2")) is None
+
+
 def test_chunks_longer_than_the_text_are_refused() -> None:
     with pytest.raises(UserError, match="does not fit"):
         make_method("ccm-merge", Fraction(0), {"segment": "64"}).check(40, in_chunks=False)
@@ -215,6 +238,6 @@ def test_chunks_longer_than_the_text_are_refused() -> None:
 
 def test_chunked_methods_are_all_tried_here() -> None:
     from kvbench.methods import METHODS
-    from kvbench.methods.chunked import Chunked
+    from kvbench.methods.memory import Chunked
 
     assert {name for name, kind in METHODS.items() if issubclass(kind, Chunked)} == set(CHUNKED)

@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 
 from kvbench.errors import UserError
 from kvbench.methods import METHODS, kept, layout_id, make_layout, make_method
-from kvbench.methods.chunked import Chunked
 from kvbench.methods.layout import CLOSE, OPEN, RAW, Layout
+from kvbench.methods.memory import Chunked
 from kvbench.methods.sentinel import sample_spans, span_layout
 
 RATIOS = ("0", "0.1", "0.3", "0.5", "0.7", "0.9")

@@ -47,6 +47,13 @@ def test_the_last_turn_is_asked_at_every_step(tiny_tokenizer: Any) -> None:
     assert [len(piece.chunks) for piece in pieces] == [1, 3]
 
 
+def test_a_label_before_the_answer(tiny_tokenizer: Any) -> None:
+    piece = trials(TALK, tiny_tokenizer, OnlineSpec(steps=(1,), query="last", before_answer="\nLabel: "))[0]
+    assert tiny_tokenizer.decode(piece.ids[piece.context : piece.scored]) == "\n\nfour mice\nLabel:"
+    assert tiny_tokenizer.decode(piece.ids[piece.scored :]) == " five cows"
+    assert piece.n_bytes == len(" five cows")
+
+
 def test_text_in_chunks_and_a_bos(tiny_tokenizer: Any) -> None:
     document = Document("t", "t", "The mill by the bridge was old and grey. " * 20)
     pieces = trials(document, tiny_tokenizer, OnlineSpec(steps=(1, 2, 50), query="text", segment=16), bos=1)

@@ -73,6 +73,10 @@ def test_prediction_from_the_closing_sentinel() -> None:
     assert plain.read_slots.tolist() == [0, 1, 2, 4, 5, 6, 7, 9, 10]
     assert moved.read_slots.tolist() == [0, 1, 2, 4, 5, 6, 8, 9, 10]
     assert moved.tokens.kind[8] == CLOSE
+    seen = [int(moved.mask[slot].sum()) - 1 for slot in moved.read_slots]
+    assert moved.visible_before.tolist() == seen
+    with pytest.raises(UserError, match="published exclude each other"):
+        make_method("sentinel", Fraction(1, 2), {"recent": "4", "sampler": "published"}).check(100, False)
     with pytest.raises(UserError, match="exclude each other"):
         make_method("sentinel", Fraction(1, 2), {"recent": "4", "predict_from_cr": "true"}).check(100, False)
 

@@ -77,8 +77,8 @@ class OnlineSpec(BaseModel):
 
     @model_validator(mode="after")
     def _ordered(self) -> Self:
-        if not self.steps or min(self.steps) < 1:
-            raise ValueError("'steps' are whole numbers of at least 1")
+        if not self.steps or min(self.steps) < 1 or len(set(self.steps)) < len(self.steps):
+            raise ValueError("'steps' are different whole numbers of at least 1")
         return self
 
     def signature(self) -> str:
@@ -130,6 +130,8 @@ class Task(BaseModel):
         in_turns = self.online is not None and self.online.query != "text"
         if in_turns != (self.corpus.cut == "turns"):
             raise ValueError("cut = \"turns\" goes with [online] query = \"next\" or \"last\"")
+        if (self.corpus.synthetic is not None and not in_turns) or (self.corpus.hub is not None and in_turns):
+            raise ValueError("turns are 'embedded' or 'synthetic', and running text is not 'synthetic'")
         return self
 
 

@@ -31,7 +31,7 @@ from kvbench.methods import Layout, Method, Structure, make_layout, make_method
 from kvbench.models.adapter import Adapter
 from kvbench.models.loading import load_model
 from kvbench.models.references import ModelReference
-from kvbench.models.rotary import has_rotary
+from kvbench.models.rotary import frequencies, has_rotary
 from kvbench.protocols.cut import Cut, Piece
 from kvbench.protocols.score import BatchScore, Reference, score_batch
 from kvbench.store.records import Cell, Failure
@@ -97,6 +97,8 @@ class Worker:
         for cell in work.cells:
             method = self.runners[cell.key].method
             method.check(longest, work.task.kind == "online")
+            if method.unrotates:
+                frequencies(self.loaded.model)
             for piece in pieces.values():
                 layout = make_layout(method, piece.context, cell.seed, 0, piece.structure)
                 self._check_positions(cell, layout, len(piece.ids) - piece.context)
@@ -108,7 +110,7 @@ class Worker:
             raise UserError(
                 f"{cell.model} has learned positions up to {self.loaded.context}, and {cell.method} needs "
                 f"{needed} on this task.",
-                "Use shorter blocks, such as --set block=" + str(self.loaded.context - 32) + ".",
+                _shorter(cell.protocol, self.loaded.context - (needed - self.loaded.context)),
             )
 
     def announce(self) -> None:
@@ -209,6 +211,11 @@ class Worker:
                 del pending[cell.key, piece.document]
         if finished:
             self.say("records", cell=cell.key, records=[dataclasses.asdict(r) for r in finished])
+
+
+def _shorter(protocol: str, length: int) -> str:
+    keys = {"block": "block", "stream": "tokens", "prefix": "prefix"}
+    return f"Use --set {keys[protocol]}={length}." if protocol in keys else "Use shorter documents."
 
 
 def _together(batch: list[Piece], method: Method) -> list[list[int]]:

@@ -9,9 +9,9 @@ import numpy as np
 
 from kvbench.errors import unknown
 from kvbench.methods.base import Method, Option, kept, parse_ratio, ratio_text
-from kvbench.methods.chunked import CcmConcat, CcmMerge, Gist, MeanPool, Pic
 from kvbench.methods.full import Adapted, Full, NoContext
 from kvbench.methods.layout import RUNNING, Layout, Structure
+from kvbench.methods.memory import CcmConcat, CcmMerge, Gist, MeanPool, Pic
 from kvbench.methods.scattered import Scattered, ScatteredTuned
 from kvbench.methods.sentinel import Sentinel
 from kvbench.methods.windows import Local, LocalTuned, Sinks, SinksTuned, Window

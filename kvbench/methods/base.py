@@ -162,6 +162,16 @@ class Method(ABC):
         return False
 
     @property
+    def places_after(self) -> int:
+        """Positions that special tokens may take beyond the last one of the text."""
+        return 0
+
+    @property
+    def unrotates(self) -> bool:
+        """Whether keys are turned back to be averaged, which not every model allows."""
+        return "merge_at" in self.known and self.option("merge_at") == "unrotated"
+
+    @property
     def n_rows(self) -> int:
         """Embedding rows that the method's adapter trains."""
         return 0

@@ -207,10 +207,11 @@ class Layout:
 
     @cached_property
     def visible_before(self) -> Tensor:
-        """int64 ``[n_raw]``: how many earlier entries each text token sees (itself excluded)."""
+        """int64 ``[n_raw]``: how many earlier entries are seen where the token after each text token
+        is predicted (that place itself excluded)."""
         counts = []
         every = torch.arange(len(self))
-        for rows in torch.split(self.raw_slots, _ROWS_AT_ONCE):
+        for rows in torch.split(self.read_slots, _ROWS_AT_ONCE):
             counts.append(self.visible(rows, every).sum(dim=1) - 1)
         return torch.cat(counts)
 

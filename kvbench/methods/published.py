@@ -56,7 +56,8 @@ def word_spans(
             if len(inside) < 2:
                 continue
             start, stop = places[inside[0]], places[inside[-1]] + 1
-            if start == 0 or stop == n:
+            first = start == 0 or words[start - 1][2] == 0  # nothing, or a BOS, lies before
+            if first or stop == n:
                 continue
             gaps.append(start - end)
             lengths.append(stop - start)

@@ -69,6 +69,10 @@ class Sentinel(Method):
                 "has no closing sentinel when its next token is predicted."
             )
         recent = self.number("recent")
+        if recent and self.by_text:
+            raise UserError(
+                "--set recent= and sampler=published exclude each other: the published spans lie anywhere in a line."
+            )
         if recent and recent > _widest(longest, self.ratio, self.number("span")):
             raise UserError(
                 f"sentinel cannot remove {float(self.ratio):g} of {longest} tokens outside the last {recent}: each "
@@ -86,7 +90,6 @@ class Sentinel(Method):
                     "Use it with protocol block or stream on a task of documents.",
                 )
             gaps, lengths = word_spans(n, self.ratio, top, rng, text.words)
-            recent = min(recent, gaps[-1])
         else:
             # In a piece too short for it, such as the end of a document, the window is what the ratio leaves.
             recent = max(0, min(recent, _widest(n, self.ratio, top)))

@@ -48,6 +48,19 @@ class Cut(NamedTuple):
     memory: int
 
 
+def refuse_budget(method: Method) -> None:
+    """A budget is for running text.
+
+    Raises:
+        UserError: the method has one.
+    """
+    if "budget" in method.known and method.number("budget"):
+        raise UserError(
+            f"--set budget= is for running text, and {method.name} would read text in chunks of its own.",
+            "Use it with --protocol stream.",
+        )
+
+
 def check_budget(method: Method, n_comp: int) -> None:
     """See that the budget has room for sinks, memory and the tokens to compress.
 

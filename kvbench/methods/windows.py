@@ -11,7 +11,7 @@ from torch import Tensor
 
 from kvbench.methods.base import Method, Option, kept
 from kvbench.methods.layout import RUNNING, Layout, Structure, Tokens, plain_tokens
-from kvbench.methods.streaming import STREAMING, budget_layout, check_budget
+from kvbench.methods.streaming import STREAMING, budget_layout, check_budget, refuse_budget
 
 SINKS = 4
 """First entries that ``sinks`` always holds."""
@@ -83,7 +83,9 @@ class Sinks(Method):
         return super().resolved if self.number("budget") else {}
 
     def check(self, longest: int, in_chunks: bool) -> None:
-        if self.number("budget"):
+        if in_chunks:
+            refuse_budget(self)
+        elif self.number("budget"):
             check_budget(self, self.number("n_comp"))
 
     def layout(self, n: int, rng: np.random.Generator, text: Structure = RUNNING) -> Layout:

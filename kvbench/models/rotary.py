@@ -23,19 +23,21 @@ def rotated(x: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
 
 
 def has_rotary(model: nn.Module) -> bool:
-    return any(isinstance(getattr(m, "inv_freq", None), Tensor) for m in model.modules())
+    """Whether positions are rotations, which go on beyond the model's context."""
+    return any(name.endswith("inv_freq") for name, _ in model.named_buffers())
 
 
 def frequencies(model: nn.Module) -> Tensor | None:
     """Angle per position of each pair of coordinates ``[d / 2]``; None without rotary embeddings.
 
     Raises:
-        UserError: rotations that depend on the length of the text, or another order of coordinates.
+        UserError: rotations that depend on the length of the text or on the layer, or another order
+            of coordinates.
     """
     found = [m for m in model.modules() if isinstance(getattr(m, "inv_freq", None), Tensor)]
-    if not found:
+    if not found and not has_rotary(model):
         return None
-    kind = getattr(found[0], "rope_type", "default")
+    kind = getattr(found[0], "rope_type", "default") if found else "several kinds of"
     half_turn = getattr(sys.modules[type(model).__module__], "rotate_half", None)
     probe = torch.tensor([1.0, 2.0, 3.0, 4.0])
     if kind in ("dynamic", "longrope") or half_turn is None or half_turn(probe).tolist() != [-3.0, -4.0, 1.0, 2.0]:

@@ -58,10 +58,9 @@ def _turns(document: Document, tokenizer: Tokenizer, spec: OnlineSpec, step: int
     query, answer = (turns[step], turns[step + 1]) if spec.query == "next" else (turns[-2], turns[-1])
     chunks = [tokenizer.encode((spec.between if i else "") + turn)[0] for i, turn in enumerate(turns[:step])]
     chunks[0] = [*tokenizer.lead(), *chunks[0]]
-    # A line break before the answer is part of the query; a space is part of the answer's first word.
-    asked, target = f"{spec.between}{query}{spec.before_answer}", answer
-    if spec.before_answer == " ":
-        asked, target = f"{spec.between}{query}", f" {answer}"
+    # A line break or a label before the answer is part of the query; a space, of the answer's first word.
+    label = spec.before_answer.rstrip(" ")
+    asked, target = f"{spec.between}{query}{label}", spec.before_answer[len(label) :] + answer
     return chunks, tokenizer.encode(asked)[0], tokenizer.encode(target)[0], len(target.encode())
 
 

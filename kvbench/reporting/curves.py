@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.ticker import ScalarFormatter
@@ -41,19 +42,26 @@ def _by_ratio(place: Axes, rows: list[Row], values: list[float | None]) -> None:
     place.set_xlim(0, 1)
 
 
+def _style_at(method: str, ratio: float | None) -> dict[str, Any]:
+    """The method's style, fainter at low ratios."""
+    if ratio is None:
+        return style_of(method)
+    return style_of(method) | {"label": f"{method} {ratio:g}", "alpha": 0.35 + 0.65 * ratio}
+
+
 def memory_figure(rows: list[Row], folder: Path) -> list[Path]:
     """Perplexity against peak KV memory, over time steps (after figure 10 of arXiv 2312.03414)."""
     chosen = [r for r in rows if r.metric == "ppl" and r.params.get("step") is not None and r.value is not None]
 
     def panel(place: Axes, mine: list[Row]) -> None:
-        for method in methods_of(mine):
-            points = sorted((r for r in mine if r.method == method), key=lambda r: r.params["step"])
+        for key in dict.fromkeys((r.method, r.ratio_asked) for r in mine):
+            points = sorted((r for r in mine if (r.method, r.ratio_asked) == key), key=lambda r: r.params["step"])
             peak = [(r.entries_peak or 0) * r.params["entry_bytes"] / 2**20 for r in points]
             y = [r.value or 0.0 for r in points]
             ends = [(r.ci_low or v, r.ci_high or v) for r, v in zip(points, y, strict=True)]
             error = [[v - low for v, (low, _) in zip(y, ends, strict=True)],
                      [high - v for v, (_, high) in zip(y, ends, strict=True)]]
-            style = style_of(method)
+            style = _style_at(*key)
             place.plot(peak, y, **style)
             place.errorbar(peak, y, yerr=error, fmt="none", ecolor=style["color"], alpha=0.35, linewidth=0.8)
             for x, row in zip(peak, points, strict=True):
@@ -78,10 +86,7 @@ def distance_figure(rows: list[Row], folder: Path) -> list[Path]:
         for key in dict.fromkeys((r.method, r.ratio_asked) for r in mine):
             points = [r for r in mine if (r.method, r.ratio_asked) == key]
             x = [1 + int(str(r.params["bin"]).removeprefix("since=")) for r in points]
-            style = style_of(key[0]) | {"label": key[0] if key[1] is None else f"{key[0]} {key[1]:g}"}
-            if key[1] is not None:
-                style |= {"alpha": 0.35 + 0.65 * key[1]}
-            place.plot(x, [r.delta or 0.0 for r in points], **style)
+            place.plot(x, [r.delta or 0.0 for r in points], **_style_at(*key))
         place.set_xscale("log", base=2)
         place.xaxis.set_major_formatter(ScalarFormatter())
         place.set_xlabel("text tokens since the last summary, counted from 1")

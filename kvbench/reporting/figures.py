@@ -110,6 +110,6 @@ def removal_figure(rows: list[Row], metric: str, folder: Path, metric_label: str
             log_scale(place, [r.value for r in mine])
         place.set_xlabel("share of cache entries removed (mean over queries)")
         place.set_ylabel(metric_label)
-        place.set_xlim(0, 1)
+        place.set_xlim(min(0, *(r.ratio_mean or 0 for r in mine)), 1)
 
     return draw(chosen, panel, folder, f"{metric}-removal")

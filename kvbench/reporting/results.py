@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -224,6 +225,7 @@ def _row(
     params: dict[str, Any] = {
         "seq_len": info["seq_len"], "batch_size": None, "new_tokens": None,
         "step": int(step) if step.isdecimal() else None, "bin": bin_name,
+        "adapter": None if cell.adapter is None else Path(cell.adapter).name,
         "entry_bytes": totals["kv_full"] / totals["raw"], "position_rule": cell.position_rule, **cell.options,
     }
     return Row(

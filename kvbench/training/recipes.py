@@ -21,6 +21,7 @@ from kvbench.methods import METHODS, make_method
 from kvbench.models.adapter import Adapter, AdapterCard
 from kvbench.models.loading import load_model, pick_device
 from kvbench.models.references import resolve_model
+from kvbench.models.rotary import has_rotary
 from kvbench.training.adapter_training import AdapterPlan, train_adapter
 from kvbench.training.base_training import BasePlan, new_model, train_base, train_tokenizer
 from kvbench.training.data import load_stream
@@ -80,13 +81,20 @@ def run_adapter_training(request: AdapterRequest, follow: Follow) -> Path:
             f"--length {plan.length} does not fit {request.model}: its context is {context} tokens.",
             f"Use --length {context} or less.",
         )
+    method = make_method(plan.method, Fraction(0), plan.options)
+    if plan.length + method.places_after > context and not has_rotary(model):
+        raise UserError(
+            f"{request.model} has learned positions up to {context}, and {plan.method} needs {method.places_after} "
+            "after its text.",
+            f"Use --length {context - method.places_after} or less.",
+        )
     stream = load_stream(request.data, tokenizer, 2 * plan.length)
     data_hash = hashlib.sha256("".join(source["sha256"] for source in stream.sources).encode()).hexdigest()[:16]
     plan = replace(plan, base_hash=reference.fingerprint, data=data_hash)
     held = HeldOut.from_file(request.held_out, tokenizer, plan.length) if request.held_out else None
     card = AdapterCard(
         method=plan.method, gate=plan.adapter, rank=plan.rank, alpha=float(plan.rank),
-        n_rows=make_method(plan.method, Fraction(0), plan.options).n_rows, options=plan.options,
+        n_rows=method.n_rows, options=plan.options,
         base_model=reference.short_name, base_hash=reference.fingerprint,
     )
     torch.manual_seed(plan.seed)
