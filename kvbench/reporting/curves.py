@@ -56,7 +56,7 @@ def memory_figure(rows: list[Row], folder: Path) -> list[Path]:
     def panel(place: Axes, mine: list[Row]) -> None:
         for key in dict.fromkeys((r.method, r.ratio_asked) for r in mine):
             points = sorted((r for r in mine if (r.method, r.ratio_asked) == key), key=lambda r: r.params["step"])
-            peak = [(r.entries_peak or 0) * r.params["entry_bytes"] / 2**20 for r in points]
+            peak = [r.params["entries_peak_mean"] * r.params["entry_bytes"] / 2**20 for r in points]
             y = [r.value or 0.0 for r in points]
             ends = [(r.ci_low or v, r.ci_high or v) for r, v in zip(points, y, strict=True)]
             error = [[v - low for v, (low, _) in zip(y, ends, strict=True)],
@@ -64,14 +64,14 @@ def memory_figure(rows: list[Row], folder: Path) -> list[Path]:
             style = _style_at(*key)
             place.plot(peak, y, **style)
             place.errorbar(peak, y, yerr=error, fmt="none", ecolor=style["color"], alpha=0.35, linewidth=0.8)
-            for x, row in zip(peak, points, strict=True):
+            for x, row in list(zip(peak, points, strict=True))[:: max(1, len(points) - 1)]:  # the first and the last
                 at = (x, row.value or 0.0)
                 place.annotate(str(row.params["step"]), at, fontsize=6, xytext=(2, 3), textcoords="offset points")
         place.set_xscale("log")
         for which in (place.xaxis.set_major_formatter, place.xaxis.set_minor_formatter):
             which(ScalarFormatter())
         place.tick_params(axis="x", which="minor", labelsize=7)
-        place.set_xlabel("peak KV memory per sequence (MiB); numbers: time steps")
+        place.set_xlabel("peak KV memory (MiB, mean of sequences); numbers: steps")
         place.set_ylabel("perplexity")
         log_scale(place, [r.value for r in mine])
 

@@ -41,6 +41,7 @@ class _Measured:
     groups: tuple[str, ...]
     sums: dict[str, Array]
     peak: int
+    mean_peak: float
     has_kl: bool
 
     def totals(self) -> dict[str, Array]:
@@ -113,7 +114,8 @@ def _aggregate(cell: Cell, records: list[DocumentRecord]) -> _Measured:
                 bins[index[r.group], int(place)] += count
         sums["kl_bins"] = bins
     return _Measured(
-        cell, len(records), tuple(by_group.index), sums, max(r.peak for r in records), has_kl
+        cell, len(records), tuple(by_group.index), sums, max(r.peak for r in records),
+        sum(r.peak for r in records) / len(records), has_kl,
     )
 
 
@@ -226,7 +228,8 @@ def _row(
         "seq_len": info["seq_len"], "batch_size": None, "new_tokens": None,
         "step": int(step) if step.isdecimal() else None, "bin": bin_name,
         "adapter": None if cell.adapter is None else Path(cell.adapter).name,
-        "entry_bytes": totals["kv_full"] / totals["raw"], "position_rule": cell.position_rule, **cell.options,
+        "entries_peak_mean": part.mean_peak, "entry_bytes": totals["kv_full"] / totals["raw"],
+        "position_rule": cell.position_rule, **cell.options,
     }
     return Row(
         task=cell.task, protocol=cell.protocol, model=cell.model, method=cell.method,
