@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from matplotlib.axes import Axes
-from matplotlib.ticker import ScalarFormatter
+from matplotlib.ticker import StrMethodFormatter
 
 from kvbench.reporting.figures import draw, log_scale, methods_of, style_of
 from kvbench.store.records import Row
@@ -69,7 +69,7 @@ def memory_figure(rows: list[Row], folder: Path) -> list[Path]:
                 place.annotate(str(row.params["step"]), at, fontsize=6, xytext=(2, 3), textcoords="offset points")
         place.set_xscale("log")
         for which in (place.xaxis.set_major_formatter, place.xaxis.set_minor_formatter):
-            which(ScalarFormatter())
+            which(StrMethodFormatter("{x:g}"))
         place.tick_params(axis="x", which="minor", labelsize=7)
         place.set_xlabel("peak KV memory (MiB, mean of sequences); numbers: steps")
         place.set_ylabel("perplexity")
@@ -88,7 +88,7 @@ def distance_figure(rows: list[Row], folder: Path) -> list[Path]:
             x = [1 + int(str(r.params["bin"]).removeprefix("since=")) for r in points]
             place.plot(x, [r.delta or 0.0 for r in points], **_style_at(*key))
         place.set_xscale("log", base=2)
-        place.xaxis.set_major_formatter(ScalarFormatter())
+        place.xaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
         place.set_xlabel("text tokens since the last summary, counted from 1")
         place.set_ylabel("nats per token above the full cache")
 

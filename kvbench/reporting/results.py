@@ -87,7 +87,8 @@ def _task_rows(measured: list[tuple[Cell, list[DocumentRecord]]], info: dict[str
     for name in sorted(bins, key=_bin_order):
         parts = [_aggregate(c, [r for r in records if r.bin == name]) for c, records in measured]
         rows += _bin_rows(parts, tested, info, name)
-    rows += [row for cell, records in measured for row in distance_rows(cell, records, info)]
+    if info["kind"] != "recall":  # its targets all lie at the same few distances
+        rows += [row for cell, records in measured for row in distance_rows(cell, records, info)]
     for metric in dict.fromkeys(row.metric for row in rows):
         places = [i for i, row in enumerate(rows) if row.metric == metric]
         for i, p in zip(places, holm([rows[i].p_value for i in places]), strict=True):
