@@ -12,7 +12,9 @@ from torch import Tensor, nn
 
 from kvbench.cache.evicting import EvictingCache
 from kvbench.methods import METHODS, Layout, Method, Structure, kept, make_layout, make_method
+from kvbench.methods.chunked import chunk_layout
 from kvbench.methods.layout import Tokens
+from kvbench.methods.memory import Chunked
 from kvbench.runtime import Reader, Trace
 from tests.conftest import VOCABULARY, adapter_for
 
@@ -177,16 +179,13 @@ def test_what_follows_a_context_is_masked_by_hand(llama: nn.Module) -> None:
     assert (together - out.logits[:, size:]).abs().max() < TOLERANCE
 
 
-@pytest.mark.parametrize("name", [name for name, kind in METHODS.items() if kind.takes_ratio and name != "gist"])
+@pytest.mark.parametrize("name", [name for name, kind in METHODS.items() if kind.compresses])
 @torch.inference_mode()
 def test_nothing_removed_is_the_base_model_exactly(model: nn.Module, name: str) -> None:
     """At ratio 0, or with no chunk yet full, a gated method is the base model bit for bit."""
     method = make_method(name, Fraction(0))
-    whole = Structure((0,)) if hasattr(method, "who") else None
-    if whole is not None:
-        from kvbench.methods.chunked import chunk_layout
-
-        layout = chunk_layout(N, [], method.n_comp, method.who(0), method.mixture())  # type: ignore[attr-defined]
+    if isinstance(method, Chunked):
+        layout = chunk_layout(N, [], method.n_comp, method.who(0), method.mixture())
     else:
         layout = make_layout(method, N, 0, 5)
     run = reader(model, method)
