@@ -288,8 +288,6 @@ def test_lengths_that_a_method_cannot_use(called: Call, model_folder: Callable[.
             "a chunk of 100 tokens does not fit in 64")
     refused(called, [*run, "--method", "sentinel", "--ratio", "0.7", "--set", "recent=400"],
             "cannot remove 0.7 of 512 tokens outside the last 400", "at most 0.209")
-    small = [*run, "--model", model_folder("gpt2", context=256), "--method", "meanpool", "--ratio", "0.9"]
-    refused(called, [*small, "--set", "block=256"], "learned positions up to 256", "--set block=")
     data = ["--data", "long.jsonl", "--out", "x", "--length", "256"]
     (Path.cwd() / "long.jsonl").write_text(json.dumps({"text": "The mill by the bridge. " * 200}) + "\n")
     refused(called, ["train", "--model", model_folder("gpt2", context=256), "--method", "ccm-concat", *data],

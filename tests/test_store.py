@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -13,9 +14,13 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import load_file, save_file
 
 from kvbench.errors import UserError
-from kvbench.store.folder import RunFolder
+from kvbench.models.adapter import WEIGHTS
+from kvbench.models.references import assets
+from kvbench.store.folder import RUN, RunFolder
 from kvbench.store.records import Cell, DocumentRecord, Failure, Results
 from tests.conftest import Outcome, kvbench
 
@@ -130,16 +135,32 @@ def test_killed_at_any_moment_and_continued_equals_uninterrupted(documents: Path
 
 
 @pytest.mark.heavy
-def test_a_failing_cell_leaves_the_others_whole(documents: Path, model_folder: Callable[..., Path]) -> None:
-    """Streams beyond the learned positions of GPT-2 break every cell, and each says why."""
+def test_a_failing_cell_leaves_the_others_whole(documents: Path) -> None:
+    """Weights that are not numbers break the cell that uses them, and it says why."""
+    folder = documents / "damaged"
+    shutil.copytree(assets() / "adapters" / "kvbench-tiny-sentinel", folder)
+    weights = load_file(folder / WEIGHTS)
+    save_file({name: torch.full_like(w, float("nan")) for name, w in weights.items()}, folder / WEIGHTS)
+    found = kvbench("run", "--method", "sentinel", "--adapter", "damaged", "--ratio", "0.5", "--task", "minidocs",
+                    "--data", "docs.jsonl", "--limit", "3", "--json", "--out", "faulty", cwd=documents)
+    assert found.code == 1
+    assert not found.document["ok"]
+    (failure,) = found.document["failures"]
+    assert "sentinel 0.5 on minidocs" in failure["error"]
+    assert "not finite" in failure["error"]
+    assert {r["method"] for r in found.document["rows"]} == {"full", "none", "local", "scattered", "sinks"}
+    assert len(list((documents / "faulty").glob("cells/*/failure.json"))) == 1
+
+
+@pytest.mark.heavy
+def test_streams_beyond_learned_positions_are_refused(documents: Path, model_folder: Callable[..., Path]) -> None:
     found = kvbench("run", "--model", model_folder("gpt2", context=96), "--method", "sinks", "--ratio", "0.5",
                     "--task", "minidocs", "--data", "docs.jsonl", "--limit", "3", "--protocol", "stream",
                     "--set", "tokens=200", "--json", "--out", "beyond", cwd=documents)
-    assert found.code == 1
-    assert not found.document["ok"]
-    assert len(found.document["failures"]) == 5
-    assert all("on minidocs" in f["error"] for f in found.document["failures"])
-    assert len(list((documents / "beyond").glob("cells/*/failure.json"))) == 5
+    assert found.code == 2
+    assert "learned positions up to 96" in found.err
+    assert "--set tokens=96" in found.err
+    assert not (documents / "beyond").exists()
 
 
 @pytest.mark.heavy
@@ -175,7 +196,7 @@ def test_interrupted_keeps_what_was_measured(documents: Path) -> None:
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, env={**os.environ, "HF_HUB_OFFLINE": "1"},
     )
     deadline = time.monotonic() + 100
-    while not list((documents / "broken-off").glob("cells/*/records.jsonl")) and time.monotonic() < deadline:
+    while not (documents / "broken-off" / RUN).exists() and time.monotonic() < deadline:
         time.sleep(0.01)
     victim.send_signal(signal.SIGINT)
     out, err = victim.communicate(timeout=60)

@@ -110,7 +110,7 @@ class Worker:
             raise UserError(
                 f"{cell.model} has learned positions up to {self.loaded.context}, and {cell.method} needs "
                 f"{needed} on this task.",
-                _shorter(cell.protocol, self.loaded.context - (needed - self.loaded.context)),
+                _shorter(cell.protocol, self.loaded.context - max(0, needed - layout.n_raw - more)),
             )
 
     def announce(self) -> None:

@@ -40,7 +40,8 @@ def frequencies(model: nn.Module) -> Tensor | None:
     kind = getattr(found[0], "rope_type", "default") if found else "several kinds of"
     half_turn = getattr(sys.modules[type(model).__module__], "rotate_half", None)
     probe = torch.tensor([1.0, 2.0, 3.0, 4.0])
-    if kind in ("dynamic", "longrope") or half_turn is None or half_turn(probe).tolist() != [-3.0, -4.0, 1.0, 2.0]:
+    fixed = bool(found) and kind not in ("dynamic", "longrope")
+    if not fixed or half_turn is None or half_turn(probe).tolist() != [-3.0, -4.0, 1.0, 2.0]:
         raise UserError(
             f"{type(model).__name__} turns its keys in a way that cannot be undone here ({kind} rotary embedding).",
             "Use --set merge_at=rotated.",
