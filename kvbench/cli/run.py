@@ -118,7 +118,8 @@ def _measured(plan: Plan, fresh: bool, console: Console) -> Results:
     """The results of the plan: from disk if they are there, measured otherwise."""
     from rich.markup import escape
 
-    from kvbench.execution.runner import WorkerDiedError, execute, finish, locked
+    from kvbench.execution.child import WorkerDiedError
+    from kvbench.execution.runner import execute, finish, locked
     from kvbench.reporting.results import compute_results
     from kvbench.store.folder import RESULTS, RUN, RunFolder, write_atomic
     from kvbench.store.records import Failure, Results

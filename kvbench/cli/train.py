@@ -35,25 +35,27 @@ def train(
     model: options.Model = None,
     revision: options.Revision = None,
     steps: Annotated[int, typer.Option(help="Optimiser steps.", min=1)] = 2000,
-    batch_size: Annotated[int, typer.Option(help="Sequences per step.", min=1)] = 8,
+    batch_size: Annotated[int, typer.Option(help="Sequences per step; at equal tokens, few are better.", min=1)] = 2,
     length: Annotated[int, typer.Option(help="Text tokens per sequence.", min=32)] = 512,
-    lr: Annotated[float, typer.Option(help="Peak learning rate.", min=0.0)] = 3e-3,
+    lr: Annotated[float, typer.Option(help="Peak learning rate.", min=0.0)] = 2e-3,
     rank: Annotated[int, typer.Option(help="Rank of the low-rank pairs.", min=1)] = 64,
     held_out: HeldOutFile = None,
     every: Every = 200,
     seed: options.Seed = None,
     set_: Annotated[list[str] | None, typer.Option(
         "--set", metavar="KEY=VALUE",
-        help="adapter=gated|plain, objective=distil|text, autocast=bfloat16|none, dropout=0.0; repeatable.")] = None,
+        help="adapter=gated|plain|full, objective=text|distil, autocast=bfloat16|none, dropout=0.0, and the method's "
+             "own, such as n_comp=4; repeatable.")] = None,
     device: options.Device = None,
     threads: options.Threads = None,
     fresh: Fresh = False,
 ) -> None:
     """Train the adapter of a compression method on a frozen base model.
 
-    A gated adapter acts on the sentinels only, so that without them the model is the base model
-    exactly; adapter=plain is the LoRA of the paper, on every token. Training is seeded, writes
-    checkpoints, and goes on where it was when the same command is run again.
+    A gated adapter acts on the method's special tokens only, so that without them the model is the
+    base model exactly; adapter=plain is a LoRA on every token, as in the Sentinel paper; adapter=full
+    trains every weight. Training is seeded, writes checkpoints, and goes on where it was when the
+    same command is run again.
 
     Example: kvbench train --method sentinel --data books.jsonl.gz --out my-adapter
 

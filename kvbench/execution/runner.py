@@ -7,17 +7,13 @@ import hashlib
 import json
 import os
 import queue
-import signal
-import subprocess
-import sys
 import tempfile
-import threading
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 from filelock import FileLock, Timeout
 from rich.console import Console
@@ -26,6 +22,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from kvbench.environment import describe
 from kvbench.errors import StoppedError, UserError
+from kvbench.execution.child import Child, WorkerDiedError
 from kvbench.execution.job import Job
 from kvbench.plan import Plan
 from kvbench.store.folder import RUN, RunFolder, write_atomic
@@ -34,66 +31,6 @@ from kvbench.store.records import Cell, DocumentRecord, Failure
 SMALL_MODEL_BYTES = 256 << 20
 MOST_CHILDREN = 4
 _KEPT = "What was measured before is kept, and the same command goes on."
-
-
-class WorkerDiedError(Exception):
-    """A child ended before it was ready; the message says how."""
-
-
-class Child:
-    """One measuring process, and a thread that turns its output into events."""
-
-    def __init__(self, job: Job, number: int, events: queue.Queue[tuple[int, dict[str, Any] | None]]) -> None:
-        self.job = job
-        self.at: str | None = None
-        self.ended = False
-        self.log: IO[str] = tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace")  # noqa: SIM115
-        self.process = subprocess.Popen(
-            [sys.executable, "-m", "kvbench.execution.worker"], text=True, encoding="utf-8",
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.log,
-            env={**os.environ, "TOKENIZERS_PARALLELISM": "false"},
-        )
-        self.tell(job.to_json())
-        threading.Thread(target=self._listen, args=(number, events), daemon=True).start()
-
-    def _listen(self, number: int, events: queue.Queue[tuple[int, dict[str, Any] | None]]) -> None:
-        assert self.process.stdout is not None
-        for line in self.process.stdout:
-            if line.endswith("\n"):
-                events.put((number, json.loads(line)))
-        events.put((number, None))
-
-    def tell(self, line: str) -> None:
-        assert self.process.stdin is not None
-        try:
-            self.process.stdin.write(line + "\n")
-            self.process.stdin.flush()
-        except BrokenPipeError:
-            pass  # it died; its last event says so
-
-    def death(self) -> str:
-        """How it ended, with its last words."""
-        code = self.process.wait()
-        self.log.seek(0)
-        lines = [line for line in self.log.read().splitlines() if line.strip()]
-        last = f" Its last words: {lines[-1][:300]}" if lines else ""
-        how = f"was ended by {signal.Signals(-code).name}" if code < 0 else f"ended with code {code}"
-        return f"the measuring process {how}.{last}"
-
-    def hint(self) -> str:
-        if self.process.returncode == -signal.SIGKILL:
-            return "It was probably out of memory: try --dtype bfloat16, shorter blocks, or a smaller model."
-        return ""
-
-    def stop(self) -> None:
-        if self.process.poll() is None:
-            self.process.terminate()
-            try:
-                self.process.wait(timeout=10)
-            except subprocess.TimeoutExpired:
-                self.process.kill()
-                self.process.wait()
-        self.log.close()
 
 
 @dataclass

@@ -113,13 +113,11 @@ class Budgeted:
     Attributes:
         until: int64 ``[T]``: the last slot from which text may see each entry.
         kind: kind of the entries that are memory.
-        cuts: how many there are; the unit of raw tokens that are never compressed.
         sink: raw tokens at the start that stay.
     """
 
     until: Tensor
     kind: int
-    cuts: int
     sink: int
 
     def __call__(self, queries: Tokens, keys: Tokens) -> Tensor:
@@ -159,7 +157,7 @@ def budget_layout(method: Method, n: int, n_comp: int, mixture: Merge | Pool | N
     kind, raw, unit, row = (torch.cat([part[i] for part in parts]) for i in range(4))
     slot = torch.arange(len(kind))
     tokens = Tokens(slot, kind, raw, unit, row)
-    ends = _ends(tokens, made, bool(n_comp))
+    ends = _ends(tokens, made)
     until = torch.full((len(kind),), _NEVER)
     leaves = (kind == RAW) & (unit < len(made))
     until[leaves] = ends[unit[leaves]]
@@ -168,7 +166,7 @@ def budget_layout(method: Method, n: int, n_comp: int, mixture: Merge | Pool | N
     for e in range(len(made)):
         last = ends[e + lasts] if e + lasts < len(made) else _NEVER
         until[(kind == memory_kind) & (unit == e)] = last
-    policy = Budgeted(until, memory_kind, len(made), sink)
+    policy = Budgeted(until, memory_kind, sink)
     chunks = [cut.stop - cut.start for cut in made]
     return Layout(
         tokens, raw + row + 1, policy, n, next_unit=len(made),
@@ -176,12 +174,10 @@ def budget_layout(method: Method, n: int, n_comp: int, mixture: Merge | Pool | N
     )
 
 
-def _ends(tokens: Tokens, made: list[Cut], with_memory: bool) -> Tensor:
+def _ends(tokens: Tokens, made: list[Cut]) -> Tensor:
     """int64 ``[cuts]``: the last slot of each cut, from which on what it removed is not seen."""
-    if with_memory:
-        special = tokens.kind != RAW
-        return torch.stack(
-            [tokens.slot[special & (tokens.unit == e)].max() for e in range(len(made))]
-        ) if made else torch.empty(0, dtype=torch.long)
-    where = tokens.slot[tokens.kind == RAW]
-    return torch.stack([where[cut.after] for cut in made]) if made else torch.empty(0, dtype=torch.long)
+    ends = tokens.slot[tokens.kind == RAW][[cut.after for cut in made]]
+    for e in range(len(made)):
+        special = tokens.slot[(tokens.kind != RAW) & (tokens.unit == e)]
+        ends[e] = special[-1] if len(special) else ends[e]
+    return ends

@@ -28,7 +28,7 @@ from kvbench.training.data import load_stream
 from kvbench.training.held_out import HeldOut
 from kvbench.training.loop import CHECKPOINT, Progress
 from kvbench.training.mixture import Mixture
-from kvbench.training.team import assemble
+from kvbench.training.team import assemble, processes
 
 Measure = Callable[[int, float], dict[str, Any] | None]
 Follow = Callable[[Iterator[Progress], int, Measure, int], float]
@@ -153,6 +153,8 @@ def run_base_training(
     from kvbench.corpora.documents import read_rows
 
     _check_out(out, "config.json")
+    if processes() > 1:
+        raise UserError("kvbench train base runs in one process.", "Start it without accelerate launch.")
     if threads:
         torch.set_num_threads(threads)
     where = pick_device(device)

@@ -56,13 +56,25 @@ class Team:
             self.accelerator.wait_for_everyone()
 
 
+def processes() -> int:
+    """How many processes a launcher started, by its variable ``WORLD_SIZE``.
+
+    Raises:
+        UserError: the variable holds no number.
+    """
+    given = os.environ.get("WORLD_SIZE", "1")
+    if not given.isdigit() or given == "0":
+        raise UserError(f"WORLD_SIZE={given} is no number of processes.", "Unset it, or use accelerate launch.")
+    return int(given)
+
+
 def assemble(device: str, batch: int) -> Team:
     """The team that this process was started in; alone unless a launcher says otherwise.
 
     Raises:
         UserError: the batch cannot be shared out evenly.
     """
-    size = int(os.environ.get("WORLD_SIZE", "1"))
+    size = processes()
     if size == 1:
         return Team()
     if batch % size:
