@@ -36,7 +36,7 @@ class RunSettings(BaseModel):
     model: str = DEFAULT_MODEL
     method: list[str] = Field(default=["sentinel"], min_length=1)
     ratio: list[float] = Field(default=[0.7], min_length=1)
-    task: list[str] = Field(default=["minidocs", "recall"], min_length=1)
+    task: list[str] = Field(default=["minidocs", "recall", "minidocs-gen"], min_length=1)
     limit: int = Field(default=0, ge=0)
     seed: int = Field(default=0, ge=0)
     device: str = "auto"

@@ -8,15 +8,18 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
+from typing import Any
 
 from kvbench.corpora.documents import Corpus, load_corpus
 from kvbench.corpora.tasks import Task, load_task
 from kvbench.errors import UserError, unknown
+from kvbench.execution.job import ENCODER, ITSELF, NOTHING, SENTENCES, Judging
 from kvbench.methods import METHODS, Method, make_method, parse_ratio, ratio_text
+from kvbench.metrics import GENERATION_NAMES, NEED_ENCODER, NEED_SCORER
 from kvbench.models.adapter import AdapterCard, read_card
 from kvbench.models.references import ModelReference, find_adapter, fingerprint, given_adapter, resolve_model
 from kvbench.protocols.protocol import OPTIONS, PROTOCOLS, RECALL_OPTIONS, protocol_options
-from kvbench.store.records import Cell
+from kvbench.store.records import HUMAN, Cell
 
 CONTROLS, RIVALS = ("full", "none"), ("local", "scattered", "sinks")
 ANY_LENGTH = 1 << 40
@@ -47,6 +50,9 @@ class Request:
     device: str
     dtype: str
     threads: int
+    scorer: str | None = None
+    mauve_features: str | None = None
+    metrics: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -55,6 +61,7 @@ class Plan:
 
     Attributes:
         task_files: task name -> what it was asked for by (a name, or the path of a task file).
+        judging: what judges the texts that are written.
     """
 
     request: Request
@@ -64,6 +71,7 @@ class Plan:
     folder: Path
     content: str
     task_files: dict[str, str]
+    judging: Judging
 
 
 def parse_options(pairs: Sequence[str]) -> dict[str, str]:
@@ -122,23 +130,31 @@ def build_plan(request: Request) -> Plan:
             method.check(ANY_LENGTH, in_chunks=tasks[name].kind == "online")
     model = resolve_model(request.model, request.revision)
     corpora = {name: load_corpus(task, request.data) for name, task in tasks.items()}
+    judging, judged = _judging(request, any(task.kind == "generation" for task in tasks.values()))
     adapters = _Adapters(request, model)
     cells = []
     for name, task in tasks.items():
-        options = protocol_options(_options_of(task, protocols[name]), request.options)
+        options = protocol_options(protocols[name], _options_of(task, protocols[name]), request.options)
         in_chunks = task.kind == "online"
+        measured: dict[str, Any] = {
+            "model": model.name, "revision": request.revision, "model_hash": model.fingerprint,
+            "dtype": _dtype(request), "device": request.device, "task": task.name, "task_version": task.version,
+            "data_hash": corpora[name].hash, "protocol": protocols[name], "execution": request.execution,
+            "seed": request.seed,
+        }
+        if task.kind == "generation":
+            options = {**options, **judged}
+            cells.append(Cell(
+                method=HUMAN, ratio_asked=None, role="control" if request.baselines else "reference",
+                options=options, adapter=None, adapter_hash=None, **measured,
+            ))
         for method, role, adapter in adapters.given_to(wanted[name]):
             with_ratio = method.uses_ratio(request.options, in_chunks)
             cells.append(Cell(
-                model=model.name, revision=request.revision, model_hash=model.fingerprint,
-                dtype=_dtype(request), device=request.device, method=method.name,
-                ratio_asked=ratio_text(method.ratio) if with_ratio else None, role=role,
-                task=task.name, task_version=task.version, data_hash=corpora[name].hash,
-                protocol=protocols[name], execution=request.execution,
-                options={**options, **method.resolved},
-                adapter=None if adapter is None else str(adapter),
-                adapter_hash=None if adapter is None else fingerprint(adapter), seed=request.seed,
-                position_rule=method.position_rule,
+                method=method.name, ratio_asked=ratio_text(method.ratio) if with_ratio else None, role=role,
+                options={**options, **method.resolved}, adapter=None if adapter is None else str(adapter),
+                adapter_hash=None if adapter is None else fingerprint(adapter),
+                position_rule=method.position_rule, **measured,
             ))
     content = hashlib.sha256(json.dumps(sorted(c.key for c in cells)).encode()).hexdigest()[:10]
     asked = "+".join(dict.fromkeys(request.methods))[:40]
@@ -146,8 +162,48 @@ def build_plan(request: Request) -> Plan:
     folder = request.out or request.reports / f"{asked}-{shown}-{content}"
     return Plan(
         request, model, tuple(cells), {t.name: corpora[asked] for asked, t in tasks.items()}, folder,
-        content, {t.name: asked for asked, t in tasks.items()},
+        content, {t.name: asked for asked, t in tasks.items()}, judging,
     )
+
+
+def _judging(request: Request, writes: bool) -> tuple[Judging, dict[str, str]]:
+    """What judges the texts, and how that is written into a cell.
+
+    Raises:
+        UserError: an unknown metric, or judges for tasks that write no text.
+    """
+    for name in request.metrics:
+        if name not in GENERATION_NAMES:
+            raise unknown("metric of written text", name, GENERATION_NAMES)
+    given = {"--scorer": request.scorer, "--mauve-features": request.mauve_features, "--metric": request.metrics}
+    asked = [option for option, value in given.items() if value]
+    if not writes:
+        if asked:
+            raise UserError(
+                f"{asked[0]} is for tasks that write text, and none is asked for.", "Add --task minidocs-gen."
+            )
+        return Judging(), {}
+    wanted = request.metrics or GENERATION_NAMES
+    if request.scorer and not set(NEED_SCORER) & set(wanted):
+        raise UserError("--scorer is for gen_ppl, and --metric leaves it out.", "Add --metric gen_ppl.")
+    scorer = (request.scorer or ITSELF) if set(NEED_SCORER) & set(wanted) else NOTHING
+    features = request.mauve_features or (SENTENCES if "mauve" in wanted else NOTHING)
+    judging = Judging(
+        scorer, bool(set(NEED_ENCODER) & set(wanted)) or features == SENTENCES, features,
+        "mauve" in request.metrics or request.mauve_features is not None,
+    )
+    return judging, {
+        "scorer": _named(judging.scorer), "encoder": ENCODER if judging.encoder else NOTHING,
+        "mauve_features": ENCODER if features == SENTENCES else _named(features),
+    }
+
+
+def _named(model: str) -> str:
+    """A judging model by its name and fingerprint."""
+    if model in (NOTHING, ITSELF):
+        return model
+    reference = resolve_model(model)
+    return f"{reference.short_name}@{reference.fingerprint}" if reference.fingerprint else reference.short_name
 
 
 _Entry = tuple[Method, str, Path | None]

@@ -43,6 +43,23 @@ class Trace:
 
 
 @dataclass
+class Flow:
+    """A layout being fed.
+
+    Attributes:
+        evicts: dead entries are really removed; otherwise they are only masked.
+        fed: slots fed so far.
+        stored: int64, the slots that the cache holds.
+    """
+
+    layout: Layout
+    cache: EvictingCache
+    evicts: bool = True
+    fed: int = 0
+    stored: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.long))
+
+
+@dataclass
 class Reader:
     """Feeds text under a layout to a model, with the method's adapter if it has one."""
 
@@ -102,33 +119,49 @@ class Reader:
         Args:
             first: text token from which on logits are wanted; before it none are computed.
         """
-        device = ids.device
-        inputs, size = self.embed(ids, layout), len(layout)
-        stored = torch.empty(0, dtype=torch.long)
+        inputs, flow = self.embed(ids, layout), Flow(layout, cache)
         wanted = layout.read_slots[first:]
         token = first
-        for start in range(0, size, chunk):
-            stop = min(start + chunk, size)
-            fed = torch.arange(start, stop)
-            present = torch.cat([stored, fed])
-            special = layout.special_slots
-            inside = special[(special >= start) & (special < stop)] - start
-            self._open_gate(inside.to(device))
+        for start in range(0, len(layout), chunk):
+            stop = min(start + chunk, len(layout))
             text = wanted[(wanted >= start) & (wanted < stop)]
-            cache.mixing = self._mixing(layout, start, present, device)
-            logits = self._forward(
-                inputs[:, start:stop], layout.visible(fed, present)[None, None].to(device),
-                layout.position[start:stop].to(device), (text - start).to(device), cache,
-            )
-            self.trace.peak = max(self.trace.peak, len(present))
-            alive = layout.last_query[present] >= stop
-            if not bool(alive.all()):
-                cache.keep(torch.nonzero(alive).flatten().to(device))
-            stored = present[alive]
-            self.trace.held = len(stored)
+            logits = self.feed(inputs[:, start:stop], flow, text)
             if len(text):
                 yield Scored(token, token + len(text), logits)
                 token += len(text)
+
+    def feed(self, inputs: Tensor, flow: Flow, wanted: Tensor) -> Tensor:
+        """Feed the next slots of a layout; dead entries leave the cache afterwards.
+
+        Args:
+            inputs: embeddings ``[batch, m, width]`` of the slots from ``flow.fed`` on.
+            wanted: int64, the slots among them whose logits are wanted.
+
+        Returns:
+            Logits ``[batch, wanted, vocabulary]``.
+        """
+        device, layout = inputs.device, flow.layout
+        start, stop = flow.fed, flow.fed + inputs.shape[1]
+        fed = torch.arange(start, stop)
+        present = torch.cat([flow.stored, fed])
+        special = layout.special_slots
+        inside = special[(special >= start) & (special < stop)] - start
+        self._open_gate(inside.to(device))
+        flow.cache.mixing = self._mixing(layout, start, present, device)
+        mask = layout.visible(fed, present)
+        one_sees_all = len(fed) == 1 and bool(mask.all())
+        logits = self._forward(
+            inputs, None if one_sees_all else mask[None, None].to(device),
+            layout.position[start:stop].to(device), (wanted - start).to(device), flow.cache,
+        )
+        self.trace.peak = max(self.trace.peak, len(present))
+        alive = layout.last_query[present] >= stop
+        if flow.evicts and not bool(alive.all()):
+            flow.cache.keep(torch.nonzero(alive).flatten().to(device))
+            present = present[alive]
+        flow.fed, flow.stored = stop, present
+        self.trace.held = int(alive.sum())
+        return logits
 
     def go_on(self, ids: Tensor, position: int, cache: EvictingCache) -> Tensor:
         """Feed text ``[batch, m]`` after a compressed context, without further compression.

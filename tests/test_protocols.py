@@ -185,7 +185,7 @@ def test_kl_histogram_counts_everything() -> None:
 
 def test_protocol_lengths() -> None:
     def resolved(name: str, context: int, **given: str) -> Any:
-        return resolve_protocol(name, protocol_options(OPTIONS[name], given), context, "model")
+        return resolve_protocol(name, protocol_options(name, OPTIONS[name], given), context, "model")
 
     assert resolved("block", 1024).length == 512
     assert resolved("block", 1024, preset="paper").length == 256

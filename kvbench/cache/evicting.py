@@ -55,6 +55,11 @@ class EvictingLayer(DynamicLayer):  # type: ignore[misc]
         self.keys = self.keys.index_select(-2, entries)
         self.values = self.values.index_select(-2, entries)
 
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Each row that many times; also where no entry is held, which transformers leaves as it is."""
+        self.keys = self.keys.repeat_interleave(repeats, dim=0)
+        self.values = self.values.repeat_interleave(repeats, dim=0)
+
 
 class EvictingCache(Cache):  # type: ignore[misc]
     """A cache of :class:`EvictingLayer`, grown as the model asks for layers."""
@@ -84,6 +89,10 @@ class EvictingCache(Cache):  # type: ignore[misc]
 
     def tensors(self) -> list[Tensor]:
         return [t for layer in self.layers for t in (layer.keys, layer.values)]
+
+    def entry_bytes(self) -> int:
+        """Bytes of one entry in all layers and rows, by the shape of the tensors."""
+        return sum(t.element_size() * t.shape[0] * t.shape[1] * t.shape[-1] for t in self.tensors())
 
     def logical_bytes(self) -> int:
         """Bytes of the entries held, by shape."""

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from kvbench import __version__
-from kvbench.cli import report, run, train
+from kvbench.cli import report, run, show, train
 
 app = typer.Typer(
     name="kvbench", no_args_is_help=True, rich_markup_mode="rich", pretty_exceptions_enable=False,
@@ -18,6 +18,7 @@ app = typer.Typer(
 )
 app.command("run")(run.run)
 app.command("report")(report.report)
+app.command("show")(show.show)
 app.add_typer(train.app, name="train")
 
 

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from kvbench.plan import Plan
     from kvbench.store.records import Results
 
-_WHAT, _HOW, _OUT = "What to run", "How to run", "Output"
+_WHAT, _HOW, _TEXTS, _OUT = "What to run", "How to run", "Judging written text", "Output"
 
 
 def run(
@@ -26,7 +26,7 @@ def run(
         help="Share of cache entries to remove, in [0, 1): 0.7 keeps 30 %; repeatable. [default: 0.7]",
         rich_help_panel=_WHAT)] = None,
     task: Annotated[list[str] | None, typer.Option(
-        help="Task, or a task file of your own; repeatable. [default: minidocs and recall]",
+        help="Task, or a task file of your own; repeatable. [default: minidocs, recall and minidocs-gen]",
         rich_help_panel=_WHAT)] = None,
     data: Annotated[Path | None, typer.Option(
         help="Your own corpus for the task: .jsonl (rows with \"text\"), .txt, or either with .gz.",
@@ -37,12 +37,21 @@ def run(
         help="Adapter folder of a trained method; repeatable. [default: those shipped for kvbench-tiny]",
         show_default=False, rich_help_panel=_WHAT)] = None,
     protocol: Annotated[str | None, typer.Option(
-        help="block, stream, prefix or online. [default: the task's own]", rich_help_panel=_HOW)] = None,
+        help="block, stream, prefix, online or generate. [default: the task's own]", rich_help_panel=_HOW)] = None,
     execution: Annotated[str, typer.Option(
         help="streamed (entries really removed) or onepass (masked, nothing freed).",
         rich_help_panel=_HOW)] = "streamed",
     limit: Annotated[int | None, typer.Option(
         help="Documents per task. [default: all]", show_default=False, rich_help_panel=_HOW)] = None,
+    scorer: Annotated[str | None, typer.Option(
+        help="Language model that gen_ppl is measured with: hub id or folder. [default: the uncompressed model]",
+        show_default=False, rich_help_panel=_TEXTS)] = None,
+    mauve_features: Annotated[str | None, typer.Option(
+        help="What MAUVE compares: last states of this causal language model, such as gpt2-large. "
+        "[default: sentence embeddings]", show_default=False, rich_help_panel=_TEXTS)] = None,
+    metric: Annotated[list[str] | None, typer.Option(
+        help="Metric of written text to measure, such as chrf; repeatable. [default: all; mauve from 200 documents "
+        "on]", show_default=False, rich_help_panel=_TEXTS)] = None,
     seed: options.Seed = None,
     set_: options.Set = None,
     device: options.Device = None,
@@ -80,6 +89,8 @@ def run(
 
       kvbench run --model Qwen/Qwen3-0.6B --method local --task wikitext2 --limit 20
 
+      kvbench run --task minidocs-gen --method sentinel --scorer gpt2-large
+
     Exit codes: 0 all done; 1 a cell failed, the others are complete; 2 the request was wrong and
     nothing was written; 130 interrupted, what was measured is kept.
     """
@@ -98,7 +109,8 @@ def run(
         limit=_checked_limit(limit, settings.limit), seed=_seed(seed, settings.seed),
         options=parse_options(set_ or []), out=out, reports=Path(settings.out), baselines=baselines,
         device=_device(device or settings.device), dtype=_dtype(dtype or settings.dtype),
-        threads=_threads(threads, settings.threads),
+        threads=_threads(threads, settings.threads), scorer=scorer, mauve_features=mauve_features,
+        metrics=tuple(dict.fromkeys(metric or ())),
     )
     plan = build_plan(request)
     if dry_run:
@@ -120,6 +132,7 @@ def _measured(plan: Plan, fresh: bool, console: Console) -> Results:
 
     from kvbench.execution.child import WorkerDiedError
     from kvbench.execution.runner import execute, finish, locked
+    from kvbench.execution.similarity import measure_similarity
     from kvbench.reporting.results import compute_results
     from kvbench.store.folder import RESULTS, RUN, RunFolder, write_atomic
     from kvbench.store.records import Failure, Results
@@ -130,16 +143,17 @@ def _measured(plan: Plan, fresh: bool, console: Console) -> Results:
         manifest = folder.manifest() if not fresh and (plan.folder / RUN).exists() else {}
         if not fresh and manifest.get("finished") and manifest.get("limit") == plan.request.limit:
             console.print(f"Already measured ({manifest['finished']}); --fresh measures again.")
-            return compute_results(folder)
+            return compute_results(folder, plan.request.metrics)
         try:
             execute(plan, sys.argv, console, fresh)
+            measure_similarity(folder, console)
         except WorkerDiedError as death:
             console.print(f"[red]failed[/] {escape(str(death))}", highlight=False)
             return Results(str(plan.folder), False, (Failure("", str(death)),))
         except KeyboardInterrupt:
             console.print("kvbench: interrupted; what was measured is kept, and the same command goes on.")
             raise typer.Exit(130) from None
-        results = compute_results(folder)
+        results = compute_results(folder, plan.request.metrics)
         write_atomic(plan.folder / RESULTS, results.to_json() + "\n")
         if results.ok:
             finish(folder)
@@ -168,7 +182,7 @@ def _print_plan(plan: Plan, as_json: bool) -> None:
         limit = plan.request.limit or len(corpus.documents)
         table.add_row(
             cell.key, cell.method, cell.ratio_asked or "-", cell.role, cell.task, cell.protocol,
-            str(min(limit, len(corpus.documents))), str(len(folder.records(cell))),
+            str(min(limit, len(corpus.documents))), str(len(folder.documents(cell))),
         )
     Console().print(table)
 

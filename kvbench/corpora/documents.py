@@ -149,7 +149,8 @@ def _hub_rows(spec: CorpusSpec) -> list[dict[str, str]]:
 
     logging.set_verbosity_error()  # type: ignore[no-untyped-call]  # the sentence below says it once
     try:
-        dataset = load_dataset(spec.hub, spec.config, split=spec.split)
+        some = {spec.split: spec.files} if spec.files else None
+        dataset = load_dataset(spec.hub, spec.config, split=spec.split, data_files=some)
     except Exception as error:  # the library raises a different type for each way to be offline
         reason = (str(error).splitlines() or ["no reason given"])[0]
         raise UserError(

@@ -17,7 +17,7 @@ class CorpusSpec(BaseModel):
 
     Attributes:
         embedded: file in ``kvbench/assets``; None if the corpus is on the hub.
-        hub: data set id on the Hugging Face hub, with ``config`` and ``split``.
+        hub: data set id on the Hugging Face hub, with ``config`` and ``split``, or with one of its ``files``.
         synthetic: a set made by a rule, ``profiles`` or ``demonstrations``.
         cut: ``document`` (each row), ``wikitext-articles`` (at title rows), ``passages``, or ``turns``
             (each row has turns and an answer).
@@ -28,6 +28,7 @@ class CorpusSpec(BaseModel):
     embedded: str | None = None
     hub: str | None = None
     config: str | None = None
+    files: str | None = None
     split: str = "test"
     synthetic: Literal["profiles", "demonstrations"] | None = None
     cut: Literal["document", "wikitext-articles", "passages", "turns"] = "document"
@@ -87,6 +88,19 @@ class OnlineSpec(BaseModel):
         return f"steps:{','.join(map(str, self.steps))}|query:{self.query}{chunk}"
 
 
+class GenerationSpec(BaseModel):
+    """How much of a document is given, and how much is written after it.
+
+    Attributes:
+        prefix: tokens that are read and compressed.
+        new_tokens: tokens that are written, and that the document's own text has after the prefix.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+    prefix: int = Field(default=256, ge=32)
+    new_tokens: int = Field(default=64, ge=1)
+
+
 class Task(BaseModel):
     """What to read, how to cut it, which protocols it may be measured with.
 
@@ -98,11 +112,12 @@ class Task(BaseModel):
     name: str
     version: int
     summary: str
-    kind: Literal["lm", "recall", "online"]
-    protocols: tuple[Literal["block", "stream", "prefix", "online"], ...] = Field(min_length=1)
+    kind: Literal["lm", "recall", "online", "generation"]
+    protocols: tuple[Literal["block", "stream", "prefix", "online", "generate"], ...] = Field(min_length=1)
     corpus: CorpusSpec
     recall: RecallSpec | None = None
     online: OnlineSpec | None = None
+    generation: GenerationSpec | None = None
 
     @property
     def has_answers(self) -> bool:
@@ -120,6 +135,10 @@ class Task(BaseModel):
             raise ValueError("a task of kind 'recall' has a table [recall], and no other has one")
         if self.kind == "recall" and self.protocols != ("prefix",):
             raise ValueError("a task of kind 'recall' has protocols = [\"prefix\"]")
+        if (self.kind == "generation") != (self.generation is not None):
+            raise ValueError("a task of kind 'generation' has a table [generation], and no other has one")
+        if (self.kind == "generation") != (self.protocols == ("generate",)):
+            raise ValueError("a task of kind 'generation', and no other, has protocols = [\"generate\"]")
         if (self.kind == "online") != (self.online is not None):
             raise ValueError("a task of kind 'online' has a table [online], and no other has one")
         if (self.kind == "online") != (self.protocols == ("online",)):

@@ -8,6 +8,28 @@ from dataclasses import dataclass
 
 from kvbench.store.records import Cell
 
+NOTHING, ITSELF, SENTENCES = "none", "itself", "encoder"
+ENCODER = "all-MiniLM-L6-v2"
+
+
+@dataclass(frozen=True)
+class Judging:
+    """What the user asked of the judges.
+
+    Attributes:
+        scorer: name of the language model that fluency is measured with; ``itself`` for the
+            uncompressed model that is measured, ``none`` for no fluency.
+        encoder: whether texts are turned into vectors.
+        features: what MAUVE compares: ``encoder`` (those vectors), or the name of a causal language
+            model whose last states it takes; ``none`` for no MAUVE.
+        mauve_asked: it was asked for by name, so that too few documents are an error.
+    """
+
+    scorer: str = NOTHING
+    encoder: bool = False
+    features: str = NOTHING
+    mauve_asked: bool = False
+
 
 @dataclass(frozen=True)
 class Job:
@@ -19,6 +41,7 @@ class Job:
         data: the user's own corpus, or None.
         limit: documents per task, 0 for all.
         threads: CPU threads of this child, 0 for PyTorch's choice.
+        judging: what judges the texts that are written.
         shard, shards: this child measures every ``shards``-th document, from ``shard`` on.
     """
 
@@ -30,6 +53,7 @@ class Job:
     threads: int
     shard: int
     shards: int
+    judging: Judging = Judging()
 
     def to_json(self) -> str:
         return json.dumps(dataclasses.asdict(self))
@@ -38,4 +62,5 @@ class Job:
     def from_json(cls, text: str) -> Job:
         raw = json.loads(text)
         raw["cells"] = tuple(Cell(**cell) for cell in raw["cells"])
+        raw["judging"] = Judging(**raw["judging"])
         return cls(**raw)

@@ -26,7 +26,7 @@ from kvbench.execution.child import Child, WorkerDiedError
 from kvbench.execution.job import Job
 from kvbench.plan import Plan
 from kvbench.store.folder import RUN, RunFolder, write_atomic
-from kvbench.store.records import Cell, DocumentRecord, Failure
+from kvbench.store.records import Cell, DocumentRecord, Failure, GenerationRecord
 
 SMALL_MODEL_BYTES = 256 << 20
 MOST_CHILDREN = 4
@@ -101,7 +101,7 @@ def _jobs(plan: Plan) -> list[Job]:
     return [
         Job(
             plan.cells, plan.model.location, plan.task_files, str(request.data) if request.data else None,
-            request.limit, threads, shard, shards,
+            request.limit, threads, shard, shards, plan.judging,
         )
         for shard in range(shards)
     ]
@@ -133,9 +133,10 @@ def _handle(run: _Run, child: Child, event: dict[str, Any], progress: Progress, 
         case "tick":
             progress.advance(bar, event["tokens"])
         case "records":
-            records = [DocumentRecord(**record) for record in event["records"]]
+            cell = run.cells[event["cell"]]
+            load = GenerationRecord.load if cell.writes else DocumentRecord.load
             with _disk(run.folder.path, _KEPT, StoppedError):
-                run.folder.append(run.cells[event["cell"]], records)
+                run.folder.append(cell, [load(record) for record in event["records"]])
         case "failed":
             _fail(run, Failure(**event))
         case "end":
@@ -177,7 +178,7 @@ def _without_victim(run: _Run, child: Child) -> Job | None:
 
 
 def _done(run: _Run) -> dict[str, list[str]]:
-    return {cell.key: sorted(run.folder.records(cell)) for cell in run.plan.cells}
+    return {cell.key: sorted(run.folder.documents(cell)) for cell in run.plan.cells}
 
 
 def _open(run: _Run, tasks: dict[str, Any]) -> None:

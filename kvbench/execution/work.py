@@ -14,7 +14,7 @@ from kvbench.corpora.documents import Document, load_corpus
 from kvbench.corpora.tasks import Task, load_task
 from kvbench.errors import UserError
 from kvbench.execution.job import Job
-from kvbench.methods import make_method
+from kvbench.methods import Method, make_method
 from kvbench.models.loading import Loaded, window_of
 from kvbench.protocols.cut import (
     MIN_TOKENS,
@@ -27,9 +27,10 @@ from kvbench.protocols.cut import (
     make_tokenizer,
     recall_trials,
 )
+from kvbench.protocols.generate import Writing, cut_for_writing, resolve_writing
 from kvbench.protocols.online import online_trials
 from kvbench.protocols.protocol import Protocol, resolve_protocol
-from kvbench.store.records import Cell
+from kvbench.store.records import HUMAN, Cell
 
 MAX_ROWS, MAX_SCORES = 8, 1 << 25
 """Bounds on a batch: rows, and rows x targets x vocabulary."""
@@ -37,7 +38,10 @@ MAX_ROWS, MAX_SCORES = 8, 1 << 25
 
 @dataclass(frozen=True)
 class Work:
-    """A task, cut: the documents with their pieces, and the cells that measure them."""
+    """A task, cut: the documents with their pieces, and the cells that measure them.
+
+    ``writing`` says how texts are written, where the task is to write some.
+    """
 
     task: Task
     protocol: Protocol
@@ -45,6 +49,7 @@ class Work:
     skipped: int
     cells: tuple[Cell, ...]
     signature: str
+    writing: Writing | None = None
 
 
 def cut_task(job: Job, name: str, loaded: Loaded) -> Work:
@@ -60,14 +65,19 @@ def cut_task(job: Job, name: str, loaded: Loaded) -> Work:
     corpus = load_corpus(task, data)
     limit = job.limit or None
     tokenizer = make_tokenizer(loaded.tokenizer, first.options["bos"])
-    protocol = resolve_protocol(first.protocol, first.options, loaded.context, first.model)
+    writing = None
+    if task.generation is not None:
+        writing = resolve_writing(task.generation, first.options, loaded.context, first.model)
+    protocol = resolve_protocol(first.protocol, first.options, loaded.context, first.model) if writing is None else (
+        Protocol("generate", writing.prefix, writing.new_tokens, writing.chunk, writing.bos)
+    )
     cuts: list[tuple[Document, Cut]] = []
     skipped = 0
-    with_words = any(make_method(c.method, Fraction(0), c.options).by_text for c in cells)
+    with_words = any(make_method(c.method, Fraction(0), c.options).by_text for c in cells if c.method != HUMAN)
     sources = corpus.documents
     if task.kind == "online":  # a document is many trials here, and the limit counts documents
         sources, limit = sources[:limit], None
-    for document, cut in _cut_all(task, sources, tokenizer, protocol, first.seed, with_words):
+    for document, cut in _cut_all(task, sources, tokenizer, writing or protocol, first.seed, with_words):
         longest = max((len(piece.ids) for piece in cut.pieces), default=0)
         if not cut.pieces or (task.kind != "lm" and longest > loaded.context):
             skipped += 1
@@ -77,10 +87,12 @@ def cut_task(job: Job, name: str, loaded: Loaded) -> Work:
             break
     if not cuts:
         least = protocol.longest if protocol.continuation else MIN_TOKENS
+        unit = "words" if writing and writing.in_words else "tokens"
         raise UserError(
             f"Task {name!r}: no document is long enough for protocol {protocol.name!r} "
-            f"({least} tokens are needed, {skipped} documents are shorter or do not fit).",
-            "Give longer documents, or another --protocol.",
+            f"({least} {unit} are needed, {skipped} documents are shorter or do not fit).",
+            "Give longer documents, or smaller --set prefix= and --set new_tokens=." if writing
+            else "Give longer documents, or another --protocol.",
         )
     window = window_of(loaded.model.config)
     longest = max(len(piece.ids) for _, cut in cuts for piece in cut.pieces)
@@ -90,16 +102,16 @@ def cut_task(job: Job, name: str, loaded: Loaded) -> Work:
             f"the {longest} tokens of a sequence: its full cache is already compressed.",
             f"Keep sequences within {window} tokens, such as --set block={window}.",
         )
-    signature = protocol.signature(
-        first.execution, tokenizer.bos is not None, _tokenizer_hash(loaded),
-        task.trials.signature() if task.trials else None,
+    settings = (first.execution, tokenizer.bos is not None, _tokenizer_hash(loaded))
+    signature = writing.signature(*settings) if writing else protocol.signature(
+        *settings, task.trials.signature() if task.trials else None
     )
-    return Work(task, protocol, tuple(cuts), skipped, cells, signature)
+    return Work(task, protocol, tuple(cuts), skipped, cells, signature, writing)
 
 
 def _cut_all(
-    task: Task, documents: tuple[Document, ...], tokenizer: Tokenizer, protocol: Protocol, seed: int,
-    with_words: bool,
+    task: Task, documents: tuple[Document, ...], tokenizer: Tokenizer, protocol: Protocol | Writing,
+    seed: int, with_words: bool,
 ) -> Iterator[tuple[Document, Cut]]:
     if task.recall is not None:
         yield from recall_trials(documents, tokenizer, task.recall, seed)
@@ -108,7 +120,9 @@ def _cut_all(
         yield from online_trials(documents, tokenizer, task.online)
         return
     for document in documents:
-        if protocol.name == "block":
+        if isinstance(protocol, Writing):
+            yield document, cut_for_writing(document, tokenizer, protocol)
+        elif protocol.name == "block":
             yield document, cut_blocks(document, tokenizer, protocol.length, with_words)
         elif protocol.name == "stream":
             yield document, cut_stream(document, tokenizer, protocol.length, with_words)
@@ -134,8 +148,12 @@ def batches(documents: tuple[tuple[Document, Cut], ...], vocabulary: int) -> Ite
             yield ordered[start : start + rows]
 
 
-def same_layout(batch: list[Piece]) -> list[list[int]]:
-    """Rows of a batch that share a layout, so that a seeded method evicts them together."""
+def together(batch: list[Piece], method: Method) -> list[list[int]]:
+    """Rows of a batch that can be read under one layout, so that their entries are evicted together."""
+    if method.by_text:
+        return [[row] for row in range(len(batch))]
+    if not method.seeded:
+        return [list(range(len(batch)))]
     found: dict[int, list[int]] = {}
     for row, piece in enumerate(batch):
         found.setdefault(piece.layout, []).append(row)

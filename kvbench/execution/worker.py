@@ -15,6 +15,8 @@ import os
 import sys
 import time
 import traceback
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
@@ -25,8 +27,10 @@ import torch
 from kvbench.corpora.documents import Document
 from kvbench.errors import UserError
 from kvbench.execution.job import Job
+from kvbench.execution.judging import check_mauve, load_judges
 from kvbench.execution.sums import DocumentSums
-from kvbench.execution.work import Work, batches, cut_task, same_layout, tokens_of
+from kvbench.execution.work import Work, batches, cut_task, together, tokens_of
+from kvbench.execution.writing import write_window
 from kvbench.methods import Layout, Method, Structure, make_layout, make_method
 from kvbench.models.adapter import Adapter
 from kvbench.models.loading import load_model
@@ -34,7 +38,7 @@ from kvbench.models.references import ModelReference
 from kvbench.models.rotary import frequencies, has_rotary
 from kvbench.protocols.cut import Cut, Piece
 from kvbench.protocols.score import BatchScore, Reference, score_batch
-from kvbench.store.records import Cell, Failure
+from kvbench.store.records import HUMAN, Cell, DocumentRecord, Failure, GenerationRecord
 
 WINDOW = 64
 """Documents that are batched together; a kill loses at most the unfinished ones of a window."""
@@ -82,9 +86,13 @@ class Worker:
                 self.adapters[cell.adapter] = adapter.to(parameter.device, parameter.dtype)
         names = dict.fromkeys(cell.task for cell in job.cells)
         self.works = [cut_task(job, name, self.loaded) for name in names]
-        self.runners = {cell.key: self._runner(cell) for cell in job.cells}
+        self.runners = {cell.key: self._runner(cell) for cell in job.cells if cell.method != HUMAN}
         for work in self.works:
             self._check_reach(work)
+        self.judges = load_judges(job.judging, self.loaded, cell.device, cell.dtype)
+        for work in self.works:
+            if work.writing is not None:
+                check_mauve(job.judging, work)
 
     def _runner(self, cell: Cell) -> Runner:
         method = make_method(cell.method, Fraction(cell.ratio_asked or 0), cell.options)
@@ -94,14 +102,14 @@ class Worker:
         """See that every method can be used on every piece, before anything is measured."""
         pieces = {piece.shape: piece for _, cut in work.documents for piece in cut.pieces}
         longest = max(piece.context for piece in pieces.values())
-        for cell in work.cells:
+        for cell in (c for c in work.cells if c.method != HUMAN):
             method = self.runners[cell.key].method
             method.check(longest, work.task.kind == "online")
             if method.unrotates:
                 frequencies(self.loaded.model)
             for piece in pieces.values():
-                layout = make_layout(method, piece.context, cell.seed, 0, piece.structure)
-                self._check_positions(cell, layout, len(piece.ids) - piece.context)
+                layout = make_layout(method, piece.planned, cell.seed, 0, piece.structure)
+                self._check_positions(cell, layout, len(piece.ids) - piece.planned)
 
     def _check_positions(self, cell: Cell, layout: Layout, more: int) -> None:
         """Learned positions end with the model's context; rotary ones go on."""
@@ -119,7 +127,8 @@ class Worker:
             work.task.name: {
                 "kind": work.task.kind, "answers": work.task.has_answers, "version": work.task.version,
                 "signature": work.signature,
-                "seq_len": work.protocol.length if work.task.kind == "lm" else None,
+                "seq_len": work.protocol.length if work.task.kind in ("lm", "generation") else None,
+                "new_tokens": work.writing.new_tokens if work.writing else None,
                 "documents": [document.id for document, _ in work.documents],
                 "skipped_documents": work.skipped,
                 "dropped_tokens": sum(cut.dropped for _, cut in work.documents),
@@ -140,6 +149,9 @@ class Worker:
     def _run_window(
         self, work: Work, documents: tuple[tuple[Document, Cut], ...], done: dict[str, set[str]]
     ) -> None:
+        if work.writing is not None:
+            write_window(self, work.cells, work.writing, documents, done)
+            return
         pending = {
             (cell.key, document.id): DocumentSums(document, cut)
             for cell in work.cells for document, cut in documents
@@ -168,32 +180,38 @@ class Worker:
         """
         runner = self.runners[cell.key]
         is_full, kept = cell.method == "full", None
-        try:
-            for rows in _together(batch, runner.method):
+        with self.guarded(cell):
+            for rows in together(batch, runner.method):
                 pieces = [batch[row] for row in rows]
                 started = time.perf_counter()
                 score, kept = score_batch(
-                    self.loaded.model, runner.adapter, self._layout(runner, pieces[0]), pieces,
+                    self.loaded.model, runner.adapter, self.layout(runner, pieces[0]), pieces,
                     reference.rows(rows) if reference else None, cell.execution,
                     int(cell.options["chunk"]), keep_reference=is_full,
                 )
                 self._store(cell, pieces, score, pending, time.perf_counter() - started)
+        return kept
+
+    @contextmanager
+    def guarded(self, cell: Cell) -> Iterator[None]:
+        """A fault inside stays in the cell: it is reported, and the cell is left alone from then on."""
+        try:
+            yield
         except (RuntimeError, ValueError, IndexError, MemoryError, UserError) as error:
             self.failed.add(cell.key)
             reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
             failure = Failure(cell.key, f"{cell.label}: {reason}", getattr(error, "hint", ""))
             print(traceback.format_exc(), file=sys.stderr)
             self.say("failed", **dataclasses.asdict(failure))
-        return kept
 
-    def _layout(self, runner: Runner, piece: Piece) -> Layout:
+    def layout(self, runner: Runner, piece: Piece) -> Layout:
         method = runner.method
         which = piece.layout if method.seeded else 0
-        key = (piece.context, runner.cell.seed, method.ratio, method.name, which, piece.structure)
+        key = (piece.planned, runner.cell.seed, method.ratio, method.name, which, piece.structure)
         if key not in self.layouts:
             if len(self.layouts) >= 512:
                 self.layouts.clear()
-            self.layouts[key] = make_layout(method, piece.context, runner.cell.seed, which, piece.structure)
+            self.layouts[key] = make_layout(method, piece.planned, runner.cell.seed, which, piece.structure)
         return self.layouts[key]
 
     def _store(
@@ -209,20 +227,17 @@ class Worker:
             if entry.complete:
                 finished.append(entry.record())
                 del pending[cell.key, piece.document]
-        if finished:
-            self.say("records", cell=cell.key, records=[dataclasses.asdict(r) for r in finished])
+        self.record(cell, finished)
+
+    def record(self, cell: Cell, records: Sequence[DocumentRecord | GenerationRecord]) -> None:
+        """Hand finished records to the parent."""
+        if records:
+            self.say("records", cell=cell.key, records=[dataclasses.asdict(r) for r in records])
 
 
 def _shorter(protocol: str, length: int) -> str:
-    keys = {"block": "block", "stream": "tokens", "prefix": "prefix"}
+    keys = {"block": "block", "stream": "tokens", "prefix": "prefix", "generate": "prefix"}
     return f"Use --set {keys[protocol]}={length}." if protocol in keys else "Use shorter documents."
-
-
-def _together(batch: list[Piece], method: Method) -> list[list[int]]:
-    """Rows of a batch that can be read under one layout."""
-    if method.by_text:
-        return [[row] for row in range(len(batch))]
-    return same_layout(batch) if method.seeded else [list(range(len(batch)))]
 
 
 def main() -> None:

@@ -63,10 +63,13 @@ class Structure(NamedTuple):
             dialogue; empty for running text.
         words: for every token its line, its word in that line, and the words of that line; None
             unless the method asks for them.
+        prefix: tokens that are read before the model writes the rest, at whose end the ratio is
+            met exactly; 0 where all of the text is read.
     """
 
     chunks: tuple[int, ...] = ()
     words: tuple[tuple[int, int, int], ...] | None = None
+    prefix: int = 0
 
 
 RUNNING = Structure()

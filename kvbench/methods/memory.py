@@ -92,6 +92,11 @@ class Chunked(Method):
                 "Ask for a lower ratio or a shorter chunk, or use longer blocks.",
             )
 
+    @property
+    def goes_on(self) -> bool:
+        """Whether what the model writes is compressed too: text of a chunk must see the memory."""
+        return self.who(1).text
+
     def who(self, chunks: int) -> Who:
         return Who(chunks, text=True, memory=True, latest=False, kind=COMP)
 
@@ -101,7 +106,9 @@ class Chunked(Method):
     def layout(self, n: int, rng: np.random.Generator, text: Structure = RUNNING) -> Layout:
         if self.streams and not text.chunks:
             return budget_layout(self, n, self.n_comp, self.mixture())
-        chunks = list(text.chunks) or equal_chunks(n, self.chunk(), self.n_comp)
+        chunks = list(text.chunks) or equal_chunks(text.prefix or n, self.chunk(), self.n_comp)
+        if text.prefix and self.goes_on:
+            chunks += equal_chunks(n - sum(chunks), self.chunk(), self.n_comp)
         return chunk_layout(n, chunks, self.n_comp, self.who(len(chunks)), self.mixture())
 
     @classmethod
@@ -205,7 +212,7 @@ class Gist(Chunked):
 
     def layout(self, n: int, rng: np.random.Generator, text: Structure = RUNNING) -> Layout:
         if self.option("mode") == "fixed":
-            return chunk_layout(n, [n], self.n_comp, self.who(1), None)
+            return chunk_layout(n, [text.prefix or n], self.n_comp, self.who(1), None)
         return super().layout(n, rng, text)
 
     @classmethod

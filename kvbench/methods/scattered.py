@@ -16,7 +16,7 @@ _DROPPED, _KEPT = 0, 1
 
 @dataclass(frozen=True)
 class Scattered(Method):
-    """kept(N, r) columns of the block, drawn without replacement; self is always visible.
+    """kept(N, r) columns of the block (or the prefix), drawn without replacement; self is always visible.
 
     The published code draws each column by itself with probability 1 - r, so that the number
     kept is random: ``--set sampler=published``.
@@ -33,7 +33,11 @@ class Scattered(Method):
         if self.option("sampler") == "published":
             columns = np.flatnonzero(rng.random(n) >= float(self.ratio))
         else:
-            columns = rng.choice(n, kept(n, self.ratio), replace=False)
+            prefix = text.prefix or n
+            columns = rng.choice(prefix, kept(prefix, self.ratio), replace=False)
+            if prefix < n:
+                written = rng.choice(n - prefix, max(0, kept(n, self.ratio) - len(columns)), replace=False)
+                columns = np.concatenate([columns, prefix + written])
         unit[torch.from_numpy(columns)] = _KEPT
         tokens = plain_tokens(n, unit)
         return Layout(tokens, tokens.raw, _kept_column, n)

@@ -92,8 +92,10 @@ class Sentinel(Method):
             gaps, lengths = word_spans(n, self.ratio, top, rng, text.words)
         else:
             # In a piece too short for it, such as the end of a document, the window is what the ratio leaves.
-            recent = max(0, min(recent, _widest(n, self.ratio, top)))
-            gaps, lengths = sample_spans(n, self.ratio, rng, top, recent)
+            recent = max(0, min(recent, _widest(text.prefix or n, self.ratio, top)))
+            gaps, lengths = sample_spans(text.prefix or n, self.ratio, rng, top, recent)
+            if text.prefix:
+                gaps, lengths = _written_too(gaps, lengths, n, self.ratio, rng, top, recent)
         return span_layout(gaps, lengths, recent, self.option("predict_from_cr") == "true")
 
 
@@ -110,16 +112,33 @@ def sample_spans(
         UserError: no set of such spans removes that many entries.
     """
     removed = (ratio.numerator * n) // ratio.denominator
-    fewest = math.ceil(removed / (top - 1))
-    most = min(n - recent - removed, removed)
-    if fewest > most:
+    if math.ceil(removed / (top - 1)) > min(n - recent - removed, removed):
         raise UserError(
             f"sentinel cannot remove {float(ratio):g} of {n} tokens: each span of up to {top} tokens keeps one "
             "entry.",
             f"Ask for a ratio of at most {_most_removed(n, top, recent) / n:.3g}.",
         )
+    return _draw_spans(n, removed, rng, top, recent)
+
+
+def _written_too(
+    gaps: list[int], lengths: list[int], n: int, ratio: Fraction, rng: np.random.Generator, top: int, recent: int
+) -> tuple[list[int], list[int]]:
+    """Spans of a prefix, and of what is written after it up to ``n`` tokens: as near to the ratio as they come."""
+    prefix = sum(gaps) + sum(lengths)
+    rest = n - prefix + recent  # the window at the end of the prefix is closed while the model writes
+    removed = (ratio.numerator * n) // ratio.denominator - (ratio.numerator * prefix) // ratio.denominator
+    more, spans = _draw_spans(rest, min(removed, _most_removed(rest, top, recent)), rng, top, recent)
+    return [*gaps[:-1], gaps[-1] - recent + more[0], *more[1:]], [*lengths, *spans]
+
+
+def _draw_spans(
+    n: int, removed: int, rng: np.random.Generator, top: int, recent: int
+) -> tuple[list[int], list[int]]:
+    """As ``sample_spans``, for a number of entries that is known to be possible."""
     if removed == 0:
         return [n], []
+    fewest, most = math.ceil(removed / (top - 1)), min(n - recent - removed, removed)
     count = min(max(round(removed / Fraction(top, 2)), fewest, 1), most)
     shares = _bounded_composition(removed, count, top - 1, rng)
     free = n - recent - removed - count

@@ -19,7 +19,7 @@ SINKS = 4
 
 @dataclass(frozen=True)
 class Window(Method):
-    """The last kept(N, r) entries, a constant number over the block of N tokens.
+    """The last kept(N, r) entries, a constant number over the block (or the prefix) of N tokens.
 
     Early in a block it sees more than a proportional window does; ``ratio_mean`` shows this.
     """
@@ -28,7 +28,7 @@ class Window(Method):
     summary = "the last kept(N, r) entries, constant over the block"
 
     def layout(self, n: int, rng: np.random.Generator, text: Structure = RUNNING) -> Layout:
-        size = kept(n, self.ratio)
+        size = kept(text.prefix or n, self.ratio)
 
         def recent(queries: Tokens, keys: Tokens) -> Tensor:
             return keys.raw >= queries.raw - size
@@ -65,8 +65,9 @@ class Sinks(Method):
 
     After StreamingLLM (arXiv 2309.17453), with two departures: the window grows with the text,
     so that it holds as many entries as the methods it is compared with, and kept keys keep
-    their absolute positions. With ``budget=160`` it is cut at the moments, and to the sizes, of
-    ``ccm-concat`` under that budget.
+    their absolute positions. While the model writes, the window stays as it was at the end of the
+    prefix. With ``budget=160`` it is cut at the moments, and to the sizes, of ``ccm-concat`` under
+    that budget.
     """
 
     known = {**STREAMING, "n_comp": Option("2", least=1, most=32)}
@@ -92,9 +93,11 @@ class Sinks(Method):
         if self.number("budget"):
             return budget_layout(self, n, 0, None)
         num, den = self.ratio.numerator, self.ratio.denominator
+        most = text.prefix or n
 
         def sinks_and_recent(queries: Tokens, keys: Tokens) -> Tensor:
-            held = queries.raw - (queries.raw * num) // den
+            read = queries.raw.clamp(max=most)
+            held = read - (read * num) // den
             recent = torch.clamp(held, min=SINKS + 1) - SINKS
             return (keys.raw < SINKS) | (keys.raw >= queries.raw - recent)
 

@@ -4,16 +4,33 @@ from __future__ import annotations
 
 from kvbench.metrics.agreement import AGREEMENT, KL_BINS
 from kvbench.metrics.base import Metric, Totals
+from kvbench.metrics.bleu import BLEU
+from kvbench.metrics.chrf import CHRF
+from kvbench.metrics.degeneration import DEGENERATION
+from kvbench.metrics.gen_ppl import GEN_PPL
 from kvbench.metrics.memory import MEMORY
 from kvbench.metrics.perplexity import PERPLEXITY, RECOVERY_SIGNATURE, recovery
+from kvbench.metrics.prefix_match import PREFIX_MATCH
 from kvbench.metrics.recall import RECALL
+from kvbench.metrics.repetition import REPETITION
+from kvbench.metrics.rouge import ROUGE
+from kvbench.metrics.semantic import SEMANTIC
+from kvbench.metrics.texts import TextMetric
 
 LM_METRICS = PERPLEXITY + AGREEMENT + MEMORY
 RECALL_METRICS = RECALL + MEMORY
 ANSWER_METRICS = (*PERPLEXITY, *(m for m in RECALL if m.name == "accuracy"), *AGREEMENT, *MEMORY)
-METRIC_NAMES = tuple(dict.fromkeys((*(m.name for m in LM_METRICS + RECALL_METRICS), "recovery")))
+TEXT_METRICS: tuple[TextMetric, ...] = (
+    GEN_PPL, BLEU, CHRF, *ROUGE, *SEMANTIC, *REPETITION, *DEGENERATION, PREFIX_MATCH,
+)
+GENERATION_NAMES = (*(m.name for m in TEXT_METRICS), "distinct", "mauve")
+METRIC_NAMES = tuple(dict.fromkeys((
+    *(m.name for m in LM_METRICS + RECALL_METRICS), "recovery", *GENERATION_NAMES,
+)))
+NEED_SCORER, NEED_ENCODER = ("gen_ppl",), ("semantic", "prefix_coherence")
 
 __all__ = [
-    "ANSWER_METRICS", "KL_BINS", "LM_METRICS", "MEMORY", "METRIC_NAMES", "RECALL_METRICS", "RECOVERY_SIGNATURE",
-    "Metric", "Totals", "recovery",
+    "AGREEMENT", "ANSWER_METRICS", "GENERATION_NAMES", "KL_BINS", "LM_METRICS", "MEMORY", "METRIC_NAMES",
+    "NEED_ENCODER", "NEED_SCORER", "PREFIX_MATCH", "RECALL_METRICS", "RECOVERY_SIGNATURE", "TEXT_METRICS", "Metric",
+    "TextMetric", "Totals", "recovery",
 ]

@@ -24,6 +24,8 @@ class Metric:
         unit: what ``n`` counts.
         signature: version and settings, as sacrebleu does for BLEU.
         has_interval: whether resampling makes sense.
+        swapped: the difference to ``full`` is tested by exchanging the two within groups, which suits any
+            function of sums.
     """
 
     name: str
@@ -32,3 +34,4 @@ class Metric:
     tested: str | None = None
     unit: str = "document"
     has_interval: bool = True
+    swapped: bool = False

@@ -96,6 +96,19 @@ def context_of(config: Any) -> int:
     return 2048
 
 
+def end_tokens(loaded: Loaded) -> tuple[int, ...]:
+    """Ids after which a text has ended: the model's own, or the tokenizer's if it names none.
+
+    They come from the configuration of the model; a generation config that a checkpoint ships is
+    never used, since it would set temperatures and penalties without a word.
+    """
+    config: Any = loaded.model.config
+    found = config.eos_token_id if config.eos_token_id is not None else loaded.tokenizer.eos_token_id
+    if found is None:
+        return ()
+    return tuple(found) if isinstance(found, (list, tuple)) else (int(found),)
+
+
 def window_of(config: Any) -> int | None:
     """Width of the model's own sliding window, if one is in use."""
     if getattr(config, "use_sliding_window", True) is False:

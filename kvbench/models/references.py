@@ -121,7 +121,8 @@ def find_adapter(method: str, model: ModelReference, options: Mapping[str, str])
             found.append((all(trained.get(k) == v for k, v in options.items()), card.parent))
     if found:
         return max(found, key=lambda item: item[0])[1]
-    raise UserError(        f"Method {method!r} needs an adapter trained for {model.name}, and none was given.",
+    raise UserError(
+        f"Method {method!r} needs an adapter trained for {model.name}, and none was given.",
         _train_hint(method, model.name),
     )
 

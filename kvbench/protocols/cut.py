@@ -32,6 +32,8 @@ class Piece:
         bin: what results are also reported by, such as ``distance=120``.
         chunks: lengths of the chunks that the context came in; empty for running text.
         words: line, word and words of the line of every token; None unless a method asks for them.
+        written: what follows the context is written by the model; ``ids`` has the author's own.
+        after: what the author wrote after that.
     """
 
     document: str
@@ -43,6 +45,13 @@ class Piece:
     bin: str | None = None
     chunks: tuple[int, ...] = ()
     words: tuple[tuple[int, int, int], ...] | None = None
+    written: bool = False
+    after: tuple[int, ...] = ()
+
+    @property
+    def planned(self) -> int:
+        """Text tokens that the method's layout spans."""
+        return len(self.ids) if self.written else self.context
 
     @property
     def shape(self) -> tuple[int, int, int, tuple[int, ...]]:
@@ -52,7 +61,7 @@ class Piece:
     @property
     def structure(self) -> Structure:
         """What a layout may know of the text."""
-        return Structure(self.chunks, self.words)
+        return Structure(self.chunks, self.words, self.context if self.written else 0)
 
 
 @dataclass(frozen=True)

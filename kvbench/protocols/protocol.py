@@ -1,4 +1,4 @@
-"""The protocols for language modelling under compression, with their signatures.
+"""The protocols, with their options and the signatures of those for language modelling.
 
 ``block``: disjoint blocks, each read with a fresh cache. ``stream``: one long passage per
 document. ``prefix``: the method compresses a prefix once, and what follows is scored without
@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from kvbench.errors import UserError, unknown
 
-PROTOCOLS = ("block", "stream", "prefix", "online")
+PROTOCOLS = ("block", "stream", "prefix", "online", "generate")
 PRESETS = {"standard": 512, "paper": 256}
 """Block length by preset; the Sentinel scripts use 256."""
 
@@ -24,22 +24,33 @@ OPTIONS: dict[str, tuple[str, ...]] = {
     "stream": ("tokens", "chunk", "bos"),
     "prefix": ("prefix", "continuation", "chunk", "bos"),
     "online": ("chunk", "bos"),
+    "generate": (
+        "preset", "prefix", "new_tokens", "decode", "draws", "top_p", "temperature", "batch", "chunk", "bos",
+    ),
 }
 """Protocol options of ``--set``, by protocol."""
+
+GENERATION_PRESETS = {"paper": (128, 64), "standard": (512, 128), "long": (1024, 256)}
+"""Tokens of prefix and tokens to write; words for ``paper``, whose numbers are recalled, not verified."""
 
 RECALL_OPTIONS = ("chunk", "bos")
 """Those of the recall task, whose lengths are the task's own."""
 
 _DEFAULTS = {
-    "preset": "standard", "block": "auto", "tokens": "auto", "prefix": "auto",
+    "preset": "auto", "block": "auto", "tokens": "auto", "prefix": "auto",
     "continuation": "auto", "chunk": str(STREAM_CHUNK), "bos": "auto",
+    "new_tokens": "auto", "decode": "both", "draws": "1", "top_p": "0.9", "temperature": "1", "batch": "auto",
 }
-_CHOICES = {"preset": tuple(PRESETS), "bos": ("auto", "true", "false")}
-_LEAST = {"block": 32, "tokens": 32, "prefix": 32, "continuation": 1, "chunk": 1}
+_CHOICES = {"bos": ("auto", "true", "false"), "decode": ("both", "nucleus", "greedy")}
+_LEAST = {
+    "block": 32, "tokens": 32, "prefix": 32, "continuation": 1, "chunk": 1, "new_tokens": 1, "draws": 1, "batch": 1,
+}
+_SHARES = {"top_p": (0.0, 1.0), "temperature": (0.0, 100.0)}
+"""Decimal options: above the first bound, up to the second."""
 
 
-def protocol_options(names: Sequence[str], given: dict[str, str]) -> dict[str, str]:
-    """The options of those names, defaults filled in, values checked.
+def protocol_options(protocol: str, names: Sequence[str], given: dict[str, str]) -> dict[str, str]:
+    """The protocol's options of those names, defaults filled in, values checked.
 
     Raises:
         UserError: a value of the wrong kind.
@@ -47,7 +58,14 @@ def protocol_options(names: Sequence[str], given: dict[str, str]) -> dict[str, s
     resolved = {}
     for name in names:
         value = given.get(name, _DEFAULTS[name])
-        if name in _CHOICES:
+        if name == "preset":
+            known = ("task", *GENERATION_PRESETS) if protocol == "generate" else tuple(PRESETS)
+            value = known[0] if value == "auto" else value
+            if value not in known:
+                raise unknown(f"value for --set preset= with protocol {protocol}:", value, known)
+        elif name in _SHARES:
+            value = _decimal(name, value)
+        elif name in _CHOICES:
             if value not in _CHOICES[name]:
                 raise unknown(f"value for --set {name}=", value, _CHOICES[name])
         elif value != "auto" or _DEFAULTS[name] != "auto":
@@ -58,6 +76,17 @@ def protocol_options(names: Sequence[str], given: dict[str, str]) -> dict[str, s
             value = str(int(value))
         resolved[name] = value
     return resolved
+
+
+def _decimal(name: str, value: str) -> str:
+    low, high = _SHARES[name]
+    try:
+        number = float(value)
+    except ValueError:
+        number = float("nan")
+    if not low < number <= high:
+        raise UserError(f"--set {name}={value}: not a number above {low:g} and up to {high:g}.")
+    return f"{number:g}"
 
 
 @dataclass(frozen=True)

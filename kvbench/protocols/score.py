@@ -192,9 +192,7 @@ class _Rows:
 
 def _cache_bytes(cache: EvictingCache, held: int, raw: int) -> tuple[int, int, int]:
     """(logical, physical, full) bytes, by the shape of the cache's own tensors."""
-    per_entry = sum(
-        t.element_size() * t.shape[0] * t.shape[1] * t.shape[-1] for t in cache.tensors()
-    )
+    per_entry = cache.entry_bytes()
     return held * per_entry, cache.physical_bytes(), raw * per_entry
 
 

@@ -7,15 +7,19 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from kvbench.errors import UserError
-from kvbench.store.records import Cell, DocumentRecord, Failure
+from kvbench.store.records import Cell, DocumentRecord, Failure, GenerationRecord
 
-RUN, CELL, RECORDS, FAILURE, RESULTS = (
-    "run.json", "cell.json", "records.jsonl", "failure.json", "results.json",
+Record = DocumentRecord | GenerationRecord
+
+R = TypeVar("R", DocumentRecord, GenerationRecord)
+
+RUN, CELL, RECORDS, FAILURE, RESULTS, MAUVE = (
+    "run.json", "cell.json", "records.jsonl", "failure.json", "results.json", "mauve.json",
 )
 
 
@@ -111,32 +115,47 @@ class RunFolder:
 
     def _drop_incomparable(self, cell: Cell, path: Path) -> None:
         """Records made while the full cache had failed lack the comparison with it: measure again."""
+        if cell.writes:
+            return
         found = self.records(cell)
         if cell.method != "full" and any(record.kl is None for record in found.values()):
             kept = (record for record in found.values() if record.kl is not None)
             write_atomic(path, "".join(json.dumps(dataclasses.asdict(record)) + "\n" for record in kept))
 
-    def append(self, cell: Cell, records: Sequence[DocumentRecord]) -> None:
+    def append(self, cell: Cell, records: Sequence[Record]) -> None:
         """Append records and see them onto the disk."""
-        lines = "".join(json.dumps(dataclasses.asdict(r), allow_nan=False) + "\n" for r in records)
+        lines = "".join(
+            json.dumps(dataclasses.asdict(r), allow_nan=False, ensure_ascii=False) + "\n" for r in records
+        )
         with (self.cell_folder(cell) / RECORDS).open("a", encoding="utf-8") as file:
             file.write(lines)
             file.flush()
             os.fsync(file.fileno())
 
     def records(self, cell: Cell) -> dict[str, DocumentRecord]:
-        """The records of a cell by document; a torn last line is ignored."""
+        """The records of a cell that scores text, by document; a torn last line is ignored."""
+        return self._read(cell, DocumentRecord.load)
+
+    def texts(self, cell: Cell) -> dict[str, GenerationRecord]:
+        """The records of a cell that writes text, likewise."""
+        return self._read(cell, GenerationRecord.load)
+
+    def documents(self, cell: Cell) -> set[str]:
+        """The documents that a cell has records of."""
+        return set(self.texts(cell) if cell.writes else self.records(cell))
+
+    def _read(self, cell: Cell, load: Callable[[dict[str, Any]], R]) -> dict[str, R]:
         path = self.cell_folder(cell) / RECORDS
         if not path.exists():
             return {}
-        found: dict[str, DocumentRecord] = {}
+        found: dict[str, R] = {}
         lines = path.read_bytes().split(b"\n")
         for number, line in enumerate(lines, start=1):
             if not line:
                 continue
             try:
-                record = DocumentRecord(**json.loads(line))
-            except (ValueError, TypeError) as error:
+                record = load(json.loads(line))
+            except (ValueError, TypeError, KeyError) as error:
                 if number == len(lines):
                     break
                 raise UserError(

@@ -10,6 +10,9 @@ from typing import Any
 
 SCHEMA = 1
 
+HUMAN = "human"
+"""The method of the cell that holds the authors' own texts."""
+
 
 @dataclass(frozen=True)
 class Cell:
@@ -51,6 +54,11 @@ class Cell:
             content.pop(name)
         text = json.dumps(content, sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+    @property
+    def writes(self) -> bool:
+        """Whether its records are texts."""
+        return self.protocol == "generate"
 
     @property
     def label(self) -> str:
@@ -108,6 +116,89 @@ class DocumentRecord:
     seconds: float = 0.0
     by_distance: dict[str, tuple[int, float, float]] | None = None
     schema: int = SCHEMA
+
+    @classmethod
+    def load(cls, raw: dict[str, Any]) -> DocumentRecord:
+        """From what ``dataclasses.asdict`` made of it.
+
+        Raises:
+            TypeError: something is missing, or too much.
+        """
+        return cls(**raw)
+
+
+@dataclass(frozen=True)
+class Output:
+    """One text that was written after a prefix.
+
+    Attributes:
+        decode: ``nucleus``, ``greedy``, or for people ``human`` (the reference) and ``after`` (what
+            the author wrote after it).
+        draw: number among the outputs of its kind.
+        ids: the tokens written, the end token left out; ``text`` what they say.
+        ended: the model ended the text before the last token.
+        nll: nats of the text given the prefix under the scorer, over ``nll_tokens`` of its tokens; None
+            if no scorer was asked for.
+        vector: the text's sentence embedding, half precision in base64; None if none was asked for.
+        features: likewise, for MAUVE, where they are not the sentence embedding.
+    """
+
+    decode: str
+    draw: int
+    ids: tuple[int, ...]
+    text: str
+    ended: bool
+    nll: float | None = None
+    nll_tokens: int = 0
+    vector: str | None = None
+    features: str | None = None
+
+
+@dataclass(frozen=True)
+class GenerationRecord:
+    """What was written after one document's prefix under one cell.
+
+    Attributes:
+        group: unit of resampling.
+        outputs: the texts.
+        raw: text tokens of the prefix; ``held`` the entries of the cache when it had been read.
+        visible: sum over the ``queries`` that wrote a token of entries visible / text tokens before.
+        peak: the most entries ever held.
+        kv_logical, kv_physical, kv_full: bytes of the cache when the prefix had been read.
+        seconds: time of the batch, shared out by documents.
+        prefix: the prefix as text, in the record of the people's texts only.
+        prefix_vector: its sentence embedding, likewise.
+    """
+
+    document: str
+    group: str
+    outputs: tuple[Output, ...]
+    raw: int
+    held: int
+    visible: float
+    queries: int
+    peak: int
+    kv_logical: float
+    kv_physical: float
+    kv_full: float
+    seconds: float = 0.0
+    prefix: str | None = None
+    prefix_vector: str | None = None
+    schema: int = SCHEMA
+
+    @classmethod
+    def load(cls, raw: dict[str, Any]) -> GenerationRecord:
+        """From what ``dataclasses.asdict`` made of it.
+
+        Raises:
+            TypeError, KeyError: something is missing, or too much.
+        """
+        outputs = tuple(Output(**{**output, "ids": tuple(output["ids"])}) for output in raw["outputs"])
+        return cls(**{**raw, "outputs": outputs})
+
+    def of(self, decode: str) -> tuple[Output, ...]:
+        """The outputs of one kind, in the order of their draws."""
+        return tuple(output for output in self.outputs if output.decode == decode)
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,45 @@
+"""``kvbench show``: what was written after one document's prefix, side by side."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+def show(
+    run: Annotated[Path, typer.Argument(help="Run folder, as 'kvbench run' named it.", metavar="RUN")],
+    document: Annotated[str | None, typer.Option(
+        help="Id of the document. [default: the first one]", show_default=False)] = None,
+    task: Annotated[str | None, typer.Option(
+        help="Task of the run. [default: the first that writes text]", show_default=False)] = None,
+) -> None:
+    """Print a prefix and what people, the full cache and each method wrote after it.
+
+    Greedy texts are marked where they first differ from the full cache's. Needs neither the model
+    nor PyTorch.
+
+    Example: kvbench show reports/sentinel-0.7-1a2b3c4d5e --document bread
+    """
+    from rich.console import Console
+
+    from kvbench.errors import UserError, unknown
+    from kvbench.reporting.side_by_side import side_by_side
+    from kvbench.store.folder import RunFolder
+
+    folder = RunFolder(run)
+    manifest = folder.manifest()
+    tasks = [name for name, info in manifest["tasks"].items() if info["kind"] == "generation"]
+    if not tasks:
+        raise UserError(f"No task of {run} writes text.", "Run one with --task minidocs-gen.")
+    if task is not None and task not in tasks:
+        raise unknown("task of this run", task, tasks)
+    chosen = task or tasks[0]
+    documents = manifest["tasks"][chosen]["documents"]
+    if document is not None and document not in documents:
+        raise unknown(f"document of task {chosen}", document, documents)
+    console = Console()
+    if not console.is_terminal:
+        console = Console(file=console.file, width=140)
+    console.print(side_by_side(folder, chosen, document or documents[0]))

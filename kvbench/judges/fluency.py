@@ -1,0 +1,77 @@
+"""Fluency: how probable a language model, the scorer, finds a continuation given its prefix."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+from torch.nn import functional
+
+from kvbench.protocols.cut import make_tokenizer
+
+ROWS = 16
+
+
+class Fluency(NamedTuple):
+    """Negative log-likelihood of a text in nats, and the scorer's tokens that it is the sum over."""
+
+    nll: float
+    tokens: int
+
+
+@dataclass(frozen=True)
+class Scorer:
+    """A causal language model with its whole cache.
+
+    Texts are tokenised by the scorer's own tokenizer, whatever wrote them, prefix and continuation
+    apart; where both do not fit its context the prefix loses its beginning.
+    """
+
+    model: nn.Module
+    tokenizer: Any
+    context: int
+
+    def score(self, pairs: Sequence[tuple[str, str]]) -> list[Fluency]:
+        """The fluency of each continuation: (prefix, text); an empty text has no tokens."""
+        cut = make_tokenizer(self.tokenizer, "auto")
+        lead = list(cut.lead())
+        known: dict[str, list[int]] = {}
+        rows: list[tuple[int, list[int], list[int]]] = []
+        for i, (prefix, text) in enumerate(pairs):
+            if prefix not in known:
+                known[prefix] = cut.encode(prefix)[0]
+            ids = cut.encode(text)[0][: self.context - len(lead) - 1]
+            if ids:
+                room = self.context - len(lead) - len(ids)
+                rows.append((i, [*lead, *known[prefix][-room:]], ids))
+        found = [Fluency(0.0, 0)] * len(pairs)
+        rows.sort(key=lambda row: (len(row[1]), len(row[2])))
+        for start in range(0, len(rows), ROWS):
+            self._score(rows[start : start + ROWS], found)
+        return found
+
+    def _score(self, rows: list[tuple[int, list[int], list[int]]], found: list[Fluency]) -> None:
+        """Rows are filled up on the right, where causal attention does not look."""
+        device = next(self.model.parameters()).device
+        longest = max(len(prefix) + len(text) for _, prefix, text in rows)
+        ids = torch.zeros(len(rows), longest, dtype=torch.long)
+        for row, (_, prefix, text) in enumerate(rows):
+            ids[row, : len(prefix) + len(text)] = torch.tensor([*prefix, *text])
+        first = max(0, min(len(prefix) for _, prefix, _ in rows) - 1)
+        keep = torch.arange(first, longest - 1, device=device)
+        with torch.inference_mode():
+            logits = self.model(
+                ids.to(device), attention_mask=torch.ones_like(ids, device=device), use_cache=False,
+                logits_to_keep=keep,
+            ).logits.float()
+            nll = functional.cross_entropy(
+                logits.flatten(0, 1), ids[:, first + 1 :].to(device).flatten(), reduction="none"
+            ).view(len(rows), -1).double().cpu()
+        for row, (i, prefix, text) in enumerate(rows):
+            start = len(prefix) - 1 - first
+            skip = 1 if start < 0 else 0  # without any prefix the first token is context only
+            mine = nll[row, start + skip : start + len(text)]
+            found[i] = Fluency(float(mine.sum()), len(mine))

@@ -1,0 +1,31 @@
+"""Texts that went wrong as texts: length, empty ones, and ones that go round in circles."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+from kvbench.metrics.texts import Sample, ngrams, text_mean
+from kvbench.store.records import Output
+
+LOOP = 3
+"""A text loops if one of its 4-grams of words stands in it at least this often."""
+
+
+def _length(output: Output, sample: Sample) -> float:
+    return float(len(output.ids))
+
+
+def _is_empty(output: Output, sample: Sample) -> float:
+    return float(not output.text.strip())
+
+
+def _loops(output: Output, sample: Sample) -> float:
+    counts = Counter(ngrams(output.text, 4))
+    return float(max(counts.values(), default=0) >= LOOP)
+
+
+DEGENERATION = (
+    text_mean("gen_length", "tokens written, the end token left out|v:1", _length),
+    text_mean("empty_share", "share of texts without a character|v:1", _is_empty),
+    text_mean("loop_share", f"share of texts in which a 4-gram of words stands {LOOP} times or more|v:1", _loops),
+)

@@ -1,0 +1,78 @@
+"""Diversity of the texts as a set: distinct / all bigrams of words, with as many words from every text.
+
+It falls with the size of the set, hence the fixed budget. It is no function of sums over
+documents, and resampling with replacement would duplicate bigrams, so its interval is the
+jackknife's: one group left out at a time.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy import stats
+
+from kvbench.metrics.texts import words
+
+ORDER = 2
+
+
+class Jackknifed(NamedTuple):
+    """A value, and the values with one group left out, ``[groups]``."""
+
+    value: float
+    without: NDArray[np.float64]
+
+
+def budget(new_tokens: int) -> int:
+    """Words that are taken from every text: about as many as half its tokens."""
+    return max(ORDER, new_tokens // 2)
+
+
+def signature(new_tokens: int) -> str:
+    """The settings that decide what the number means."""
+    return f"distinct/all {ORDER}-grams of words in all texts|first {budget(new_tokens)} words of each|jackknife|v:1"
+
+
+def distinct(groups: Sequence[Sequence[str]], limit: int) -> Jackknifed:
+    """Of the texts of each group, using the first ``limit`` words of each text."""
+    counts = []
+    for texts in groups:
+        counted: Counter[tuple[str, ...]] = Counter()
+        for text in texts:
+            found = words(text)[:limit]
+            counted.update(zip(*(found[i:] for i in range(ORDER)), strict=False))
+        counts.append(counted)
+    holders = Counter(gram for counted in counts for gram in counted)
+    total, kinds = sum(sum(c.values()) for c in counts), len(holders)
+    without = [
+        (kinds - sum(1 for gram in counted if holders[gram] == 1)) / max(1, total - sum(counted.values()))
+        for counted in counts
+    ]
+    return Jackknifed(kinds / max(1, total), np.asarray(without))
+
+
+def interval(found: Jackknifed) -> tuple[float, float, float]:
+    """The 95 % interval, and the standard error."""
+    n = len(found.without)
+    if n < 2:
+        return float("nan"), float("nan"), float("nan")
+    error = float(np.sqrt((n - 1) / n * np.sum((found.without - found.without.mean()) ** 2)))
+    half = float(stats.norm.ppf(0.975)) * error
+    return found.value - half, found.value + half, error
+
+
+def difference(method: Jackknifed, full: Jackknifed) -> Jackknifed:
+    """Of two sets of texts with the same groups in the same order."""
+    return Jackknifed(method.value - full.value, method.without - full.without)
+
+
+def p_value(found: Jackknifed) -> float | None:
+    """Two-sided, that a difference is 0, by the jackknife's standard error."""
+    error = interval(found)[2]
+    if not np.isfinite(error):
+        return None
+    return 1.0 if error == 0 else float(2 * stats.norm.sf(abs(found.value) / error))

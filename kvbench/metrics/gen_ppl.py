@@ -1,0 +1,30 @@
+"""Fluency of what was written: its perplexity under a scorer, given the prefix.
+
+Lower is not better below the value of the authors' own texts: repetition is cheap to predict
+(arXiv 1904.09751), so that it is read beside ``rep4``.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from kvbench.metrics.base import Array, Totals
+from kvbench.metrics.texts import Columns, Sample, TextMetric
+
+
+def _columns(sample: Sample) -> Columns | None:
+    if any(output.nll is None for output in sample.outputs):
+        return None
+    return {
+        "gen_nll": sum(output.nll or 0.0 for output in sample.outputs),
+        "gen_nll_tokens": sum(output.nll_tokens for output in sample.outputs),
+    }
+
+
+def _value(t: Totals) -> Array:
+    return np.asarray(np.exp(t["gen_nll"] / t["gen_nll_tokens"]))
+
+
+GEN_PPL = TextMetric(
+    "gen_ppl", _value, "exp(sum nll/sum tokens) of the texts given their prefixes|v:1", swapped=True, columns=_columns
+)

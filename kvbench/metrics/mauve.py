@@ -1,0 +1,61 @@
+"""MAUVE: how near the distribution of what was written is to that of people's texts (arXiv 2102.01454).
+
+It compares clusters of texts, so that it needs many, and it is noisier than the differences of
+interest: it is measured with several seeds of the clustering, beside what people's own texts get
+(what the authors wrote after the reference, against the references). Resampling texts would
+duplicate points and change the clusters, so the interval is over the seeds of the clustering only.
+The library is GPL-3.0 and only called.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy import stats
+
+Array = NDArray[np.float64]
+
+LEAST_TEXTS = 200
+"""With fewer texts it is not measured."""
+MANY_TEXTS = 1000
+"""With fewer texts its value is shown with a warning: it is optimistic and noisy."""
+SEEDS = (25, 26, 27, 28, 29)
+"""Of the clustering; the library's default first."""
+
+
+def buckets(n: int) -> int:
+    """Clusters for ``n`` texts a side: a tenth, as the library chooses, and the same for every row of a table."""
+    return max(2, round(n / 10))
+
+
+def measure(people: Array, written: Array, seeds: Sequence[int] = SEEDS) -> list[float]:
+    """MAUVE of vectors ``[n, width]`` of people's and of written texts, once per seed."""
+    from mauve import compute_mauve
+
+    return [
+        float(compute_mauve(
+            p_features=people, q_features=written, num_buckets=buckets(len(people)), seed=seed, verbose=False
+        ).mauve)
+        for seed in seeds
+    ]
+
+
+def over_seeds(values: Sequence[float]) -> tuple[float, float, float]:
+    """Mean, and its 95 % t-interval over seeds."""
+    mean = float(np.mean(values))
+    if len(values) < 2:
+        return mean, math.nan, math.nan
+    half = float(stats.t.ppf(0.975, len(values) - 1)) * float(stats.sem(values))
+    return mean, mean - half, mean + half
+
+
+def signature(n: int, features: str) -> str:
+    """The settings that decide what the number means."""
+    warning = "" if n >= MANY_TEXTS else f"|few texts (below {MANY_TEXTS}): optimistic and noisy"
+    return (
+        f"mauve-text|features:{features}|n:{n}|buckets:{buckets(n)}|scaling:5|k-means seeds:{len(SEEDS)}"
+        f"|interval: t over the seeds, clustering only{warning}|v:1"
+    )

@@ -1,0 +1,99 @@
+"""What metrics of written text are computed from: per document columns that are summed over groups."""
+
+from __future__ import annotations
+
+import base64
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from kvbench.metrics.base import Array, Metric, Totals
+from kvbench.store.records import Output
+
+
+@dataclass(frozen=True)
+class Sample:
+    """The texts of one document under one way of decoding, and what they are compared with.
+
+    Attributes:
+        outputs: one text per draw.
+        reference: what the author wrote; for the author's own row, what the next document's author wrote.
+        reference_vector, prefix_vector: sentence embeddings, packed; None where none were made.
+        full: the texts of the full cache under the same decoding; empty if there are none.
+        new_tokens: tokens that could be written.
+    """
+
+    outputs: tuple[Output, ...]
+    reference: str
+    reference_vector: str | None
+    prefix_vector: str | None
+    full: tuple[Output, ...]
+    new_tokens: int
+
+
+Columns = Mapping[str, float | Sequence[float]]
+
+
+@dataclass(frozen=True)
+class TextMetric(Metric):
+    """A metric of texts.
+
+    Attributes:
+        columns: a document's share of the sums that ``value`` is a function of; None where the
+            document has not what the metric needs, which leaves the metric out.
+    """
+
+    columns: Callable[[Sample], Columns | None] = lambda sample: None
+
+
+def mean_of(column: str, count: str) -> Callable[[Totals], Array]:
+    """The value of a metric that is a mean: the sum of one column over that of another."""
+
+    def value(t: Totals) -> Array:
+        return t[column] / t[count]
+
+    return value
+
+
+def over_texts(column: str, measure: Callable[[Output, Sample], float | None]) -> Callable[[Sample], Columns | None]:
+    """Columns of a mean over texts: the sum of a measure, and how many texts there are."""
+
+    def columns(sample: Sample) -> Columns | None:
+        found = [measure(output, sample) for output in sample.outputs]
+        present = [value for value in found if value is not None]
+        if len(present) < len(found) or not found:
+            return None
+        return {column: float(sum(present)), f"{column}_texts": float(len(present))}
+
+    return columns
+
+
+def text_mean(name: str, signature: str, measure: Callable[[Output, Sample], float | None]) -> TextMetric:
+    """A metric that is the mean over all texts of a measure of one text."""
+    return TextMetric(
+        name, mean_of(name, f"{name}_texts"), f"mean over texts|{signature}", swapped=True,
+        columns=over_texts(name, measure),
+    )
+
+
+def words(text: str) -> list[str]:
+    """Words as they stand between spaces, as in Su et al. (arXiv 2202.06417)."""
+    return text.split()
+
+
+def ngrams(text: str, n: int) -> list[tuple[str, ...]]:
+    found = words(text)
+    return list(zip(*(found[i:] for i in range(n)), strict=False))
+
+
+def unpacked(vector: str) -> NDArray[np.float64]:
+    """A vector that was stored as half precision in base64."""
+    return np.frombuffer(base64.b64decode(vector), dtype=np.float16).astype(np.float64)
+
+
+def cosine(a: str, b: str) -> float:
+    """Of two packed vectors."""
+    left, right = unpacked(a), unpacked(b)
+    return float(left @ right / (np.linalg.norm(left) * np.linalg.norm(right)))

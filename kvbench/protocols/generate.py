@@ -1,0 +1,134 @@
+"""Document generation: a document is cut into a prefix that is read and what its author wrote next.
+
+The model writes as many tokens as the reference has, so that no metric compares texts of different
+lengths by design. What follows the reference is kept too: human text of the same documents, to be
+compared with the references as a ceiling.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from kvbench.corpora.documents import Document
+from kvbench.corpora.tasks import GenerationSpec
+from kvbench.errors import UserError
+from kvbench.methods import layout_id
+from kvbench.protocols.cut import Cut, Piece, Tokenizer
+from kvbench.protocols.protocol import GENERATION_PRESETS
+
+NUCLEUS, GREEDY = "nucleus", "greedy"
+
+
+@dataclass(frozen=True)
+class Writing:
+    """How a task is written, with its lengths resolved for a model.
+
+    Attributes:
+        prefix, new_tokens: tokens of the prefix and of the continuation; words if ``in_words``.
+        decodings: how each document is continued: ``nucleus`` once per draw, ``greedy`` once.
+        batch: documents written at a time; 0 leaves the choice to kvbench.
+        chunk: tokens of the prefix that are fed at a time.
+    """
+
+    prefix: int
+    new_tokens: int
+    in_words: bool
+    decodings: tuple[str, ...]
+    top_p: float
+    temperature: float
+    batch: int
+    chunk: int
+    bos: str
+    preset: str
+
+    def signature(self, execution: str, has_bos: bool, tokenizer: str) -> str:
+        """The settings that decide what a number means."""
+        unit = "words" if self.in_words else "tokens"
+        draws = f"nucleus:{self.decodings.count(NUCLEUS)},greedy:{self.decodings.count(GREEDY)}"
+        step = "evicted" if execution == "streamed" else "masked"
+        preset = "|preset:paper(recalled, not verified)" if self.preset == "paper" else ""
+        return (
+            f"generate|P:{self.prefix}|G:{self.new_tokens} {unit}|{draws}|p:{self.top_p:g}|T:{self.temperature:g}"
+            f"|{step}|bos:{'per_piece' if has_bos else 'none'}|tok:{tokenizer}{preset}|v:1"
+        )
+
+
+def resolve_writing(spec: GenerationSpec, options: dict[str, str], context: int, model: str) -> Writing:
+    """Fill in what depends on task, preset and model.
+
+    Raises:
+        UserError: prefix and continuation do not fit the model's context.
+    """
+    preset = options["preset"]
+    prefix, new = (spec.prefix, spec.new_tokens) if preset == "task" else GENERATION_PRESETS[preset]
+    prefix = prefix if options["prefix"] == "auto" else int(options["prefix"])
+    new = new if options["new_tokens"] == "auto" else int(options["new_tokens"])
+    in_words = preset == "paper"
+    if prefix + new > context and not in_words:
+        raise UserError(
+            f"A prefix of {prefix} tokens and {new} to write do not fit {model}: its context is {context} tokens.",
+            f"Use --set prefix={max(32, context - new)}, or a smaller --set new_tokens=."
+            if context - new >= 32 else "Use a smaller --set prefix= and --set new_tokens=.",
+        )
+    draws = (NUCLEUS,) * int(options["draws"]) if options["decode"] != "greedy" else ()
+    greedy = (GREEDY,) if options["decode"] != "nucleus" else ()
+    return Writing(
+        prefix, new, in_words, draws + greedy, float(options["top_p"]), float(options["temperature"]),
+        0 if options["batch"] == "auto" else int(options["batch"]), int(options["chunk"]), options["bos"], preset,
+    )
+
+
+def cut_for_writing(document: Document, tokenizer: Tokenizer, writing: Writing) -> Cut:
+    """The prefix, the reference, and what follows it; no piece if the document is too short."""
+    cut = _words(document.text, writing) if writing.in_words else None
+    if writing.in_words and cut is None:
+        return Cut((), 0)
+    if cut is not None:
+        prefix, reference, after = ([*tokenizer.encode(part)[0]] for part in cut)
+        prefix = [*tokenizer.lead(), *prefix]
+    else:
+        ids = [*tokenizer.lead(), *tokenizer.encode(document.text)[0]]
+        stop = writing.prefix + writing.new_tokens
+        prefix, reference = ids[: writing.prefix], ids[writing.prefix : stop]
+        after = ids[stop : stop + writing.new_tokens]
+        if len(reference) < writing.new_tokens:
+            return Cut((), len(ids))
+    piece = Piece(
+        document.id, (*prefix, *reference), len(prefix), len(prefix), 0, layout_id(_name(prefix), 0),
+        written=True, after=tuple(after),
+    )
+    return Cut((piece,), 0)
+
+
+def _words(text: str, writing: Writing) -> tuple[str, str, str] | None:
+    """The first words, the next, and as many after them; None if there are too few."""
+    ends = [i for i in range(1, len(text) + 1)
+            if not text[i - 1].isspace() and (i == len(text) or text[i].isspace())]
+    first, last = writing.prefix, writing.prefix + writing.new_tokens
+    if len(ends) < last:
+        return None
+    stop = ends[min(last + writing.new_tokens, len(ends)) - 1]
+    return text[: ends[first - 1]], text[ends[first - 1] : ends[last - 1]], text[ends[last - 1] : stop]
+
+
+def uniforms(piece: Piece, writing: Writing, seed: int) -> NDArray[np.float64]:
+    """The random numbers of a document ``[outputs, new tokens]``, NaN where the output is greedy.
+
+    They are a function of the seed, the prefix and the number of the draw, and of nothing else.
+    """
+    size = len(piece.ids) - piece.context
+    key = int(_name(piece.ids[: piece.context])[:16], 16)
+    rows = [
+        np.full(size, np.nan) if decoding == GREEDY else np.random.default_rng([seed, key, draw]).random(size)
+        for draw, decoding in enumerate(writing.decodings)
+    ]
+    return np.stack(rows)
+
+
+def _name(ids: tuple[int, ...] | list[int]) -> str:
+    """A name for a prefix: what a document is called, or where it stands, must not change its text."""
+    return hashlib.sha256(np.asarray(ids, dtype=np.int64).tobytes()).hexdigest()

@@ -1,0 +1,203 @@
+"""Values, intervals and paired differences of cells whose records have been summed by group."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from kvbench import metrics
+from kvbench.metrics import Metric
+from kvbench.statistics import bootstrap_intervals, exchanged_p_values, paired_p_value
+from kvbench.store.records import Cell, Row
+
+Array = NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class Measured:
+    """A cell with its records of one bin, aggregated by group.
+
+    Attributes:
+        groups: names, sorted.
+        n: documents.
+        sums: column -> ``[groups]``, or ``[groups, k]`` for a vector such as ``kl_bins``.
+        peak, mean_peak: the most entries ever held, of all documents and as their mean.
+        lacks: metrics that it has not the columns of.
+    """
+
+    cell: Cell
+    n: int
+    groups: tuple[str, ...]
+    sums: dict[str, Array]
+    peak: int
+    mean_peak: float
+    lacks: frozenset[str] = frozenset()
+
+    def totals(self) -> dict[str, Array]:
+        return {name: column.sum(0)[None] for name, column in self.sums.items()}
+
+
+def bin_rows(
+    parts: list[Measured], kinds: Sequence[Metric], info: dict[str, Any], bin_name: str | None
+) -> list[Row]:
+    """Rows of one task, or of one bin of it, with p-values as they come."""
+    full = next((p for p in parts if p.cell.method == "full"), None)
+    none = next((p for p in parts if p.cell.method == "none"), None)
+    per_part = [_rows_of(p, full, none, kinds, info, bin_name) for p in parts]
+    rows = [row for part in per_part for row in part]
+    order = list(dict.fromkeys(row.metric for row in rows))
+    return sorted(rows, key=lambda row: order.index(row.metric))
+
+
+def _rows_of(
+    part: Measured, full: Measured | None, none: Measured | None, kinds: Sequence[Metric],
+    info: dict[str, Any], bin_name: str | None,
+) -> list[Row]:
+    pairable = full is not None and full is not part and full.groups == part.groups
+    baseline = full if pairable else None
+    kinds = [m for m in kinds if m.name not in part.lacks]
+    recovers = any(m.name == "ppl" for m in kinds)
+    gap = none if recovers and baseline and none and none is not part and none.groups == part.groups else None
+    values, intervals = _estimates(part, baseline, gap, kinds)
+    rows, sampled = [], [m for m in kinds if m.has_interval]
+    exchanged = _exchanged(part, baseline, [m for m in kinds if m.swapped])
+    for metric in kinds:
+        at = sampled.index(metric) if metric in sampled else None
+        compared = bool(metric.tested or metric.swapped)
+        delta_at = len(sampled) + at if at is not None and compared and baseline else None
+        p_value = exchanged.get(metric.name)
+        if baseline is not None and metric.tested:
+            difference = part.sums[metric.tested] - baseline.sums[metric.tested]
+            p_value = paired_p_value(difference, part.cell.seed)
+        value = float(metric.value(part.totals())[0])
+        rows.append(row_of(part, info, bin_name, metric.name, metric.signature, metric.unit,
+                         value, _pair(intervals, at), _at(values, delta_at),
+                         _pair(intervals, delta_at), p_value, baseline))
+    if gap is not None and bin_name is None:
+        useful = _useful_gap(intervals[-1])
+        rows.insert(3, row_of(
+            part, info, bin_name, "recovery", metrics.RECOVERY_SIGNATURE, "document",
+            _at(values, len(values) - 2) if useful else None,
+            _pair(intervals, len(values) - 2) if useful else (None, None),
+            None, (None, None), None, None,
+        ))
+    return rows
+
+
+def _exchanged(part: Measured, full: Measured | None, kinds: Sequence[Metric]) -> dict[str, float | None]:
+    """p-values of the metrics that are tested by exchanging method and full cache within groups."""
+    if full is None or not kinds:
+        return {}
+    names = sorted(set(part.sums) & set(full.sums))
+    tables, slices = _stack([replace(p, sums={name: p.sums[name] for name in names}) for p in (part, full)])
+
+    def differences(method: Array, baseline: Array) -> Array:
+        one, other = (_unstack(table, slices[0]) for table in (method, baseline))
+        return np.stack([m.value(one) - m.value(other) for m in kinds])
+
+    found = exchanged_p_values(tables[0], tables[1], differences, part.cell.seed)
+    return dict(zip((m.name for m in kinds), found, strict=True))
+
+
+def _estimates(
+    part: Measured, full: Measured | None, none: Measured | None, kinds: Sequence[Metric]
+) -> tuple[Array, Array]:
+    """Values and intervals of: each sampled metric; its difference to ``full``; recovery; the gap
+    full to none that recovery divides by (the last two only where there is a ``none``)."""
+    sampled = [m for m in kinds if m.has_interval]
+    others = [p for p in (full, none) if p is not None]
+    tables, slices = _stack([part, *others])
+
+    def values(drawn: Sequence[Array]) -> Array:
+        totals = [_unstack(table, where) for table, where in zip(drawn, slices, strict=True)]
+        out = [m.value(totals[0]) for m in sampled]
+        if full is not None:
+            out += [
+                m.value(totals[0]) - m.value(totals[1]) if m.tested or m.swapped else np.zeros_like(out[0])
+                for m in sampled
+            ]
+        if full is not None and none is not None:
+            out.append(metrics.recovery(totals[0], totals[1], totals[2]))
+            out.append((totals[2]["nll"] - totals[1]["nll"]) / totals[1]["tokens"])
+        return np.stack([np.broadcast_to(np.asarray(o, dtype=np.float64), out[0].shape) for o in out])
+
+    with np.errstate(divide="ignore", invalid="ignore"):
+        point = values([table.sum(0)[None] for table in tables])[:, 0]
+    return point, bootstrap_intervals(tables, values, part.cell.seed)
+
+
+def _stack(parts: list[Measured]) -> tuple[list[Array], list[dict[str, slice]]]:
+    """Each part's columns side by side as one table ``[groups, columns]``."""
+    tables, slices = [], []
+    for p in parts:
+        columns, where, start = [], {}, 0
+        for name, column in p.sums.items():
+            block = column if column.ndim == 2 else column[:, None]
+            where[name] = slice(start, start + block.shape[1])
+            start += block.shape[1]
+            columns.append(block)
+        tables.append(np.concatenate(columns, axis=1))
+        slices.append(where)
+    return tables, slices
+
+
+def _unstack(table: Array, where: dict[str, slice]) -> dict[str, Array]:
+    return {
+        name: table[:, at] if at.stop - at.start > 1 else table[:, at.start] for name, at in where.items()
+    }
+
+
+def _useful_gap(interval: Array) -> bool:
+    """Whether the interval of the gap full to none excludes 0, so that recovery means something."""
+    return bool(np.isfinite(interval).all() and (interval[0] > 0 or interval[1] < 0))
+
+
+def row_of(
+    part: Measured, info: dict[str, Any], bin_name: str | None, name: str, signature: str,
+    unit: str, value: float | None, interval: tuple[float | None, float | None],
+    delta: float | None, delta_interval: tuple[float | None, float | None],
+    p_value: float | None, baseline: Measured | None,
+) -> Row:
+    cell, totals = part.cell, {k: float(v.sum()) for k, v in part.sums.items()}
+    step = bin_name.removeprefix("step=") if bin_name else ""
+    params: dict[str, Any] = {
+        "seq_len": info["seq_len"], "batch_size": None, "new_tokens": info.get("new_tokens"),
+        "step": int(step) if step.isdecimal() else None, "bin": bin_name,
+        "adapter": None if cell.adapter is None else Path(cell.adapter).name,
+        "entries_peak_mean": part.mean_peak or None,
+        "entry_bytes": totals["kv_full"] / totals["raw"] if totals["raw"] else None,
+        "position_rule": cell.position_rule, **cell.options,
+    }
+    return Row(
+        task=cell.task, protocol=cell.protocol, model=cell.model, method=cell.method,
+        ratio_asked=None if cell.ratio_asked is None else float(cell.ratio_asked),
+        ratio_realised=1 - totals["held"] / totals["raw"] if totals["raw"] else None,
+        ratio_mean=1 - totals["visible"] / totals["queries"] if totals["queries"] else None,
+        entries_peak=part.peak or None, removal="real" if cell.execution == "streamed" else "masked",
+        params=params, groups=len(part.groups), metric=name, value=_finite(value),
+        ci_low=_finite(interval[0]), ci_high=_finite(interval[1]),
+        n=int(totals["pieces"]) if unit == "sequence" else part.n, unit=unit,
+        delta=delta, delta_ci_low=_finite(delta_interval[0]), delta_ci_high=_finite(delta_interval[1]),
+        p_value=p_value, baseline="full" if baseline is not None and delta is not None else None,
+        seed=cell.seed, signature=f"{name}:{info['signature']}|{signature}",
+    )
+
+
+def _finite(value: float | None) -> float | None:
+    return value if value is not None and math.isfinite(value) else None
+
+
+def _at(values: Array, place: int | None) -> float | None:
+    return None if place is None else _finite(float(values[place]))
+
+
+def _pair(intervals: Array, place: int | None) -> tuple[float | None, float | None]:
+    if place is None:
+        return None, None
+    return _finite(float(intervals[place, 0])), _finite(float(intervals[place, 1]))

@@ -1,0 +1,79 @@
+"""How rows become cells of a table: values with their intervals, ratios as realised, bytes."""
+
+from __future__ import annotations
+
+from rich import box
+from rich.table import Table
+
+from kvbench.store.records import Row
+
+_ROLE_ORDER = ("human", "full", "adapted", "none")
+
+Key = tuple[str, float | None]
+
+
+def cells_of(rows: list[Row]) -> dict[Key, dict[str, Row]]:
+    """Rows by (method, ratio), controls first, in the order of the plan."""
+    found: dict[Key, dict[str, Row]] = {}
+    for row in rows:
+        found.setdefault((row.method, row.ratio_asked), {})[row.metric] = row
+
+    def order(key: Key) -> tuple[float, int]:
+        method, ratio = key
+        place = _ROLE_ORDER.index(method) if method in _ROLE_ORDER else len(_ROLE_ORDER)
+        return (ratio if ratio is not None else -1.0, place)
+
+    return dict(sorted(found.items(), key=lambda item: order(item[0])))
+
+
+def new_table(row: Row, what: str, removed: tuple[str, ...] = ("asked", "realised", "mean")) -> Table:
+    table = Table(
+        title=f"{row.task}: {what}  ({row.model}, {row.protocol}, {row.n} documents in {row.groups} groups)",
+        title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False,
+    )
+    table.add_column("method", no_wrap=True)
+    for place, name in enumerate(removed):
+        table.add_column(f"{'' if place else 'removed:'}\n{name}", justify="right")
+    return table
+
+
+def style_of(method: str) -> str:
+    return "dim" if method in _ROLE_ORDER else ""
+
+
+def value_of(row: Row, digits: int) -> str:
+    if row.value is None:
+        return "n/a"
+    if row.ci_low is None or row.ci_high is None:
+        return f"{row.value:.{digits}f}"
+    return f"{row.value:.{digits}f}\n[{row.ci_low:.{digits}f}, {row.ci_high:.{digits}f}]"
+
+
+def delta_of(row: Row, digits: int) -> str:
+    if row.delta is None:
+        return "-"
+    if row.delta_ci_low is None or row.delta_ci_high is None:
+        return f"{row.delta:+.{digits}f}"
+    return f"{row.delta:+.{digits}f}\n[{row.delta_ci_low:+.{digits}f}, {row.delta_ci_high:+.{digits}f}]"
+
+
+def p_of(row: Row) -> str:
+    if row.p_value is None:
+        return "-"
+    return "<.001" if row.p_value < 0.001 else f"{row.p_value:.3f}".lstrip("0")
+
+
+def number_of(value: float | None, digits: int | None) -> str:
+    if value is None:
+        return "-"
+    return f"{value:g}" if digits is None else f"{value:.{digits}f}"
+
+
+def bytes_of(value: float | None) -> str:
+    if value is None:
+        return "-"
+    for unit in ("B", "KiB", "MiB"):
+        if value < 1024:
+            return f"{value:.0f} {unit}" if unit == "B" else f"{value:.1f} {unit}"
+        value /= 1024
+    return f"{value:.2f} GiB"
