@@ -20,6 +20,7 @@ bench: $(STAMP)
 	$(BIN)/python -m benchmarks.throughput
 	$(BIN)/python -m benchmarks.masks
 	$(BIN)/python -m benchmarks.training
+	$(BIN)/python -m benchmarks.decoding
 
 $(STAMP): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)

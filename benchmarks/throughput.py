@@ -25,7 +25,7 @@ def main() -> None:
     """Print a line per method: ours over the rival, medians of paired ratios."""
     reference = resolve_model("kvbench-tiny")
     model = load_model(reference, "cpu", "float32").model
-    adapter = Adapter.load(find_adapter("sentinel", reference, None), model)
+    adapter = Adapter.load(find_adapter("sentinel", reference, {}), model)
     ids = torch.randint(0, 4096, (ROWS, LENGTH), generator=torch.Generator().manual_seed(0))
     pieces = [Piece("d", tuple(row.tolist()), LENGTH, 1, LENGTH, 0) for row in ids]
 

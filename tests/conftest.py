@@ -113,6 +113,12 @@ def llama() -> nn.Module:
 
 
 @pytest.fixture(scope="session")
+def llama_4096() -> nn.Module:
+    """A random model that knows the ids of kvbench-tiny's tokenizer."""
+    return small_model("llama", vocabulary=4096)
+
+
+@pytest.fixture(scope="session")
 def tiny_tokenizer() -> Any:
     from transformers import AutoTokenizer
 

@@ -5,10 +5,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, DynamicLayer
 
 from kvbench.models.rotary import rotated
+
+SLACK = 32
+"""A cache that leaves room has room for one entry in this many."""
 
 
 @dataclass(frozen=True)
@@ -50,32 +54,69 @@ class EvictingLayer(DynamicLayer):  # type: ignore[misc]
     keys: Tensor
     values: Tensor
 
+    def __init__(self) -> None:
+        super().__init__()
+        self._room: tuple[Tensor, Tensor] | None = None  # storages that keys and values are the beginning of
+
+    def append(self, keys: Tensor, values: Tensor, has_slack: bool) -> None:
+        """Store new entries after those held.
+
+        Args:
+            has_slack: leave room for a few more, one entry in 32, so that a text that is written
+                token by token is not copied whole for every token.
+        """
+        if not self.is_initialized:
+            self.lazy_initialization(keys, values)
+            self.keys, self.values = keys[:, :, :0], values[:, :, :0]
+        held = self.keys.shape[-2]
+        total = held + keys.shape[-2]
+        if not has_slack:
+            self.replace(torch.cat([self.keys, keys], -2), torch.cat([self.values, values], -2))
+            return
+        if self._room is None or self._room[0].shape[-2] < total:
+            shape = (*keys.shape[:2], total + max(1, total // SLACK))
+            self._room = keys.new_empty(*shape, keys.shape[-1]), values.new_empty(*shape, values.shape[-1])
+            self._room[0][:, :, :held], self._room[1][:, :, :held] = self.keys, self.values
+        for room, new in zip(self._room, (keys, values), strict=True):
+            room[:, :, held:total] = new
+        self.keys, self.values = self._room[0][:, :, :total], self._room[1][:, :, :total]
+
+    def replace(self, keys: Tensor, values: Tensor) -> None:
+        """Hold these entries, with storages of their own."""
+        self.keys, self.values, self._room = keys, values, None
+
     def keep(self, entries: Tensor) -> None:
         """Keep only these entries. The selection is a copy, so the old storage is freed."""
-        self.keys = self.keys.index_select(-2, entries)
-        self.values = self.values.index_select(-2, entries)
+        self.replace(self.keys.index_select(-2, entries), self.values.index_select(-2, entries))
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Each row that many times; also where no entry is held, which transformers leaves as it is."""
-        self.keys = self.keys.repeat_interleave(repeats, dim=0)
-        self.values = self.values.repeat_interleave(repeats, dim=0)
+        self.replace(self.keys.repeat_interleave(repeats, dim=0), self.values.repeat_interleave(repeats, dim=0))
 
 
 class EvictingCache(Cache):  # type: ignore[misc]
-    """A cache of :class:`EvictingLayer`, grown as the model asks for layers."""
+    """A cache of :class:`EvictingLayer`, grown as the model asks for layers.
 
-    def __init__(self) -> None:
+    Attributes:
+        mixing: the entries of the coming forward pass that are computed from others.
+        has_slack: layers leave room for one entry in 32 when they grow.
+    """
+
+    def __init__(self, has_slack: bool = False) -> None:
         super().__init__(layer_class_to_replicate=EvictingLayer)
         self.mixing: Mixing | None = None
+        self.has_slack = has_slack
 
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
         """Store what a layer computed; entries that are mixed from others are computed here."""
-        super().update(key_states, value_states, layer_idx, *args, **kwargs)
+        while len(self.layers) <= layer_idx:
+            self.layers.append(EvictingLayer())
         layer = self.layers[layer_idx]
+        layer.append(key_states, value_states, self.has_slack)
         if self.mixing is not None:
-            layer.keys, layer.values = self.mixing.applied(layer.keys, layer.values)
+            layer.replace(*self.mixing.applied(layer.keys, layer.values))
         return layer.keys, layer.values
 
     def keep(self, entries: Tensor) -> None:

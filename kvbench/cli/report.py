@@ -8,13 +8,15 @@ from typing import Annotated
 
 import typer
 
-_LABELS = {"ppl": "perplexity", "accuracy": "recall accuracy", "kl": "KL from the full cache (nats per token)"}
+_LABELS = {"ppl": "perplexity", "accuracy": "recall accuracy", "kl": "KL from the full cache (nats per token)",
+           "gen_ppl": "perplexity of the written text"}
 
 
 def report(
     run: Annotated[Path, typer.Argument(help="Run folder, as 'kvbench run' named it.", metavar="RUN")],
     metric: Annotated[list[str] | None, typer.Option(
-        help="Metric to draw against removal; repeatable. [default: ppl and accuracy]", show_default=False)] = None,
+        help="Metric to draw against removal; repeatable. [default: ppl, accuracy, gen_ppl]",
+        show_default=False)] = None,
     json_: Annotated[bool, typer.Option("--json", help="Print the JSON document on stdout.")] = False,
 ) -> None:
     """Print the table of a run again and draw its figures, from what is on disk.
@@ -45,7 +47,7 @@ def report(
         with (run / "table.txt").open("w", encoding="utf-8") as file:
             print_results(results, Console(file=file), run)
         figures = [
-            path for name in metric or ("ppl", "accuracy")
+            path for name in metric or ("ppl", "accuracy", "gen_ppl")
             for path in removal_figure(rows, name, run / "figures", _LABELS.get(name, name))
         ]
         for draw in (asked_figures, memory_figure, distance_figure):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from fractions import Fraction
 
 import numpy as np
 import torch
@@ -17,6 +18,11 @@ SINKS = 4
 """First entries that ``sinks`` always holds."""
 
 
+def _fixed_at(n: int, text: Structure, ratio: Fraction) -> int:
+    """Tokens after which a window no longer grows: the prefix, where a ratio is asked for at all."""
+    return text.prefix if text.prefix and ratio else n
+
+
 @dataclass(frozen=True)
 class Window(Method):
     """The last kept(N, r) entries, a constant number over the block (or the prefix) of N tokens.
@@ -28,7 +34,7 @@ class Window(Method):
     summary = "the last kept(N, r) entries, constant over the block"
 
     def layout(self, n: int, rng: np.random.Generator, text: Structure = RUNNING) -> Layout:
-        size = kept(text.prefix or n, self.ratio)
+        size = kept(_fixed_at(n, text, self.ratio), self.ratio)
 
         def recent(queries: Tokens, keys: Tokens) -> Tensor:
             return keys.raw >= queries.raw - size
@@ -93,7 +99,7 @@ class Sinks(Method):
         if self.number("budget"):
             return budget_layout(self, n, 0, None)
         num, den = self.ratio.numerator, self.ratio.denominator
-        most = text.prefix or n
+        most = _fixed_at(n, text, self.ratio)
 
         def sinks_and_recent(queries: Tokens, keys: Tokens) -> Tensor:
             read = queries.raw.clamp(max=most)

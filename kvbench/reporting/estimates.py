@@ -167,12 +167,12 @@ def row_of(
     cell, totals = part.cell, {k: float(v.sum()) for k, v in part.sums.items()}
     step = bin_name.removeprefix("step=") if bin_name else ""
     params: dict[str, Any] = {
-        "seq_len": info["seq_len"], "batch_size": None, "new_tokens": info.get("new_tokens"),
+        **cell.options, "seq_len": info["seq_len"], "batch_size": None, "new_tokens": info.get("new_tokens"),
         "step": int(step) if step.isdecimal() else None, "bin": bin_name,
         "adapter": None if cell.adapter is None else Path(cell.adapter).name,
         "entries_peak_mean": part.mean_peak or None,
         "entry_bytes": totals["kv_full"] / totals["raw"] if totals["raw"] else None,
-        "position_rule": cell.position_rule, **cell.options,
+        "position_rule": cell.position_rule,
     }
     return Row(
         task=cell.task, protocol=cell.protocol, model=cell.model, method=cell.method,

@@ -22,7 +22,10 @@ _STYLES = {
     "ccm-concat": ("#56B4E9", "P", "-"), "ccm-merge": ("#8C564B", "X", "-"),
     "gist": ("#7F7F7F", "*", "--"), "meanpool": ("#BCBD22", "h", ":"), "pic": ("#17BECF", "<", "-."),
     "full": ("0.2", "_", "-"), "none": ("0.2", "|", ":"), "adapted": ("0.5", "_", "--"),
+    "human": ("#882255", "_", "-."),
 }
+_LINES = ("full", "adapted", "none", "human")
+"""What takes no ratio, drawn as a horizontal line."""
 _SPARE = ("#332288", "p", "-.")
 _SETTINGS: dict[Any, Any] = {
     "font.size": 9, "axes.spines.top": False, "axes.spines.right": False, "pdf.fonttype": 42,
@@ -99,10 +102,10 @@ def removal_figure(rows: list[Row], metric: str, folder: Path, metric_label: str
     chosen = [r for r in rows if r.metric == metric and r.params.get("bin") is None and r.value is not None]
 
     def panel(place: Axes, mine: list[Row]) -> None:
-        for method in methods_of(mine, ("full", "none", "adapted")):
+        for method in methods_of(mine, _LINES):
             points = sorted((r for r in mine if r.method == method), key=lambda r: r.ratio_mean or 0.0)
             curve(place, method, [r.ratio_mean or 0.0 for r in points], points)
-        for name in ("full", "adapted", "none"):
+        for name in _LINES:
             line = {k: v for k, v in style_of(name).items() if k in ("color", "linestyle")}
             for row in (r for r in mine if r.method == name):
                 place.axhline(row.value or 0.0, linewidth=1, label=name, **line)
