@@ -9,7 +9,8 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-_PACKAGES = ("kvbench", "torch", "transformers", "tokenizers", "numpy", "scipy", "datasets")
+_PACKAGES = ("kvbench", "torch", "transformers", "tokenizers", "numpy", "scipy", "datasets",
+             "sacrebleu", "rouge-score", "sentence-transformers", "mauve-text")
 
 
 def describe() -> dict[str, Any]:

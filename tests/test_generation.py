@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from kvbench.metrics import GENERATION_NAMES
 from kvbench.store.folder import MAUVE, RunFolder
@@ -89,6 +90,24 @@ def test_every_metric_of_every_method_has_a_row(finished: Outcome) -> None:
             assert (row["delta"] is not None) == compared == (row["p_value"] is not None)
     greedy = rows(finished, metric="rep4")
     assert {r["params"]["bin"] for r in greedy} == {None, "decode=greedy"}
+
+
+def test_the_full_caches_greedy_text_is_what_generate_writes_after_the_stored_prefix(
+    work: Path, finished: Outcome
+) -> None:
+    from transformers import AutoModelForCausalLM
+
+    from kvbench.models.references import assets
+
+    model = AutoModelForCausalLM.from_pretrained(assets() / "kvbench-tiny", dtype=torch.float32)
+    run = RunFolder(work / "run")
+    cells = {cell.method: cell for cell in run.cells()}
+    people, full = run.texts(cells[HUMAN]), run.texts(cells["full"])
+    for name, record in full.items():
+        ids = torch.tensor([people[name].prefix_ids])
+        theirs = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=12, do_sample=False)[0, 48:]
+        ours, = record.of("greedy")
+        assert list(ours.ids) == [i for i in theirs.tolist() if i != model.config.eos_token_id]
 
 
 def test_the_ratio_is_realised_when_the_prefix_has_been_read(finished: Outcome) -> None:

@@ -73,7 +73,8 @@ def _human(worker: Worker, batch: list[Piece], groups: dict[str, str]) -> list[G
     return [
         GenerationRecord(
             piece.document, groups[piece.document], (judged[i], judged[len(batch) + i]),
-            0, 0, 0.0, 0, 0, 0.0, 0.0, 0.0, prefix=prefixes[i], prefix_vector=vectors[i],
+            0, 0, 0.0, 0, 0, 0.0, 0.0, 0.0, prefix=prefixes[i],
+            prefix_ids=piece.ids[: piece.context], prefix_vector=vectors[i],
         )
         for i, piece in enumerate(batch)
     ]

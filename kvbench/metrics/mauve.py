@@ -56,6 +56,6 @@ def signature(n: int, features: str) -> str:
     """The settings that decide what the number means."""
     warning = "" if n >= MANY_TEXTS else f"|few texts (below {MANY_TEXTS}): optimistic and noisy"
     return (
-        f"mauve-text|features:{features} of the continuations|n:{n}|buckets:{buckets(n)}|scaling:5|k-means seeds:{len(SEEDS)}"
-        f"|interval: t over the seeds, clustering only{warning}|v:1"
+        f"mauve-text|features:{features} of the continuations|n:{n}|buckets:{buckets(n)}|scaling:5"
+        f"|k-means seeds:{len(SEEDS)}|interval: t over the seeds, clustering only{warning}|v:1"
     )

@@ -167,7 +167,7 @@ class GenerationRecord:
         kv_logical, kv_physical, kv_full: bytes of the cache when the prefix had been read.
         seconds: time of the batch, shared out by documents.
         prefix: the prefix as text, in the record of the people's texts only.
-        prefix_vector: its sentence embedding, likewise.
+        prefix_ids, prefix_vector: its tokens and its sentence embedding, likewise.
     """
 
     document: str
@@ -183,6 +183,7 @@ class GenerationRecord:
     kv_full: float
     seconds: float = 0.0
     prefix: str | None = None
+    prefix_ids: tuple[int, ...] = ()
     prefix_vector: str | None = None
     schema: int = SCHEMA
 
@@ -194,7 +195,7 @@ class GenerationRecord:
             TypeError, KeyError: something is missing, or too much.
         """
         outputs = tuple(Output(**{**output, "ids": tuple(output["ids"])}) for output in raw["outputs"])
-        return cls(**{**raw, "outputs": outputs})
+        return cls(**{**raw, "outputs": outputs, "prefix_ids": tuple(raw.get("prefix_ids", ()))})
 
     def of(self, decode: str) -> tuple[Output, ...]:
         """The outputs of one kind, in the order of their draws."""
