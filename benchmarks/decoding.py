@@ -66,13 +66,14 @@ def main() -> None:
     for rows in (1, 8, 32):
         prompt = Prompt(model, rows, 256, 64)
         compare_times(f"full, batch {rows}", lambda p=prompt: p.ours("full", "0", None), prompt.rival, 1.0)
-    print("writing 64 tokens after 768, sentinel at 0.7, rival: full, the same loop")
-    for rows, target in ((1, 0.0), (32, 1.3)):
+    print("writing 64 tokens after 768, at 0.7, rival: full, the same loop")
+    for name, rows, target in (("sentinel", 1, 0.0), ("sentinel", 32, 1.3), ("sinks", 32, 0.0), ("local", 32, 0.0)):
         prompt = Prompt(model, rows, 768, 64)
+        own = adapter if name == "sentinel" else None
         compare_times(
-            f"sentinel at 0.7, batch {rows}{'' if target else ' (no target)'}",
-            lambda p=prompt: p.ours("sentinel", "0.7", adapter), lambda p=prompt: p.ours("full", "0", None), target,
-            repeats=7,
+            f"{name}, batch {rows}{'' if target else ' (no target)'}",
+            lambda p=prompt, n=name, a=own: p.ours(n, "0.7", a), lambda p=prompt: p.ours("full", "0", None), target,
+            repeats=5,
         )
 
 

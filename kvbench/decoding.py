@@ -89,7 +89,7 @@ class Continuation:
     evicts: bool = True
 
     def __post_init__(self) -> None:
-        self.cache = EvictingCache()  # exact while the prefix is read, with a little room while it writes
+        self.cache = EvictingCache()
         self._flow = Flow(self.layout, self.cache, self.evicts)
 
     @property
@@ -117,7 +117,7 @@ class Continuation:
             logits: what ``read`` returned.
         """
         documents, outputs, steps = self.uniforms.shape
-        self.cache.has_slack = True
+        self._flow.is_loose = True
         if outputs > 1:
             self.cache.batch_repeat_interleave(outputs)
             logits = logits.repeat_interleave(outputs, dim=0)

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from kvbench.cache.evicting import EvictingCache, Mixing
+from kvbench.cache.evicting import ROOM, EvictingCache, Mixing
 from kvbench.methods.layout import Layout
 from kvbench.models.adapter import Adapter
 from kvbench.models.rotary import frequencies
@@ -48,15 +48,44 @@ class Flow:
 
     Attributes:
         evicts: dead entries are really removed; otherwise they are only masked.
+        is_loose: a few dead entries may stay, masked, until new ones take their places; otherwise
+            they leave at once.
         fed: slots fed so far.
-        stored: int64, the slots that the cache holds.
+        stored: int64, the slots that the cache holds, by place.
+        holes: int64, the places of dead ones.
     """
 
     layout: Layout
     cache: EvictingCache
     evicts: bool = True
+    is_loose: bool = False
     fed: int = 0
     stored: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.long))
+    holes: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.long))
+
+    def place(self, slots: Tensor) -> Tensor:
+        """Say where the coming slots go, holes first, and return the slots that are then present, by place."""
+        if not self.is_loose or not self.evicts:
+            self.cache.holes = None
+            return torch.cat([self.stored, slots])
+        taken = self.holes[: len(slots)]
+        self.cache.holes = taken
+        present = torch.cat([self.stored, slots[len(taken) :]])
+        present[taken] = slots[: len(taken)]
+        return present
+
+    def settle(self, present: Tensor) -> int:
+        """Let go of what no later slot may see, once ``fed`` slots have been fed; returns what is held."""
+        alive = self.layout.last_query[present] >= self.fed
+        held = int(alive.sum())
+        # Entries that are mixed from others are looked up by place, in order: there, nothing may linger.
+        dead_at_most = held // ROOM if self.is_loose and self.layout.mixture is None else 0
+        if self.evicts and len(present) - held > dead_at_most:
+            keep = torch.nonzero(alive).flatten()
+            self.cache.keep(keep.to(self.cache.layers[0].keys.device))
+            present, alive = present[keep], alive[keep]
+        self.stored, self.holes = present, torch.nonzero(~alive).flatten()
+        return held
 
 
 @dataclass
@@ -143,7 +172,7 @@ class Reader:
         device, layout = inputs.device, flow.layout
         start, stop = flow.fed, flow.fed + inputs.shape[1]
         fed = torch.arange(start, stop)
-        present = torch.cat([flow.stored, fed])
+        present = flow.place(fed)
         special = layout.special_slots
         inside = special[(special >= start) & (special < stop)] - start
         self._open_gate(inside.to(device))
@@ -155,12 +184,8 @@ class Reader:
             layout.position[start:stop].to(device), (wanted - start).to(device), flow.cache,
         )
         self.trace.peak = max(self.trace.peak, len(present))
-        alive = layout.last_query[present] >= stop
-        if flow.evicts and not bool(alive.all()):
-            flow.cache.keep(torch.nonzero(alive).flatten().to(device))
-            present = present[alive]
-        flow.fed, flow.stored = stop, present
-        self.trace.held = int(alive.sum())
+        flow.fed = stop
+        self.trace.held = flow.settle(present)
         return logits
 
     def go_on(self, ids: Tensor, position: int, cache: EvictingCache) -> Tensor:

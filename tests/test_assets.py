@@ -66,8 +66,8 @@ def test_shipped_adapters_are_of_equal_training() -> None:
 
 def test_tasks_are_valid_and_fixed() -> None:
     assert task_names() == [
-        "books", "minidocs", "online", "online-demonstrations", "online-profiles", "online-text", "recall",
-        "wikitext2",
+        "books", "books-gen", "c4-gen", "minidocs", "minidocs-gen", "online", "online-demonstrations",
+        "online-profiles", "online-text", "recall", "wikitext2",
     ]
     for name in task_names():
         assert load_task(name).name == name

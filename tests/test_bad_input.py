@@ -63,7 +63,7 @@ def refused(call: Call, arguments: Sequence[str | Path], *words: str) -> str:
     (["run", "--set", "chunk"], ["not of the form key=value"]),
     (["run", "--set", "chunck=3"], ["Unknown --set key 'chunck'", "Did you mean 'chunk'"]),
     (["run", "--set", "chunk=auto"], ["chunk=auto", "whole number"]),
-    (["run", "--set", "prefix=200"], ["Unknown --set key 'prefix'"]),
+    (["run", "--task", "minidocs", "--set", "prefix=200"], ["Unknown --set key 'prefix'"]),
     (["run", "--set", "chunk=three"], ["chunk=three", "whole number"]),
     (["run", "--set", "sampler=exat"], ["sampler", "Did you mean 'exact'"]),
     (["run", "--method", "ccm-concat"], ["ratio 0.7", "n_comp=2", "chunks of 7", "8 to 128", "0.75"]),

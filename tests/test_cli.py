@@ -20,6 +20,7 @@ ROW_KEYS = {
     "removal", "params", "groups", "metric", "value", "ci_low", "ci_high", "n", "unit", "delta",
     "delta_ci_low", "delta_ci_high", "p_value", "baseline", "seed", "signature",
 }
+TASKS = ("--task", "minidocs", "--task", "recall")
 LM = {"ppl", "nll", "bits_per_byte", "recovery", "kl", "kl_p99", "top1_agreement"}
 BYTES = {"kv_bytes_logical", "kv_bytes_physical", "kv_bytes_full"}
 
@@ -33,7 +34,7 @@ def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def finished(work: Path) -> Outcome:
     """Sentinel and a window at two ratios on a few documents, both tasks."""
     return kvbench(
-        "run", "--method", "sentinel", "--method", "window", "--ratio", "0.5", "--ratio", "0.9", "--limit", "6",
+        "run", *TASKS, "--method", "sentinel", "--method", "window", "--ratio", "0.5", "--ratio", "0.9", "--limit", "6",
         "--out", "run", "--json", cwd=work,
     )
 
@@ -123,7 +124,7 @@ def test_the_run_folder_holds_everything(finished: Outcome, work: Path) -> None:
 
 
 def test_a_finished_run_is_printed_again_and_a_larger_limit_only_adds(finished: Outcome, work: Path) -> None:
-    command = ["run", "--method", "sentinel", "--method", "window", "--ratio", "0.5", "--ratio", "0.9",
+    command = ["run", *TASKS, "--method", "sentinel", "--method", "window", "--ratio", "0.5", "--ratio", "0.9",
                "--out", "run", "--json", "--limit"]
     again = kvbench(*command, "6", cwd=work)
     assert again.code == 0
@@ -178,8 +179,8 @@ def test_dry_run_prints_the_cells_and_writes_nothing(
     found = called(["run", "--method", "sinks", "--ratio", "0.50", "--dry-run"])
     assert found.code == 0
     assert "sinks-0.5-" in found.out
-    assert len(called(["run", "--method", "sinks", "--ratio", "0.5", "--dry-run", "--json"]).document["cells"]) == 10
-    assert "10 cells" in found.out
+    assert len(called(["run", "--method", "sinks", "--ratio", "0.5", "--dry-run", "--json"]).document["cells"]) == 16
+    assert "16 cells" in found.out
     assert list(tmp_path.iterdir()) == []
 
 

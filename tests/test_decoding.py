@@ -73,9 +73,9 @@ def test_logits_while_writing_are_those_of_one_masked_pass(
     with torch.inference_mode(), reader.ready():
         masked = reader.one_pass(rows, layout, slice(P - 1, -1))
     assert (torch.stack(seen, 1) - masked).abs().max() < 1e-5
-    held = text.cache.entries()
-    assert text.cache.logical_bytes() <= text.cache.physical_bytes()
-    assert text.cache.physical_bytes() <= text.cache.logical_bytes() * (held + max(1, held // 32)) / max(1, held)
+    alive, per_entry = reader.trace.held, text.cache.entry_bytes()
+    assert alive <= text.cache.entries()
+    assert text.cache.physical_bytes() <= per_entry * (alive + max(1, alive // 32))
 
 
 @pytest.mark.parametrize("case", WRITING, ids=label)
@@ -253,10 +253,10 @@ def test_the_paper_preset_cuts_at_words(tiny_tokenizer: Any) -> None:
 
 
 @pytest.mark.parametrize(("given", "lengths"), [
-    ({}, (64, 16)), ({"preset": "standard"}, (512, 128)), ({"preset": "standard", "new_tokens": "8"}, (512, 8)),
+    ({}, (64, 16)), ({"context": "64"}, (48, 16)), ({"context": "48"}, (36, 12)), ({"preset": "standard"}, (512, 128)), ({"preset": "standard", "new_tokens": "8"}, (512, 8)),
 ])
 def test_presets_and_lengths(given: dict[str, str], lengths: tuple[int, int]) -> None:
-    found = writing(**given)
+    found = writing(int(given.pop("context", "1024")), **given)
     assert (found.prefix, found.new_tokens) == lengths
 
 

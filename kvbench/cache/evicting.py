@@ -11,8 +11,9 @@ from transformers.cache_utils import Cache, DynamicLayer
 
 from kvbench.models.rotary import rotated
 
-SLACK = 32
-"""A cache that leaves room has room for one entry in this many."""
+ROOM = 64
+"""While text is written token by token, a cache has room for one entry in this many more, and as many may be
+dead: together at most one in 32 above what is held, so that nothing is copied whole for every token."""
 
 
 @dataclass(frozen=True)
@@ -58,27 +59,30 @@ class EvictingLayer(DynamicLayer):  # type: ignore[misc]
         super().__init__()
         self._room: tuple[Tensor, Tensor] | None = None  # storages that keys and values are the beginning of
 
-    def append(self, keys: Tensor, values: Tensor, has_slack: bool) -> None:
-        """Store new entries after those held.
+    def append(self, keys: Tensor, values: Tensor, holes: Tensor | None) -> None:
+        """Store new entries: in the holes that others left, as far as they go, and after those held.
 
         Args:
-            has_slack: leave room for a few more, one entry in 32, so that a text that is written
-                token by token is not copied whole for every token.
+            holes: int64, places of dead entries; None to store exactly what is held, without room for
+                more.
         """
         if not self.is_initialized:
             self.lazy_initialization(keys, values)
             self.keys, self.values = keys[:, :, :0], values[:, :, :0]
         held = self.keys.shape[-2]
-        total = held + keys.shape[-2]
-        if not has_slack:
+        if holes is None:
             self.replace(torch.cat([self.keys, keys], -2), torch.cat([self.values, values], -2))
             return
+        holes = holes.to(keys.device)
+        total = held + keys.shape[-2] - len(holes)
         if self._room is None or self._room[0].shape[-2] < total:
-            shape = (*keys.shape[:2], total + max(1, total // SLACK))
+            shape = (*keys.shape[:2], total + max(1, total // ROOM))
             self._room = keys.new_empty(*shape, keys.shape[-1]), values.new_empty(*shape, values.shape[-1])
             self._room[0][:, :, :held], self._room[1][:, :, :held] = self.keys, self.values
         for room, new in zip(self._room, (keys, values), strict=True):
-            room[:, :, held:total] = new
+            if len(holes):
+                room.index_copy_(-2, holes, new[:, :, : len(holes)])
+            room[:, :, held:total] = new[:, :, len(holes) :]
         self.keys, self.values = self._room[0][:, :, :total], self._room[1][:, :, :total]
 
     def replace(self, keys: Tensor, values: Tensor) -> None:
@@ -99,13 +103,14 @@ class EvictingCache(Cache):  # type: ignore[misc]
 
     Attributes:
         mixing: the entries of the coming forward pass that are computed from others.
-        has_slack: layers leave room for one entry in 32 when they grow.
+        holes: int64, the places that the entries of the coming forward pass go to first; None to
+            store exactly what is held.
     """
 
-    def __init__(self, has_slack: bool = False) -> None:
+    def __init__(self) -> None:
         super().__init__(layer_class_to_replicate=EvictingLayer)
         self.mixing: Mixing | None = None
-        self.has_slack = has_slack
+        self.holes: Tensor | None = None
 
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
@@ -114,13 +119,13 @@ class EvictingCache(Cache):  # type: ignore[misc]
         while len(self.layers) <= layer_idx:
             self.layers.append(EvictingLayer())
         layer = self.layers[layer_idx]
-        layer.append(key_states, value_states, self.has_slack)
+        layer.append(key_states, value_states, self.holes)
         if self.mixing is not None:
             layer.replace(*self.mixing.applied(layer.keys, layer.values))
         return layer.keys, layer.values
 
     def keep(self, entries: Tensor) -> None:
-        """Keep only these entries (int64, ascending) in every layer and row."""
+        """Keep only these entries (int64) in every layer and row."""
         for layer in self.layers:
             layer.keep(entries)
 

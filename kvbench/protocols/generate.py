@@ -65,6 +65,9 @@ def resolve_writing(spec: GenerationSpec, options: dict[str, str], context: int,
     """
     preset = options["preset"]
     prefix, new = (spec.prefix, spec.new_tokens) if preset == "task" else GENERATION_PRESETS[preset]
+    if preset == "task" and options["prefix"] == options["new_tokens"] == "auto":
+        new = min(new, context // 4)  # a model with a short context gets shorter texts, and the signature says so
+        prefix = min(prefix, context - new)
     prefix = prefix if options["prefix"] == "auto" else int(options["prefix"])
     new = new if options["new_tokens"] == "auto" else int(options["new_tokens"])
     in_words = preset == "paper"
