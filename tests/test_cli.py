@@ -34,8 +34,8 @@ def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def finished(work: Path) -> Outcome:
     """Sentinel and a window at two ratios on a few documents, both tasks."""
     return kvbench(
-        "run", *TASKS, "--method", "sentinel", "--method", "window", "--ratio", "0.5", "--ratio", "0.9", "--limit", "6",
-        "--out", "run", "--json", cwd=work,
+        "run", *TASKS, "--method", "sentinel", "--method", "window", "--ratio", "0.5", "--ratio", "0.9",
+        "--limit", "6", "--out", "run", "--json", cwd=work,
     )
 
 

@@ -253,7 +253,8 @@ def test_the_paper_preset_cuts_at_words(tiny_tokenizer: Any) -> None:
 
 
 @pytest.mark.parametrize(("given", "lengths"), [
-    ({}, (64, 16)), ({"context": "64"}, (48, 16)), ({"context": "48"}, (36, 12)), ({"preset": "standard"}, (512, 128)), ({"preset": "standard", "new_tokens": "8"}, (512, 8)),
+    ({}, (64, 16)), ({"context": "64"}, (48, 16)), ({"context": "48"}, (36, 12)),
+    ({"preset": "standard"}, (512, 128)), ({"preset": "standard", "new_tokens": "8"}, (512, 8)),
 ])
 def test_presets_and_lengths(given: dict[str, str], lengths: tuple[int, int]) -> None:
     found = writing(int(given.pop("context", "1024")), **given)

@@ -3,8 +3,9 @@
 A dense mask keeps SDPA from skipping the future, which doubles the work of a causal pass. For
 scoring, the queries are fed in a few runs, each with the keys up to its end only, which gives
 most of that back with the stock kernel. For training on a CPU the kernel is called in float32,
-whose backward pass is faster there than that of bfloat16. Without a mask and without gradients
-this is SDPA, untouched.
+whose backward pass is faster there than that of bfloat16. Where transformers would copy keys and
+values for every query head, because there is a mask, the CPU's kernel groups the heads itself.
+Without a mask and without gradients this is SDPA, untouched.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
@@ -39,7 +41,15 @@ def attention(
             )
         return out, None
     q, k = query.shape[2], key.shape[2]
-    if attention_mask is None or attention_mask.dtype != torch.bool or q != k or q < SHORTEST:
+    if attention_mask is None or attention_mask.dtype != torch.bool:
+        out, _ = sdpa_attention_forward(module, query, key, value, attention_mask, **extra)
+        return out, None
+    if 1 < q < SHORTEST and query.device.type == "cpu" and extra.get("softcap") is None:
+        grouped = functional.scaled_dot_product_attention(
+            query, key, value, attn_mask=attention_mask, scale=extra.get("scaling"), enable_gqa=True
+        )
+        return grouped.transpose(1, 2).contiguous(), None
+    if q != k or q < SHORTEST:
         out, _ = sdpa_attention_forward(module, query, key, value, attention_mask, **extra)
         return out, None
     parts = []
