@@ -78,6 +78,7 @@ class Continuation:
         ends: ids after which a row has ended.
         chunk: tokens of the prefix that are fed at a time.
         evicts: entries are really removed; otherwise only masked.
+        is_finite: whether all predictions were, so far.
     """
 
     prefix: Tensor
@@ -90,6 +91,7 @@ class Continuation:
 
     def __post_init__(self) -> None:
         self.cache = EvictingCache()
+        self.is_finite = torch.ones((), dtype=torch.bool, device=self.prefix.device)
         self._flow = Flow(self.layout, self.cache, self.evicts)
 
     @property
@@ -126,6 +128,7 @@ class Continuation:
         ends = torch.tensor(self.ends, dtype=torch.long, device=logits.device)
         token = self.prefix.shape[1]
         for step in range(steps):
+            self.is_finite &= torch.isfinite(logits).all()
             ids = choose(logits, uniforms[:, step], self.sampling)
             yield ids.masked_fill(ended, -1)
             if len(ends):

@@ -186,6 +186,8 @@ def _judging(request: Request, writes: bool) -> tuple[Judging, dict[str, str]]:
     wanted = request.metrics or GENERATION_NAMES
     if request.scorer and not set(NEED_SCORER) & set(wanted):
         raise UserError("--scorer is for gen_ppl, and --metric leaves it out.", "Add --metric gen_ppl.")
+    if request.mauve_features and "mauve" not in wanted:
+        raise UserError("--mauve-features is for mauve, and --metric leaves it out.", "Add --metric mauve.")
     scorer = (request.scorer or ITSELF) if set(NEED_SCORER) & set(wanted) else NOTHING
     features = request.mauve_features or (SENTENCES if "mauve" in wanted else NOTHING)
     judging = Judging(

@@ -88,8 +88,8 @@ def exchanged_p_values(
         observed = differences(method.sum(0)[None], full.sum(0)[None])[:, 0]
         drawn = differences(kept @ method + (1 - kept) @ full, kept @ full + (1 - kept) @ method)
     # Sums in another order differ in their last bits; equal texts must not look significant for that.
-    as_far = np.abs(drawn) >= np.abs(observed)[:, None] * (1 - 1e-9) - 1e-12
-    counts = as_far.sum(1)
+    nearer = np.abs(drawn) < np.abs(observed)[:, None] * (1 - 1e-9) - 1e-12
+    counts = (~nearer).sum(1)  # an exchange without a value counts against the difference
     return [
         float((count + 1) / (EXCHANGES + 1)) if np.isfinite(value) else None
         for count, value in zip(counts, observed, strict=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -17,7 +18,9 @@ import numpy as np
 import pytest
 import torch
 
+from kvbench.execution.writing import _output
 from kvbench.metrics import GENERATION_NAMES
+from kvbench.reporting.results import compute_results
 from kvbench.store.folder import MAUVE, RunFolder
 from kvbench.store.records import HUMAN, Cell, GenerationRecord
 from tests.conftest import Outcome, kvbench
@@ -231,8 +234,8 @@ def test_another_scorer_and_other_features_for_mauve(
     judge = model_folder("gpt2")
     found = kvbench(
         "run", "--task", "minidocs-gen", "--data", "many.jsonl", "--method", "local", "--no-baselines", *SHORT,
-        "--set", "decode=nucleus", "--scorer", judge, "--mauve-features", judge, "--metric", "gen_ppl", "--metric",
-        "mauve", "--out", "run", "--json", cwd=tmp_path,
+        "--set", "decode=nucleus", "--set", "draws=2", "--scorer", judge, "--mauve-features", judge,
+        "--metric", "gen_ppl", "--metric", "mauve", "--out", "run", "--json", cwd=tmp_path,
     )
     assert found.code == 0, found.err
     ppl = rows(found, metric="gen_ppl", method="full")[0]
@@ -247,6 +250,45 @@ def test_another_scorer_and_other_features_for_mauve(
         assert judge.name in row["signature"]
     files = list((tmp_path / "run").glob(f"cells/*/{MAUVE}"))
     assert len(files) == 3, "the people's texts are the ceiling"
+
+
+@pytest.mark.parametrize("lost", ["full", HUMAN])
+def test_what_can_be_said_without_a_cell_is_still_said(
+    work: Path, finished: Outcome, tmp_path: Path, lost: str
+) -> None:
+    shutil.copytree(work / "run", tmp_path / "run")
+    run = RunFolder(tmp_path / "run")
+    cell, = (c for c in run.cells() if c.method == lost)
+    (run.cell_folder(cell) / "records.jsonl").unlink()
+    found = compute_results(run)
+    assert not found.ok
+    assert "0 of 12 documents" in found.failures[0].error
+    said = {row.metric for row in found.rows if row.method == "sentinel" and row.params["bin"] is None}
+    missing = {"prefix_match"} if lost == "full" else {
+        "bleu", "chrf", "rouge1", "rouge2", "rougeL", "semantic", "prefix_coherence"}
+    assert said & set(GENERATION_NAMES) == set(GENERATION_NAMES) - {"mauve"} - missing
+    assert all(row.delta is None for row in found.rows if lost == "full")
+
+
+def test_one_document_has_no_stranger_to_be_compared_with(work: Path, tmp_path: Path) -> None:
+    write_documents(tmp_path / "docs.jsonl", range(1))
+    found = kvbench(*COMMAND, "--metric", "bleu", "--metric", "rep4", "--out", "run", "--json", cwd=tmp_path)
+    assert found.code == 0, found.err
+    assert {r["metric"] for r in rows(found, method="human")} == {"rep4"}
+    assert rows(found, method="full", metric="bleu")[0]["ci_low"] is None
+
+
+def test_a_text_reads_as_it_does_after_its_prefix(tiny_tokenizer: Any) -> None:
+    """A decoder that drops a leading space must not glue a word to the prefix; half a letter belongs to the text."""
+    class Stripping:
+        def decode(self, ids: list[int], **rest: Any) -> str:
+            return str(tiny_tokenizer.decode(ids)).removeprefix(" ")
+
+    ids = tiny_tokenizer("The old mill stood by the river").input_ids
+    assert _output(Stripping(), ids[:3], "nucleus", 0, ids[3:], False).text == tiny_tokenizer.decode(ids[3:])
+    letter = tiny_tokenizer("caf\u00e9 \u2603").input_ids
+    cut = next(i for i in range(1, len(letter)) if tiny_tokenizer.decode(letter[:i]).endswith("\ufffd"))
+    assert "\ufffd" not in _output(tiny_tokenizer, letter[:cut], "nucleus", 0, letter[cut:], False).text
 
 
 @pytest.mark.parametrize(("arguments", "words"), [
@@ -270,6 +312,7 @@ def test_another_scorer_and_other_features_for_mauve(
     (["--scorer", "./nowhere"], ["no model folder ./nowhere"]),
     (["--scorer", "someone/unreachable"], ["--scorer someone/unreachable", "cannot be had from the Hugging"]),
     (["--scorer", "kvbench-tiny", "--metric", "bleu"], ["--scorer is for gen_ppl"]),
+    (["--mauve-features", "kvbench-tiny", "--metric", "bleu"], ["--mauve-features is for mauve"]),
     (["--method", "sentinel", "--set", "sampler=published"], ["sampler=published", "words"]),
     (["--method", "sentinel", "--ratio", "0.97"], ["cannot remove 0.97 of 256"]),
     (["--task", "minidocs", "--data", "x.jsonl"], ["one task"]),

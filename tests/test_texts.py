@@ -40,9 +40,10 @@ def output(text: str, **more: Any) -> Output:
 
 
 def sample(text: str, reference: str = "", **more: Any) -> Sample:
-    return Sample((output(text),), reference, None, None, (), 64) if not more else Sample(
-        **{"outputs": (output(text),), "reference": reference, "reference_vector": None, "prefix_vector": None,
-           "full": (), "new_tokens": 64, **more})
+    return Sample(**{
+        "outputs": (output(text),), "reference": reference, "reference_vector": None, "prefix_vector": None,
+        "full": (), **more,
+    })
 
 
 def value(name: str, samples: list[Sample]) -> float:
@@ -185,7 +186,7 @@ def test_meaning_is_sentence_transformers_cosine(sentences: SentenceEncoder) -> 
     )
     assert near > 0.6
     assert far < 0.3
-    empty = Sample((output("  ", vector=vectors[0]),), "", vectors[0], vectors[0], (), 64)
+    empty = Sample((output("  ", vector=vectors[0]),), "", vectors[0], vectors[0], ())
     assert value("semantic", [empty]) == value("prefix_coherence", [empty]) == 0
 
 

@@ -58,7 +58,8 @@ def load_judges(judging: Judging, loaded: Loaded, device: str, dtype: str) -> Ju
         encoder = SentenceEncoder.load(str(next(loaded.model.parameters()).device))
     features: Encoder | None = None
     if judging.features not in (NOTHING, SENTENCES):
-        other = _load("--mauve-features", judging.features, device, dtype)
+        if judging.features != judging.scorer:
+            other = _load("--mauve-features", judging.features, device, dtype)
         features = StateEncoder(other.model, other.tokenizer, other.context)
     return Judges(scorer, encoder, features)
 

@@ -23,7 +23,8 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from kvbench.environment import describe
 from kvbench.errors import StoppedError, UserError
 from kvbench.execution.child import Child, WorkerDiedError
-from kvbench.execution.job import Job
+from kvbench.execution.job import ITSELF, NOTHING, SENTENCES, Job, Judging
+from kvbench.models.references import resolve_model
 from kvbench.plan import Plan
 from kvbench.store.folder import RUN, RunFolder, write_atomic
 from kvbench.store.records import Cell, DocumentRecord, Failure, GenerationRecord
@@ -96,7 +97,7 @@ def _jobs(plan: Plan) -> list[Job]:
     cores = request.threads or os.cpu_count() or 1
     on_cpu = request.device == "cpu" or (request.device == "auto" and not _cuda())
     small = 0 < plan.model.weight_bytes <= SMALL_MODEL_BYTES
-    shards = min(cores, MOST_CHILDREN) if on_cpu and small else 1
+    shards = min(cores, MOST_CHILDREN) if on_cpu and small and not _has_large_judge(plan.judging) else 1
     threads = max(1, cores // shards) if shards > 1 or request.threads else 0
     return [
         Job(
@@ -105,6 +106,12 @@ def _jobs(plan: Plan) -> list[Job]:
         )
         for shard in range(shards)
     ]
+
+
+def _has_large_judge(judging: Judging) -> bool:
+    """Whether every child would load a model of its own that is large, or of unknown size."""
+    names = {judging.scorer, judging.features} - {NOTHING, ITSELF, SENTENCES}
+    return any(not 0 < resolve_model(name).weight_bytes <= SMALL_MODEL_BYTES for name in names)
 
 
 def _cuda() -> bool:

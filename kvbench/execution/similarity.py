@@ -20,8 +20,8 @@ from kvbench.store.records import HUMAN, Cell, GenerationRecord, Output
 def measure_similarity(folder: RunFolder, console: Console) -> None:
     """Measure what is not yet there; tasks with fewer than 200 documents are left out.
 
-    The draws of a document are pooled over seeds, not over texts, so that every comparison has as
-    many texts on either side.
+    With several draws each is compared by itself, so that every comparison has as many texts on
+    either side, and the mean over draws is kept for every seed.
     """
     tasks = folder.manifest()["tasks"]
     for name, info in tasks.items():
@@ -38,15 +38,15 @@ def measure_similarity(folder: RunFolder, console: Console) -> None:
             path = folder.cell_folder(cell) / MAUVE
             if reference is None or not set(documents) <= set(found) or _is_measured(path, len(documents)):
                 continue
-            values = []
+            values: list[list[float]] = []
             with console.status(f"mauve: {cell.label}"):
                 for outputs in _texts_to_compare([found[d] for d in documents], cell):
                     written = _vectors(outputs)
                     if written is None:
                         break
-                    values += measure(reference, written)
+                    values.append(measure(reference, written))
             if values:
-                content = {"documents": len(documents), "values": values}
+                content = {"documents": len(documents), "values": np.mean(values, axis=0).tolist()}
                 write_atomic(path, json.dumps(content) + "\n")
 
 
@@ -61,8 +61,10 @@ def _texts_to_compare(records: Sequence[GenerationRecord], cell: Cell) -> list[l
     """One text per document, once per draw: what people wrote next, or what was drawn (greedy if nothing was)."""
     drawn = "nucleus" if records[0].of("nucleus") else "greedy"
     rows = [record.of("after" if cell.method == HUMAN else drawn) for record in records]
-    if cell.method == HUMAN and any(not row[0].text.strip() for row in rows):
-        return []  # some documents end with their reference, and fewer texts would be another number
+    if cell.method == HUMAN and any(
+        len(row[0].ids) < len(record.of("human")[0].ids) for row, record in zip(rows, records, strict=True)
+    ):
+        return []  # some documents end too soon, and fewer or shorter texts would be another number
     return [list(draw) for draw in zip(*rows, strict=True)]
 
 

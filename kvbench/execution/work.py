@@ -100,7 +100,8 @@ def cut_task(job: Job, name: str, loaded: Loaded) -> Work:
         raise UserError(
             f"{first.model} attends within a sliding window of {window} tokens, shorter than "
             f"the {longest} tokens of a sequence: its full cache is already compressed.",
-            f"Keep sequences within {window} tokens, such as --set block={window}.",
+            f"Keep sequences within {window} tokens, by smaller --set prefix= and --set new_tokens=." if writing
+            else f"Keep sequences within {window} tokens, such as --set block={window}.",
         )
     settings = (first.execution, tokenizer.bos is not None, _tokenizer_hash(loaded))
     signature = writing.signature(*settings) if writing else protocol.signature(

@@ -114,11 +114,12 @@ class Worker:
     def _check_positions(self, cell: Cell, layout: Layout, more: int) -> None:
         """Learned positions end with the model's context; rotary ones go on."""
         needed = max(int(layout.position.max()) + 1, layout.n_raw + more)
+        written = int(cell.options["new_tokens"]) if cell.options.get("new_tokens", "auto") != "auto" else 0
         if needed > self.loaded.context and not has_rotary(self.loaded.model):
             raise UserError(
                 f"{cell.model} has learned positions up to {self.loaded.context}, and {cell.method} needs "
                 f"{needed} on this task.",
-                _shorter(cell.protocol, self.loaded.context - max(0, needed - layout.n_raw - more)),
+                _shorter(cell.protocol, self.loaded.context - max(0, needed - layout.n_raw - more) - written),
             )
 
     def announce(self) -> None:

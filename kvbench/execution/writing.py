@@ -65,8 +65,10 @@ def _human(worker: Worker, batch: list[Piece], groups: dict[str, str]) -> list[G
     """The authors' own texts: the reference, and what follows it."""
     hf = worker.loaded.tokenizer
     prefixes = [_text(hf, piece.ids[: piece.context]) for piece in batch]
-    outputs = [_output(hf, "human", 0, piece.ids[piece.context :], False) for piece in batch]
-    outputs += [_output(hf, "after", 0, piece.after, False) for piece in batch]
+    outputs = [
+        _output(hf, piece.ids[: piece.context], "human", 0, piece.ids[piece.context :], False) for piece in batch
+    ]
+    outputs += [_output(hf, piece.ids, "after", 0, piece.after, False) for piece in batch]
     judged = worker.judges.judged(prefixes * 2, outputs)
     encoder = worker.judges.encoder
     vectors = [None] * len(batch) if encoder is None else [packed(v) for v in encoder.encode(prefixes)]
@@ -105,7 +107,9 @@ def _continued(
     ]
     prefixes = [_text(loaded.tokenizer, piece.ids[: piece.context]) for piece in pieces]
     outputs = [
-        _output(loaded.tokenizer, kind, draw, ids, len(ids) < len(piece.ids) - piece.context)
+        _output(
+            loaded.tokenizer, piece.ids[: piece.context], kind, draw, ids, len(ids) < len(piece.ids) - piece.context
+        )
         for piece, rows in zip(pieces, texts, strict=True)
         for (kind, draw), ids in zip(names, rows, strict=True)
     ]
@@ -144,7 +148,7 @@ def written_ids(
         held = reader.trace.held
         sizes = _cache_bytes(text.cache, held, prefix.shape[1])
         ids = torch.stack(list(text.write(reader, logits)), dim=1).cpu()
-    if not bool(torch.isfinite(logits).all()):
+    if not bool(text.is_finite):
         raise RuntimeError("the model's predictions are not finite (overflow, or damaged weights)")
     found = [tuple(i for i in row if i >= 0 and i not in ends) for row in ids.tolist()]
     outputs = len(writing.decodings)
@@ -169,8 +173,12 @@ def _visibility(
     return sums, [sum(row) for row in lengths]
 
 
-def _output(hf: object, kind: str, draw: int, ids: Sequence[int], ended: bool) -> Output:
-    return Output(kind, draw, tuple(ids), _text(hf, ids), ended)
+def _output(hf: object, before: Sequence[int], kind: str, draw: int, ids: Sequence[int], ended: bool) -> Output:
+    """An output with its text, as it reads after the tokens before it: some decoders drop a leading space."""
+    head = _text(hf, before).rstrip("\ufffd")
+    whole = _text(hf, [*before, *ids])
+    text = whole[len(head) :] if whole.startswith(head) else _text(hf, ids)
+    return Output(kind, draw, tuple(ids), text, ended)
 
 
 def _text(hf: object, ids: Sequence[int]) -> str:

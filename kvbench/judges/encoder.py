@@ -116,6 +116,8 @@ class StateEncoder:
                     torch.tensor([ids], device=device), output_hidden_states=True, use_cache=False, logits_to_keep=1
                 )
             found.append(out.hidden_states[-1][0, -1].float().cpu().numpy())
+        if not np.isfinite(found).all():
+            raise RuntimeError("the states for MAUVE are not finite (overflow, or damaged weights)")
         return np.stack(found)
 
 

@@ -26,8 +26,9 @@ class Fluency(NamedTuple):
 class Scorer:
     """A causal language model with its whole cache.
 
-    Texts are tokenised by the scorer's own tokenizer, whatever wrote them, prefix and continuation
-    apart; where both do not fit its context the prefix loses its beginning.
+    Texts are tokenised by the scorer's own tokenizer, whatever wrote them: prefix and continuation
+    together, or apart where a token would reach from one into the other. Where both do not fit its
+    context the prefix loses its beginning.
     """
 
     model: nn.Module
@@ -35,7 +36,11 @@ class Scorer:
     context: int
 
     def score(self, pairs: Sequence[tuple[str, str]]) -> list[Fluency]:
-        """The fluency of each continuation: (prefix, text); an empty text has no tokens."""
+        """The fluency of each continuation: (prefix, text); an empty text has no tokens.
+
+        Raises:
+            RuntimeError: the scorer's predictions are not finite.
+        """
         cut = make_tokenizer(self.tokenizer, "auto")
         lead = list(cut.lead())
         known: dict[str, list[int]] = {}
@@ -43,7 +48,9 @@ class Scorer:
         for i, (prefix, text) in enumerate(pairs):
             if prefix not in known:
                 known[prefix] = cut.encode(prefix)[0]
-            ids = cut.encode(text)[0][: self.context - len(lead) - 1]
+            whole, start = cut.encode(prefix + text)[0], len(known[prefix])
+            ids = whole[start:] if whole[:start] == known[prefix] else cut.encode(text)[0]
+            ids = ids[: self.context - len(lead) - 1]
             if ids:
                 room = self.context - len(lead) - len(ids)
                 rows.append((i, [*lead, *known[prefix][-room:]], ids))
@@ -74,4 +81,6 @@ class Scorer:
             start = len(prefix) - 1 - first
             skip = 1 if start < 0 else 0  # without any prefix the first token is context only
             mine = nll[row, start + skip : start + len(text)]
+            if not bool(torch.isfinite(mine).all()):
+                raise RuntimeError("the scorer's predictions are not finite (overflow, or damaged weights)")
             found[i] = Fluency(float(mine.sum()), len(mine))

@@ -20,7 +20,9 @@ def _library() -> Any:
     return CHRF()
 
 
-def _columns(sample: Sample) -> Columns:
+def _columns(sample: Sample) -> Columns | None:
+    if sample.reference is None:
+        return None
     texts = [output.text for output in sample.outputs]
     counted = _library()._extract_corpus_statistics(texts, [[sample.reference] * len(texts)])
     return {"chrf": np.sum(counted, axis=0, dtype=np.float64).tolist()}

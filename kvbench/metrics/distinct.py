@@ -34,7 +34,7 @@ def budget(new_tokens: int) -> int:
 
 def signature(new_tokens: int) -> str:
     """The settings that decide what the number means."""
-    return f"distinct/all {ORDER}-grams of words in all texts|first {budget(new_tokens)} words of each|jackknife|v:1"
+    return f"distinct/all {ORDER}-grams of words|first {budget(new_tokens)} words of first draws|jackknife|v:1"
 
 
 def distinct(groups: Sequence[Sequence[str]], limit: int) -> Jackknifed:

@@ -24,7 +24,9 @@ def _scores(text: str, reference: str) -> dict[str, float]:
 
 
 def _rouge(name: str) -> TextMetric:
-    def measure(output: Output, sample: Sample) -> float:
+    def measure(output: Output, sample: Sample) -> float | None:
+        if sample.reference is None:
+            return None
         return float(_scores(output.text, sample.reference)[name])
 
     return text_mean(name, "rouge-score|F1|stemmer:no|tok:ascii alphanumerics, lower case", measure)

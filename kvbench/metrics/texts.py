@@ -19,18 +19,17 @@ class Sample:
 
     Attributes:
         outputs: one text per draw.
-        reference: what the author wrote; for the author's own row, what the next document's author wrote.
+        reference: what the author wrote; for the author's own row, what the next document's author wrote;
+            None where there is no such text.
         reference_vector, prefix_vector: sentence embeddings, packed; None where none were made.
         full: the texts of the full cache under the same decoding; empty if there are none.
-        new_tokens: tokens that could be written.
     """
 
     outputs: tuple[Output, ...]
-    reference: str
+    reference: str | None
     reference_vector: str | None
     prefix_vector: str | None
     full: tuple[Output, ...]
-    new_tokens: int
 
 
 Columns = Mapping[str, float | Sequence[float]]

@@ -99,14 +99,15 @@ def context_of(config: Any) -> int:
 def end_tokens(loaded: Loaded) -> tuple[int, ...]:
     """Ids after which a text has ended: the model's own, or the tokenizer's if it names none.
 
-    They come from the configuration of the model; a generation config that a checkpoint ships is
-    never used, since it would set temperatures and penalties without a word.
+    The end tokens are all that is read of a generation config that a checkpoint ships: the rest of
+    it would set temperatures and penalties without a word.
     """
-    config: Any = loaded.model.config
-    found = config.eos_token_id if config.eos_token_id is not None else loaded.tokenizer.eos_token_id
-    if found is None:
-        return ()
-    return tuple(found) if isinstance(found, (list, tuple)) else (int(found),)
+    model: Any = loaded.model
+    configs = (model.config, getattr(model, "generation_config", None))
+    named = [getattr(config, "eos_token_id", None) for config in configs]
+    named = [ids for ids in named if ids is not None] or [loaded.tokenizer.eos_token_id]
+    found = [i for ids in named if ids is not None for i in (ids if isinstance(ids, (list, tuple)) else [ids])]
+    return tuple(dict.fromkeys(int(i) for i in found))
 
 
 def window_of(config: Any) -> int | None:

@@ -62,6 +62,8 @@ def _rows_of(
     pairable = full is not None and full is not part and full.groups == part.groups
     baseline = full if pairable else None
     kinds = [m for m in kinds if m.name not in part.lacks]
+    if not kinds:
+        return []
     recovers = any(m.name == "ppl" for m in kinds)
     gap = none if recovers and baseline and none and none is not part and none.groups == part.groups else None
     values, intervals = _estimates(part, baseline, gap, kinds)

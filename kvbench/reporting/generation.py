@@ -29,10 +29,10 @@ def generation_rows(folder: RunFolder, cells: Sequence[Cell], info: dict[str, An
     marked ``decode=greedy``. Cells whose role is ``reference`` are compared with, but not shown.
     """
     records = {cell.key: folder.texts(cell) for cell in cells}
-    people = next((records[cell.key] for cell in cells if cell.method == HUMAN), None)
+    people = next((records[cell.key] for cell in cells if cell.method == HUMAN), {})
     shown = [cell for cell in cells if cell.role != "reference"]
     written = [cell for cell in shown if cell.method != HUMAN]
-    if people is None or not written:
+    if not written:
         return []
     kinds = list(dict.fromkeys(o.decode for o in next(iter(records[written[0].key].values())).outputs))
     main = "nucleus" if "nucleus" in kinds else kinds[0]
@@ -73,27 +73,30 @@ def _match_rows(
 def _samples(
     cell: Cell, mine: Records, people: Records, full: Records | None, info: dict[str, Any], decode: str
 ) -> dict[str, Sample]:
-    """By document. A person's text is compared with that of the next document of another group."""
+    """By document. A person's text is compared with that of the next document of another group.
+
+    Where the people's texts could not be had, what needs them is left out.
+    """
     names = list(info["documents"])
     found = {}
     for i, name in enumerate(names):
-        person = people[name]
-        outputs, reference = mine[name].of(decode), person.of("human")[0]
+        person = people.get(name)
+        reference = person.of("human")[0] if person is not None else None
+        outputs = mine[name].of(decode)
         if cell.method == HUMAN:
-            outputs, reference = person.of("human"), _stranger(names, i, people)
+            outputs, reference = mine[name].of("human"), _stranger(names, i, people)
         found[name] = Sample(
-            outputs, reference.text, reference.vector, person.prefix_vector,
-            full[name].of(decode) if full is not None else (), info["new_tokens"],
+            outputs, None if reference is None else reference.text, None if reference is None else reference.vector,
+            None if person is None else person.prefix_vector, full[name].of(decode) if full is not None else (),
         )
     return found
 
 
-def _stranger(names: list[str], i: int, people: Records) -> Output:
-    """What another author wrote: the reference of the next document that is of another group."""
-    group = people[names[i]].group
+def _stranger(names: list[str], i: int, people: Records) -> Output | None:
+    """What another author wrote: the reference of the next document that is of another group, if there is one."""
     later = [*names[i + 1 :], *names[:i]]
-    other = next((name for name in later if people[name].group != group), later[0] if later else names[i])
-    return people[other].of("human")[0]
+    other = [name for name in later if people[name].group != people[names[i]].group] or later
+    return people[other[0]].of("human")[0] if other else None
 
 
 def _aggregate(
@@ -117,7 +120,8 @@ def _aggregate(
                 continue
             for column, value in found.items():
                 key = f"{metric.name}/{column}"
-                columns.setdefault(key, []).append((at, value))
+                # Draws are averaged: a document weighs as much in every row, and as a person's one text.
+                columns.setdefault(key, []).append((at, np.asarray(value) / len(sample.outputs)))
     sums = _summed(columns, len(groups), usable)
     peaks = [records[name].peak for name in samples]
     missing = {metric.name for metric in kinds} - usable
@@ -151,7 +155,7 @@ def _distinct_rows(
     for part in parts:
         by_group: dict[str, list[str]] = {group: [] for group in part.groups}
         for name, sample in samples[part.cell.key].items():
-            by_group[records[part.cell.key][name].group] += [output.text for output in sample.outputs]
+            by_group[records[part.cell.key][name].group] += [output.text for output in sample.outputs[:1]]
         found[part.cell.key] = distinct_metric.distinct(list(by_group.values()), limit)
     full = next((p for p in parts if p.cell.method == "full"), None)
     rows = []

@@ -29,7 +29,7 @@ def side_by_side(folder: RunFolder, task: str, document: str) -> Group:
     full = next((record for cell, record in found if cell.method == "full"), None)
     parts: list[Panel | Table | Text] = []
     if people is not None:
-        parts.append(Panel(Text(people.prefix or ""), title=f"{task}: {document}, prefix", title_align="left"))
+        parts.append(Panel(Text(people.prefix or ""), title=Text(f"{task}: {document}, prefix"), title_align="left"))
         parts.append(Panel(Text(people.of("human")[0].text), title="human", title_align="left"))
     written = [(cell, record) for cell, record in found if cell.method != HUMAN]
     if not written:

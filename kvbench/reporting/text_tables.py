@@ -74,12 +74,18 @@ def _caption(rows: list[Row]) -> str:
     signature = rows[0].signature.partition(":")[2].partition("|v:1")[0]
     scorer = rows[0].params.get("scorer")
     scorer = "the uncompressed model itself" if scorer == "itself" else scorer
+    present = {(row.method, row.metric) for row in rows}
     lines = [
-        "human: the authors' own texts; their overlap and meaning are with another document's reference (the floor), "
-        "their MAUVE is that of what the authors wrote next (the ceiling).",
-        f"*: differs from full (paired, Holm-adjusted p < {SIGNIFICANT}). gen ppl: under {scorer}, given the prefix; "
-        "below the human value is not better. Realised: when the prefix has been read.",
+        f"*: differs from full (paired, Holm-adjusted p < {SIGNIFICANT}). Realised: when the prefix has been read."
     ]
+    if any(metric == "gen_ppl" for _, metric in present):
+        lines.append(f"gen ppl: under {scorer}, given the prefix; below the human value is not better.")
+    if any(method == "human" for method, _ in present):
+        ceiling = ", their MAUVE is that of what the authors wrote next (the ceiling)"
+        lines.append(
+            "human: the authors' own texts; their overlap and meaning are with another document's reference "
+            f"(the floor){ceiling if ('human', 'mauve') in present else ''}."
+        )
     few = next((row for row in rows if row.metric == "mauve" and "few texts" in row.signature), None)
     if few is not None:
         lines.append(f"MAUVE on {few.n} texts is optimistic and noisy (below 1000); its interval: over clusterings.")
