@@ -45,11 +45,44 @@ class RunSettings(BaseModel):
     out: str = "reports"
 
 
+class ProfileSettings(BaseModel):
+    """The ``[profile]`` table: the defaults of ``kvbench profile``.
+
+    Attributes:
+        model: as for a run, or ``shape:NAME``.
+        seq_len: tokens of the prompt.
+        batch_size: prompts at a time.
+        new_tokens: tokens to write.
+        chunk: tokens of the prompt that are fed at a time.
+        fill: ``real`` or ``synthetic``.
+        repeats: processes; ``rounds`` timed requests of every cell in each; ``warmups`` the most before.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+    model: str = DEFAULT_MODEL
+    method: list[str] = Field(default=["sinks", "sentinel"], min_length=1)
+    ratio: list[float] = Field(default=[0.7], min_length=1)
+    seq_len: list[int] = Field(default=[4096], min_length=1)
+    batch_size: list[int] = Field(default=[1], min_length=1)
+    new_tokens: int = 128
+    chunk: int = 256
+    fill: str = "real"
+    repeats: int = 3
+    rounds: int = 3
+    warmups: int = 1
+    seed: int = Field(default=0, ge=0)
+    device: str = "auto"
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    threads: int = Field(default=0, ge=0)
+    out: str = "reports"
+
+
 class Settings(BaseModel):
     """The whole ``kvbench.toml``."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
     run: RunSettings = RunSettings()
+    profile: ProfileSettings = ProfileSettings()
 
 
 def load_settings(path: Path | None) -> Settings:

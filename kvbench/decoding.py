@@ -33,18 +33,19 @@ class Sampling:
     temperature: float = 1.0
 
 
-def choose(logits: Tensor, uniforms: Tensor, sampling: Sampling) -> Tensor:
+def choose(logits: Tensor, uniforms: Tensor, sampling: Sampling, drawn: Tensor | None = None) -> Tensor:
     """The next token of every row.
 
     Args:
         logits: ``[rows, vocabulary]``.
         uniforms: float64 ``[rows]`` in [0, 1); a row with NaN is greedy.
+        drawn: int64, the rows that are not; found out here if None, for which a GPU is waited for.
 
     Returns:
         int64 ``[rows]``.
     """
     best = logits.argmax(-1)
-    drawn = torch.nonzero(~uniforms.isnan()).flatten()
+    drawn = torch.nonzero(~uniforms.isnan()).flatten() if drawn is None else drawn
     if len(drawn):
         p = (logits[drawn].double() / sampling.temperature).softmax(-1)
         best[drawn] = _inverted(_nucleus(p, sampling.top_p), uniforms[drawn])
@@ -101,16 +102,26 @@ class Continuation:
     def read(self, reader: Reader) -> Tensor:
         """Read the prefix: logits ``[documents, vocabulary]`` of the first token to write."""
         last = self.prefix.shape[1] - 1
-        inputs = reader.embed(self._padded(), self.layout)
         stop, wanted = self._turn(last), self.layout.read_slots[last]
         logits = None
         for start in range(0, stop, self.chunk):
             end = min(start + self.chunk, stop)
             here = wanted[None] if start <= int(wanted) < end else wanted.new_empty(0)
-            found = reader.feed(inputs[:, start:end], self._flow, here)
+            found = reader.feed(reader.embed(self.prefix, self.layout, slice(start, end)), self._flow, here)
             logits = found if len(here) else logits
         assert logits is not None, "the prefix has at least one token"
         return logits[:, 0]
+
+    @property
+    def left(self) -> int:
+        """Entries that are held when the prefix has been read."""
+        stop = self._turn(self.prefix.shape[1] - 1)
+        return len(self.layout.held_after(stop)) if self.evicts else stop
+
+    def assume(self, cache: EvictingCache) -> None:
+        """Go on as if the prefix had been read and ``cache`` held the ``left`` entries of it."""
+        self.cache = cache
+        self._flow.resume(self._turn(self.prefix.shape[1] - 1), cache)
 
     def write(self, reader: Reader, logits: Tensor) -> Iterator[Tensor]:
         """Choose, feed, choose ...: yields ids int64 ``[documents * outputs]``, -1 in rows that have ended.
@@ -123,13 +134,14 @@ class Continuation:
         if outputs > 1:
             self.cache.batch_repeat_interleave(outputs)
             logits = logits.repeat_interleave(outputs, dim=0)
+        drawn = torch.nonzero(~self.uniforms.flatten(0, 1)[:, 0].isnan()).flatten().to(logits.device)
         uniforms = self.uniforms.flatten(0, 1).to(logits.device)
         ended = torch.zeros(documents * outputs, dtype=torch.bool, device=logits.device)
         ends = torch.tensor(self.ends, dtype=torch.long, device=logits.device)
         token = self.prefix.shape[1]
         for step in range(steps):
             self.is_finite &= torch.isfinite(logits).all()
-            ids = choose(logits, uniforms[:, step], self.sampling)
+            ids = choose(logits, uniforms[:, step], self.sampling, drawn)
             yield ids.masked_fill(ended, -1)
             if len(ends):
                 ended |= torch.isin(ids, ends)
@@ -163,8 +175,3 @@ class Continuation:
         while int(kind[stop - 1]) == OPEN:
             stop -= 1
         return stop
-
-    def _padded(self) -> Tensor:
-        """The prefix with ids for what is not yet written, which are not fed."""
-        filler = self.prefix.new_zeros(self.prefix.shape[0], self.new_tokens)
-        return torch.cat([self.prefix, filler], dim=1)

@@ -131,7 +131,7 @@ def build_plan(request: Request) -> Plan:
     model = resolve_model(request.model, request.revision)
     corpora = {name: load_corpus(task, request.data) for name, task in tasks.items()}
     judging, judged = _judging(request, any(task.kind == "generation" for task in tasks.values()))
-    adapters = _Adapters(request, model)
+    adapters = Adapters(request.adapters, model)
     cells = []
     for name, task in tasks.items():
         options = protocol_options(protocols[name], _options_of(task, protocols[name]), request.options)
@@ -255,12 +255,16 @@ def _check_options(request: Request, methods: Sequence[_Entry], options: Sequenc
             method.option(key)
 
 
-class _Adapters:
+class Adapters:
     """The adapters of a request: those given, each for the method on its card, and the shipped ones."""
 
-    def __init__(self, request: Request, model: ModelReference) -> None:
-        self.request, self.model = request, model
-        self.given = {folder: read_card(folder) for folder in map(given_adapter, request.adapters)}
+    def __init__(self, given: Sequence[str], model: ModelReference) -> None:
+        self.model = model
+        self.given = {folder: read_card(folder) for folder in map(given_adapter, given)}
+
+    def has(self, method: Method) -> bool:
+        """Whether one was given for the method."""
+        return any(card.method == method.name for card in self.given.values())
 
     def given_to(self, entries: Sequence[_Entry]) -> list[_Entry]:
         """The entries with their adapters, and ``adapted`` where an adapter acts on the text too.

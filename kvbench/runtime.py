@@ -7,8 +7,8 @@ padding is ever needed.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -78,23 +78,46 @@ class Flow:
         """Let go of what no later slot may see, once ``fed`` slots have been fed; returns what is held."""
         alive = self.layout.last_query[present] >= self.fed
         held = int(alive.sum())
-        # Entries that are mixed from others are looked up by place, in order: there, nothing may linger.
-        dead_at_most = held // ROOM if self.is_loose and self.layout.mixture is None else 0
-        if self.evicts and len(present) - held > dead_at_most:
-            keep = torch.nonzero(alive).flatten()
-            self.cache.keep(keep.to(self.cache.layers[0].keys.device))
-            present, alive = present[keep], alive[keep]
+        # Entries that are mixed from others are looked up by place, in order: there, nothing may linger or move.
+        may_move = self.is_loose and self.layout.mixture is None
+        if self.evicts and len(present) - held > (held // ROOM if may_move else 0):
+            device = self.cache.layers[0].keys.device
+            if may_move:
+                last, holes = torch.nonzero(alive[held:]).flatten() + held, torch.nonzero(~alive[:held]).flatten()
+                self.cache.compact(_sent(last, device), _sent(holes, device), held)
+                present[holes] = present[last]
+                present, alive = present[:held], alive.new_ones(held)
+            else:
+                keep = torch.nonzero(alive).flatten()
+                self.cache.keep(_sent(keep, device))
+                present, alive = present[keep], alive[keep]
         self.stored, self.holes = present, torch.nonzero(~alive).flatten()
         return held
+
+    def resume(self, fed: int, cache: EvictingCache) -> None:
+        """Go on as if ``fed`` slots had been fed and ``cache`` held what is left of them, in order."""
+        self.cache, self.fed = cache, fed
+        self.stored = self.layout.held_after(fed) if self.evicts else torch.arange(fed)
+
+
+def _sent(tensor: Tensor, device: torch.device) -> Tensor:
+    """The tensor on the device, without waiting for what the device is doing."""
+    return tensor.to(device, non_blocking=True)
 
 
 @dataclass
 class Reader:
-    """Feeds text under a layout to a model, with the method's adapter if it has one."""
+    """Feeds text under a layout to a model, with the method's adapter if it has one.
+
+    Attributes:
+        beside: entered around all that a step does outside the model's own forward pass, so that it
+            can be timed.
+    """
 
     model: nn.Module
     adapter: Adapter | None = None
     trace: Trace = field(default_factory=Trace)
+    beside: Callable[[], AbstractContextManager[object]] = nullcontext
 
     @contextmanager
     def ready(self) -> Iterator[Reader]:
@@ -113,17 +136,23 @@ class Reader:
         with self.adapter.closed(self.model):
             yield
 
-    def embed(self, ids: Tensor, layout: Layout) -> Tensor:
-        """Input embeddings ``[batch, T, width]`` of text ids ``[batch, n_raw]`` under a layout."""
-        text: Tensor = self.model.get_input_embeddings()(ids)  # type: ignore[operator]
+    def embed(self, ids: Tensor, layout: Layout, slots: slice = slice(None)) -> Tensor:
+        """Input embeddings ``[batch, slots, width]`` of text ids ``[batch, n]`` under a layout.
+
+        Args:
+            slots: which of the fed sequence; the text among them must be in ``ids``.
+        """
+        source = _sent(layout.source[slots], ids.device)
+        places = source.clamp(max=ids.shape[1] - 1)
+        text: Tensor = self.model.get_input_embeddings()(ids[:, places])  # type: ignore[operator]
         if len(layout) == layout.n_raw:
             return text
         if self.adapter is not None:
             rows = self.adapter.rows.to(text.dtype)
         else:  # the other tokens are addresses, and nothing that is computed at them is read
             rows = text.new_zeros(int(layout.tokens.row.max()) + 1, text.shape[-1])
-        rows = rows.expand(text.shape[0], -1, -1)
-        return torch.cat([text, rows], dim=1).index_select(1, layout.source.to(ids.device))
+        special = rows[(source - layout.n_raw).clamp(min=0)]
+        return torch.where((source < layout.n_raw)[:, None], text, special)
 
     def one_pass(
         self, ids: Tensor, layout: Layout, keep: slice = slice(None), cache: EvictingCache | None = None
@@ -172,21 +201,30 @@ class Reader:
         device, layout = inputs.device, flow.layout
         start, stop = flow.fed, flow.fed + inputs.shape[1]
         fed = torch.arange(start, stop)
-        present = flow.place(fed)
-        special = layout.special_slots
-        inside = special[(special >= start) & (special < stop)] - start
-        self._open_gate(inside.to(device))
-        flow.cache.mixing = self._mixing(layout, start, present, device)
-        mask = layout.visible(fed, present)
-        one_sees_all = len(fed) == 1 and bool(mask.all())
+        with self.beside():
+            present = flow.place(fed)
+            special = layout.special_slots
+            inside = special[(special >= start) & (special < stop)] - start
+            self._open_gate(_sent(inside, device))
+            flow.cache.mixing = self._mixing(layout, start, present, device)
+            mask = self._mask(layout, fed, present)
         logits = self._forward(
-            inputs, None if one_sees_all else mask[None, None].to(device),
-            layout.position[start:stop].to(device), (wanted - start).to(device), flow.cache,
+            inputs, None if mask is None else _sent(mask[None, None], device),
+            _sent(layout.position[start:stop], device), _sent(wanted - start, device), flow.cache,
         )
-        self.trace.peak = max(self.trace.peak, len(present))
-        flow.fed = stop
-        self.trace.held = flow.settle(present)
+        with self.beside():
+            self.trace.peak = max(self.trace.peak, len(present))
+            flow.fed = stop
+            self.trace.held = flow.settle(present)
         return logits
+
+    @staticmethod
+    def _mask(layout: Layout, fed: Tensor, present: Tensor) -> Tensor | None:
+        """bool ``[fed, present]``; None where the kernel's own causal rule says the same."""
+        if layout.is_plain and (len(fed) == 1 or len(fed) == len(present)):
+            return None
+        mask = layout.visible(fed, present)
+        return None if len(fed) == 1 and bool(mask.all()) else mask
 
     def go_on(self, ids: Tensor, position: int, cache: EvictingCache) -> Tensor:
         """Feed text ``[batch, m]`` after a compressed context, without further compression.

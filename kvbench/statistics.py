@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -105,3 +106,18 @@ def holm(p_values: Sequence[float | None]) -> list[float | None]:
         highest = max(highest, min(1.0, (len(present) - rank) * p))
         adjusted[i] = highest
     return adjusted
+
+
+def median_interval(values: Array) -> tuple[float, float]:
+    """Distribution-free interval of the median between two order statistics; NaN below six values."""
+    if len(values) < 2:
+        return float("nan"), float("nan")
+    found: Any = stats.quantile_test(values, q=0, p=0.5).confidence_interval(LEVEL)
+    return float(found.low), float(found.high)
+
+
+def fitted_slope(x: Array, y: Array) -> tuple[float, float, float]:
+    """Least-squares slope of ``y`` over ``x`` with its t interval."""
+    found = stats.linregress(x, y)
+    half = float(stats.t.ppf((1 + LEVEL) / 2, len(x) - 2)) * float(found.stderr)
+    return float(found.slope), float(found.slope) - half, float(found.slope) + half

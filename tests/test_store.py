@@ -191,8 +191,13 @@ def test_a_killed_child_costs_its_cell_only(documents: Path) -> None:
 
 @pytest.mark.heavy
 def test_interrupted_keeps_what_was_measured(documents: Path) -> None:
+    # Tests that a script starts in the background inherit a SIGINT that is ignored: kvbench shall not.
+    start = (
+        "import runpy, signal; signal.signal(signal.SIGINT, signal.default_int_handler); "
+        "runpy.run_module('kvbench', run_name='__main__')"
+    )
     victim = subprocess.Popen(
-        [sys.executable, "-m", "kvbench", *COMMAND, "--out", "broken-off"], cwd=documents, text=True,
+        [sys.executable, "-c", start, *COMMAND, "--out", "broken-off"], cwd=documents, text=True,
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, env={**os.environ, "HF_HUB_OFFLINE": "1"},
     )
     deadline = time.monotonic() + 100
@@ -209,7 +214,7 @@ def test_interrupted_keeps_what_was_measured(documents: Path) -> None:
 def test_two_processes_cannot_share_a_folder(
     called: Callable[[Sequence[str | Path]], Outcome], tmp_path: Path
 ) -> None:
-    from kvbench.execution.runner import locked
+    from kvbench.execution.guards import locked
 
     with locked(tmp_path / "run"):
         found = called(["run", "--method", "sinks", "--limit", "1", "--task", "minidocs", "--out", "run"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +15,15 @@ from kvbench.models.rotary import rotated
 ROOM = 64
 """While text is written token by token, a cache has room for one entry in this many more, and as many may be
 dead: together at most one in 32 above what is held, so that nothing is copied whole for every token."""
+
+
+def storage_bytes(tensors: Iterable[Tensor]) -> int:
+    """Bytes of the distinct storages behind the tensors: a view holds its whole parent."""
+    storages: dict[int, int] = {}
+    for tensor in tensors:
+        storage: Any = tensor.untyped_storage()
+        storages[storage.data_ptr()] = storage.nbytes()
+    return sum(storages.values())
 
 
 @dataclass(frozen=True)
@@ -93,6 +103,19 @@ class EvictingLayer(DynamicLayer):  # type: ignore[misc]
         """Keep only these entries. The selection is a copy, so the old storage is freed."""
         self.replace(self.keys.index_select(-2, entries), self.values.index_select(-2, entries))
 
+    def compact(self, last: Tensor, holes: Tensor, held: int) -> None:
+        """Move the ``last`` entries into the ``holes`` and let go of everything from place ``held`` on.
+
+        Only what moves is copied. The storage shrinks when it has become more than 1 in 32 too large.
+        """
+        for stored in (self.keys, self.values):
+            stored.index_copy_(-2, holes, stored.index_select(-2, last))
+        keys, values = self.keys[:, :, :held], self.values[:, :, :held]
+        if self._room is None or self._room[0].shape[-2] - held > max(1, 2 * held // ROOM):
+            self.replace(keys.clone(), values.clone())
+        else:
+            self.keys, self.values = keys, values
+
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Each row that many times; also where no entry is held, which transformers leaves as it is."""
         self.replace(self.keys.repeat_interleave(repeats, dim=0), self.values.repeat_interleave(repeats, dim=0))
@@ -129,6 +152,11 @@ class EvictingCache(Cache):  # type: ignore[misc]
         for layer in self.layers:
             layer.keep(entries)
 
+    def compact(self, last: Tensor, holes: Tensor, held: int) -> None:
+        """In every layer and row, move the ``last`` entries into the ``holes`` of dead ones; ``held`` remain."""
+        for layer in self.layers:
+            layer.compact(last, holes, held)
+
     def entries(self) -> int:
         """Entries held per layer and row."""
         return int(self.layers[0].keys.shape[-2]) if self.layers else 0
@@ -145,9 +173,5 @@ class EvictingCache(Cache):  # type: ignore[misc]
         return sum(t.numel() * t.element_size() for t in self.tensors())
 
     def physical_bytes(self) -> int:
-        """Bytes of the distinct storages that are alive; a view would hold its whole parent."""
-        storages: dict[int, int] = {}
-        for tensor in self.tensors():
-            storage: Any = tensor.untyped_storage()
-            storages[storage.data_ptr()] = storage.nbytes()
-        return sum(storages.values())
+        """Bytes of the distinct storages that are alive."""
+        return storage_bytes(self.tensors())

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from kvbench import __version__
-from kvbench.cli import report, run, show, train
+from kvbench.cli import profile, report, run, show, train
 
 app = typer.Typer(
     name="kvbench", no_args_is_help=True, rich_markup_mode="rich", pretty_exceptions_enable=False,
@@ -17,6 +17,7 @@ app = typer.Typer(
     "Start with [bold]kvbench run --method sentinel --ratio 0.7[/].",
 )
 app.command("run")(run.run)
+app.command("profile")(profile.profile)
 app.command("report")(report.report)
 app.command("show")(show.show)
 app.add_typer(train.app, name="train")

@@ -26,3 +26,20 @@ Set = Annotated[list[str] | None, typer.Option(
     "--set", metavar="KEY=VALUE",
     help="An option of a method or protocol, such as chunk=1 or sampler=published; repeatable.",
     rich_help_panel="How to run")]
+
+
+def checked_threads(given: int | None, default: int) -> int:
+    from kvbench.errors import UserError
+
+    if given is not None and given < 1:
+        raise UserError(f"--threads {given} is below 1.", "It is the number of CPU threads.")
+    return default if given is None else given
+
+
+def checked_dtype(name: str) -> str:
+    from kvbench.config import DTYPES
+    from kvbench.errors import unknown
+
+    if name not in DTYPES:
+        raise unknown("dtype", name, DTYPES)
+    return name

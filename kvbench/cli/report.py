@@ -32,6 +32,7 @@ def report(
     from kvbench.metrics import METRIC_NAMES
     from kvbench.reporting.curves import asked_figures, distance_figure, memory_figure
     from kvbench.reporting.figures import removal_figure
+    from kvbench.reporting.profile_figures import profile_figures
     from kvbench.reporting.results import compute_results
     from kvbench.reporting.tables import print_results
     from kvbench.store.folder import RESULTS, RunFolder, write_atomic
@@ -50,7 +51,7 @@ def report(
             path for name in metric or ("ppl", "accuracy", "gen_ppl")
             for path in removal_figure(rows, name, run / "figures", _LABELS.get(name, name))
         ]
-        for draw in (asked_figures, memory_figure, distance_figure):
+        for draw in (asked_figures, memory_figure, distance_figure, profile_figures):
             figures += draw(rows, run / "figures")
     except OSError as error:
         raise UserError(f"The run folder {run} cannot be written: {error.strerror}.") from error

@@ -108,8 +108,8 @@ def run(
         tasks=tuple(task or settings.task), data=data, protocol=protocol, execution=execution,
         limit=_checked_limit(limit, settings.limit), seed=_seed(seed, settings.seed),
         options=parse_options(set_ or []), out=out, reports=Path(settings.out), baselines=baselines,
-        device=_device(device or settings.device), dtype=_dtype(dtype or settings.dtype),
-        threads=_threads(threads, settings.threads), scorer=scorer, mauve_features=mauve_features,
+        device=_device(device or settings.device), dtype=options.checked_dtype(dtype or settings.dtype),
+        threads=options.checked_threads(threads, settings.threads), scorer=scorer, mauve_features=mauve_features,
         metrics=tuple(dict.fromkeys(metric or ())),
     )
     plan = build_plan(request)
@@ -131,7 +131,8 @@ def _measured(plan: Plan, fresh: bool, console: Console) -> Results:
     from rich.markup import escape
 
     from kvbench.execution.child import WorkerDiedError
-    from kvbench.execution.runner import execute, finish, locked
+    from kvbench.execution.guards import finish, locked
+    from kvbench.execution.runner import execute
     from kvbench.execution.similarity import measure_similarity
     from kvbench.reporting.results import compute_results
     from kvbench.store.folder import RESULTS, RUN, RunFolder, write_atomic
@@ -201,23 +202,6 @@ def _seed(given: int | None, default: int) -> int:
     if given is not None and given < 0:
         raise UserError(f"--seed {given} is negative.", "Give a whole number of at least 0.")
     return default if given is None else given
-
-
-def _threads(given: int | None, default: int) -> int:
-    from kvbench.errors import UserError
-
-    if given is not None and given < 1:
-        raise UserError(f"--threads {given} is below 1.", "It is the number of CPU threads.")
-    return default if given is None else given
-
-
-def _dtype(name: str) -> str:
-    from kvbench.config import DTYPES
-    from kvbench.errors import unknown
-
-    if name not in DTYPES:
-        raise unknown("dtype", name, DTYPES)
-    return name
 
 
 def _device(name: str) -> str:

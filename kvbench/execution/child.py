@@ -10,25 +10,34 @@ import subprocess
 import sys
 import tempfile
 import threading
-from typing import IO, Any
+from typing import IO, Any, ClassVar, Generic, Protocol, TypeVar
 
-from kvbench.execution.job import Job
+
+class Order(Protocol):
+    """What a child is told to do: the module that does it, and how it is written down."""
+
+    module: ClassVar[str]
+
+    def to_json(self) -> str: ...
+
+
+Work = TypeVar("Work", bound=Order)
 
 
 class WorkerDiedError(Exception):
     """A child ended before it was ready; the message says how."""
 
 
-class Child:
+class Child(Generic[Work]):
     """One measuring process, and a thread that turns its output into events."""
 
-    def __init__(self, job: Job, number: int, events: queue.Queue[tuple[int, dict[str, Any] | None]]) -> None:
+    def __init__(self, job: Work, number: int, events: queue.Queue[tuple[int, dict[str, Any] | None]]) -> None:
         self.job = job
         self.at: str | None = None
         self.ended = False
         self.log: IO[str] = tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace")  # noqa: SIM115
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "kvbench.execution.worker"], text=True, encoding="utf-8",
+            [sys.executable, "-m", job.module], text=True, encoding="utf-8",
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.log,
             env={**os.environ, "TOKENIZERS_PARALLELISM": "false"},
         )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 from dataclasses import dataclass
+from typing import ClassVar
 
 from kvbench.store.records import Cell
 
@@ -44,6 +45,8 @@ class Job:
         judging: what judges the texts that are written.
         shard, shards: this child measures every ``shards``-th document, from ``shard`` on.
     """
+
+    module: ClassVar[str] = "kvbench.execution.worker"
 
     cells: tuple[Cell, ...]
     location: str

@@ -3,19 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import json
 import os
 import queue
-import tempfile
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
-from pathlib import Path
 from typing import Any
 
-from filelock import FileLock, Timeout
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
@@ -23,6 +18,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from kvbench.environment import describe
 from kvbench.errors import StoppedError, UserError
 from kvbench.execution.child import Child, WorkerDiedError
+from kvbench.execution.guards import KEPT, disk
 from kvbench.execution.job import ITSELF, NOTHING, SENTENCES, Job, Judging
 from kvbench.models.references import resolve_model
 from kvbench.plan import Plan
@@ -31,7 +27,6 @@ from kvbench.store.records import Cell, DocumentRecord, Failure, GenerationRecor
 
 SMALL_MODEL_BYTES = 256 << 20
 MOST_CHILDREN = 4
-_KEPT = "What was measured before is kept, and the same command goes on."
 
 
 @dataclass
@@ -42,7 +37,7 @@ class _Run:
     folder: RunFolder
     command: list[str]
     console: Console
-    children: list[Child]
+    children: list[Child[Job]]
     fresh: bool
     ready: int = 0
     opened: bool = False
@@ -85,7 +80,7 @@ def execute(plan: Plan, command: list[str], console: Console, fresh: bool = Fals
                     run.children[number] = Child(rest, number, events)
 
 
-def _stop(children: list[Child]) -> None:
+def _stop(children: list[Child[Job]]) -> None:
     for child in children:
         child.stop()
 
@@ -120,7 +115,7 @@ def _cuda() -> bool:
     return torch.cuda.is_available()
 
 
-def _handle(run: _Run, child: Child, event: dict[str, Any], progress: Progress, bar: Any) -> None:
+def _handle(run: _Run, child: Child[Job], event: dict[str, Any], progress: Progress, bar: Any) -> None:
     match event.pop("event"):
         case "refused":
             raise UserError(event["message"], event["hint"])
@@ -142,7 +137,7 @@ def _handle(run: _Run, child: Child, event: dict[str, Any], progress: Progress, 
         case "records":
             cell = run.cells[event["cell"]]
             load = GenerationRecord.load if cell.writes else DocumentRecord.load
-            with _disk(run.folder.path, _KEPT, StoppedError):
+            with disk(run.folder.path, KEPT, StoppedError):
                 run.folder.append(cell, [load(record) for record in event["records"]])
         case "failed":
             _fail(run, Failure(**event))
@@ -160,12 +155,12 @@ def _say_what_is_left_out(console: Console, tasks: dict[str, Any]) -> None:
 
 
 def _fail(run: _Run, failure: Failure) -> None:
-    with _disk(run.folder.path, _KEPT, StoppedError):
+    with disk(run.folder.path, KEPT, StoppedError):
         run.folder.fail(run.cells[failure.cell], failure)
     run.console.print(f"[red]failed[/] {escape(f'{failure.error} {failure.hint}')}", highlight=False)
 
 
-def _without_victim(run: _Run, child: Child) -> Job | None:
+def _without_victim(run: _Run, child: Child[Job]) -> Job | None:
     """The dead child's job without the cell that it died in; None if nothing is left of it.
 
     Raises:
@@ -191,7 +186,7 @@ def _done(run: _Run) -> dict[str, list[str]]:
 def _open(run: _Run, tasks: dict[str, Any]) -> None:
     """Write ``run.json`` and the cells' folders: from here on there is something to continue."""
     plan, folder = run.plan, run.folder
-    with _disk(folder.path, "Choose another folder with --out."):
+    with disk(folder.path, "Choose another folder with --out."):
         folder.path.mkdir(parents=True, exist_ok=True)
         if run.fresh:
             folder.clear()
@@ -208,40 +203,3 @@ def _open(run: _Run, tasks: dict[str, Any]) -> None:
         for cell in plan.cells:
             folder.open_cell(cell)
     run.opened = True
-
-
-@contextmanager
-def _disk(path: Path, hint: str, kind: type[UserError] = UserError) -> Iterator[None]:
-    """Turn a full or read-only disk into a sentence."""
-    try:
-        yield
-    except OSError as error:
-        raise kind(f"The output folder {path} cannot be written: {error.strerror}.", hint) from error
-
-
-@contextmanager
-def locked(folder: Path) -> Iterator[None]:
-    """Hold a run folder against other processes; the lock lies elsewhere and is not part of it.
-
-    Raises:
-        UserError: another process is measuring into it.
-    """
-    name = hashlib.sha256(str(folder.resolve()).encode()).hexdigest()[:16]
-    lock = FileLock(Path(tempfile.gettempdir()) / f"kvbench-{name}.lock")
-    try:
-        lock.acquire(timeout=0)
-    except Timeout:
-        raise UserError(
-            f"Another kvbench is measuring into {folder}.", "Wait for it, or choose another --out."
-        ) from None
-    try:
-        yield
-    finally:
-        lock.release()
-
-
-def finish(folder: RunFolder) -> None:
-    """Note in ``run.json`` that all cells are done."""
-    manifest = folder.manifest()
-    manifest["finished"] = datetime.now(UTC).isoformat(timespec="seconds")
-    write_atomic(folder.path / RUN, json.dumps(manifest, indent=1, ensure_ascii=False) + "\n")

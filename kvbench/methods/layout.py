@@ -195,12 +195,16 @@ class Layout:
         """int64 ``[T]``: the last slot that may see each entry; ``T`` if a token that followed
         the block could still see it. This is the eviction rule."""
         size = len(self)
-        last = torch.arange(size)
-        every = self.tokens.at(slice(None))
-        for start in range(0, size, _ROWS_AT_ONCE):
+        last, open_ = torch.arange(size), torch.arange(size)
+        # From the end: a key that a later row sees needs no earlier one, so that windows cost what they hold.
+        for start in reversed(range(0, size, _ROWS_AT_ONCE)):
             rows = torch.arange(start, min(start + _ROWS_AT_ONCE, size))
-            seen = self.visible(rows, torch.arange(size))
-            last = torch.maximum(last, torch.where(seen, rows[:, None], 0).amax(dim=0))
+            keys = open_[open_ <= int(rows[-1])]
+            number = torch.arange(1, len(rows) + 1, dtype=torch.int16)[:, None]
+            seen = (self.visible(rows, keys) * number).amax(dim=0).long()
+            last[keys] = torch.where(seen > 0, start + seen - 1, last[keys])
+            open_ = keys[seen == 0]
+        every = self.tokens.at(slice(None))
         following = Tokens(*(torch.tensor([v]) for v in (size, RAW, self.n_raw, self.next_unit, -1)))
         return torch.where(self.policy(following.as_queries(), every)[0], size, last)
 

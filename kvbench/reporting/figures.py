@@ -22,7 +22,7 @@ _STYLES = {
     "ccm-concat": ("#56B4E9", "P", "-"), "ccm-merge": ("#8C564B", "X", "-"),
     "gist": ("#7F7F7F", "*", "--"), "meanpool": ("#BCBD22", "h", ":"), "pic": ("#17BECF", "<", "-."),
     "full": ("0.2", "_", "-"), "none": ("0.2", "|", ":"), "adapted": ("0.5", "_", "--"),
-    "human": ("#882255", "_", "-."),
+    "human": ("#882255", "_", "-."), "full-again": ("0.6", "_", ":"), "full-dynamic": ("#882255", "1", "--"),
 }
 _LINES = ("full", "adapted", "none", "human")
 """What takes no ratio, drawn as a horizontal line."""
@@ -65,12 +65,14 @@ def draw(rows: Sequence[Row], panel: Panel, folder: Path, name: str) -> list[Pat
     return paths
 
 
-def curve(panel: Axes, method: str, x: list[float], rows: list[Row]) -> None:
+def curve(
+    panel: Axes, method: str, x: list[float], rows: list[Row], scale: float = 1.0, label: str | None = None
+) -> None:
     """Values of a method over ``x`` with their intervals: a band, or a bar where there is one point."""
-    style = style_of(method)
-    y = [r.value or 0.0 for r in rows]
-    low = [v if r.ci_low is None else r.ci_low for v, r in zip(y, rows, strict=True)]
-    high = [v if r.ci_high is None else r.ci_high for v, r in zip(y, rows, strict=True)]
+    style = style_of(method) | {"label": label or method}
+    y = [scale * (r.value or 0.0) for r in rows]
+    low = [v if r.ci_low is None else scale * r.ci_low for v, r in zip(y, rows, strict=True)]
+    high = [v if r.ci_high is None else scale * r.ci_high for v, r in zip(y, rows, strict=True)]
     panel.plot(x, y, **style)
     if len(rows) > 1:
         panel.fill_between(x, low, high, color=style["color"], alpha=0.12, linewidth=0)

@@ -15,6 +15,7 @@ from kvbench.metrics import KL_BINS, Metric
 from kvbench.reporting.distance import distance_rows
 from kvbench.reporting.estimates import Measured, bin_rows
 from kvbench.reporting.generation import generation_rows
+from kvbench.reporting.profiling import profile_results
 from kvbench.statistics import holm
 from kvbench.store.folder import RunFolder
 from kvbench.store.records import Cell, DocumentRecord, Failure, Results, Row
@@ -42,6 +43,11 @@ def compute_results(folder: RunFolder, only: Sequence[str] = ()) -> Results:
     rows: list[Row] = []
     for task in dict.fromkeys(cell.task for cell in cells):
         info = manifest["tasks"][task]
+        if info["kind"] == "profile":
+            found, lacking = profile_results(folder, info, [c for c in cells if c.task == task])
+            rows += _adjusted(found)
+            failures += lacking
+            continue
         chosen = info["documents"]
         complete: list[Cell] = []
         for cell in (c for c in cells if c.task == task):

@@ -19,6 +19,7 @@ from kvbench.reporting.format import (
     style_of,
     value_of,
 )
+from kvbench.reporting.profile_tables import profile_tables
 from kvbench.reporting.text_tables import text_tables
 from kvbench.store.records import Results, Row
 
@@ -44,6 +45,8 @@ def print_results(results: Results, console: Console, folder: Path | None = None
 
 def task_tables(rows: list[Row]) -> Group:
     """The main table of a task, and one by distance where there are bins."""
+    if rows[0].protocol == "profile":
+        return Group(*profile_tables(rows))
     whole = [r for r in rows if r.params.get("bin") is None]
     if whole and whole[0].protocol == "generate":
         return Group(*text_tables(rows), Text(""))

@@ -12,11 +12,12 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from kvbench.errors import UserError
+from kvbench.store.profile_records import ProfileRecord, load_profile_record
 from kvbench.store.records import Cell, DocumentRecord, Failure, GenerationRecord
 
-Record = DocumentRecord | GenerationRecord
+Record = DocumentRecord | GenerationRecord | ProfileRecord
 
-R = TypeVar("R", DocumentRecord, GenerationRecord)
+R = TypeVar("R", DocumentRecord, GenerationRecord, ProfileRecord)
 
 RUN, CELL, RECORDS, FAILURE, RESULTS, MAUVE = (
     "run.json", "cell.json", "records.jsonl", "failure.json", "results.json", "mauve.json",
@@ -115,7 +116,7 @@ class RunFolder:
 
     def _drop_incomparable(self, cell: Cell, path: Path) -> None:
         """Records made while the full cache had failed lack the comparison with it: measure again."""
-        if cell.writes:
+        if cell.writes or cell.is_profile:
             return
         found = self.records(cell)
         if cell.method != "full" and any(record.kl is None for record in found.values()):
@@ -140,6 +141,10 @@ class RunFolder:
         """The records of a cell that writes text, likewise."""
         return self._read(cell, GenerationRecord.load)
 
+    def measurements(self, cell: Cell) -> dict[str, ProfileRecord]:
+        """The records of a cell that is profiled, by kind and number, likewise."""
+        return self._read(cell, load_profile_record)
+
     def documents(self, cell: Cell) -> set[str]:
         """The documents that a cell has records of."""
         return set(self.texts(cell) if cell.writes else self.records(cell))
@@ -162,7 +167,7 @@ class RunFolder:
                     f"{path}, line {number}: damaged record ({error}).",
                     "Delete that line, or run again with --fresh.",
                 ) from error
-            found.setdefault(record.document, record)
+            found.setdefault(record.key, record)
         return found
 
     def fail(self, cell: Cell, failure: Failure) -> None:

@@ -61,9 +61,16 @@ class Cell:
         return self.protocol == "generate"
 
     @property
+    def is_profile(self) -> bool:
+        """Whether its records are of time and memory."""
+        return self.protocol == "profile"
+
+    @property
     def label(self) -> str:
         """For people: ``sentinel 0.7 on minidocs``."""
         ratio = f" {self.ratio_asked}" if self.ratio_asked is not None else ""
+        if self.is_profile:
+            return f"{self.method}{ratio} at {self.options['seq_len']} x {self.options['batch_size']}"
         return f"{self.method}{ratio} on {self.task}"
 
 
@@ -116,6 +123,10 @@ class DocumentRecord:
     seconds: float = 0.0
     by_distance: dict[str, tuple[int, float, float]] | None = None
     schema: int = SCHEMA
+
+    @property
+    def key(self) -> str:
+        return self.document
 
     @classmethod
     def load(cls, raw: dict[str, Any]) -> DocumentRecord:
@@ -186,6 +197,10 @@ class GenerationRecord:
     prefix_ids: tuple[int, ...] = ()
     prefix_vector: str | None = None
     schema: int = SCHEMA
+
+    @property
+    def key(self) -> str:
+        return self.document
 
     @classmethod
     def load(cls, raw: dict[str, Any]) -> GenerationRecord:

@@ -1,0 +1,216 @@
+"""``kvbench profile``: time and memory of compressed models, in one table."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from kvbench.cli import options
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from kvbench.profiling.plan import ProfilePlan
+    from kvbench.store.records import Results
+
+_WHAT, _HOW, _MEMORY, _OUT = "What to profile", "How to profile", "The largest batch", "Output"
+
+
+def profile(
+    seq_len: Annotated[list[int] | None, typer.Option(
+        help="Tokens of the prompt; repeatable. [default: 4096]", show_default=False, rich_help_panel=_WHAT)] = None,
+    batch_size: Annotated[list[int] | None, typer.Option(
+        help="Prompts at a time; repeatable. [default: 1]", show_default=False, rich_help_panel=_WHAT)] = None,
+    new_tokens: Annotated[int | None, typer.Option(
+        help="Tokens to write. [default: 128]", show_default=False, rich_help_panel=_WHAT)] = None,
+    method: Annotated[list[str] | None, typer.Option(
+        help="Compression method; repeatable. [default: sinks and sentinel]", show_default=False,
+        rich_help_panel=_WHAT)] = None,
+    ratio: Annotated[list[str] | None, typer.Option(
+        help="Share of cache entries to remove, in [0, 1): 0.7 keeps 30 %; repeatable. [default: 0.7]",
+        rich_help_panel=_WHAT)] = None,
+    model: Annotated[str | None, typer.Option(
+        help="Hub id, folder, or shape:NAME for random weights in a published shape, such as shape:gpt2. "
+        "[default: kvbench-tiny, embedded]", envvar="KVBENCH_MODEL", show_default=False,
+        rich_help_panel=_WHAT)] = None,
+    revision: options.Revision = None,
+    adapter: Annotated[list[str] | None, typer.Option(
+        help="Adapter folder of a trained method; repeatable. [default: the shipped one, or random weights]",
+        show_default=False, rich_help_panel=_WHAT)] = None,
+    fill: Annotated[str | None, typer.Option(
+        help="real (the prompt is read) or synthetic (the cache is filled with random entries, so that long "
+        "prompts and large batches can be timed on small machines). [default: real]", show_default=False,
+        rich_help_panel=_HOW)] = None,
+    chunk: Annotated[int | None, typer.Option(
+        help="Tokens of the prompt that are fed at a time; the full cache reads it at once. [default: 256]",
+        show_default=False, rich_help_panel=_HOW)] = None,
+    repeats: Annotated[int | None, typer.Option(
+        help="Processes, each with the model loaded anew. [default: 3]", show_default=False,
+        rich_help_panel=_HOW)] = None,
+    rounds: Annotated[int | None, typer.Option(
+        help="Timed requests of every cell in each process, taken in turn. [default: 3]", show_default=False,
+        rich_help_panel=_HOW)] = None,
+    warmups: Annotated[int | None, typer.Option(
+        help="Most requests before the timed ones; fewer if two in a row differ by less than 5 %. [default: 1]",
+        show_default=False, rich_help_panel=_HOW)] = None,
+    seed: options.Seed = None,
+    set_: options.Set = None,
+    device: options.Device = None,
+    dtype: options.Dtype = None,
+    threads: options.Threads = None,
+    baselines: Annotated[bool, typer.Option(
+        "--baselines/--no-baselines", help="Measure full a second time, and in the cache of transformers.",
+        rich_help_panel=_HOW)] = True,
+    memory_budget: Annotated[str | None, typer.Option(
+        help="Find the largest batch within this much memory, weights included, such as 2GiB, and time it.",
+        show_default=False, rich_help_panel=_MEMORY)] = None,
+    probe_timeout: Annotated[int, typer.Option(
+        help="Seconds after which a batch is given up.", rich_help_panel=_MEMORY)] = 300,
+    out: Annotated[Path | None, typer.Option(
+        help="Run folder: missing, empty, or one of the same profile. [default: reports/profile-...]",
+        show_default=False, rich_help_panel=_OUT)] = None,
+    fresh: Annotated[bool, typer.Option(
+        "--fresh", help="Measure again what is already there.", rich_help_panel=_OUT)] = False,
+    json_: Annotated[bool, typer.Option(
+        "--json", help="Print one JSON document on stdout instead of tables.", rich_help_panel=_OUT)] = False,
+    dry_run: Annotated[bool, typer.Option(
+        "--dry-run", help="Print the cells and what they take; measure nothing.", rich_help_panel=_OUT)] = False,
+    config: Annotated[Path | None, typer.Option(
+        help="Settings file. [default: ./kvbench.toml if there is one]", show_default=False,
+        rich_help_panel=_OUT)] = None,
+) -> None:
+    """Measure what compression gains: prefill, first token, time per token, memory that is really free.
+
+    Each repeat is a process of its own; methods are taken in turn; the full cache is measured twice,
+    so that the noise is known, and also in the cache of transformers. Beside each speed-up stands the
+    one that bytes predict. The same command continues an interrupted profile.
+
+    Examples:
+
+      kvbench profile --seq-len 4096
+
+      kvbench profile --seq-len 1024 --seq-len 4096 --batch-size 1 --batch-size 8 --method sinks --method local
+
+      kvbench profile --model shape:gpt2 --seq-len 4096 --batch-size 8 --fill synthetic
+
+      kvbench profile --model shape:llama-3.2-1b --device cuda --dtype bfloat16 --memory-budget 24GiB
+
+    Exit codes: 0 all done; 1 a cell failed, the others are complete; 2 the request was wrong and
+    nothing was written; 130 interrupted, what was measured is kept.
+    """
+    from rich.console import Console
+
+    from kvbench.config import load_settings
+    from kvbench.models.loading import pick_device
+    from kvbench.plan import parse_options
+    from kvbench.profiling.plan import ProfileRequest, build_profile_plan, too_many_threads
+
+    console = Console(stderr=True)
+    settings = load_settings(config).profile
+
+    def given(value: int | None, default: int) -> int:
+        return default if value is None else value
+
+    request = ProfileRequest(
+        model=model or settings.model, revision=revision, adapters=tuple(adapter or ()),
+        methods=tuple(method or settings.method), ratios=tuple(ratio or (f"{r:.10g}" for r in settings.ratio)),
+        seq_lens=tuple(dict.fromkeys(seq_len or settings.seq_len)),
+        batch_sizes=tuple(dict.fromkeys(batch_size or settings.batch_size)),
+        new_tokens=given(new_tokens, settings.new_tokens), chunk=given(chunk, settings.chunk),
+        fill=fill or settings.fill, repeats=given(repeats, settings.repeats), rounds=given(rounds, settings.rounds),
+        warmups=given(warmups, settings.warmups), budget=memory_budget, timeout=probe_timeout,
+        seed=given(seed, settings.seed), options=parse_options(set_ or []), out=out, reports=Path(settings.out),
+        baselines=baselines, device=device or settings.device, dtype=options.checked_dtype(dtype or settings.dtype),
+        threads=options.checked_threads(threads, settings.threads),
+    )
+    pick_device(request.device)
+    plan = build_profile_plan(request)
+    warning = too_many_threads(request.threads)
+    if warning:
+        console.print(f"[yellow]warning[/] {warning}", highlight=False)
+    if dry_run:
+        _print_plan(plan, json_)
+        return
+    results = _measured(plan, fresh, console)
+    if json_:
+        sys.stdout.write(results.to_json() + "\n")
+    else:
+        from kvbench.reporting.profile_figures import profile_figures
+        from kvbench.reporting.tables import print_results
+
+        out_ = Console()
+        print_results(results, out_, plan.folder)
+        for path in profile_figures(list(results.rows), plan.folder / "figures"):
+            if path.suffix == ".png":
+                out_.print(f"figure: {path}", soft_wrap=True, highlight=False)
+    raise typer.Exit(0 if results.ok else 1)
+
+
+def _measured(plan: ProfilePlan, fresh: bool, console: Console) -> Results:
+    """The results of the plan: from disk if they are there, measured otherwise."""
+    from rich.markup import escape
+
+    from kvbench.execution.child import WorkerDiedError
+    from kvbench.execution.guards import finish, locked
+    from kvbench.profiling.runner import profile as measure
+    from kvbench.reporting.results import compute_results
+    from kvbench.store.folder import RESULTS, RUN, RunFolder, write_atomic
+    from kvbench.store.records import Failure, Results
+
+    folder = RunFolder(plan.folder)
+    folder.check(plan.content, fresh)
+    with locked(plan.folder):
+        manifest = folder.manifest() if not fresh and (plan.folder / RUN).exists() else {}
+        wanted = [plan.request.repeats, plan.request.rounds]
+        if not fresh and manifest.get("finished") and manifest.get("limit") == wanted:
+            console.print(f"Already measured ({manifest['finished']}); --fresh measures again.")
+            return compute_results(folder)
+        try:
+            measure(plan, sys.argv, console, fresh)
+        except WorkerDiedError as death:
+            console.print(f"[red]failed[/] {escape(str(death))}", highlight=False)
+            return Results(str(plan.folder), False, (Failure("", str(death)),))
+        except KeyboardInterrupt:
+            console.print("kvbench: interrupted; what was measured is kept, and the same command goes on.")
+            raise typer.Exit(130) from None
+        results = compute_results(folder)
+        write_atomic(plan.folder / RESULTS, results.to_json() + "\n")
+        if results.ok:
+            finish(folder)
+        return results
+
+
+def _print_plan(plan: ProfilePlan, as_json: bool) -> None:
+    import dataclasses
+    import json
+
+    if as_json:
+        cells = [{"key": cell.key, **dataclasses.asdict(cell)} for cell in plan.cells]
+        sys.stdout.write(json.dumps({"schema": 1, "run": str(plan.folder), "dry_run": True, "cells": cells}) + "\n")
+        return
+    from rich.console import Console
+    from rich.table import Table
+
+    from kvbench.methods import kept
+    from kvbench.methods.base import parse_ratio
+    from kvbench.store.folder import RunFolder
+
+    folder, request = RunFolder(plan.folder), plan.request
+    table = Table(
+        title=f"{len(plan.cells)} cells, {request.repeats} processes x {request.rounds} requests -> {plan.folder}"
+    )
+    for column in ("cell", "method", "ratio", "length", "batch", "entries kept, about", "on disk"):
+        table.add_column(column)
+    for cell in plan.cells:
+        length = int(cell.options["seq_len"])
+        is_known = cell.ratio_asked is not None or cell.method.startswith("full")
+        entries = kept(length, parse_ratio(cell.ratio_asked or "0")) if is_known else None
+        batch = cell.options["batch_size"]
+        table.add_row(
+            cell.key, cell.method, cell.ratio_asked or "-", str(length), "largest" if batch == "0" else batch,
+            "-" if entries is None else str(entries), str(len(folder.measurements(cell))),
+        )
+    Console().print(table)

@@ -1,0 +1,55 @@
+"""What surrounds a run: a lock on its folder, sentences for a full disk, the note that it is done."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from pathlib import Path
+
+from filelock import FileLock, Timeout
+
+from kvbench.errors import UserError
+from kvbench.store.folder import RUN, RunFolder, write_atomic
+
+KEPT = "What was measured before is kept, and the same command goes on."
+
+
+@contextmanager
+def disk(path: Path, hint: str, kind: type[UserError] = UserError) -> Iterator[None]:
+    """Turn a full or read-only disk into a sentence."""
+    try:
+        yield
+    except OSError as error:
+        raise kind(f"The output folder {path} cannot be written: {error.strerror}.", hint) from error
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Hold a run folder against other processes; the lock lies elsewhere and is not part of it.
+
+    Raises:
+        UserError: another process is measuring into it.
+    """
+    name = hashlib.sha256(str(folder.resolve()).encode()).hexdigest()[:16]
+    lock = FileLock(Path(tempfile.gettempdir()) / f"kvbench-{name}.lock")
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        raise UserError(
+            f"Another kvbench is measuring into {folder}.", "Wait for it, or choose another --out."
+        ) from None
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def finish(folder: RunFolder) -> None:
+    """Note in ``run.json`` that all cells are done."""
+    manifest = folder.manifest()
+    manifest["finished"] = datetime.now(UTC).isoformat(timespec="seconds")
+    write_atomic(folder.path / RUN, json.dumps(manifest, indent=1, ensure_ascii=False) + "\n")

@@ -1,0 +1,1 @@
+"""Profiling: what compression gains in time and bytes, with entries really removed."""

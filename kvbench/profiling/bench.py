@@ -1,0 +1,171 @@
+"""A model with all that requests on it need: adapters, layouts, prompts, sizes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager, ExitStack, nullcontext
+from dataclasses import dataclass, field
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from kvbench.errors import UserError
+from kvbench.methods import Layout, Method, Structure, make_layout, make_method
+from kvbench.models.adapter import Adapter, AdapterCard
+from kvbench.models.loading import context_of, load_model, pick_device
+from kvbench.models.references import resolve_model
+from kvbench.models.rotary import has_rotary
+from kvbench.models.shapes import is_shape, make_shape, random_model
+from kvbench.profiling.memory import Sizes, free_bytes, sizes_of
+from kvbench.profiling.plan import AGAIN, RANDOM, STOCK
+from kvbench.profiling.subject import EvictingRequest, Request, StockRequest
+from kvbench.reporting.format import bytes_of
+from kvbench.store.records import Cell
+
+RANK = 64
+"""Rank of a random adapter, as of those that are trained by default."""
+
+
+@dataclass
+class Bench:
+    """Where requests are run.
+
+    Attributes:
+        notes: what was changed in the model, in words, for the rows.
+    """
+
+    device: torch.device
+    dtype: torch.dtype
+    model: nn.Module
+    sizes: Sizes
+    vocabulary: int
+    notes: tuple[str, ...] = ()
+    _adapters: dict[str, Adapter | None] = field(default_factory=dict)
+    _layouts: dict[str, Layout] = field(default_factory=dict)
+
+    def adapter_of(self, cell: Cell) -> Adapter | None:
+        """The cell's adapter, loaded or made of random numbers; None if the method has none."""
+        if cell.adapter is None:
+            return None
+        if cell.key not in self._adapters:
+            method = method_of(cell)
+            if cell.adapter == RANDOM:
+                torch.manual_seed(cell.seed)
+                card = AdapterCard(cell.method, method.trainable[0], RANK, float(RANK), method.n_rows, "random", "")
+                adapter = Adapter.fresh(card, self.model)
+            else:
+                adapter = Adapter.load(Path(cell.adapter), self.model)
+            self._adapters[cell.key] = adapter.eval().requires_grad_(False).to(self.device, self.dtype)
+        return self._adapters[cell.key]
+
+    def layout_of(self, cell: Cell) -> Layout:
+        if cell.key not in self._layouts:
+            prompt, new = int(cell.options["seq_len"]), int(cell.options["new_tokens"])
+            self._layouts[cell.key] = make_layout(
+                method_of(cell), prompt + new, cell.seed, 0, Structure(prefix=prompt)
+            )
+            _ = self._layouts[cell.key].last_query  # planned once, before anything is timed
+        return self._layouts[cell.key]
+
+    def request(
+        self, cell: Cell, seed: int, beside: Callable[[], AbstractContextManager[object]] = nullcontext
+    ) -> Request:
+        """A request of the cell, with prompt ids that no other seed has."""
+        options = cell.options
+        generator = torch.Generator().manual_seed(seed)
+        shape = (int(options["batch_size"]), int(options["seq_len"]))
+        prompt = torch.randint(self.vocabulary, shape, generator=generator).to(self.device)
+        if cell.method == STOCK:
+            return StockRequest(self.model, prompt, int(options["new_tokens"]))
+        layout = self.layout_of(cell)
+        # The whole prompt at once is what the full cache is fastest with.
+        chunk = len(layout) if layout.is_plain else int(options["chunk"])
+        return EvictingRequest(
+            self.model, self.adapter_of(cell), prompt, layout, int(options["new_tokens"]), chunk, beside
+        )
+
+    def ready(self, cell: Cell) -> ExitStack:
+        """The model with the cell's adapter applied, until the stack is closed."""
+        stack = ExitStack()
+        adapter = self.adapter_of(cell)
+        if adapter is not None:
+            stack.enter_context(adapter.applied(self.model))
+        return stack
+
+    def needed(self, cell: Cell) -> int:
+        """About the least bytes that the cell takes, weights included."""
+        prompt, new = int(cell.options["seq_len"]), int(cell.options["new_tokens"])
+        layout = self.layout_of(cell)
+        whole = layout.is_plain
+        chunk = prompt if whole else int(cell.options["chunk"])
+        entries = prompt + new if whole else len(layout.held_after(int(layout.raw_slots[prompt - 1]) + 1))
+        fed = 1 if cell.options["fill"] == "synthetic" else chunk
+        return self.sizes.needed(int(cell.options["batch_size"]), entries, fed)
+
+    def refusal(self, cell: Cell) -> str | None:
+        """Why the cell cannot be run in the memory that is free; None if it may fit."""
+        free = free_bytes(self.device) + self.sizes.weights  # the weights are there already
+        needed = self.needed(cell)
+        if needed <= free:
+            return None
+        return f"needs at least {bytes_of(needed)} and {bytes_of(free)} are free; nothing was allocated"
+
+
+def method_of(cell: Cell) -> Method:
+    name = "full" if cell.method in (AGAIN, STOCK) else cell.method
+    return make_method(name, Fraction(cell.ratio_asked or "0"), cell.options)
+
+
+def make_bench(location: str, cell: Cell, positions: int) -> Bench:
+    """Load or make the model.
+
+    Args:
+        cell: any cell of the run, for device, dtype and seed.
+        positions: the longest text.
+
+    Raises:
+        UserError: not there, not enough memory, or the text is longer than the model's positions.
+    """
+    device = pick_device(cell.device)
+    if is_shape(location):
+        shape = make_shape(location, positions)
+        dtype = _dtype(cell.dtype, torch.float32 if device.type == "cpu" else torch.bfloat16)
+        sizes = sizes_of(shape.config, dtype)
+        _check_weights(location, sizes, device)
+        notes: tuple[str, ...] = ("random weights",)
+        if shape.extended:
+            notes += (f"positions extended from {shape.context} to {shape.extended}",)
+        elif positions > shape.context:
+            notes += (f"beyond the context of {shape.context}",)
+        model = random_model(shape.config, device, dtype, cell.seed)
+        return Bench(device, dtype, model, sizes, int(shape.config.vocab_size), notes)
+    loaded = load_model(resolve_model(location, cell.revision), cell.device, cell.dtype)
+    config: Any = loaded.model.config
+    notes = ()
+    if positions > loaded.context:
+        if not has_rotary(loaded.model):
+            raise UserError(
+                f"Texts of {positions} tokens do not fit {cell.model}: it has learnt {context_of(config)} positions.",
+                f"Use --seq-len {max(32, loaded.context - int(cell.options['new_tokens']))} or less, or time its "
+                "shape with random weights, such as --model shape:gpt2.",
+            )
+        notes = (f"beyond the context of {loaded.context}: time and memory only",)
+    dtype = next(loaded.model.parameters()).dtype
+    return Bench(device, dtype, loaded.model, sizes_of(config, dtype), loaded.vocabulary, notes)
+
+
+def _dtype(name: str, default: torch.dtype) -> torch.dtype:
+    return default if name == "auto" else getattr(torch, name)
+
+
+def _check_weights(model: str, sizes: Sizes, device: torch.device) -> None:
+    free = free_bytes(device)
+    if sizes.weights > free:
+        raise UserError(
+            f"The weights of {model} take {bytes_of(sizes.weights)}, and {bytes_of(free)} are free on {device}.",
+            "Choose a smaller shape, or --dtype bfloat16.",
+        )
+

@@ -1,0 +1,47 @@
+"""What the parent hands to a profiling child."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from dataclasses import dataclass
+from typing import ClassVar
+
+from kvbench.store.records import Cell
+
+TIME, MEMORY, PROBE = "time", "memory", "probe"
+
+
+@dataclass(frozen=True)
+class ProfileJob:
+    """Cells that are profiled in one process.
+
+    Attributes:
+        kind: ``time`` for all cells in turn; ``memory`` and ``probe`` for a single one.
+        location: what ``from_pretrained`` takes, or ``shape:NAME``.
+        positions: the longest text of the run, in tokens.
+        repeat: number of the process.
+        rounds, warmups: timed requests of each cell, and the most before them.
+        budget: bytes that a probe may take.
+    """
+
+    module: ClassVar[str] = "kvbench.profiling.worker"
+
+    kind: str
+    cells: tuple[Cell, ...]
+    location: str
+    positions: int
+    threads: int
+    repeat: int = 0
+    rounds: int = 0
+    warmups: int = 0
+    budget: int = 0
+
+    def to_json(self) -> str:
+        return json.dumps(dataclasses.asdict(self))
+
+    @classmethod
+    def from_json(cls, text: str) -> ProfileJob:
+        raw = json.loads(text)
+        raw["cells"] = tuple(Cell(**cell) for cell in raw["cells"])
+        return cls(**raw)

@@ -1,0 +1,37 @@
+"""The limit: how fast this machine moves bytes, beside how many a step must read."""
+
+from __future__ import annotations
+
+import time
+
+import torch
+
+BLOCK = 256 << 20
+COPIES = 7
+
+
+def copy_bandwidth(device: torch.device, block: int = BLOCK) -> float:
+    """Bytes per second of copying a block that no cache holds, read and written both counted.
+
+    The median of a few copies, with the threads that are set.
+    """
+    source = torch.ones(block // 4, dtype=torch.float32, device=device)
+    target = torch.empty_like(source)
+    seconds = []
+    for _ in range(COPIES + 1):
+        _wait(device)
+        start = time.perf_counter()
+        target.copy_(source)
+        _wait(device)
+        seconds.append(time.perf_counter() - start)
+    return 2 * block / sorted(seconds[1:])[COPIES // 2]
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def step_bytes(read_bytes: float, entries: float, entry_bytes: float) -> float:
+    """Bytes that writing a token must read: weights and live entries."""
+    return read_bytes + entries * entry_bytes

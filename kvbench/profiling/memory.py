@@ -1,0 +1,175 @@
+"""Memory: what weights, reading and writing take, and what is free.
+
+On a GPU the allocator keeps the figures. On a CPU PyTorch's profiler reports every allocation, from
+which the same figures are summed up. They are taken in a pass of their own, since both slow the
+work down.
+"""
+
+from __future__ import annotations
+
+import resource
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+from torch import nn
+
+from kvbench.cache.evicting import storage_bytes
+
+_WRITES = "kvbench: writing begins"
+_CGROUPS = Path("/sys/fs/cgroup")
+_CGROUP = (
+    ("memory.max", "memory.current"), ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes"),
+)
+"""Files that say what a container may have, and what it has taken (version 2 and 1)."""
+
+
+@dataclass
+class Peaks:
+    """The most bytes that were allocated beyond what there was at the start, by phase."""
+
+    prefill: int = 0
+    decode: int = 0
+
+
+class CpuMemory:
+    """Every allocation that PyTorch makes on the CPU, from its profiler."""
+
+    def __init__(self) -> None:
+        self.peaks = Peaks()
+
+    @contextmanager
+    def watched(self) -> Iterator[None]:
+        from torch.profiler import ProfilerActivity, profile
+
+        with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as found:
+            yield
+        events = sorted(found.profiler.kineto_results.events(), key=lambda event: event.start_ns())
+        alive, place = 0, "prefill"
+        for event in events:
+            if event.name() == _WRITES:
+                place, self.peaks.decode = "decode", alive
+            elif event.name() == "[memory]":
+                alive += event.nbytes()
+                setattr(self.peaks, place, max(getattr(self.peaks, place), alive))
+
+    def begin_writing(self) -> None:
+        with torch.profiler.record_function(_WRITES):
+            pass
+
+
+class CudaMemory:
+    """The figures of the GPU's own allocator."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device, self.peaks = device, Peaks()
+
+    @contextmanager
+    def watched(self) -> Iterator[None]:
+        self._base = self._reset()
+        yield
+        self.peaks.decode = self._peak()
+
+    def begin_writing(self) -> None:
+        self.peaks.prefill = self._peak()
+        self._reset()
+
+    def _reset(self) -> int:
+        torch.cuda.synchronize(self.device)
+        torch.cuda.reset_peak_memory_stats(self.device)
+        return int(torch.cuda.memory_allocated(self.device))
+
+    def _peak(self) -> int:
+        torch.cuda.synchronize(self.device)
+        return int(torch.cuda.max_memory_allocated(self.device)) - self._base
+
+
+def memory_of(device: torch.device) -> CpuMemory | CudaMemory:
+    return CudaMemory(device) if device.type == "cuda" else CpuMemory()
+
+
+def rss_peak() -> int:
+    """The most bytes of this process that were ever in main memory."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def free_bytes(device: torch.device) -> int:
+    """Bytes that can still be had on a device: of the machine, or of the container if that is less."""
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0])
+    free = int(psutil.virtual_memory().available)
+    for most, used in _CGROUP:
+        try:
+            limit = (_CGROUPS / most).read_text(encoding="ascii").strip()
+            taken = int((_CGROUPS / used).read_text(encoding="ascii"))
+        except (OSError, ValueError):
+            continue
+        if limit.isdecimal():
+            free = min(free, max(0, int(limit) - taken))
+    return free
+
+
+def weights_bytes(*modules: nn.Module | None) -> int:
+    """Bytes of the parameters and buffers, what is shared counted once."""
+    return storage_bytes([t for m in modules if m is not None for t in (*m.parameters(), *m.buffers())])
+
+
+def read_bytes(model: nn.Module) -> int:
+    """Bytes of the weights that writing a token reads: all but tables of which only rows are taken.
+
+    The embeddings count where they are also the output layer. Of a mixture of experts all are counted.
+    """
+    output: Any = model.get_output_embeddings()  # type: ignore[operator]
+    head = None if output is None else output.weight
+    tables = [m.weight for m in model.modules() if isinstance(m, nn.Embedding) and m.weight is not head]
+    skipped = {table.data_ptr() for table in tables}
+    return storage_bytes([p for p in model.parameters() if p.data_ptr() not in skipped])
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """What a model of a configuration takes, known before it is made.
+
+    Attributes:
+        weights: bytes of its weights.
+        entry: bytes of one cache entry of one row, in all layers.
+        wide: numbers per token that the widest moment of a layer holds.
+        vocabulary: numbers per row of logits.
+        number: bytes of a number.
+    """
+
+    weights: int
+    entry: int
+    wide: int
+    vocabulary: int
+    number: int
+
+    def needed(self, batch: int, entries: int, fed: int) -> int:
+        """About the least that ``entries`` held and ``fed`` tokens at a time take, weights included."""
+        activations = fed * self.wide + self.vocabulary
+        return self.weights + batch * (entries * self.entry + activations * self.number)
+
+
+def sizes_of(config: Any, dtype: torch.dtype) -> Sizes:
+    """The sizes of a causal language model of that configuration; nothing is allocated."""
+    from transformers import AutoModelForCausalLM
+
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    number = torch.empty(0, dtype=dtype).element_size()
+    tensors = {id(p): p.numel() for p in model.parameters()}
+    heads = config.num_attention_heads
+    width = getattr(config, "head_dim", None) or config.hidden_size // heads
+    shared = getattr(config, "num_key_value_heads", None) or heads
+    entry = config.num_hidden_layers * 2 * shared * width * number
+    named = [getattr(config, name, None) for name in ("intermediate_size", "ffn_dim", "n_inner")]
+    inner = max([size for size in named if size] or [4 * config.hidden_size])
+    return Sizes(
+        sum(tensors.values()) * number, entry, 2 * config.hidden_size + inner, int(config.vocab_size), number,
+    )

@@ -1,0 +1,94 @@
+"""The two passes over a request: one that times it, one that watches its memory."""
+
+from __future__ import annotations
+
+import gc
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import NamedTuple
+
+import torch
+
+from kvbench.profiling.clock import Clock, Stopwatch, Timeline
+from kvbench.profiling.memory import CpuMemory, CudaMemory
+from kvbench.profiling.subject import Request, cache_bytes
+
+
+class Timed(NamedTuple):
+    """A request that was timed.
+
+    Attributes:
+        wall_s: seconds by the wall clock, the device waited for at both ends.
+        held: entries when the prompt had been read; ``entries`` their mean while text was written.
+    """
+
+    timeline: Timeline
+    wall_s: float
+    held: int
+    entries: float
+
+
+def time_request(make: Callable[[Stopwatch], Request], clock: Clock, device: torch.device, fill: int | None) -> Timed:
+    """Read, or fill the cache, and write; every token's moment is noted without waiting for the device.
+
+    Args:
+        make: the request, which may time with the stopwatch what it does beside the model.
+        fill: seed of a random cache that stands for reading; None to read.
+    """
+    watch = Stopwatch(clock)
+    request = make(watch)
+    logits = None if fill is None else request.fill(fill)
+    with _undisturbed(), torch.inference_mode():
+        _wait(device)
+        begin = time.perf_counter()
+        watch.started = clock.mark()
+        logits = request.read() if logits is None else logits
+        watch.prefilled = clock.mark()
+        held, entries = request.held, 0
+        for _ in request.write(logits):
+            watch.tokens.append(clock.mark())
+            entries += request.entries
+        _wait(device)
+        wall = time.perf_counter() - begin
+    return Timed(watch.read(), wall, held, entries / len(watch.tokens))
+
+
+class Weighed(NamedTuple):
+    """Bytes that a request took; each pair of bytes is (logical, physical)."""
+
+    prefill_peak: int
+    decode_peak: int
+    read: tuple[int, int]
+    written: tuple[int, int]
+    held: int
+    entries_peak: int
+
+
+def weigh_request(make: Callable[[], Request], memory: CpuMemory | CudaMemory, fill: int | None) -> Weighed:
+    """Read, or fill the cache, and write, with every allocation watched."""
+    with torch.inference_mode(), memory.watched():
+        request = make()
+        logits = request.read() if fill is None else request.fill(fill)
+        held, read = request.held, cache_bytes(request)
+        memory.begin_writing()
+        for _ in request.write(logits):
+            pass
+        written = cache_bytes(request)
+    return Weighed(memory.peaks.prefill, memory.peaks.decode, read, written, held, request.peak)
+
+
+@contextmanager
+def _undisturbed() -> Iterator[None]:
+    """Without the garbage collector, which would fall on one step or another."""
+    gc.collect()
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.enable()
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)

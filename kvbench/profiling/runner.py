@@ -1,0 +1,265 @@
+"""The parent of a profile: one child at a time, so that nothing runs beside what is timed."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import queue
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from typing import Any
+
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+
+from kvbench.environment import describe
+from kvbench.errors import StoppedError, UserError
+from kvbench.execution.child import Child, WorkerDiedError
+from kvbench.execution.guards import KEPT, disk
+from kvbench.profiling.job import MEMORY, PROBE, TIME, ProfileJob
+from kvbench.profiling.plan import AGAIN, PROFILE, ProfilePlan, at_batch
+from kvbench.profiling.search import largest
+from kvbench.store.folder import RUN, RunFolder, write_atomic
+from kvbench.store.profile_records import ProbeRecord, ProfileRecord, TimingRecord, load_profile_record
+from kvbench.store.records import Cell, Failure
+
+_HOURS = 24 * 3600.0
+
+
+@dataclass
+class _Run:
+    """What the parent knows while children measure.
+
+    Attributes:
+        cells: of the plan, and those that a search has found, by key.
+        failed: keys of the cells that are left alone from now on.
+    """
+
+    plan: ProfilePlan
+    folder: RunFolder
+    command: list[str]
+    console: Console
+    fresh: bool
+    progress: Progress
+    bar: TaskID
+    cells: dict[str, Cell] = field(default_factory=dict)
+    failed: set[str] = field(default_factory=set)
+    about: dict[str, Any] | None = None
+
+
+@dataclass(frozen=True)
+class _Outcome:
+    """What a child has measured, and the cell that it failed in."""
+
+    records: tuple[tuple[str, ProfileRecord], ...]
+    victim: Failure | None = None
+
+
+def profile(plan: ProfilePlan, command: list[str], console: Console, fresh: bool = False) -> None:
+    """Measure everything in the plan that is not yet on disk, or all of it if ``fresh``.
+
+    A cell whose child fails or is killed is marked as failed, and the others go on in a new child.
+
+    Raises:
+        UserError: the plan cannot be carried out (nothing was written), or the disk is full.
+        WorkerDiedError: a child died before it was ready for anything.
+    """
+    with Progress(
+        TextColumn("{task.description}"), BarColumn(), TextColumn("{task.percentage:.0f} %"),
+        TimeRemainingColumn(), console=console, transient=True,
+    ) as progress:
+        bar = progress.add_task("starting", total=_steps(plan))
+        run = _Run(plan, RunFolder(plan.folder), command, console, fresh, progress, bar)
+        run.cells = {cell.key: cell for cell in plan.cells}
+        if not fresh and (plan.folder / RUN).exists():
+            run.cells |= {cell.key: cell for cell in run.folder.cells()}
+        for repeat in range(plan.request.repeats):
+            for group in plan.groups:
+                _repeat(run, group, repeat)
+        for cell in (cell for group in plan.groups for cell in group if cell.method != AGAIN):
+            _memory(run, cell)
+        _equal_memory(run)
+
+
+def _steps(plan: ProfilePlan) -> int:
+    """Requests that will be run, about."""
+    request = plan.request
+    timed = sum(len(group) for group in plan.groups) * request.repeats * (request.rounds + min(request.warmups, 1))
+    return timed + sum(len(group) for group in plan.groups) + 8 * len(plan.searches)
+
+
+def _job(run: _Run, kind: str, cells: Sequence[Cell], repeat: int = 0) -> ProfileJob:
+    plan, request = run.plan, run.plan.request
+    location = plan.model.location if plan.model else request.model
+    return ProfileJob(
+        kind, tuple(cells), location, plan.positions, request.threads, repeat, request.rounds, request.warmups,
+        plan.budget,
+    )
+
+
+def _repeat(run: _Run, group: Sequence[Cell], repeat: int) -> None:
+    """One process that times the cells of a group in turn; whole, or not recorded at all."""
+    while True:
+        cells = [cell for cell in group if cell.key not in run.failed]
+        done = [repeat in _repeats(run, cell) for cell in cells]
+        if not cells or all(done):
+            run.progress.advance(run.bar, sum(done) * run.plan.request.rounds)
+            return
+        found = _carried_out(run, _job(run, TIME, cells, repeat))
+        if found.victim is None:
+            _store(run, found.records)
+            return
+        _fail(run, found.victim)
+
+
+def _repeats(run: _Run, cell: Cell) -> set[int]:
+    """The repeats of a cell that are on disk."""
+    if run.about is None and run.fresh:
+        return set()
+    return {r.repeat for r in run.folder.measurements(cell).values() if isinstance(r, TimingRecord) and not r.warmup}
+
+
+def _memory(run: _Run, cell: Cell) -> None:
+    if cell.key in run.failed or MEMORY in run.folder.measurements(cell):
+        return
+    found = _carried_out(run, _job(run, MEMORY, [cell]))
+    _store(run, found.records)
+    if found.victim is not None:
+        _fail(run, found.victim)
+
+
+def _equal_memory(run: _Run) -> None:
+    """The largest batch of every cell, and all of them in turn, each at its own."""
+    searches = run.plan.searches
+    for length in dict.fromkeys(cell.options["seq_len"] for cell in searches):
+        found = []
+        for cell in (cell for cell in searches if cell.options["seq_len"] == length):
+            batch = largest(lambda size, cell=cell: _fits(run, cell, size))  # type: ignore[misc]
+            if batch:
+                found.append(at_batch(cell, batch))
+        _add(run, found)
+        for repeat in range(run.plan.request.repeats):
+            _repeat(run, found, repeat)
+
+
+def _fits(run: _Run, search: Cell, batch: int) -> bool:
+    """Whether a batch fits, from disk if it was tried before; a killed or late probe is one that does not."""
+    known = run.folder.measurements(search).get(f"probe/{batch}") if run.about or not run.fresh else None
+    if isinstance(known, ProbeRecord):
+        return known.fits
+    cell = at_batch(search, batch)
+    run.cells[cell.key] = cell
+    found = _carried_out(run, _job(run, PROBE, [cell]), float(run.plan.request.timeout))
+    del run.cells[cell.key]
+    record = next((r for _, r in found.records if isinstance(r, ProbeRecord)), None)
+    if record is None:
+        record = ProbeRecord(batch, False, found.victim.error if found.victim else "no answer", 0)
+    _store(run, [(search.key, record)])
+    return record.fits
+
+
+def _carried_out(run: _Run, job: ProfileJob, seconds: float = _HOURS) -> _Outcome:
+    """Run a child to its end, and hand on what it measured.
+
+    Raises:
+        UserError: it refused.
+        WorkerDiedError: it died before it was ready.
+    """
+    events: queue.Queue[tuple[int, dict[str, Any] | None]] = queue.Queue()
+    records: list[tuple[str, ProfileRecord]] = []
+    child: Child[ProfileJob] = Child(job, 0, events)
+    at: str | None = None
+    end = time.monotonic() + seconds
+    try:
+        while True:
+            try:
+                _, event = events.get(timeout=max(0.0, end - time.monotonic()))
+            except queue.Empty:
+                child.process.kill()
+                return _Outcome(tuple(records), Failure(at or job.cells[0].key, f"gave up after {seconds:g} s"))
+            if event is None:
+                reason, hint = child.death(), child.hint()
+                if at is None and run.about is None:
+                    raise WorkerDiedError(f"{reason} {hint}".strip())
+                cell = run.cells[at or job.cells[0].key]
+                return _Outcome(tuple(records), Failure(cell.key, f"{cell.label}: {reason}", hint))
+            match event.pop("event"):
+                case "refused":
+                    raise UserError(event["message"], event["hint"])
+                case "ready":
+                    if run.about is None:
+                        _open(run, event)
+                    child.tell("go")
+                case "at":
+                    at = event["cell"]
+                    run.progress.update(run.bar, description=f"{job.kind}: {run.cells[event['cell']].label}")
+                case "record":
+                    records.append((event["cell"], load_profile_record(event["record"])))
+                    run.progress.advance(run.bar)
+                case "failed":
+                    label = run.cells[event["cell"]].label
+                    return _Outcome(
+                        tuple(records), Failure(event["cell"], f"{label}: {event['error']}", event["hint"])
+                    )
+                case "end":
+                    return _Outcome(tuple(records))
+    finally:
+        child.stop()
+
+
+def _store(run: _Run, records: Sequence[tuple[str, ProfileRecord]]) -> None:
+    with disk(run.folder.path, KEPT, StoppedError):
+        for key in dict.fromkeys(key for key, _ in records):
+            run.folder.append(run.cells[key], [record for cell, record in records if cell == key])
+
+
+def _fail(run: _Run, failure: Failure) -> None:
+    run.failed.add(failure.cell)
+    with disk(run.folder.path, KEPT, StoppedError):
+        run.folder.fail(run.cells[failure.cell], failure)
+    run.console.print(f"[red]failed[/] {escape(f'{failure.error} {failure.hint}'.strip())}", highlight=False)
+
+
+def _open(run: _Run, about: dict[str, Any]) -> None:
+    """Write ``run.json`` and the cells' folders: from here on there is something to continue."""
+    folder = run.folder
+    with disk(folder.path, "Choose another folder with --out."):
+        folder.path.mkdir(parents=True, exist_ok=True)
+        if run.fresh:
+            folder.clear()
+            run.cells = {cell.key: cell for cell in run.plan.cells}
+        run.about = about
+        _write(run)
+        for cell in run.cells.values():
+            folder.open_cell(cell)
+
+
+def _add(run: _Run, cells: Sequence[Cell]) -> None:
+    """Cells that a search has found."""
+    with disk(run.folder.path, KEPT, StoppedError):
+        for cell in cells:
+            run.cells[cell.key] = cell
+            run.folder.open_cell(cell)
+        _write(run)
+
+
+def _write(run: _Run) -> None:
+    path, request, about = run.folder.path / RUN, run.plan.request, run.about or {}
+    earlier = run.folder.manifest() if path.exists() else {}
+    now = datetime.now(UTC).isoformat(timespec="seconds")
+    threads = f"|threads:{about['threads']}" if about["device"] == "cpu" else ""
+    manifest = {
+        "schema": 1, "content": run.plan.content, "started": earlier.get("started", now), "command": run.command,
+        "limit": [request.repeats, request.rounds], "finished": None, "sources": {PROFILE: "random token ids"},
+        "tasks": {PROFILE: {
+            "kind": PROFILE, "repeats": request.repeats, "rounds": request.rounds, "notes": about["notes"],
+            "documents": [], "budget": run.plan.budget or about["device_bytes"],
+            "signature": f"profile|{request.fill}|{about['dtype']}|{about['device']}{threads}|sdpa|v:1",
+        }},
+        "machine": about, "environment": describe(),
+        "cells": [dataclasses.asdict(cell) for cell in run.cells.values()],
+    }
+    write_atomic(path, json.dumps(manifest, indent=1, ensure_ascii=False) + "\n")

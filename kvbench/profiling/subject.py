@@ -1,0 +1,181 @@
+"""What is profiled: one request of a method on a model, read and written step by step."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from kvbench.cache.evicting import EvictingCache, storage_bytes
+from kvbench.decoding import Continuation, Sampling
+from kvbench.methods import Layout
+from kvbench.models.adapter import Adapter
+from kvbench.runtime import Reader
+
+
+class Request(Protocol):
+    """A batch of prompts and what is written after them."""
+
+    def read(self) -> Tensor:
+        """Read the prompts: logits ``[batch, vocabulary]``."""
+
+    def fill(self, seed: int) -> Tensor:
+        """Put random entries where reading would have left some: random logits."""
+
+    def write(self, logits: Tensor) -> Iterator[Tensor]:
+        """Choose, feed, choose ...: the tokens, greedily, never ending early."""
+
+    @property
+    def entries(self) -> int:
+        """Entries in the cache now, per layer and row; dead ones that wait for reuse included."""
+
+    @property
+    def held(self) -> int:
+        """Of these, the ones that are alive."""
+
+    @property
+    def peak(self) -> int:
+        """The most entries there ever were."""
+
+    def tensors(self) -> list[Tensor]:
+        """All that the cache holds."""
+
+
+def kv_shape(config: Any) -> tuple[int, int, int]:
+    """Layers, heads of keys and values, and width of a head."""
+    heads = int(config.num_attention_heads)
+    width = getattr(config, "head_dim", None) or config.hidden_size // heads
+    return int(config.num_hidden_layers), int(getattr(config, "num_key_value_heads", None) or heads), int(width)
+
+
+def random_entries(
+    model: nn.Module, batch: int, entries: int, seed: int
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Keys and values ``[batch, heads, entries, width]`` of every layer: seeded, normal, of no meaning."""
+    layers, heads, width = kv_shape(model.config)
+    like = next(model.parameters())
+    generator = torch.Generator(like.device).manual_seed(seed)
+    for _ in range(layers):
+        keys = torch.empty(batch, heads, entries, width, dtype=like.dtype, device=like.device)
+        yield keys.normal_(generator=generator), torch.empty_like(keys).normal_(generator=generator)
+
+
+def _random_logits(model: nn.Module, batch: int, seed: int) -> Tensor:
+    like = next(model.parameters())
+    generator = torch.Generator(like.device).manual_seed(seed)
+    size = int(model.config.vocab_size)  # type: ignore[union-attr, arg-type]
+    return torch.empty(batch, size, dtype=like.dtype, device=like.device).normal_(generator=generator)
+
+
+@dataclass
+class EvictingRequest:
+    """A method's layout in our cache.
+
+    Attributes:
+        prompt: ids ``[batch, P]``.
+        layout: of P + new tokens.
+        chunk: tokens of the prompt that are fed at a time.
+        beside: see :class:`kvbench.runtime.Reader`.
+    """
+
+    model: nn.Module
+    adapter: Adapter | None
+    prompt: Tensor
+    layout: Layout
+    new_tokens: int
+    chunk: int
+    beside: Any
+
+    def __post_init__(self) -> None:
+        greedy = torch.full((len(self.prompt), 1, self.new_tokens), torch.nan, dtype=torch.float64)
+        self.text = Continuation(self.prompt, greedy, self.layout, Sampling(), chunk=self.chunk)
+        self.reader = Reader(self.model, self.adapter, beside=self.beside)
+
+    def ready(self) -> AbstractContextManager[Reader]:
+        return self.reader.ready()
+
+    def read(self) -> Tensor:
+        return self.text.read(self.reader)
+
+    def fill(self, seed: int) -> Tensor:
+        cache = EvictingCache()
+        for place, (keys, values) in enumerate(
+            random_entries(self.model, len(self.prompt), self.text.left, seed)
+        ):
+            cache.update(keys, values, place)
+        self.text.assume(cache)
+        self.reader.trace.held = self.reader.trace.peak = self.text.left
+        return _random_logits(self.model, len(self.prompt), seed)
+
+    def write(self, logits: Tensor) -> Iterator[Tensor]:
+        return self.text.write(self.reader, logits)
+
+    @property
+    def entries(self) -> int:
+        return self.text.cache.entries()
+
+    @property
+    def held(self) -> int:
+        return self.reader.trace.held
+
+    @property
+    def peak(self) -> int:
+        return self.reader.trace.peak
+
+    def tensors(self) -> list[Tensor]:
+        return self.text.cache.tensors()
+
+
+@dataclass
+class StockRequest:
+    """The full cache as transformers keeps it: read in one pass, grown by concatenation."""
+
+    model: nn.Module
+    prompt: Tensor
+    new_tokens: int
+
+    def __post_init__(self) -> None:
+        from transformers import DynamicCache
+
+        self.cache = DynamicCache()
+
+    def read(self) -> Tensor:
+        return self._fed(self.prompt)
+
+    def fill(self, seed: int) -> Tensor:
+        batch, length = self.prompt.shape
+        for place, (keys, values) in enumerate(random_entries(self.model, batch, length, seed)):
+            self.cache.update(keys, values, place)
+        return _random_logits(self.model, batch, seed)
+
+    def write(self, logits: Tensor) -> Iterator[Tensor]:
+        for step in range(self.new_tokens):
+            ids = logits.argmax(-1)
+            yield ids
+            if step + 1 < self.new_tokens:
+                logits = self._fed(ids[:, None])
+
+    def _fed(self, ids: Tensor) -> Tensor:
+        out = self.model(input_ids=ids, past_key_values=self.cache, use_cache=True, logits_to_keep=1)
+        logits: Tensor = out.logits[:, -1]
+        return logits
+
+    @property
+    def entries(self) -> int:
+        return int(self.cache.get_seq_length())
+
+    held = peak = entries
+
+    def tensors(self) -> list[Tensor]:
+        return [t for layer in self.cache.layers for t in (layer.keys, layer.values)]
+
+
+def cache_bytes(request: Request) -> tuple[int, int]:
+    """Bytes of the live entries, and of the distinct storages that hold the cache."""
+    tensors = request.tensors()
+    per_entry = sum(t.element_size() * t.shape[0] * t.shape[1] * t.shape[-1] for t in tensors)
+    return request.held * per_entry, storage_bytes(tensors)

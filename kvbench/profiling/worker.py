@@ -1,0 +1,212 @@
+"""The profiling child: times cells in turn, or weighs one, and reports events to its parent."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import sys
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import IO, Any
+
+import torch
+
+from kvbench.errors import UserError
+from kvbench.profiling.bench import Bench, make_bench
+from kvbench.profiling.clock import clock_of
+from kvbench.profiling.job import MEMORY, PROBE, TIME, ProfileJob
+from kvbench.profiling.limit import copy_bandwidth
+from kvbench.profiling.memory import memory_of, read_bytes, rss_peak, weights_bytes
+from kvbench.profiling.passes import time_request, weigh_request
+from kvbench.reporting.format import bytes_of
+from kvbench.store.profile_records import MemoryRecord, ProbeRecord, ProfileRecord, TimingRecord
+from kvbench.store.records import Cell
+
+STABLE = 0.05
+"""Warming up ends when two requests in a row differ by less."""
+
+
+class CellFailedError(Exception):
+    """A cell could not be run; the parent has been told, and goes on in a new process."""
+
+
+class Worker:
+    """Runs one job. Nothing is run before the parent says so."""
+
+    def __init__(self, job: ProfileJob, events: IO[str]) -> None:
+        self.job, self.events = job, events
+
+    def say(self, event: str, **content: Any) -> None:
+        self.events.write(json.dumps({"event": event, **content}) + "\n")
+        self.events.flush()
+
+    def prepare(self) -> Bench:
+        """Load the model, and tell the parent what it is.
+
+        Raises:
+            UserError: the request cannot be carried out on this model or machine.
+        """
+        job, first = self.job, self.job.cells[0]
+        if job.threads:
+            torch.set_num_threads(job.threads)
+        bench = make_bench(job.location, first, job.positions)
+        if job.budget and bench.sizes.weights >= job.budget:
+            raise UserError(
+                f"--memory-budget {bytes_of(job.budget)} is less than the weights of {first.model} take "
+                f"({bytes_of(bench.sizes.weights)}).", "Give a larger budget, or choose a smaller model.",
+            )
+        self.say(
+            "ready", notes=bench.notes, weights=bench.sizes.weights, entry=bench.sizes.entry,
+            threads=torch.get_num_threads(), device=str(bench.device), dtype=str(bench.dtype).removeprefix("torch."),
+            device_name=torch.cuda.get_device_name(bench.device) if bench.device.type == "cuda" else None,
+            device_bytes=torch.cuda.mem_get_info(bench.device)[1] if bench.device.type == "cuda" else None,
+        )
+        return bench
+
+    def run(self, bench: Bench) -> None:
+        """Carry out the job."""
+        try:
+            {TIME: self._time, MEMORY: self._weigh, PROBE: self._probe}[self.job.kind](bench)
+        except CellFailedError:
+            return
+        self.say("end")
+
+    def _time(self, bench: Bench) -> None:
+        """Every cell in turn, forwards and backwards, after each has been warmed up."""
+        cells, job = list(self.job.cells), self.job
+        for cell in cells:
+            with self.guarded(cell, bench):
+                bench.layout_of(cell)
+                self._warm(bench, cell)
+        bandwidth: float | None = copy_bandwidth(bench.device)
+        for number in range(job.rounds):
+            for cell in cells if (number + job.repeat) % 2 == 0 else reversed(cells):
+                with self.guarded(cell, bench):
+                    self._tell(cell, self._timed(bench, cell, number, False, bandwidth))
+                bandwidth = None
+
+    def _warm(self, bench: Bench, cell: Cell) -> None:
+        last = None
+        for number in range(self.job.warmups):
+            record = self._timed(bench, cell, number, True, None)
+            self._tell(cell, record)
+            if last is not None and abs(record.wall_s / last - 1) < STABLE:
+                return
+            last = record.wall_s
+
+    def _timed(self, bench: Bench, cell: Cell, number: int, warmup: bool, bandwidth: float | None) -> TimingRecord:
+        seed = self._seed(cell, number, warmup)
+        fill = seed if cell.options["fill"] == "synthetic" else None
+        with bench.ready(cell):
+            found = time_request(
+                lambda watch: bench.request(cell, seed, watch.beside), clock_of(bench.device), bench.device, fill
+            )
+        line, is_read = found.timeline, fill is None
+        return TimingRecord(
+            self.job.repeat, number, warmup, line.prefill_s if is_read else None,
+            line.compress_s if is_read else None, line.ttft_s if is_read else None,
+            line.gaps, found.wall_s, int(cell.options["seq_len"]), found.held, found.entries,
+            read_bytes(bench.model), bench.sizes.entry * int(cell.options["batch_size"]), bandwidth,
+        )
+
+    def _seed(self, cell: Cell, number: int, warmup: bool) -> int:
+        """Prompts are fresh for every request, and the same for all cells of a round."""
+        return ((cell.seed * 1000 + self.job.repeat) * 1000 + number) * 2 + warmup
+
+    def _weigh(self, bench: Bench) -> None:
+        cell = self.job.cells[0]
+        with self.guarded(cell, bench):
+            self._tell(cell, self._weighed(bench, cell))
+
+    def _weighed(self, bench: Bench, cell: Cell) -> MemoryRecord:
+        seed = self._seed(cell, 0, False)
+        fill = seed if cell.options["fill"] == "synthetic" else None
+        adapter = bench.adapter_of(cell)
+        weights = weights_bytes(bench.model, adapter)
+        memory = memory_of(bench.device)
+        with bench.ready(cell):
+            found = weigh_request(lambda: bench.request(cell, seed), memory, fill)
+        prompt = int(cell.options["seq_len"])
+        return MemoryRecord(
+            weights, found.prefill_peak if fill is None else None, found.decode_peak, *found.read,
+            prompt * bench.sizes.entry * int(cell.options["batch_size"]), *found.written, found.held, prompt,
+            found.entries_peak, rss_peak(), "cuda allocator" if bench.device.type == "cuda" else "profiler",
+        )
+
+    def _probe(self, bench: Bench) -> None:
+        """Whether the cell, at its batch, stays within the budget; running out of memory is an answer."""
+        cell, budget = self.job.cells[0], self.job.budget or bench.sizes.weights + _card(bench)
+        batch = int(cell.options["batch_size"])
+        self.say("at", cell=cell.key)
+        needed = bench.needed(cell)
+        why = f"needs at least {bytes_of(needed)}" if needed > budget else bench.refusal(cell)
+        if why is None:
+            try:
+                weighed = self._weighed(bench, cell)
+                needed = weighed.weights + max(weighed.prefill_peak or 0, weighed.decode_peak)
+                why = "" if needed <= budget else f"took {bytes_of(needed)}"
+            except (RuntimeError, MemoryError) as error:
+                if not is_out_of_memory(error):
+                    raise
+                why = "out of memory"
+        self._tell(cell, ProbeRecord(batch, not why, why, needed))
+
+    def _tell(self, cell: Cell, record: ProfileRecord) -> None:
+        self.say("record", cell=cell.key, record=dataclasses.asdict(record))
+
+    @contextmanager
+    def guarded(self, cell: Cell, bench: Bench) -> Iterator[None]:
+        """A fault inside stays in the cell: it is reported, and this process ends.
+
+        A shape that does not fit in free memory is refused before anything is allocated.
+
+        Raises:
+            CellFailedError: there was a fault.
+        """
+        self.say("at", cell=cell.key)
+        try:
+            refusal = bench.refusal(cell)
+            if refusal is not None:
+                raise UserError(refusal, "Use a smaller --batch-size or --seq-len, or --dtype bfloat16.")
+            yield
+        except (RuntimeError, ValueError, IndexError, MemoryError, UserError) as error:
+            reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+            reason = getattr(error, "message", reason)
+            hint = getattr(error, "hint", "")
+            if is_out_of_memory(error):
+                hint = "Use a smaller --batch-size or --seq-len, or --dtype bfloat16."
+            print(traceback.format_exc(), file=sys.stderr)
+            self.say("failed", cell=cell.key, error=reason, hint=hint)
+            raise CellFailedError from error
+
+
+def _card(bench: Bench) -> int:
+    """What a GPU still has."""
+    from kvbench.profiling.memory import free_bytes
+
+    return free_bytes(bench.device)
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that memory could not be had, in one of the ways that PyTorch has for it."""
+    words = ("out of memory", "can't allocate memory", "CUBLAS_STATUS_ALLOC_FAILED", "not enough memory")
+    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or any(word in str(error) for word in words)
+
+
+def main() -> None:
+    """Entry of the child: job on stdin, events on stdout, everything else on stderr."""
+    events = os.fdopen(os.dup(1), "w", encoding="utf-8")
+    os.dup2(2, 1)
+    worker = Worker(ProfileJob.from_json(sys.stdin.readline()), events)
+    try:
+        bench = worker.prepare()
+        if sys.stdin.readline():
+            worker.run(bench)
+    except UserError as error:
+        worker.say("refused", message=error.message, hint=error.hint)
+
+
+if __name__ == "__main__":
+    main()

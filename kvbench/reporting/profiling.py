@@ -1,0 +1,274 @@
+"""From records of time and memory to rows: medians with intervals, paired with the full cache."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from kvbench.statistics import fitted_slope, median_interval, paired_p_value
+from kvbench.store.folder import RunFolder
+from kvbench.store.profile_records import MemoryRecord, ProbeRecord, TimingRecord
+from kvbench.store.records import Cell, Failure, Row
+
+Array = NDArray[np.float64]
+
+FULL, AGAIN, STOCK = "full", "full-again", "full-dynamic"
+_PERCENTILES = ((90, 10), (95, 20), (99, 100))
+"""Percentiles of the gaps between tokens, and how many gaps each needs."""
+_SPREAD, _EXTREME = 0.1, 0.5
+"""A standard deviation, or an extreme, this far from the mean makes a timing unstable."""
+_NONE = (None, None)
+
+
+@dataclass(frozen=True)
+class Profiled:
+    """A cell with what was measured of it."""
+
+    cell: Cell
+    times: tuple[TimingRecord, ...]
+    memory: MemoryRecord | None
+    bandwidth: float
+
+    @property
+    def batch(self) -> int:
+        return int(self.cell.options["batch_size"])
+
+    @property
+    def speed(self) -> Array:
+        """Tokens per second of every timed request."""
+        return np.array([self.batch / t.tpot_s for t in self.times])
+
+    @property
+    def step_bytes(self) -> float:
+        """Bytes that writing a token of every row must read."""
+        first = self.times[0]
+        return first.read_bytes + float(np.mean([t.entries for t in self.times])) * first.entry_bytes
+
+    @property
+    def group(self) -> tuple[str, str]:
+        """What is timed in turn: a length and a batch, or a length at equal memory."""
+        options = self.cell.options
+        return options["seq_len"], options.get("memory_budget") or options["batch_size"]
+
+
+def profile_results(
+    folder: RunFolder, info: dict[str, Any], cells: Sequence[Cell]
+) -> tuple[list[Row], list[Failure]]:
+    """All rows of a profile, and the cells that lack something."""
+    rows: list[Row] = []
+    failures: list[Failure] = []
+    found: list[Profiled] = []
+    for cell in cells:
+        records = list(folder.measurements(cell).values())
+        if cell.options["batch_size"] == "0":
+            rows += _largest_rows(cell, [r for r in records if isinstance(r, ProbeRecord)], info)
+            continue
+        times = sorted(
+            (r for r in records if isinstance(r, TimingRecord) and not r.warmup), key=lambda r: r.pair
+        )
+        memory = next((r for r in records if isinstance(r, MemoryRecord)), None)
+        wanted = info["repeats"] * info["rounds"]
+        is_weighed = memory is not None or cell.method == AGAIN or "memory_budget" in cell.options
+        is_whole = len(times) >= wanted and is_weighed
+        if times and (is_whole or folder.failure(cell) is None):
+            found.append(Profiled(cell, tuple(times), memory, math.nan))
+        if not is_whole and folder.failure(cell) is None:
+            failures.append(Failure(
+                cell.key, f"{cell.label}: {len(times)} of {wanted} requests are done.",
+                "Run the same command again to continue.",
+            ))
+    bandwidth = [t.bandwidth for p in found for t in p.times if t.bandwidth]
+    speed = float(np.median(bandwidth)) if bandwidth else math.nan
+    found = [Profiled(p.cell, p.times, p.memory, speed) for p in found]
+    timed: list[Row] = []
+    for group in dict.fromkeys(p.group for p in found):
+        mine = [p for p in found if p.group == group]
+        baseline = _baseline(mine)
+        for part in mine:
+            timed += _time_rows(part, baseline, next((p for p in mine if p.cell.method == FULL), None), info)
+            timed += _memory_rows(part, info)
+    return [*timed, *_cost_rows(found, info), *rows], failures
+
+
+def _baseline(group: Sequence[Profiled]) -> Profiled | None:
+    """The faster of the full cache in our layers and in those of transformers."""
+    full = [p for p in group if p.cell.method in (FULL, STOCK)]
+    return max(full, key=lambda p: float(np.median(p.speed))) if full else None
+
+
+def _time_rows(part: Profiled, baseline: Profiled | None, full: Profiled | None, info: dict[str, Any]) -> list[Row]:
+    is_twin = part.cell.method == AGAIN
+    other = full if is_twin else baseline
+    rival = other if other is not None and other is not part else None
+    times, rows = part.times, []
+    values: dict[str, list[Any]] = {
+        "ttft_s": [t.ttft_s for t in times], "prefill_s": [t.prefill_s for t in times],
+        "compress_s": [t.compress_s for t in times],
+        "prefill_tok_s": [t.raw * part.batch / t.prefill_s if t.prefill_s else None for t in times],
+        "tpot_s": [t.tpot_s for t in times], "itl_s": [float(np.median(t.gaps)) for t in times],
+        "decode_tok_s": list(part.speed),
+    }
+    base: dict[str, Callable[[TimingRecord, int], Any]] = {
+        "ttft_s": lambda t, b: t.ttft_s, "tpot_s": lambda t, b: t.tpot_s, "decode_tok_s": lambda t, b: b / t.tpot_s,
+    }
+    for name, column in values.items():
+        if any(value is None for value in column):
+            continue
+        delta = None
+        if rival is not None and name in base:
+            theirs = {t.pair: base[name](t, rival.batch) for t in rival.times}
+            delta = np.array([
+                v - theirs[t.pair] for v, t in zip(column, times, strict=True) if t.pair in theirs
+            ], dtype=np.float64)
+        rows.append(_row(part, info, name, np.array(column, dtype=np.float64), delta, rival))
+    gaps = np.concatenate([t.gaps for t in times])
+    for percent, least in _PERCENTILES:
+        if len(gaps) >= least:
+            rows.append(_row(part, info, f"itl_p{percent}_s", np.array([np.percentile(gaps, percent)])))
+    if rival is not None:
+        rows += _speedup_rows(part, rival, is_twin, info)
+    if math.isfinite(part.bandwidth):
+        reached = part.step_bytes / np.array([t.tpot_s for t in times]) / part.bandwidth
+        rows.append(_row(part, info, "bandwidth_share", reached))
+    return rows
+
+
+def _speedup_rows(part: Profiled, rival: Profiled, is_twin: bool, info: dict[str, Any]) -> list[Row]:
+    """Speed over the rival's, request by request; for the twin of ``full``, how far it is from 1."""
+    theirs = {t.pair: t for t in rival.times}
+    pairs = [(t, theirs[t.pair]) for t in part.times if t.pair in theirs]
+    if not pairs:
+        return []
+    ratio = np.array([part.batch * b.tpot_s / (rival.batch * a.tpot_s) for a, b in pairs])
+    predicted = part.batch * rival.step_bytes / (rival.batch * part.step_bytes)
+    rows = [
+        _row(part, info, "decode_speedup", ratio, np.log(ratio), rival, is_log=True),
+        _row(part, info, "decode_speedup_predicted", np.array([predicted])),
+    ]
+    if pairs[0][0].ttft_s and pairs[0][1].ttft_s:
+        first = np.array([(b.ttft_s or 0) / (a.ttft_s or 1) for a, b in pairs])
+        rows.append(_row(part, info, "ttft_speedup", first, np.log(first), rival, is_log=True))
+    if not is_twin:
+        return rows
+    gaps = [_row(part, info, "aa_gap", np.array([abs(float(np.median(ratio)) - 1)]))]
+    if rows[-1].metric == "ttft_speedup" and rows[-1].value is not None:
+        gaps.append(_row(part, info, "aa_gap_ttft", np.array([abs(rows[-1].value - 1)])))
+    return rows + gaps
+
+
+def _memory_rows(part: Profiled, info: dict[str, Any]) -> list[Row]:
+    m = part.memory
+    if m is None:
+        return []
+    found = {
+        "weights_bytes": m.weights, "prefill_peak_bytes": m.prefill_peak, "decode_peak_bytes": m.decode_peak,
+        "kv_bytes_logical": m.kv_logical, "kv_bytes_physical": m.kv_physical, "kv_bytes_full": m.kv_full,
+        "kv_bytes_logical_end": m.kv_logical_end, "kv_bytes_physical_end": m.kv_physical_end,
+        "rss_peak_bytes": m.rss_peak,
+    }
+    return [
+        _row(part, info, name, np.array([value], dtype=np.float64)) for name, value in found.items()
+        if value is not None
+    ]
+
+
+def _largest_rows(cell: Cell, probes: Sequence[ProbeRecord], info: dict[str, Any]) -> list[Row]:
+    if not probes:
+        return []
+    most = max((p.batch for p in probes if p.fits), default=0)
+    return [_plain_row(cell, info, "max_batch", float(most), len(probes), 1, "probe")]
+
+
+def _cost_rows(found: Sequence[Profiled], info: dict[str, Any]) -> list[Row]:
+    """What a token costs per entry kept, and per token of the prompt: slopes over the lengths."""
+    rows = []
+    usual = [p for p in found if "memory_budget" not in p.cell.options]
+    for key in dict.fromkeys((p.cell.method, p.cell.ratio_asked, p.batch) for p in usual):
+        mine = [p for p in usual if (p.cell.method, p.cell.ratio_asked, p.batch) == key]
+        if len({p.cell.options["seq_len"] for p in mine}) < 3:
+            continue
+        y = np.array([t.tpot_s for p in mine for t in p.times])
+        for name, x in (
+            ("tpot_per_entry_s", [t.entries for p in mine for t in p.times]),
+            ("tpot_per_raw_s", [t.raw for p in mine for t in p.times]),
+        ):
+            slope, low, high = fitted_slope(np.array(x, dtype=np.float64), y)
+            rows.append(_plain_row(
+                mine[0].cell, info, name, slope, len(y), info["repeats"], "repeat", (low, high), seq_len=None,
+            ))
+    return rows
+
+
+def _row(
+    part: Profiled, info: dict[str, Any], name: str, values: Array, paired: Array | None = None,
+    rival: Profiled | None = None, is_log: bool = False,
+) -> Row:
+    """The median of the values with its interval; ``paired`` are differences to the rival, tested against 0."""
+    sampled = len(values) > 1
+    delta = float(np.median(paired)) if paired is not None and len(paired) and not is_log else None
+    p_value = paired_p_value(paired, part.cell.seed) if paired is not None and len(paired) > 1 else None
+    return _plain_row(
+        part.cell, info, name, float(np.median(values)), len(part.times),
+        len({t.repeat for t in part.times}), "repeat", median_interval(values) if sampled else _NONE,
+        part=part, delta=delta, p_value=p_value,
+        delta_interval=median_interval(paired) if paired is not None and delta is not None else _NONE,
+        baseline=rival.cell.method if rival is not None and paired is not None else None,
+    )
+
+
+def _plain_row(
+    cell: Cell, info: dict[str, Any], name: str, value: float, n: int, groups: int, unit: str,
+    interval: tuple[float | None, float | None] = _NONE, part: Profiled | None = None, delta: float | None = None,
+    delta_interval: tuple[float | None, float | None] = _NONE, p_value: float | None = None,
+    baseline: str | None = None, **more: Any,
+) -> Row:
+    options = dict(cell.options)
+    first = part.times[0] if part else None
+    entries = float(np.mean([t.entries for t in part.times])) if part else None
+    params: dict[str, Any] = {
+        **options, "seq_len": int(options["seq_len"]), "batch_size": int(options["batch_size"]) or None,
+        "new_tokens": int(options["new_tokens"]), "step": None,
+        "bin": f"budget={options['memory_budget']}" if "memory_budget" in options else None,
+        "adapter": None if cell.adapter is None else Path(cell.adapter).name, "position_rule": cell.position_rule,
+        "cache": "transformers" if cell.method == STOCK else "kvbench", "entries_mean": entries,
+        "notes": list(info["notes"]), "warnings": _warnings(part), **more,
+    }
+    average = first.raw + int(options["new_tokens"]) / 2 if first else 1.0
+    return Row(
+        task=cell.task, protocol=cell.protocol, model=cell.model, method=cell.method,
+        ratio_asked=None if cell.ratio_asked is None else float(cell.ratio_asked),
+        ratio_realised=1 - first.held / first.raw if first else None,
+        ratio_mean=1 - entries / average if entries is not None else None,
+        entries_peak=part.memory.entries_peak if part and part.memory else None, removal="real", params=params,
+        groups=groups, metric=name, value=_finite(value), ci_low=_finite(interval[0]), ci_high=_finite(interval[1]),
+        n=n, unit=unit, delta=_finite(delta), delta_ci_low=_finite(delta_interval[0]),
+        delta_ci_high=_finite(delta_interval[1]), p_value=p_value, baseline=baseline, seed=cell.seed,
+        signature=(
+            f"{name}:{info['signature']}|P:{params['seq_len']}|B:{params['batch_size']}|G:{params['new_tokens']}"
+            f"|median of {groups} x {info['rounds']}, order-statistic interval|v:1"
+        ),
+    )
+
+
+def _warnings(part: Profiled | None) -> list[str]:
+    """What makes a timing doubtful."""
+    if part is None or len(part.times) < 2:
+        return []
+    seconds = np.array([t.tpot_s for t in part.times])
+    found = []
+    if seconds.std(ddof=1) >= _SPREAD * seconds.mean():
+        share = 100 * seconds.std(ddof=1) / seconds.mean()
+        found.append(f"unstable: the standard deviation is {share:.0f} % of the mean")
+    if max(seconds.max() / seconds.mean() - 1, 1 - seconds.min() / seconds.mean()) >= _EXTREME:
+        found.append("an extreme is 50 % or more from the mean")
+    return found
+
+
+def _finite(value: float | None) -> float | None:
+    return value if value is not None and math.isfinite(value) else None

@@ -1,0 +1,382 @@
+"""Profiling: definitions on a fake clock, bytes, random caches, the search for the largest batch."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from fractions import Fraction
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+from kvbench.cache.evicting import EvictingCache
+from kvbench.decoding import Continuation, Sampling
+from kvbench.errors import UserError
+from kvbench.methods import METHODS, Structure, make_layout, make_method
+from kvbench.models.adapter import Adapter, AdapterCard
+from kvbench.models.shapes import SHAPES, make_shape
+from kvbench.profiling.bench import Bench
+from kvbench.profiling.clock import Stopwatch, Timeline
+from kvbench.profiling.limit import copy_bandwidth
+from kvbench.profiling.memory import CpuMemory, Sizes, read_bytes, sizes_of, weights_bytes
+from kvbench.profiling.passes import time_request, weigh_request
+from kvbench.profiling.plan import parse_bytes
+from kvbench.profiling.search import COARSE, largest
+from kvbench.profiling.subject import EvictingRequest, StockRequest, cache_bytes, random_entries
+from kvbench.runtime import Reader
+from kvbench.statistics import fitted_slope, median_interval
+from tests.conftest import VOCABULARY, adapter_for, small_config, small_model
+
+CPU = torch.device("cpu")
+
+
+class FakeClock:
+    """Moves only when told to."""
+
+    def __init__(self) -> None:
+        self.now = 100.0
+
+    def mark(self) -> float:
+        return self.now
+
+    def seconds(self, marks: list[float]) -> list[float]:
+        return [mark - marks[0] for mark in marks]
+
+
+@dataclass
+class FakeRequest:
+    """Takes 4 s to read, 1 of it beside the model, and then 0.5, 0.25, 0.25 ... s for each token."""
+
+    clock: FakeClock
+    watch: Stopwatch
+    tokens: int = 5
+    entries: int = 10
+    held: int = 9
+    peak: int = 11
+
+    def read(self) -> Tensor:
+        self.clock.now += 3.0
+        with self.watch.beside():
+            self.clock.now += 1.0
+        return torch.zeros(1, 3)
+
+    def fill(self, seed: int) -> Tensor:
+        return torch.zeros(1, 3)
+
+    def write(self, logits: Tensor) -> Iterator[Tensor]:
+        for step in range(self.tokens):
+            self.clock.now += 0.25 if step else 0.5
+            with self.watch.beside():
+                pass  # what a method does while text is written belongs to the tokens
+            yield logits.argmax(-1)
+
+    def tensors(self) -> list[Tensor]:
+        return []
+
+
+def faked(fill: int | None = None) -> tuple[Timeline, FakeClock]:
+    clock = FakeClock()
+    found = time_request(lambda watch: FakeRequest(clock, watch), clock, CPU, fill)
+    assert (found.held, found.entries) == (9, 10)
+    return found.timeline, clock
+
+
+def test_the_definitions_of_time_on_a_fake_clock() -> None:
+    line, _ = faked()
+    assert line.prefill_s == pytest.approx(3.0)
+    assert line.compress_s == pytest.approx(1.0)
+    assert line.ttft_s == pytest.approx(4.5)  # prefill, compression, and the first token chosen
+    assert line.gaps == pytest.approx([0.25] * 4)  # the first token is in none of them
+    assert line.tpot_s == pytest.approx((5.5 - 4.5) / 4)  # (end to end - first token) / (tokens - 1)
+    assert line.decode_tok_s(batch=8) == pytest.approx(8 / 0.25)
+    assert line.prefill_tok_s(prompt=600, batch=2) == pytest.approx(600 * 2 / 3.0)
+
+
+def test_a_filled_cache_takes_no_time_to_read() -> None:
+    line, _ = faked(fill=1)
+    assert line.ttft_s == pytest.approx(0.5)
+    assert line.prefill_s == 0
+
+
+@given(st.lists(st.floats(0.001, 10), min_size=2, max_size=50), st.floats(0, 5), st.floats(0, 5))
+def test_time_per_token_is_the_mean_gap_and_all_adds_up(gaps: list[float], read: float, aside: float) -> None:
+    tokens = tuple(float(t) for t in read + aside + np.cumsum(gaps))
+    line = Timeline(0.0, read + aside, tokens, aside)
+    assert line.tpot_s == pytest.approx(np.mean(line.gaps))
+    assert line.ttft_s + sum(line.gaps) == pytest.approx(tokens[-1])
+    assert line.prefill_s + line.compress_s <= line.ttft_s + 1e-9
+
+
+def test_the_garbage_collector_rests_while_a_request_is_timed() -> None:
+    clock, seen = FakeClock(), []
+
+    class Watching(FakeRequest):
+        def read(self) -> Tensor:
+            seen.append(gc.isenabled())
+            return super().read()
+
+    time_request(lambda watch: Watching(clock, watch), clock, CPU, None)
+    assert seen == [False]
+    assert gc.isenabled()
+
+
+@given(st.integers(0, 3000))
+def test_the_largest_batch_is_found_to_one_in_sixteen(true: int) -> None:
+    asked: list[int] = []
+
+    def fits(batch: int) -> bool:
+        asked.append(batch)
+        return batch <= true
+
+    found = largest(fits)
+    assert found <= true < found + max(1, found // COARSE) + 1
+    assert len(asked) == len(set(asked)) < 30
+
+
+def test_no_batch_beyond_the_most_is_tried() -> None:
+    assert largest(lambda batch: batch <= 100, most=64) == 64
+    assert 38 <= largest(lambda _: True, most=40) <= 40
+
+
+@pytest.mark.parametrize(("text", "size"), [
+    ("2GiB", 2 << 30), ("800MB", 800_000_000), ("4e9", 4_000_000_000), ("1.5 gib", 3 << 29), ("7", 7),
+])
+def test_sizes_are_read_as_written(text: str, size: int) -> None:
+    assert parse_bytes(text) == size
+
+
+@pytest.mark.parametrize("text", ["", "0", "-1GiB", "two", "3 GiBs", "1..2GB", "."])
+def test_what_is_no_size_is_refused(text: str) -> None:
+    with pytest.raises(UserError, match="memory-budget"):
+        parse_bytes(text)
+
+
+PUBLISHED = {
+    "gpt2": 124_439_808, "opt-125m": 125_239_296, "opt-1.3b": 1_315_758_080, "pythia-160m": 162_322_944,
+    "pythia-1.4b": 1_414_647_808, "qwen2.5-0.5b": 494_032_768, "llama-3.2-1b": 1_235_814_400,
+    "llama-3.1-8b": 8_030_261_248, "redpajama-3b": 2_775_864_320,
+}
+"""Parameters of the published models."""
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_shapes_have_the_parameters_of_the_published_models(name: str) -> None:
+    shape = make_shape(f"shape:{name}", 1024)
+    assert shape.extended is None
+    assert sizes_of(shape.config, torch.bfloat16).weights == 2 * PUBLISHED[name]
+
+
+def test_learnt_positions_are_extended_and_said_so() -> None:
+    shape = make_shape("shape:gpt2", 4224)
+    assert (shape.context, shape.extended) == (1024, 4224)
+    assert sizes_of(shape.config, torch.float32).weights == 4 * (PUBLISHED["gpt2"] + (4224 - 1024) * 768)
+    assert make_shape("shape:pythia-160m", 4224).extended is None
+
+
+def test_sizes_are_those_of_the_model_that_is_made(family: str, model: nn.Module) -> None:
+    sizes = sizes_of(small_config(family), torch.float32)
+    assert sizes.weights == sum(p.numel() * 4 for p in model.parameters())
+    reader, cache = Reader(model), EvictingCache()
+    layout = make_layout(make_method("full", Fraction(0)), 20, 0, 0)
+    with torch.inference_mode():
+        for _ in reader.stream(torch.ones(2, 20, dtype=torch.long), layout, cache, 20):
+            pass
+    assert sizes.entry * 2 == cache.entry_bytes()
+
+
+def test_a_step_reads_the_embeddings_only_where_they_are_the_output_too(family: str, model: nn.Module) -> None:
+    tied = model.get_input_embeddings().weight is model.get_output_embeddings().weight  # type: ignore[operator]
+    tables = sum(m.weight.numel() for m in model.modules() if isinstance(m, nn.Embedding))
+    head = model.get_output_embeddings().weight.numel()  # type: ignore[operator]
+    whole = sum(p.numel() for p in model.parameters())
+    assert read_bytes(model) == 4 * (whole - tables + (head if tied else 0))
+    assert weights_bytes(model) >= 4 * whole
+
+
+def test_the_allocations_of_a_cpu_are_seen() -> None:
+    memory = CpuMemory()
+    with memory.watched():
+        held = torch.ones(1 << 20)
+        passing = torch.ones(1 << 20) + held
+        del passing
+        memory.begin_writing()
+        more = torch.ones(1 << 19)
+    assert held.numel() + more.numel() == (1 << 20) + (1 << 19)
+    assert memory.peaks.prefill >= 3 * (4 << 20)
+    assert (4 << 20) + (2 << 20) <= memory.peaks.decode < 3 * (4 << 20)
+
+
+def test_bandwidth_is_a_speed_that_a_machine_has() -> None:
+    assert 1e8 < copy_bandwidth(CPU, 8 << 20) < 1e13
+
+
+P, G = 96, 24
+
+
+def bench_of(model: nn.Module) -> Bench:
+    return Bench(CPU, torch.float32, model, Sizes(0, 1, 1, 1, 4), VOCABULARY)
+
+
+def evicting(model: nn.Module, name: str, ratio: str, chunk: int = 16) -> EvictingRequest:
+    method = make_method(name, Fraction(ratio))
+    layout = make_layout(method, P + G, 0, 3, Structure(prefix=P))
+    prompt = torch.randint(1, VOCABULARY, (2, P), generator=torch.Generator().manual_seed(5))
+    watch = Stopwatch(FakeClock())
+    return EvictingRequest(model, adapter_for(model, method), prompt, layout, G, chunk, watch.beside)
+
+
+def written(request: EvictingRequest | StockRequest, seed: int | None = None) -> Tensor:
+    with torch.inference_mode():
+        if isinstance(request, StockRequest):
+            return torch.stack(list(request.write(request.read())), 1)
+        with request.ready():
+            logits = request.read() if seed is None else request.fill(seed)
+            return torch.stack(list(request.write(logits)), 1)
+
+
+def test_the_stock_cache_and_ours_write_the_same(model: nn.Module) -> None:
+    ours = evicting(model, "full", "0", chunk=P)
+    stock = StockRequest(model, ours.prompt, G)
+    assert torch.equal(written(ours), written(stock))
+    assert (ours.entries, stock.entries) == (P + G - 1, P + G - 1)
+
+
+TIMED = [(name, "0.6") for name in METHODS if name not in ("ccm-merge", "pic", "gist", "meanpool", "ccm-concat")]
+TIMED += [(name, "0.8") for name in ("pic", "gist", "meanpool", "ccm-concat", "ccm-merge")]
+
+
+@pytest.mark.parametrize(("name", "ratio"), TIMED)
+def test_a_random_cache_stands_for_one_that_was_read(llama: nn.Module, name: str, ratio: str) -> None:
+    """As many entries, the same positions and masks: filled with what reading left, it writes the same."""
+    read, filled = evicting(llama, name, ratio), evicting(llama, name, ratio)
+    with torch.inference_mode(), read.ready():
+        logits = read.read()
+        twin = EvictingCache()
+        for place, layer in enumerate(read.text.cache.layers):
+            twin.update(layer.keys.clone(), layer.values.clone(), place)
+        texts = torch.stack(list(read.write(logits)), 1)
+    with torch.inference_mode(), filled.ready():
+        assert filled.text.left == twin.entries()
+        filled.text.assume(twin)
+        assert torch.equal(torch.stack(list(filled.write(logits)), 1), texts)
+    assert filled.entries == read.entries
+
+
+def test_a_filled_cache_has_the_size_of_one_that_was_read(llama: nn.Module) -> None:
+    for name in ("full", "sinks", "sentinel"):
+        request = evicting(llama, name, "0.6")
+        with torch.inference_mode(), request.ready():
+            request.fill(7)
+            logical, physical = cache_bytes(request)
+        again = evicting(llama, name, "0.6")
+        with torch.inference_mode(), again.ready():
+            again.read()
+            assert cache_bytes(again) == (logical, physical)
+        assert torch.equal(written(request, seed=7), written(evicting(llama, name, "0.6"), seed=7))
+
+
+def test_random_entries_are_seeded(llama: nn.Module) -> None:
+    def first(seed: int) -> Tensor:
+        return next(iter(random_entries(llama, 2, 5, seed)))[0]
+
+    assert torch.equal(first(1), first(1))
+    assert not torch.equal(first(1), first(2))
+    assert first(1).shape == (2, 2, 5, 16)
+
+
+@pytest.mark.parametrize(("name", "ratio"), TIMED)
+def test_memory_holds_little_more_than_what_is_alive(llama: nn.Module, name: str, ratio: str) -> None:
+    """At every step of writing: at most one entry in 32 above what is held, or one."""
+    request = evicting(llama, name, ratio)
+    with torch.inference_mode(), request.ready():
+        logits = request.read()
+        logical, physical = cache_bytes(request)
+        assert physical == logical
+        per_entry = request.text.cache.entry_bytes()
+        for _ in request.write(logits):
+            logical, physical = cache_bytes(request)
+            assert physical <= logical + per_entry * max(1, request.held // 32)
+
+
+def test_peaks_fall_with_what_is_removed(llama: nn.Module) -> None:
+    def weighed(name: str, ratio: str, chunk: int) -> tuple[int, int]:
+        with torch.inference_mode():
+            found = weigh_request(lambda: evicting(llama, name, ratio, chunk), CpuMemory(), None)
+        return found.prefill_peak, found.decode_peak
+
+    full, sinks = weighed("full", "0", P), weighed("sinks", "0.8", 16)
+    assert sinks[0] < full[0]
+    assert sinks[1] < full[1]
+
+
+def test_compaction_moves_only_the_last_entries(llama: nn.Module) -> None:
+    """In place: the storage stays, and what remains is what was alive, wherever it lies."""
+    cache = EvictingCache()
+    keys = torch.arange(130.0).view(1, 1, 130, 1)
+    cache.holes = torch.empty(0, dtype=torch.long)
+    cache.update(keys, keys, 0)
+    storage = cache.layers[0].keys.data_ptr()
+    cache.compact(torch.tensor([129]), torch.tensor([3]), 128)
+    assert cache.layers[0].keys.data_ptr() == storage
+    assert sorted(cache.layers[0].keys.flatten().tolist()) == [float(i) for i in (*range(3), *range(4, 128), 129)]
+
+
+def test_a_random_adapter_fits_every_trained_method(llama: nn.Module) -> None:
+    for name, kind in METHODS.items():
+        if kind.needs_adapter:
+            method = make_method(name, Fraction("0.8"))
+            card = AdapterCard(name, kind.trainable[0], 8, 8.0, method.n_rows, "random", "")
+            assert Adapter.fresh(card, llama).rows.shape[0] == method.n_rows
+
+
+def test_the_interval_of_a_median_covers_it() -> None:
+    rng = np.random.default_rng(0)
+    inside = 0
+    for _ in range(400):
+        low, high = median_interval(rng.exponential(size=9))
+        inside += low <= np.log(2) <= high
+    assert 0.94 <= inside / 400 <= 1
+    assert np.isnan(median_interval(np.array([1.0]))[0])
+
+
+def test_the_slope_of_a_line_is_found_with_its_interval() -> None:
+    rng = np.random.default_rng(1)
+    x = np.linspace(0, 10, 40)
+    slope, low, high = fitted_slope(x, 3 + 2 * x + rng.normal(scale=0.1, size=40))
+    assert low < 2 < high
+    assert slope == pytest.approx(2, abs=0.05)
+    assert high - low < 0.05
+
+
+def test_the_full_cache_is_read_at_once_without_a_mask(llama: nn.Module) -> None:
+    """The kernel's own causal rule does it: the logits are those of the model called by itself."""
+    request = evicting(llama, "full", "0", chunk=P)
+    with torch.inference_mode():
+        expected = llama(input_ids=request.prompt, logits_to_keep=1).logits[:, -1]
+        assert torch.equal(request.read(), expected)
+
+
+def test_continuations_draw_as_before_where_some_rows_are_greedy(llama: nn.Module) -> None:
+    layout = make_layout(make_method("full", Fraction(0)), P + G, 0, 0, Structure(prefix=P))
+    uniforms = torch.rand(2, 2, G, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    uniforms[:, 1] = torch.nan
+    prompt = torch.randint(1, VOCABULARY, (2, P), generator=torch.Generator().manual_seed(5))
+    both = Continuation(prompt, uniforms, layout, Sampling())
+    alone = replace(both, uniforms=uniforms[:, 1:])
+    reader = Reader(llama)
+    with torch.inference_mode():
+        together = torch.stack(list(both.write(reader, both.read(reader))), 1).view(2, 2, G)
+        greedy = torch.stack(list(alone.write(reader, alone.read(reader))), 1).view(2, 1, G)
+    assert torch.equal(together[:, 1:], greedy)
+
+
+def test_small_models_of_all_families_can_be_timed(family: str) -> None:
+    request = evicting(small_model(family), "sinks", "0.6")
+    with torch.inference_mode(), request.ready():
+        request.fill(0)
+        assert len(list(request.write(torch.zeros(2, VOCABULARY)))) == G
