@@ -55,7 +55,8 @@ class ProfileSettings(BaseModel):
         new_tokens: tokens to write.
         chunk: tokens of the prompt that are fed at a time.
         fill: ``real`` or ``synthetic``.
-        repeats: processes; ``rounds`` timed requests of every cell in each; ``warmups`` the most before.
+        repeats: processes; ``rounds`` timed requests of every cell in each, 0 for as many as are quick;
+            ``warmups`` the most before them.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
@@ -68,7 +69,7 @@ class ProfileSettings(BaseModel):
     chunk: int = 256
     fill: str = "real"
     repeats: int = 3
-    rounds: int = 3
+    rounds: int = 0
     warmups: int = 1
     seed: int = Field(default=0, ge=0)
     device: str = "auto"

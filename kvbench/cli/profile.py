@@ -51,8 +51,8 @@ def profile(
         help="Processes, each with the model loaded anew. [default: 3]", show_default=False,
         rich_help_panel=_HOW)] = None,
     rounds: Annotated[int | None, typer.Option(
-        help="Timed requests of every cell in each process, taken in turn. [default: 3]", show_default=False,
-        rich_help_panel=_HOW)] = None,
+        help="Timed requests of every cell in each process, taken in turn. [default: 4, or 2 if they are slow]",
+        show_default=False, rich_help_panel=_HOW)] = None,
     warmups: Annotated[int | None, typer.Option(
         help="Most requests before the timed ones; fewer if two in a row differ by less than 5 %. [default: 1]",
         show_default=False, rich_help_panel=_HOW)] = None,
@@ -164,8 +164,7 @@ def _measured(plan: ProfilePlan, fresh: bool, console: Console) -> Results:
     folder.check(plan.content, fresh)
     with locked(plan.folder):
         manifest = folder.manifest() if not fresh and (plan.folder / RUN).exists() else {}
-        wanted = [plan.request.repeats, plan.request.rounds]
-        if not fresh and manifest.get("finished") and manifest.get("limit") == wanted:
+        if not fresh and manifest.get("finished") and manifest.get("limit") == plan.request.repeats:
             console.print(f"Already measured ({manifest['finished']}); --fresh measures again.")
             return compute_results(folder)
         try:
@@ -200,7 +199,7 @@ def _print_plan(plan: ProfilePlan, as_json: bool) -> None:
 
     folder, request = RunFolder(plan.folder), plan.request
     table = Table(
-        title=f"{len(plan.cells)} cells, {request.repeats} processes x {request.rounds} requests -> {plan.folder}"
+        title=f"{len(plan.cells)} cells, {request.repeats} processes -> {plan.folder}"
     )
     for column in ("cell", "method", "ratio", "length", "batch", "entries kept, about", "on disk"):
         table.add_column(column)

@@ -20,7 +20,7 @@ from kvbench.models.references import resolve_model
 from kvbench.models.rotary import has_rotary
 from kvbench.models.shapes import is_shape, make_shape, random_model
 from kvbench.profiling.memory import Sizes, free_bytes, sizes_of
-from kvbench.profiling.plan import AGAIN, RANDOM, STOCK
+from kvbench.profiling.plan import AGAIN, FULL, RANDOM, STOCK
 from kvbench.profiling.subject import EvictingRequest, Request, StockRequest
 from kvbench.reporting.format import bytes_of
 from kvbench.store.records import Cell
@@ -115,7 +115,7 @@ class Bench:
 
 
 def method_of(cell: Cell) -> Method:
-    name = "full" if cell.method in (AGAIN, STOCK) else cell.method
+    name = FULL if cell.method in (AGAIN, STOCK) else cell.method
     return make_method(name, Fraction(cell.ratio_asked or "0"), cell.options)
 
 

@@ -39,8 +39,8 @@ class CudaClock:
     """Events in the stream of a GPU, read after the end."""
 
     def mark(self) -> Any:
-        event = torch.cuda.Event(enable_timing=True)
-        event.record()  # type: ignore[no-untyped-call]
+        event: Any = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+        event.record()
         return event
 
     def seconds(self, marks: Sequence[Any]) -> list[float]:

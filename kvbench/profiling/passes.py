@@ -29,12 +29,16 @@ class Timed(NamedTuple):
     entries: float
 
 
-def time_request(make: Callable[[Stopwatch], Request], clock: Clock, device: torch.device, fill: int | None) -> Timed:
+def time_request(
+    make: Callable[[Stopwatch], Request], clock: Clock, device: torch.device, fill: int | None,
+    tokens: int | None = None,
+) -> Timed:
     """Read, or fill the cache, and write; every token's moment is noted without waiting for the device.
 
     Args:
         make: the request, which may time with the stopwatch what it does beside the model.
         fill: seed of a random cache that stands for reading; None to read.
+        tokens: stop after so many; None to write all.
     """
     watch = Stopwatch(clock)
     request = make(watch)
@@ -49,6 +53,8 @@ def time_request(make: Callable[[Stopwatch], Request], clock: Clock, device: tor
         for _ in request.write(logits):
             watch.tokens.append(clock.mark())
             entries += request.entries
+            if len(watch.tokens) == tokens:
+                break
         _wait(device)
         wall = time.perf_counter() - begin
     return Timed(watch.read(), wall, held, entries / len(watch.tokens))

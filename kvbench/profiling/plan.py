@@ -20,8 +20,8 @@ from kvbench.plan import Adapters
 from kvbench.store.records import Cell
 
 FILLS = ("real", "synthetic")
-AGAIN, STOCK = "full-again", "full-dynamic"
-"""The twin of ``full`` that shows the noise, and ``full`` in the cache of transformers."""
+FULL, AGAIN, STOCK = "full", "full-again", "full-dynamic"
+"""The baseline, the twin of ``full`` that shows the noise, and ``full`` in the cache of transformers."""
 
 RANDOM = "random"
 """The adapter of a trained method that has none for this model: its values do not matter here."""
@@ -35,8 +35,8 @@ class ProfileRequest:
     """What the user asked for, settings merged in; names are not yet checked.
 
     Attributes:
-        repeats: processes; ``rounds`` timed requests of each cell in each of them; ``warmups`` the most
-            that are run before.
+        repeats: processes; ``rounds`` timed requests of each cell in each of them, 0 for as many as are
+            quick; ``warmups`` the most that are run before.
         fill: ``real`` to read a prompt, ``synthetic`` to start from a random cache.
         budget: memory in which the largest batch is looked for, such as ``2GiB``; None for no search.
         timeout: seconds after which a probe of a batch size is given up.
@@ -148,7 +148,8 @@ def build_profile_plan(request: ProfileRequest) -> ProfilePlan:
             role=role, task=PROFILE, task_version=1, data_hash="random ids", protocol=PROFILE, execution="streamed",
             options={
                 "seq_len": str(length), "batch_size": str(batch), "new_tokens": str(request.new_tokens),
-                "fill": request.fill, "chunk": str(request.chunk), "threads": str(request.threads), **more,
+                "fill": request.fill, "chunk": str(request.chunk), "threads": str(request.threads),
+                "rounds": str(request.rounds), **more,
                 **method.resolved,
             },
             adapter=(str(folder) if folder else RANDOM) if method.needs_adapter else None,
@@ -156,8 +157,8 @@ def build_profile_plan(request: ProfileRequest) -> ProfilePlan:
             position_rule=method.position_rule,
         )
 
-    controls = [(METHODS["full"](), "control", AGAIN), (METHODS["full"](), "control", STOCK)]
-    named = [(wanted[0][0], "control", "full"), *(controls if request.baselines else ())]
+    controls = [(METHODS[FULL](), "control", name) for name in (AGAIN, STOCK)]
+    named = [(wanted[0][0], "control", FULL), *(controls if request.baselines else ())]
     named += [(method, role, method.name) for method, role in wanted[1:]]
     groups = tuple(
         tuple(cell(method, role, name, length, batch) for method, role, name in named)
@@ -182,11 +183,11 @@ def at_batch(cell: Cell, batch: int) -> Cell:
 
 def _wanted(request: ProfileRequest, ratios: Sequence[Fraction]) -> list[tuple[Method, str]]:
     """The full cache first, then the asked methods, once per ratio that they take."""
-    found: list[tuple[Method, str]] = [(METHODS["full"](), "control")]
+    found: list[tuple[Method, str]] = [(METHODS[FULL](), "control")]
     for name in dict.fromkeys(request.methods):
         if name not in METHODS:
             raise unknown("method", name, METHODS)
-        if name == "full":
+        if name == FULL:
             continue
         with_ratio = METHODS[name].uses_ratio(request.options, False)
         for ratio in dict.fromkeys(ratios) if with_ratio else [Fraction(0)]:
@@ -231,7 +232,7 @@ def _check_numbers(request: ProfileRequest) -> None:
         "--new-tokens": ((request.new_tokens,), 2, "tokens to write; the first is in none of the gaps"),
         "--chunk": ((request.chunk,), 1, "tokens of the prompt that are fed at a time"),
         "--repeats": ((request.repeats,), 1, "processes"),
-        "--rounds": ((request.rounds,), 1, "timed requests per process"),
+        "--rounds": ((request.rounds,), 0, "timed requests per process; 0 leaves it to kvbench"),
         "--warmups": ((request.warmups,), 0, "requests before the timed ones"),
         "--probe-timeout": ((request.timeout,), 1, "seconds"),
     }
@@ -252,6 +253,6 @@ def too_many_threads(threads: int) -> str | None:
 
 
 __all__ = [
-    "AGAIN", "PREFIX", "PROFILE", "RANDOM", "STOCK", "ProfilePlan", "ProfileRequest", "at_batch",
+    "AGAIN", "FULL", "PREFIX", "PROFILE", "RANDOM", "STOCK", "ProfilePlan", "ProfileRequest", "at_batch",
     "build_profile_plan", "parse_bytes", "too_many_threads",
 ]

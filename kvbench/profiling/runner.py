@@ -7,6 +7,7 @@ import json
 import queue
 import time
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import Any
@@ -26,7 +27,11 @@ from kvbench.store.folder import RUN, RunFolder, write_atomic
 from kvbench.store.profile_records import ProbeRecord, ProfileRecord, TimingRecord, load_profile_record
 from kvbench.store.records import Cell, Failure
 
+SMALL_BYTES = 1 << 28
+"""Weights and cache below which two cells are weighed at a time."""
+
 _HOURS = 24 * 3600.0
+USUAL_ROUNDS = 4
 
 
 @dataclass
@@ -79,24 +84,26 @@ def profile(plan: ProfilePlan, command: list[str], console: Console, fresh: bool
         for repeat in range(plan.request.repeats):
             for group in plan.groups:
                 _repeat(run, group, repeat)
-        for cell in (cell for group in plan.groups for cell in group if cell.method != AGAIN):
-            _memory(run, cell)
+        _memory(run, [cell for group in plan.groups for cell in group if cell.method != AGAIN])
         _equal_memory(run)
 
 
 def _steps(plan: ProfilePlan) -> int:
     """Requests that will be run, about."""
     request = plan.request
-    timed = sum(len(group) for group in plan.groups) * request.repeats * (request.rounds + min(request.warmups, 1))
-    return timed + sum(len(group) for group in plan.groups) + 8 * len(plan.searches)
+    cells = sum(len(group) for group in plan.groups)
+    per_repeat = (request.rounds or USUAL_ROUNDS) + min(request.warmups, 1)
+    return cells * (request.repeats * per_repeat + 1) + 8 * len(plan.searches)
 
 
-def _job(run: _Run, kind: str, cells: Sequence[Cell], repeat: int = 0) -> ProfileJob:
+def _job(
+    run: _Run, kind: str, cells: Sequence[Cell], repeat: int = 0, threads: int | None = None
+) -> ProfileJob:
     plan, request = run.plan, run.plan.request
     location = plan.model.location if plan.model else request.model
     return ProfileJob(
-        kind, tuple(cells), location, plan.positions, request.threads, repeat, request.rounds, request.warmups,
-        plan.budget,
+        kind, tuple(cells), location, plan.positions, request.threads if threads is None else threads, repeat,
+        request.rounds, request.warmups, plan.budget,
     )
 
 
@@ -122,13 +129,24 @@ def _repeats(run: _Run, cell: Cell) -> set[int]:
     return {r.repeat for r in run.folder.measurements(cell).values() if isinstance(r, TimingRecord) and not r.warmup}
 
 
-def _memory(run: _Run, cell: Cell) -> None:
-    if cell.key in run.failed or MEMORY in run.folder.measurements(cell):
-        return
-    found = _carried_out(run, _job(run, MEMORY, [cell]))
-    _store(run, found.records)
-    if found.victim is not None:
-        _fail(run, found.victim)
+def _memory(run: _Run, cells: Sequence[Cell]) -> None:
+    """A process for each cell; nothing is timed, so that small ones may run two at a time."""
+    todo = [cell for cell in cells if cell.key not in run.failed and MEMORY not in run.folder.measurements(cell)]
+    on_cpu = run.about is not None and run.about["device"] == "cpu"
+    pair = on_cpu and all(_full_bytes(run, cell) < SMALL_BYTES for cell in todo)
+    threads = 1 if pair else None  # several threads of two processes starve one another
+    with ThreadPoolExecutor(2 if pair else 1) as pool:
+        for found in pool.map(lambda cell: _carried_out(run, _job(run, MEMORY, [cell], threads=threads)), todo):
+            _store(run, found.records)
+            if found.victim is not None:
+                _fail(run, found.victim)
+
+
+def _full_bytes(run: _Run, cell: Cell) -> float:
+    """Bytes of weights and of a whole cache."""
+    about, options = run.about or {"weights": 0, "entry": 0}, cell.options
+    tokens = (int(options["seq_len"]) + int(options["new_tokens"])) * int(options["batch_size"])
+    return float(about["weights"] + about["entry"] * tokens)
 
 
 def _equal_memory(run: _Run) -> None:
@@ -253,9 +271,9 @@ def _write(run: _Run) -> None:
     threads = f"|threads:{about['threads']}" if about["device"] == "cpu" else ""
     manifest = {
         "schema": 1, "content": run.plan.content, "started": earlier.get("started", now), "command": run.command,
-        "limit": [request.repeats, request.rounds], "finished": None, "sources": {PROFILE: "random token ids"},
+        "limit": request.repeats, "finished": None, "sources": {PROFILE: "random token ids"},
         "tasks": {PROFILE: {
-            "kind": PROFILE, "repeats": request.repeats, "rounds": request.rounds, "notes": about["notes"],
+            "kind": PROFILE, "repeats": request.repeats, "notes": about["notes"],
             "documents": [], "budget": run.plan.budget or about["device_bytes"],
             "signature": f"profile|{request.fill}|{about['dtype']}|{about['device']}{threads}|sdpa|v:1",
         }},

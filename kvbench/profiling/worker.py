@@ -6,6 +6,7 @@ import dataclasses
 import json
 import os
 import sys
+import time
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -18,14 +19,23 @@ from kvbench.profiling.bench import Bench, make_bench
 from kvbench.profiling.clock import clock_of
 from kvbench.profiling.job import MEMORY, PROBE, TIME, ProfileJob
 from kvbench.profiling.limit import copy_bandwidth
-from kvbench.profiling.memory import memory_of, read_bytes, rss_peak, weights_bytes
+from kvbench.profiling.memory import free_bytes, memory_of, read_bytes, rss_peak, weights_bytes
 from kvbench.profiling.passes import time_request, weigh_request
+from kvbench.profiling.plan import FULL, STOCK
 from kvbench.reporting.format import bytes_of
 from kvbench.store.profile_records import MemoryRecord, ProbeRecord, ProfileRecord, TimingRecord
 from kvbench.store.records import Cell
 
 STABLE = 0.05
 """Warming up ends when two requests in a row differ by less."""
+
+WARM_TOKENS, SLOW_TOKENS = 16, 32
+"""Tokens written to warm up, and by a cache of transformers that is not near ours."""
+SLOW = 1.5
+"""Times the seconds per token of ours from which that cache is timed once per process."""
+
+ROUNDS, LEAST_ROUNDS, SECONDS = 4, 2, 60.0
+"""Rounds where none are asked for: fewer if they would take longer, but not fewer than the least."""
 
 
 class CellFailedError(Exception):
@@ -76,32 +86,46 @@ class Worker:
     def _time(self, bench: Bench) -> None:
         """Every cell in turn, forwards and backwards, after each has been warmed up."""
         cells, job = list(self.job.cells), self.job
+        warm = {}
         for cell in cells:
             with self.guarded(cell, bench):
                 bench.layout_of(cell)
-                self._warm(bench, cell)
+                warm[cell.method] = self._warm(bench, cell)
+        is_slow = STOCK in warm and FULL in warm and warm[STOCK] > SLOW * warm[FULL]
         bandwidth: float | None = copy_bandwidth(bench.device)
-        for number in range(job.rounds):
+        started, number, rounds = time.perf_counter(), 0, job.rounds or ROUNDS
+        while number < rounds:
             for cell in cells if (number + job.repeat) % 2 == 0 else reversed(cells):
+                tokens = SLOW_TOKENS if is_slow and cell.method == STOCK else None
+                if number and tokens:
+                    continue
                 with self.guarded(cell, bench):
-                    self._tell(cell, self._timed(bench, cell, number, False, bandwidth))
+                    self._tell(cell, self._timed(bench, cell, number, tokens, bandwidth))
                 bandwidth = None
+            number += 1
+            if not job.rounds and number * SECONDS < rounds * (time.perf_counter() - started):
+                rounds = min(rounds, max(LEAST_ROUNDS, int(number * SECONDS / (time.perf_counter() - started))))
 
-    def _warm(self, bench: Bench, cell: Cell) -> None:
-        last = None
+    def _warm(self, bench: Bench, cell: Cell) -> float:
+        """Seconds per token of the last request that warmed the cell up; 0 if there was none."""
+        last = record = None
         for number in range(self.job.warmups):
-            record = self._timed(bench, cell, number, True, None)
+            record = self._timed(bench, cell, number, WARM_TOKENS, None, warmup=True)
             self._tell(cell, record)
             if last is not None and abs(record.wall_s / last - 1) < STABLE:
-                return
+                break
             last = record.wall_s
+        return record.tpot_s if record else 0.0
 
-    def _timed(self, bench: Bench, cell: Cell, number: int, warmup: bool, bandwidth: float | None) -> TimingRecord:
+    def _timed(
+        self, bench: Bench, cell: Cell, number: int, tokens: int | None, bandwidth: float | None, warmup: bool = False
+    ) -> TimingRecord:
         seed = self._seed(cell, number, warmup)
         fill = seed if cell.options["fill"] == "synthetic" else None
         with bench.ready(cell):
             found = time_request(
-                lambda watch: bench.request(cell, seed, watch.beside), clock_of(bench.device), bench.device, fill
+                lambda watch: bench.request(cell, seed, watch.beside), clock_of(bench.device), bench.device, fill,
+                tokens,
             )
         line, is_read = found.timeline, fill is None
         return TimingRecord(
@@ -137,7 +161,7 @@ class Worker:
 
     def _probe(self, bench: Bench) -> None:
         """Whether the cell, at its batch, stays within the budget; running out of memory is an answer."""
-        cell, budget = self.job.cells[0], self.job.budget or bench.sizes.weights + _card(bench)
+        cell, budget = self.job.cells[0], self.job.budget or bench.sizes.weights + free_bytes(bench.device)
         batch = int(cell.options["batch_size"])
         self.say("at", cell=cell.key)
         needed = bench.needed(cell)
@@ -180,13 +204,6 @@ class Worker:
             print(traceback.format_exc(), file=sys.stderr)
             self.say("failed", cell=cell.key, error=reason, hint=hint)
             raise CellFailedError from error
-
-
-def _card(bench: Bench) -> int:
-    """What a GPU still has."""
-    from kvbench.profiling.memory import free_bytes
-
-    return free_bytes(bench.device)
 
 
 def is_out_of_memory(error: BaseException) -> bool:

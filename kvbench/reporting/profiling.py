@@ -73,14 +73,15 @@ def profile_results(
             (r for r in records if isinstance(r, TimingRecord) and not r.warmup), key=lambda r: r.pair
         )
         memory = next((r for r in records if isinstance(r, MemoryRecord)), None)
-        wanted = info["repeats"] * info["rounds"]
         is_weighed = memory is not None or cell.method == AGAIN or "memory_budget" in cell.options
-        is_whole = len(times) >= wanted and is_weighed
+        done = len({t.repeat for t in times})
+        is_whole = done >= info["repeats"] and is_weighed
         if times and (is_whole or folder.failure(cell) is None):
             found.append(Profiled(cell, tuple(times), memory, math.nan))
         if not is_whole and folder.failure(cell) is None:
+            lacks = "" if is_weighed else ", and its memory is not measured"
             failures.append(Failure(
-                cell.key, f"{cell.label}: {len(times)} of {wanted} requests are done.",
+                cell.key, f"{cell.label}: {done} of {info['repeats']} repeats are done{lacks}.",
                 "Run the same command again to continue.",
             ))
     bandwidth = [t.bandwidth for p in found for t in p.times if t.bandwidth]
@@ -251,7 +252,7 @@ def _plain_row(
         delta_ci_high=_finite(delta_interval[1]), p_value=p_value, baseline=baseline, seed=cell.seed,
         signature=(
             f"{name}:{info['signature']}|P:{params['seq_len']}|B:{params['batch_size']}|G:{params['new_tokens']}"
-            f"|median of {groups} x {info['rounds']}, order-statistic interval|v:1"
+            f"|median of {n} in {groups} processes, order-statistic interval|v:1"
         ),
     )
 
