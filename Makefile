@@ -21,6 +21,7 @@ bench: $(STAMP)
 	$(BIN)/python -m benchmarks.masks
 	$(BIN)/python -m benchmarks.training
 	$(BIN)/python -m benchmarks.decoding
+	$(BIN)/python -m benchmarks.caches
 
 $(STAMP): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -108,12 +107,20 @@ def holm(p_values: Sequence[float | None]) -> list[float | None]:
     return adjusted
 
 
-def median_interval(values: Array) -> tuple[float, float]:
-    """Distribution-free interval of the median between two order statistics; NaN below six values."""
-    if len(values) < 2:
+def repeat_interval(values: Array) -> tuple[float, float]:
+    """Interval in which the median of as many values of another run falls with 95 % probability.
+
+    It lies between two order statistics and assumes no distribution, only that values are
+    exchangeable: of n + n values, how many of one run lie below the r-th of the other is
+    beta-binomial. Below nine values it is all of them, whose probability is less.
+    """
+    n = len(values)
+    if n < 2:
         return float("nan"), float("nan")
-    found: Any = stats.quantile_test(values, q=0, p=0.5).confidence_interval(LEVEL)
-    return float(found.low), float(found.high)
+    ordered, rank = np.sort(values), 1
+    while 2 * stats.betabinom(n, rank + 1, n - rank).sf((n + 1) // 2 - 1) <= 1 - LEVEL:
+        rank += 1
+    return float(ordered[rank - 1]), float(ordered[n - rank])
 
 
 def fitted_slope(x: Array, y: Array) -> tuple[float, float, float]:

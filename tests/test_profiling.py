@@ -21,15 +21,16 @@ from kvbench.methods import METHODS, Structure, make_layout, make_method
 from kvbench.models.adapter import Adapter, AdapterCard
 from kvbench.models.shapes import SHAPES, make_shape
 from kvbench.profiling.bench import Bench
-from kvbench.profiling.clock import Stopwatch, Timeline
+from kvbench.profiling.clock import Stopwatch, Timeline, clock_of
 from kvbench.profiling.limit import copy_bandwidth
-from kvbench.profiling.memory import CpuMemory, Sizes, read_bytes, sizes_of, weights_bytes
+from kvbench.profiling.memory import CpuMemory, Sizes, memory_of, read_bytes, sizes_of, weights_bytes
 from kvbench.profiling.passes import time_request, weigh_request
 from kvbench.profiling.plan import parse_bytes
 from kvbench.profiling.search import COARSE, largest
 from kvbench.profiling.subject import EvictingRequest, StockRequest, cache_bytes, random_entries
+from kvbench.profiling.worker import is_out_of_memory
 from kvbench.runtime import Reader
-from kvbench.statistics import fitted_slope, median_interval
+from kvbench.statistics import fitted_slope, repeat_interval
 from tests.conftest import VOCABULARY, adapter_for, small_config, small_model
 
 CPU = torch.device("cpu")
@@ -125,21 +126,21 @@ def test_the_garbage_collector_rests_while_a_request_is_timed() -> None:
     assert gc.isenabled()
 
 
-@given(st.integers(0, 3000))
-def test_the_largest_batch_is_found_to_one_in_sixteen(true: int) -> None:
+@given(st.integers(0, 3000), st.integers(-5, 4000))
+def test_the_largest_batch_is_found_to_one_in_sixteen(true: int, guess: int) -> None:
     asked: list[int] = []
 
     def fits(batch: int) -> bool:
         asked.append(batch)
         return batch <= true
 
-    found = largest(fits)
+    found = largest(fits, lambda: guess)
     assert found <= true < found + max(1, found // COARSE) + 1
     assert len(asked) == len(set(asked)) < 30
 
 
 def test_no_batch_beyond_the_most_is_tried() -> None:
-    assert largest(lambda batch: batch <= 100, most=64) == 64
+    assert largest(lambda batch: batch <= 100, most=64) >= 60
     assert 38 <= largest(lambda _: True, most=40) <= 40
 
 
@@ -209,6 +210,62 @@ def test_the_allocations_of_a_cpu_are_seen() -> None:
     assert held.numel() + more.numel() == (1 << 20) + (1 << 19)
     assert memory.peaks.prefill >= 3 * (4 << 20)
     assert (4 << 20) + (2 << 20) <= memory.peaks.decode < 3 * (4 << 20)
+
+
+class FakeEvent:
+    """An event of a GPU that ends half a second after the one before."""
+
+    count = 0
+    waited: list[str] = []
+
+    def __init__(self, enable_timing: bool) -> None:
+        assert enable_timing
+
+    def record(self) -> None:
+        FakeEvent.count += 1
+        self.at = FakeEvent.count
+        FakeEvent.waited.append("event")
+
+    def elapsed_time(self, other: FakeEvent) -> float:
+        return 500.0 * (other.at - self.at)
+
+
+def test_a_gpu_is_not_waited_for_while_its_tokens_are_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a fake GPU: events are recorded step by step, and read after the last."""
+    FakeEvent.count, FakeEvent.waited = 0, []
+    monkeypatch.setattr(torch.cuda, "Event", FakeEvent)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda *_: FakeEvent.waited.append("wait"))
+    clock = clock_of(torch.device("cuda"))
+    found = time_request(
+        lambda watch: FakeRequest(FakeClock(), watch), clock, torch.device("cuda"), None  # type: ignore[arg-type]
+    )
+    assert FakeEvent.waited[0] == "wait"  # before the start
+    first, last = FakeEvent.waited.index("event"), len(FakeEvent.waited) - 1 - FakeEvent.waited[::-1].index("event")
+    assert "wait" not in FakeEvent.waited[first:last]
+    assert found.timeline.gaps == pytest.approx([0.5] * 4)
+    assert found.timeline.compress_s == pytest.approx(0.5)
+
+
+def test_the_peaks_of_a_gpu_are_those_above_the_weights(monkeypatch: pytest.MonkeyPatch) -> None:
+    peaks = iter([1000 + 70, 1000 + 30])
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda *_: None)
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda *_: None)
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda *_: 1000)
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda *_: next(peaks))
+    memory = memory_of(torch.device("cuda"))
+    with memory.watched():
+        memory.begin_writing()
+    assert (memory.peaks.prefill, memory.peaks.decode) == (70, 30)
+
+
+def test_running_out_of_memory_is_known_in_all_its_words() -> None:
+    for error in (
+        MemoryError(), torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"),
+        RuntimeError("[enforce fail at alloc_cpu.cpp:124] . DefaultCPUAllocator: can't allocate memory: you tried"),
+        RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+    ):
+        assert is_out_of_memory(error)
+    assert not is_out_of_memory(RuntimeError("shapes do not match"))
 
 
 def test_bandwidth_is_a_speed_that_a_machine_has() -> None:
@@ -334,14 +391,20 @@ def test_a_random_adapter_fits_every_trained_method(llama: nn.Module) -> None:
             assert Adapter.fresh(card, llama).rows.shape[0] == method.n_rows
 
 
-def test_the_interval_of_a_median_covers_it() -> None:
-    rng = np.random.default_rng(0)
+@pytest.mark.parametrize("n", [9, 12, 15, 40])
+def test_the_median_of_another_run_lies_in_the_interval(n: int) -> None:
+    rng = np.random.default_rng(n)
     inside = 0
-    for _ in range(400):
-        low, high = median_interval(rng.exponential(size=9))
-        inside += low <= np.log(2) <= high
-    assert 0.94 <= inside / 400 <= 1
-    assert np.isnan(median_interval(np.array([1.0]))[0])
+    for _ in range(1000):
+        low, high = repeat_interval(rng.exponential(size=n))
+        inside += low <= np.median(rng.exponential(size=n)) <= high
+    assert 0.935 <= inside / 1000 < 1
+
+
+def test_few_values_lie_all_in_the_interval() -> None:
+    assert repeat_interval(np.array([3.0, 1.0, 2.0])) == (1.0, 3.0)
+    assert repeat_interval(np.arange(8.0)) == (0.0, 7.0)
+    assert np.isnan(repeat_interval(np.array([1.0]))[0])
 
 
 def test_the_slope_of_a_line_is_found_with_its_interval() -> None:
@@ -358,7 +421,7 @@ def test_the_full_cache_is_read_at_once_without_a_mask(llama: nn.Module) -> None
     request = evicting(llama, "full", "0", chunk=P)
     with torch.inference_mode():
         expected = llama(input_ids=request.prompt, logits_to_keep=1).logits[:, -1]
-        assert torch.equal(request.read(), expected)
+        assert (request.read() - expected).abs().max() < 1e-6
 
 
 def test_continuations_draw_as_before_where_some_rows_are_greedy(llama: nn.Module) -> None:

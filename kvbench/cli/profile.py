@@ -9,12 +9,10 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from kvbench.cli import options
+from kvbench.cli.measured import measured, print_cells_as_json
 
 if TYPE_CHECKING:
-    from rich.console import Console
-
     from kvbench.profiling.plan import ProfilePlan
-    from kvbench.store.records import Results
 
 _WHAT, _HOW, _MEMORY, _OUT = "What to profile", "How to profile", "The largest batch", "Output"
 
@@ -65,7 +63,8 @@ def profile(
         "--baselines/--no-baselines", help="Measure full a second time, and in the cache of transformers.",
         rich_help_panel=_HOW)] = True,
     memory_budget: Annotated[str | None, typer.Option(
-        help="Find the largest batch within this much memory, weights included, such as 2GiB, and time it.",
+        help="Find the largest batch within this much memory, weights included, such as 2GiB, or card for all that a "
+        "GPU has, and time it.",
         show_default=False, rich_help_panel=_MEMORY)] = None,
     probe_timeout: Annotated[int, typer.Option(
         help="Seconds after which a batch is given up.", rich_help_panel=_MEMORY)] = 300,
@@ -101,12 +100,15 @@ def profile(
     Exit codes: 0 all done; 1 a cell failed, the others are complete; 2 the request was wrong and
     nothing was written; 130 interrupted, what was measured is kept.
     """
+    import psutil
     from rich.console import Console
 
     from kvbench.config import load_settings
+    from kvbench.errors import UserError
     from kvbench.models.loading import pick_device
     from kvbench.plan import parse_options
-    from kvbench.profiling.plan import ProfileRequest, build_profile_plan, too_many_threads
+    from kvbench.profiling.plan import CARD, ProfileRequest, build_profile_plan, doubts
+    from kvbench.profiling.runner import profile as measure
 
     console = Console(stderr=True)
     settings = load_settings(config).profile
@@ -126,15 +128,17 @@ def profile(
         baselines=baselines, device=device or settings.device, dtype=options.checked_dtype(dtype or settings.dtype),
         threads=options.checked_threads(threads, settings.threads),
     )
-    pick_device(request.device)
+    if pick_device(request.device).type != "cuda" and memory_budget == CARD:
+        raise UserError(f"--memory-budget {CARD} is for GPUs, and this is a CPU.", "Give a size, such as 2GiB.")
     plan = build_profile_plan(request)
-    warning = too_many_threads(request.threads)
-    if warning:
-        console.print(f"[yellow]warning[/] {warning}", highlight=False)
     if dry_run:
         _print_plan(plan, json_)
         return
-    results = _measured(plan, fresh, console)
+    for warning in doubts(request.threads, psutil.cpu_percent(interval=0.3)):
+        console.print(f"[yellow]warning[/] {warning}", highlight=False)
+    results = measured(
+        plan.folder, plan.content, request.repeats, fresh, console, lambda: measure(plan, sys.argv, console, fresh)
+    )
     if json_:
         sys.stdout.write(results.to_json() + "\n")
     else:
@@ -149,46 +153,9 @@ def profile(
     raise typer.Exit(0 if results.ok else 1)
 
 
-def _measured(plan: ProfilePlan, fresh: bool, console: Console) -> Results:
-    """The results of the plan: from disk if they are there, measured otherwise."""
-    from rich.markup import escape
-
-    from kvbench.execution.child import WorkerDiedError
-    from kvbench.execution.guards import finish, locked
-    from kvbench.profiling.runner import profile as measure
-    from kvbench.reporting.results import compute_results
-    from kvbench.store.folder import RESULTS, RUN, RunFolder, write_atomic
-    from kvbench.store.records import Failure, Results
-
-    folder = RunFolder(plan.folder)
-    folder.check(plan.content, fresh)
-    with locked(plan.folder):
-        manifest = folder.manifest() if not fresh and (plan.folder / RUN).exists() else {}
-        if not fresh and manifest.get("finished") and manifest.get("limit") == plan.request.repeats:
-            console.print(f"Already measured ({manifest['finished']}); --fresh measures again.")
-            return compute_results(folder)
-        try:
-            measure(plan, sys.argv, console, fresh)
-        except WorkerDiedError as death:
-            console.print(f"[red]failed[/] {escape(str(death))}", highlight=False)
-            return Results(str(plan.folder), False, (Failure("", str(death)),))
-        except KeyboardInterrupt:
-            console.print("kvbench: interrupted; what was measured is kept, and the same command goes on.")
-            raise typer.Exit(130) from None
-        results = compute_results(folder)
-        write_atomic(plan.folder / RESULTS, results.to_json() + "\n")
-        if results.ok:
-            finish(folder)
-        return results
-
-
 def _print_plan(plan: ProfilePlan, as_json: bool) -> None:
-    import dataclasses
-    import json
-
     if as_json:
-        cells = [{"key": cell.key, **dataclasses.asdict(cell)} for cell in plan.cells]
-        sys.stdout.write(json.dumps({"schema": 1, "run": str(plan.folder), "dry_run": True, "cells": cells}) + "\n")
+        print_cells_as_json(plan.folder, plan.cells)
         return
     from rich.console import Console
     from rich.table import Table

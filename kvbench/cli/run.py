@@ -9,12 +9,10 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from kvbench.cli import options
+from kvbench.cli.measured import measured, print_cells_as_json
 
 if TYPE_CHECKING:
-    from rich.console import Console
-
     from kvbench.plan import Plan
-    from kvbench.store.records import Results
 
 _WHAT, _HOW, _TEXTS, _OUT = "What to run", "How to run", "Judging written text", "Output"
 
@@ -97,7 +95,10 @@ def run(
     from rich.console import Console
 
     from kvbench.config import load_settings
+    from kvbench.execution.runner import execute
+    from kvbench.execution.similarity import measure_similarity
     from kvbench.plan import Request, build_plan, parse_options
+    from kvbench.store.folder import RunFolder
 
     console = Console(stderr=True)
     settings = load_settings(config).run
@@ -116,7 +117,12 @@ def run(
     if dry_run:
         _print_plan(plan, json_)
         return
-    results = _measured(plan, fresh, console)
+
+    def measure() -> None:
+        execute(plan, sys.argv, console, fresh)
+        measure_similarity(RunFolder(plan.folder), console)
+
+    results = measured(plan.folder, plan.content, request.limit, fresh, console, measure, request.metrics)
     if json_:
         sys.stdout.write(results.to_json() + "\n")
     else:
@@ -126,48 +132,9 @@ def run(
     raise typer.Exit(0 if results.ok else 1)
 
 
-def _measured(plan: Plan, fresh: bool, console: Console) -> Results:
-    """The results of the plan: from disk if they are there, measured otherwise."""
-    from rich.markup import escape
-
-    from kvbench.execution.child import WorkerDiedError
-    from kvbench.execution.guards import finish, locked
-    from kvbench.execution.runner import execute
-    from kvbench.execution.similarity import measure_similarity
-    from kvbench.reporting.results import compute_results
-    from kvbench.store.folder import RESULTS, RUN, RunFolder, write_atomic
-    from kvbench.store.records import Failure, Results
-
-    folder = RunFolder(plan.folder)
-    folder.check(plan.content, fresh)
-    with locked(plan.folder):
-        manifest = folder.manifest() if not fresh and (plan.folder / RUN).exists() else {}
-        if not fresh and manifest.get("finished") and manifest.get("limit") == plan.request.limit:
-            console.print(f"Already measured ({manifest['finished']}); --fresh measures again.")
-            return compute_results(folder, plan.request.metrics)
-        try:
-            execute(plan, sys.argv, console, fresh)
-            measure_similarity(folder, console)
-        except WorkerDiedError as death:
-            console.print(f"[red]failed[/] {escape(str(death))}", highlight=False)
-            return Results(str(plan.folder), False, (Failure("", str(death)),))
-        except KeyboardInterrupt:
-            console.print("kvbench: interrupted; what was measured is kept, and the same command goes on.")
-            raise typer.Exit(130) from None
-        results = compute_results(folder, plan.request.metrics)
-        write_atomic(plan.folder / RESULTS, results.to_json() + "\n")
-        if results.ok:
-            finish(folder)
-        return results
-
-
 def _print_plan(plan: Plan, as_json: bool) -> None:
-    import dataclasses
-    import json
-
     if as_json:
-        cells = [{"key": cell.key, **dataclasses.asdict(cell)} for cell in plan.cells]
-        sys.stdout.write(json.dumps({"schema": 1, "run": str(plan.folder), "dry_run": True, "cells": cells}) + "\n")
+        print_cells_as_json(plan.folder, plan.cells)
         return
     from rich.console import Console
     from rich.table import Table

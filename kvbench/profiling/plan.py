@@ -27,6 +27,9 @@ RANDOM = "random"
 """The adapter of a trained method that has none for this model: its values do not matter here."""
 
 PROFILE = "profile"
+CARD = "card"
+"""The budget that is all of a GPU's free memory."""
+
 _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
 
@@ -95,18 +98,22 @@ class ProfilePlan:
 
 
 def parse_bytes(text: str) -> int:
-    """A number of bytes, such as ``2GiB`` or ``800 MB``.
+    """A number of bytes, such as ``2GiB`` or ``800 MB``; 0 for ``card``, what a GPU has free.
 
     Raises:
         UserError: not a size above 0.
     """
+    if text == CARD:
+        return 0
     found = re.fullmatch(r"\s*([0-9.]+(?:e[0-9]+)?)\s*([a-zA-Z]*)\s*", text)
     try:
         size = int(float(found.group(1)) * _UNITS[found.group(2).upper()]) if found else 0
     except (KeyError, ValueError, OverflowError):
         size = 0
     if size <= 0:
-        raise UserError(f"--memory-budget {text}: not a size in bytes above 0.", "Write 2GiB, 800MB or 4e9.")
+        raise UserError(
+            f"--memory-budget {text}: not a size in bytes above 0.", f"Write 2GiB, 800MB or 4e9; {CARD} on a GPU."
+        )
     return size
 
 
@@ -244,15 +251,31 @@ def _check_numbers(request: ProfileRequest) -> None:
         raise unknown("--fill", request.fill, FILLS)
 
 
-def too_many_threads(threads: int) -> str | None:
-    """A warning, where more threads are asked for than there are cores."""
+BUSY = 20.0
+"""Per cent of all cores above which a machine is too busy to be timed on."""
+
+
+def doubts(threads: int, busy: float) -> list[str]:
+    """Warnings of what will spoil the timings: more threads than cores, or work beside them.
+
+    Args:
+        busy: per cent of all cores that others keep busy.
+    """
+    found = []
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    if threads <= cores:
-        return None
-    return f"--threads {threads}: this machine has {cores} cores; threads that wait for one another only add noise."
+    if threads > cores:
+        found.append(
+            f"--threads {threads}: there are {cores} cores, and threads that wait for one another only add noise."
+        )
+    if busy > BUSY:
+        found.append(
+            f"Other processes keep {busy:.0f} % of the processor busy: timings beside them can be many times too "
+            "long."
+        )
+    return found
 
 
 __all__ = [
-    "AGAIN", "FULL", "PREFIX", "PROFILE", "RANDOM", "STOCK", "ProfilePlan", "ProfileRequest", "at_batch",
-    "build_profile_plan", "parse_bytes", "too_many_threads",
+    "AGAIN", "CARD", "FULL", "PREFIX", "PROFILE", "RANDOM", "STOCK", "ProfilePlan", "ProfileRequest", "at_batch",
+    "build_profile_plan", "doubts", "parse_bytes",
 ]

@@ -155,7 +155,10 @@ def _equal_memory(run: _Run) -> None:
     for length in dict.fromkeys(cell.options["seq_len"] for cell in searches):
         found = []
         for cell in (cell for cell in searches if cell.options["seq_len"] == length):
-            batch = largest(lambda size, cell=cell: _fits(run, cell, size))  # type: ignore[misc]
+            batch = largest(
+                lambda size, cell=cell: _fits(run, cell, size),  # type: ignore[misc]
+                lambda cell=cell: _guess(run, cell),  # type: ignore[misc]
+            )
             if batch:
                 found.append(at_batch(cell, batch))
         _add(run, found)
@@ -177,6 +180,16 @@ def _fits(run: _Run, search: Cell, batch: int) -> bool:
         record = ProbeRecord(batch, False, found.victim.error if found.victim else "no answer", 0)
     _store(run, [(search.key, record)])
     return record.fits
+
+
+def _guess(run: _Run, search: Cell) -> int:
+    """The batch that would fill the budget, if every row took what the first one does."""
+    alone = run.folder.measurements(search).get("probe/1")
+    about = run.about or {}
+    budget, weights = run.plan.budget or about.get("device_bytes") or 0, about.get("weights", 0)
+    if not isinstance(alone, ProbeRecord) or alone.needed <= weights:
+        return 2
+    return int((budget - weights) // (alone.needed - weights))
 
 
 def _carried_out(run: _Run, job: ProfileJob, seconds: float = _HOURS) -> _Outcome:

@@ -56,7 +56,8 @@ def draw(rows: Sequence[Row], panel: Panel, folder: Path, name: str) -> list[Pat
         for place, task in zip(axes[0], tasks, strict=True):
             mine = [r for r in rows if r.task == task]
             panel(place, mine)
-            place.set_title(f"{task} ({mine[0].model}, {mine[0].protocol})", fontsize=9)
+            about = mine[0].model if task == mine[0].protocol else f"{mine[0].model}, {mine[0].protocol}"
+            place.set_title(f"{task} ({about})", fontsize=9)
             place.legend(fontsize=8)
         folder.mkdir(parents=True, exist_ok=True)
         paths = [folder / f"{name}.{ending}" for ending in ("png", "pdf")]
@@ -88,7 +89,8 @@ def log_scale(panel: Axes, values: Sequence[float | None]) -> None:
         panel.set_yscale("log")
         panel.yaxis.set_major_formatter(ScalarFormatter())
         panel.yaxis.set_minor_formatter(ScalarFormatter())
-        panel.yaxis.set_minor_locator(LogLocator(subs=(1.5, 2, 3, 4, 5, 6, 7, 8, 9)))
+        is_wide = max(present) > 10 * min(present)
+        panel.yaxis.set_minor_locator(LogLocator(subs=(2, 5) if is_wide else (1.5, 2, 3, 4, 5, 6, 7, 8, 9)))
 
 
 def methods_of(rows: Sequence[Row], without: Sequence[str] = ()) -> list[str]:

@@ -19,7 +19,7 @@ def profile_figures(rows: list[Row], folder: Path) -> list[Path]:
     for axis, other in (("seq_len", "batch_size"), ("batch_size", "seq_len")):
         for metric, label in (
             ("decode_tok_s", "tokens written per second"),
-            ("decode_peak_bytes", "decode peak above the weights, MiB"),
+            ("decode_peak_bytes", "decode peak above weights, MiB"),
         ):
             found += _against(usual, metric, label, axis, other, folder)
     return [*found, *_trade(usual, folder), *_predicted(usual, folder), *_cost(usual, folder)]
@@ -41,7 +41,7 @@ def _against(rows: list[Row], metric: str, label: str, axis: str, other: str, fo
         _binary(place)
         log_scale(place, [scale * (r.value or 0.0) for r in mine])
         place.set_xlabel("tokens of the prompt" if axis == "seq_len" else "batch")
-        place.set_ylabel(f"{label}, {'batch' if other == 'batch_size' else 'length'} {most}")
+        place.set_ylabel(f"{label} ({'batch' if other == 'batch_size' else 'length'} {most})", fontsize=8)
 
     name = f"{metric.removesuffix('_bytes')}-{'length' if axis == 'seq_len' else 'batch'}"
     return draw(chosen, panel, folder, name)

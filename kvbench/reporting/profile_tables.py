@@ -42,16 +42,16 @@ def _new_table(title: str) -> Table:
     table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
     table.add_column("length\nx batch", no_wrap=True)
     table.add_column("method", no_wrap=True)
-    table.add_column("removed:\nasked", justify="right")
-    table.add_column("\nrealised", justify="right")
+    table.add_column("removed:\nasked", justify="right", no_wrap=True)
+    table.add_column("\nrealised", justify="right", no_wrap=True)
     return table
 
 
 def _time_table(rows: list[Row]) -> Table:
     first = rows[0]
     table = _new_table(f"profile: time  ({first.model}, {first.params['new_tokens']} tokens written, n = {first.n})")
-    for name in ("first\ntoken s", "prefill\ntok/s", "compress\ns", "ms per token\n[95 % CI]", "decode\ntok/s",
-                 "speed-up\n[95 % CI]", "bytes\npredict", "of copy\nbandwidth"):
+    for name in ("first\ntoken s", "prefill\ntok/s", "compress\ns", "ms per token\n[95 %]", "decode\ntok/s",
+                 "speed-up\n[95 %]", "bytes\npredict", "of copy\nbandwidth"):
         table.add_column(name, justify="right", no_wrap=True)
     before: Key | None = None
     for (key, method, ratio), found in _cells(rows).items():
@@ -72,8 +72,8 @@ def _time_table(rows: list[Row]) -> Table:
 
 def _memory_table(rows: list[Row]) -> Table:
     table = _new_table("profile: memory  (a pass and a process of its own)")
-    for name in ("weights", "prefill peak\nabove them", "decode peak\nabove them", "less than\nfull by",
-                 "KV held\n(of full)", "physical\n/ logical", "process\npeak"):
+    for name in ("weights", "prefill\n+ peak", "decode\n+ peak", "less than\nfull by", "KV held\n(of full)",
+                 "physical\n/ logical", "process\npeak"):
         table.add_column(name, justify="right", no_wrap=True)
     cells, before = _cells(rows), None
     for (key, method, ratio), found in cells.items():
@@ -104,7 +104,7 @@ def _largest_table(rows: list[Row]) -> Table:
     )
     for name in ("length", "method"):
         table.add_column(name)
-    for name in ("asked", "largest\nbatch", "decode tok/s\n[95 % CI]", "over full\n[95 % CI]"):
+    for name in ("asked", "largest\nbatch", "decode tok/s\n[95 %]", "over full\n[95 %]"):
         table.add_column(name, justify="right")
     for row in (r for r in rows if r.metric == "max_batch"):
         same = {
@@ -121,9 +121,11 @@ def _largest_table(rows: list[Row]) -> Table:
 
 def _remarks(rows: list[Row]) -> list[str]:
     lines = [
+        "[95 %]: where the median of another such run will lie. "
         "speed-up: median of paired requests, over the faster full cache of the same length and batch "
         f"({', '.join(sorted({r.baseline for r in rows if r.baseline and r.method != AGAIN} or {FULL}))}). "
-        "bytes predict: weights and live entries that a step must read.",
+        "bytes predict: weights and live entries that a step must read. + peak: the most allocated beyond the "
+        "weights.",
         f"{STOCK}: the cache of transformers. {AGAIN}: the full cache measured twice, whose gap is the noise.",
     ]
     gaps = [r for r in rows if r.metric == "aa_gap"]
@@ -211,7 +213,7 @@ def _scaled(row: Row) -> str:
 
 def _held(found: dict[str, Row]) -> str:
     physical, full = found["kv_bytes_physical"].value, found["kv_bytes_full"].value
-    return bytes_of(physical) + (f" ({100 * physical / full:.0f} %)" if physical is not None and full else "")
+    return bytes_of(physical) + (f"\n({100 * physical / full:.0f} %)" if physical is not None and full else "")
 
 
 def _physical(found: dict[str, Row]) -> str:

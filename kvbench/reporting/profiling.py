@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from kvbench.statistics import fitted_slope, median_interval, paired_p_value
+from kvbench.statistics import fitted_slope, paired_p_value, repeat_interval
 from kvbench.store.folder import RunFolder
 from kvbench.store.profile_records import MemoryRecord, ProbeRecord, TimingRecord
 from kvbench.store.records import Cell, Failure, Row
@@ -76,7 +76,7 @@ def profile_results(
         is_weighed = memory is not None or cell.method == AGAIN or "memory_budget" in cell.options
         done = len({t.repeat for t in times})
         is_whole = done >= info["repeats"] and is_weighed
-        if times and (is_whole or folder.failure(cell) is None):
+        if times and (done >= info["repeats"] or folder.failure(cell) is None):
             found.append(Profiled(cell, tuple(times), memory, math.nan))
         if not is_whole and folder.failure(cell) is None:
             lacks = "" if is_weighed else ", and its memory is not measured"
@@ -216,9 +216,9 @@ def _row(
     p_value = paired_p_value(paired, part.cell.seed) if paired is not None and len(paired) > 1 else None
     return _plain_row(
         part.cell, info, name, float(np.median(values)), len(part.times),
-        len({t.repeat for t in part.times}), "repeat", median_interval(values) if sampled else _NONE,
+        len({t.repeat for t in part.times}), "repeat", repeat_interval(values) if sampled else _NONE,
         part=part, delta=delta, p_value=p_value,
-        delta_interval=median_interval(paired) if paired is not None and delta is not None else _NONE,
+        delta_interval=repeat_interval(paired) if paired is not None and delta is not None else _NONE,
         baseline=rival.cell.method if rival is not None and paired is not None else None,
     )
 
@@ -252,7 +252,7 @@ def _plain_row(
         delta_ci_high=_finite(delta_interval[1]), p_value=p_value, baseline=baseline, seed=cell.seed,
         signature=(
             f"{name}:{info['signature']}|P:{params['seq_len']}|B:{params['batch_size']}|G:{params['new_tokens']}"
-            f"|median of {n} in {groups} processes, order-statistic interval|v:1"
+            f"|median of {n} in {groups} processes, interval for the median of a repetition|v:1"
         ),
     )
 

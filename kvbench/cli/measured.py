@@ -1,0 +1,70 @@
+"""What measuring commands share: one folder, locked; from disk if it is there, measured otherwise."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import typer
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from kvbench.store.records import Results
+
+
+def measured(
+    path: Path, content: str, limit: int, fresh: bool, console: Console, measure: Callable[[], None],
+    only: Sequence[str] = (),
+) -> Results:
+    """The results of a run folder, complete or with what failed.
+
+    Args:
+        content: hash of what is asked for; the folder must hold the same, or nothing.
+        limit: how much of it; a finished folder of the same limit is not measured again.
+        measure: does the work; records are in the folder when it returns.
+        only: metrics of written text to show; all if empty.
+
+    Raises:
+        UserError: the folder cannot be used.
+        typer.Exit: interrupted.
+    """
+    from rich.markup import escape
+
+    from kvbench.execution.child import WorkerDiedError
+    from kvbench.execution.guards import finish, locked
+    from kvbench.reporting.results import compute_results
+    from kvbench.store.folder import RESULTS, RUN, RunFolder, write_atomic
+    from kvbench.store.records import Failure, Results
+
+    folder = RunFolder(path)
+    folder.check(content, fresh)
+    with locked(path):
+        manifest = folder.manifest() if not fresh and (path / RUN).exists() else {}
+        if manifest.get("finished") and manifest.get("limit") == limit:
+            console.print(f"Already measured ({manifest['finished']}); --fresh measures again.")
+            return compute_results(folder, only)
+        try:
+            measure()
+        except WorkerDiedError as death:
+            console.print(f"[red]failed[/] {escape(str(death))}", highlight=False)
+            return Results(str(path), False, (Failure("", str(death)),))
+        except KeyboardInterrupt:
+            console.print("kvbench: interrupted; what was measured is kept, and the same command goes on.")
+            raise typer.Exit(130) from None
+        results = compute_results(folder, only)
+        write_atomic(path / RESULTS, results.to_json() + "\n")
+        if results.ok:
+            finish(folder)
+        return results
+
+
+def print_cells_as_json(path: Path, cells: Sequence[object]) -> None:
+    """The dry run for programs."""
+    import dataclasses
+    import json
+    import sys
+
+    rows = [{"key": cell.key, **dataclasses.asdict(cell)} for cell in cells]  # type: ignore[attr-defined, call-overload]
+    sys.stdout.write(json.dumps({"schema": 1, "run": str(path), "dry_run": True, "cells": rows}) + "\n")
