@@ -25,12 +25,12 @@ from kvbench.profiling.clock import Stopwatch, Timeline, clock_of
 from kvbench.profiling.limit import copy_bandwidth
 from kvbench.profiling.memory import CpuMemory, Sizes, memory_of, read_bytes, sizes_of, weights_bytes
 from kvbench.profiling.passes import time_request, weigh_request
-from kvbench.profiling.plan import parse_bytes
 from kvbench.profiling.search import COARSE, largest
 from kvbench.profiling.subject import EvictingRequest, StockRequest, cache_bytes, random_entries
 from kvbench.profiling.worker import is_out_of_memory
 from kvbench.runtime import Reader
 from kvbench.statistics import fitted_slope, repeat_interval
+from kvbench.units import bytes_of, parse_bytes
 from tests.conftest import VOCABULARY, adapter_for, small_config, small_model
 
 CPU = torch.device("cpu")
@@ -149,6 +149,11 @@ def test_no_batch_beyond_the_most_is_tried() -> None:
 ])
 def test_sizes_are_read_as_written(text: str, size: int) -> None:
     assert parse_bytes(text) == size
+
+
+@given(st.integers(1, 1 << 50))
+def test_sizes_are_written_as_they_are_read(size: int) -> None:
+    assert parse_bytes(bytes_of(size)) == pytest.approx(size, rel=0.06)
 
 
 @pytest.mark.parametrize("text", ["", "0", "-1GiB", "two", "3 GiBs", "1..2GB", "."])

@@ -107,8 +107,9 @@ def profile(
     from kvbench.errors import UserError
     from kvbench.models.loading import pick_device
     from kvbench.plan import parse_options
-    from kvbench.profiling.plan import CARD, ProfileRequest, build_profile_plan, doubts
+    from kvbench.profiling.plan import ProfileRequest, build_profile_plan, doubts
     from kvbench.profiling.runner import profile as measure
+    from kvbench.units import CARD
 
     console = Console(stderr=True)
     settings = load_settings(config).profile

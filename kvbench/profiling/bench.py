@@ -20,10 +20,11 @@ from kvbench.models.references import resolve_model
 from kvbench.models.rotary import has_rotary
 from kvbench.models.shapes import is_shape, make_shape, random_model
 from kvbench.profiling.memory import Sizes, free_bytes, sizes_of
-from kvbench.profiling.plan import AGAIN, FULL, RANDOM, STOCK
+from kvbench.profiling.plan import RANDOM
 from kvbench.profiling.subject import EvictingRequest, Request, StockRequest
-from kvbench.reporting.format import bytes_of
+from kvbench.store.profile_records import AGAIN, FULL, STOCK
 from kvbench.store.records import Cell
+from kvbench.units import bytes_of
 
 RANK = 64
 """Rank of a random adapter, as of those that are trained by default."""

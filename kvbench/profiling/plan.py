@@ -6,7 +6,6 @@ import dataclasses
 import hashlib
 import json
 import os
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from fractions import Fraction
@@ -15,22 +14,17 @@ from pathlib import Path
 from kvbench.errors import UserError, unknown
 from kvbench.methods import METHODS, Method, make_method, parse_ratio, ratio_text
 from kvbench.models.references import ModelReference, find_adapter, fingerprint, resolve_model
-from kvbench.models.shapes import PREFIX, check_shape, is_shape
+from kvbench.models.shapes import check_shape, is_shape
 from kvbench.plan import Adapters
+from kvbench.store.profile_records import AGAIN, FULL, STOCK
 from kvbench.store.records import Cell
+from kvbench.units import parse_bytes
 
 FILLS = ("real", "synthetic")
-FULL, AGAIN, STOCK = "full", "full-again", "full-dynamic"
-"""The baseline, the twin of ``full`` that shows the noise, and ``full`` in the cache of transformers."""
-
 RANDOM = "random"
 """The adapter of a trained method that has none for this model: its values do not matter here."""
 
 PROFILE = "profile"
-CARD = "card"
-"""The budget that is all of a GPU's free memory."""
-
-_UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
 
 @dataclass(frozen=True)
@@ -95,26 +89,6 @@ class ProfilePlan:
     def positions(self) -> int:
         """The longest text, in tokens."""
         return max(self.request.seq_lens) + self.request.new_tokens
-
-
-def parse_bytes(text: str) -> int:
-    """A number of bytes, such as ``2GiB`` or ``800 MB``; 0 for ``card``, what a GPU has free.
-
-    Raises:
-        UserError: not a size above 0.
-    """
-    if text == CARD:
-        return 0
-    found = re.fullmatch(r"\s*([0-9.]+(?:e[0-9]+)?)\s*([a-zA-Z]*)\s*", text)
-    try:
-        size = int(float(found.group(1)) * _UNITS[found.group(2).upper()]) if found else 0
-    except (KeyError, ValueError, OverflowError):
-        size = 0
-    if size <= 0:
-        raise UserError(
-            f"--memory-budget {text}: not a size in bytes above 0.", f"Write 2GiB, 800MB or 4e9; {CARD} on a GPU."
-        )
-    return size
 
 
 def build_profile_plan(request: ProfileRequest) -> ProfilePlan:
@@ -274,8 +248,3 @@ def doubts(threads: int, busy: float) -> list[str]:
         )
     return found
 
-
-__all__ = [
-    "AGAIN", "CARD", "FULL", "PREFIX", "PROFILE", "RANDOM", "STOCK", "ProfilePlan", "ProfileRequest", "at_batch",
-    "build_profile_plan", "doubts", "parse_bytes",
-]

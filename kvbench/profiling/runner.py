@@ -21,10 +21,10 @@ from kvbench.errors import StoppedError, UserError
 from kvbench.execution.child import Child, WorkerDiedError
 from kvbench.execution.guards import KEPT, disk
 from kvbench.profiling.job import MEMORY, PROBE, TIME, ProfileJob
-from kvbench.profiling.plan import AGAIN, PROFILE, ProfilePlan, at_batch
+from kvbench.profiling.plan import PROFILE, ProfilePlan, at_batch
 from kvbench.profiling.search import largest
 from kvbench.store.folder import RUN, RunFolder, write_atomic
-from kvbench.store.profile_records import ProbeRecord, ProfileRecord, TimingRecord, load_profile_record
+from kvbench.store.profile_records import AGAIN, ProbeRecord, ProfileRecord, TimingRecord, load_profile_record
 from kvbench.store.records import Cell, Failure
 
 SMALL_BYTES = 1 << 28

@@ -21,10 +21,9 @@ from kvbench.profiling.job import MEMORY, PROBE, TIME, ProfileJob
 from kvbench.profiling.limit import copy_bandwidth
 from kvbench.profiling.memory import free_bytes, memory_of, read_bytes, rss_peak, weights_bytes
 from kvbench.profiling.passes import time_request, weigh_request
-from kvbench.profiling.plan import FULL, STOCK
-from kvbench.reporting.format import bytes_of
-from kvbench.store.profile_records import MemoryRecord, ProbeRecord, ProfileRecord, TimingRecord
+from kvbench.store.profile_records import FULL, STOCK, MemoryRecord, ProbeRecord, ProfileRecord, TimingRecord
 from kvbench.store.records import Cell
+from kvbench.units import bytes_of
 
 STABLE = 0.05
 """Warming up ends when two requests in a row differ by less."""

@@ -67,13 +67,3 @@ def number_of(value: float | None, digits: int | None) -> str:
     if value is None:
         return "-"
     return f"{value:g}" if digits is None else f"{value:.{digits}f}"
-
-
-def bytes_of(value: float | None) -> str:
-    if value is None:
-        return "-"
-    for unit in ("B", "KiB", "MiB"):
-        if value < 1024:
-            return f"{value:.0f} {unit}" if unit == "B" else f"{value:.1f} {unit}"
-        value /= 1024
-    return f"{value:.2f} GiB"

@@ -8,9 +8,10 @@ from rich import box
 from rich.table import Table
 from rich.text import Text
 
-from kvbench.reporting.format import bytes_of, number_of
-from kvbench.reporting.profiling import AGAIN, FULL, STOCK
+from kvbench.reporting.format import number_of
+from kvbench.store.profile_records import AGAIN, FULL, STOCK
 from kvbench.store.records import Row
+from kvbench.units import bytes_of
 
 Key = tuple[int, int, str | None]
 """Length, batch, and the budget that the batch was found for."""

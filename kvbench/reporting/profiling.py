@@ -13,12 +13,11 @@ from numpy.typing import NDArray
 
 from kvbench.statistics import fitted_slope, paired_p_value, repeat_interval
 from kvbench.store.folder import RunFolder
-from kvbench.store.profile_records import MemoryRecord, ProbeRecord, TimingRecord
+from kvbench.store.profile_records import AGAIN, FULL, STOCK, MemoryRecord, ProbeRecord, TimingRecord
 from kvbench.store.records import Cell, Failure, Row
 
 Array = NDArray[np.float64]
 
-FULL, AGAIN, STOCK = "full", "full-again", "full-dynamic"
 _PERCENTILES = ((90, 10), (95, 20), (99, 100))
 """Percentiles of the gaps between tokens, and how many gaps each needs."""
 _SPREAD, _EXTREME = 0.1, 0.5

@@ -10,7 +10,6 @@ from rich.table import Table
 from rich.text import Text
 
 from kvbench.reporting.format import (
-    bytes_of,
     cells_of,
     delta_of,
     new_table,
@@ -22,6 +21,7 @@ from kvbench.reporting.format import (
 from kvbench.reporting.profile_tables import profile_tables
 from kvbench.reporting.text_tables import text_tables
 from kvbench.store.records import Results, Row
+from kvbench.units import bytes_of
 
 WIDTH = 140
 """Width of tables where the output is not a terminal."""

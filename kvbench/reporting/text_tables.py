@@ -5,8 +5,9 @@ from __future__ import annotations
 from rich.table import Table
 from rich.text import Text
 
-from kvbench.reporting.format import bytes_of, cells_of, new_table, number_of, style_of, value_of
+from kvbench.reporting.format import cells_of, new_table, number_of, style_of, value_of
 from kvbench.store.records import Row
+from kvbench.units import bytes_of
 
 _COLUMNS = {
     "gen_ppl": ("gen ppl", 2), "bleu": ("BLEU", 2), "chrf": ("chrF", 2), "rouge1": ("ROUGE-1", 3),

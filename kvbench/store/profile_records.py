@@ -5,6 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+FULL, AGAIN, STOCK = "full", "full-again", "full-dynamic"
+"""The baseline, its twin that shows the noise, and the same in the cache of transformers."""
+
 
 @dataclass(frozen=True)
 class TimingRecord:

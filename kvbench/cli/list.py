@@ -1,0 +1,114 @@
+"""``kvbench list``: the methods, tasks, models and metrics there are."""
+
+from __future__ import annotations
+
+import json
+import sys
+from typing import Annotated
+
+import typer
+
+_KINDS = ("methods", "tasks", "models", "metrics")
+
+
+def list_(
+    what: Annotated[str, typer.Argument(help="methods, tasks, models or metrics.", metavar="WHAT")],
+    json_: Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout.")] = False,
+) -> None:
+    """Print what can be asked for, a line each: with paper, what is held, and what needs training.
+
+    Example: kvbench list methods
+    """
+    from kvbench.errors import unknown
+
+    if what not in _KINDS:
+        raise unknown("list", what, _KINDS)
+    rows = {"methods": _methods, "tasks": _tasks, "models": _models, "metrics": _metrics}[what]()
+    if json_:
+        sys.stdout.write(json.dumps({"schema": 1, what: rows}, ensure_ascii=False) + "\n")
+        return
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console()
+    if not console.is_terminal:
+        console = Console(file=console.file, width=140)
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    for column in rows[0]:
+        table.add_column(column, no_wrap=column in ("name", "needs"))
+    for row in rows:
+        table.add_row(*row.values(), end_section=False)
+    console.print(table)
+
+
+def _methods() -> list[dict[str, str]]:
+    from kvbench.methods import METHODS
+
+    return [
+        {
+            "name": name, "holds": kind.summary, "paper": kind.paper or "-",
+            "needs": f"adapter ({', '.join(kind.trainable)})" if kind.needs_adapter else "-",
+            "ratio": "yes" if kind.takes_ratio else "-", "removal": "real",
+            "options": " ".join(f"{key}={option.default}" for key, option in kind.known.items()) or "-",
+        }
+        for name, kind in METHODS.items()
+    ]
+
+
+def _tasks() -> list[dict[str, str]]:
+    from kvbench.corpora.tasks import load_task, tasks_folder
+
+    found = [load_task(path.stem) for path in sorted(tasks_folder().glob("*.toml"))]
+    return [
+        {
+            "name": task.name, "measures": task.summary, "protocols": " ".join(task.protocols),
+            "needs": _source(task.corpus.embedded, task.corpus.hub, task.corpus.synthetic),
+        }
+        for task in found
+    ]
+
+
+def _source(embedded: str | None, hub: str | None, synthetic: str | None) -> str:
+    if embedded or synthetic:
+        return "-"
+    return f"--data, or the hub ({hub})"
+
+
+def _models() -> list[dict[str, str]]:
+    from kvbench.config import DEFAULT_MODEL
+    from kvbench.models.shapes import PREFIX, SHAPES
+
+    rows = [
+        {"name": DEFAULT_MODEL, "what": "5.5 M parameters, context 1024, with its adapters", "needs": "-",
+         "commands": "run, profile, train"},
+        {"name": "HUB-ID or FOLDER", "what": "any decoder-only causal language model of transformers 5",
+         "needs": "the hub, or its files", "commands": "run, profile, train"},
+    ]
+    return rows + [
+        {"name": PREFIX + name, "what": f"random weights in the published shape ({kind})", "needs": "-",
+         "commands": "profile"}
+        for name, (kind, _) in SHAPES.items()
+    ]
+
+
+def _metrics() -> list[dict[str, str]]:
+    from kvbench import metrics
+    from kvbench.metrics.profile import PROFILE_METRICS
+
+    known = {m.name: m.signature for m in (*metrics.LM_METRICS, *metrics.RECALL_METRICS, *metrics.TEXT_METRICS)}
+    known["recovery"] = metrics.RECOVERY_SIGNATURE
+    of = dict.fromkeys(known, "language modelling")
+    of |= dict.fromkeys((m.name for m in metrics.RECALL_METRICS), "recall")
+    of |= dict.fromkeys((m.name for m in metrics.MEMORY), "all")
+    of |= dict.fromkeys(metrics.GENERATION_NAMES, "written text")
+    names = [*known, *(name for name in metrics.GENERATION_NAMES if name not in known)]
+    needs = dict.fromkeys(metrics.NEED_SCORER, "a scorer") | dict.fromkeys(metrics.NEED_ENCODER, "the encoder")
+    needs["mauve"] = "200 documents"
+    known |= PROFILE_METRICS
+    of |= dict.fromkeys(PROFILE_METRICS, "profile")
+    names += PROFILE_METRICS
+    return [
+        {"name": name, "of": of[name], "signature": known.get(name, "-"), "needs": needs.get(name, "-")}
+        for name in names
+    ]

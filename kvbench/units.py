@@ -1,0 +1,42 @@
+"""Bytes, as people write and read them."""
+
+from __future__ import annotations
+
+import re
+
+from kvbench.errors import UserError
+
+CARD = "card"
+"""The budget that is all of a GPU's free memory."""
+
+_UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
+
+
+def parse_bytes(text: str) -> int:
+    """A number of bytes, such as ``2GiB`` or ``800 MB``; 0 for ``card``, what a GPU has free.
+
+    Raises:
+        UserError: not a size above 0.
+    """
+    if text == CARD:
+        return 0
+    found = re.fullmatch(r"\s*([0-9.]+(?:e[0-9]+)?)\s*([a-zA-Z]*)\s*", text)
+    try:
+        size = int(float(found.group(1)) * _UNITS[found.group(2).upper()]) if found else 0
+    except (KeyError, ValueError, OverflowError):
+        size = 0
+    if size <= 0:
+        raise UserError(
+            f"--memory-budget {text}: not a size in bytes above 0.", f"Write 2GiB, 800MB or 4e9; {CARD} on a GPU."
+        )
+    return size
+
+
+def bytes_of(value: float | None) -> str:
+    if value is None:
+        return "-"
+    for unit in ("B", "KiB", "MiB"):
+        if value < 1024:
+            return f"{value:.0f} {unit}" if unit == "B" else f"{value:.1f} {unit}"
+        value /= 1024
+    return f"{value:.2f} GiB"
