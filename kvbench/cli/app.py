@@ -8,8 +8,8 @@ from typing import Annotated
 import typer
 
 from kvbench import __version__
+from kvbench.cli import compare, profile, report, run, show, train
 from kvbench.cli import list as list_command
-from kvbench.cli import profile, report, run, show, train
 
 app = typer.Typer(
     name="kvbench", no_args_is_help=True, rich_markup_mode="rich", pretty_exceptions_enable=False,
@@ -20,6 +20,7 @@ app = typer.Typer(
 app.command("run")(run.run)
 app.command("profile")(profile.profile)
 app.command("report")(report.report)
+app.command("compare")(compare.compare)
 app.command("list")(list_command.list_)
 app.command("show")(show.show)
 app.add_typer(train.app, name="train")

@@ -34,16 +34,31 @@ def generation_rows(folder: RunFolder, cells: Sequence[Cell], info: dict[str, An
     written = [cell for cell in shown if cell.method != HUMAN]
     if not written:
         return []
-    kinds = list(dict.fromkeys(o.decode for o in next(iter(records[written[0].key].values())).outputs))
-    main = "nucleus" if "nucleus" in kinds else kinds[0]
-    rows: list[Row] = []
-    for decode in (main, *(kind for kind in kinds if kind != main)):
-        is_main = decode == main
-        chosen = shown if is_main else written
-        rows += _decoding_rows(chosen, records, people, info, decode, None if is_main else f"decode={decode}")
-    if "greedy" in kinds and main != "greedy":
+    main = _kinds(written, records)[0]
+    rows = decoded_rows(shown, records, people, info)
+    if "greedy" in _kinds(written, records) and main != "greedy":
         rows += _match_rows(written, records, people, info)
     return rows + _mauve_rows(folder, shown, records, people, info, main)
+
+
+def decoded_rows(
+    shown: Sequence[Cell], records: dict[str, Records], people: Records, info: dict[str, Any]
+) -> list[Row]:
+    """Rows of all metrics that are sums over documents, for every way of decoding; drawn texts first."""
+    written = [cell for cell in shown if cell.method != HUMAN]
+    kinds = _kinds(written, records)
+    rows: list[Row] = []
+    for decode in kinds:
+        is_main = decode == kinds[0]
+        chosen = shown if is_main else written
+        rows += _decoding_rows(chosen, records, people, info, decode, None if is_main else f"decode={decode}")
+    return rows
+
+
+def _kinds(written: Sequence[Cell], records: dict[str, Records]) -> list[str]:
+    """Ways of decoding, the one of the main rows first."""
+    found = dict.fromkeys(o.decode for o in next(iter(records[written[0].key].values())).outputs)
+    return sorted(found, key=lambda kind: kind != "nucleus")
 
 
 def _decoding_rows(

@@ -63,12 +63,12 @@ def compute_results(folder: RunFolder, only: Sequence[str] = ()) -> Results:
             found = [row for row in generation_rows(folder, complete, info) if _is_shown(row.metric, only)]
         else:
             records = {cell.key: folder.records(cell) for cell in complete}
-            found = _task_rows([(c, [records[c.key][name] for name in chosen]) for c in complete], info)
+            found = scored_rows([(c, [records[c.key][name] for name in chosen]) for c in complete], info)
         rows += _adjusted(found)
     return Results(str(folder.path), not failures, tuple(failures), tuple(rows))
 
 
-def _task_rows(measured: list[tuple[Cell, list[DocumentRecord]]], info: dict[str, Any]) -> list[Row]:
+def scored_rows(measured: list[tuple[Cell, list[DocumentRecord]]], info: dict[str, Any]) -> list[Row]:
     """Rows of a task that scores text, and of its bins, with p-values as they come."""
     kinds: tuple[Metric, ...] = metrics.ANSWER_METRICS if info.get("answers") else metrics.LM_METRICS
     if info["kind"] == "recall":

@@ -1,0 +1,196 @@
+"""Two cells of two runs (or of one), compared on the same documents."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from kvbench import metrics
+from kvbench.errors import UserError, unknown
+from kvbench.reporting.generation import decoded_rows
+from kvbench.reporting.results import scored_rows
+from kvbench.statistics import holm
+from kvbench.store.folder import RunFolder
+from kvbench.store.records import HUMAN, Cell, Row
+
+SIGNIFICANT = 0.05
+_BYTES = {metric.name for metric in metrics.MEMORY}
+
+
+@dataclass(frozen=True)
+class Side:
+    """One side of a comparison: some cells of a run.
+
+    Attributes:
+        name: as the user wrote it.
+        method, ratio: what was chosen of the run; None for all that was asked for in it.
+    """
+
+    name: str
+    folder: RunFolder
+    method: str | None = None
+    ratio: str | None = None
+
+    def cells(self, task: str) -> list[Cell]:
+        """The chosen cells of a task; without a choice, all that are no controls or baselines."""
+        mine = [c for c in self.folder.cells() if c.task == task and c.method != HUMAN]
+        if self.method is None:
+            return [c for c in mine if c.role == "method"]
+        return [c for c in mine if c.method == self.method and self.ratio in (None, c.ratio_asked)]
+
+
+@dataclass(frozen=True)
+class Pair:
+    """Rows of the second cell; ``delta`` is the second less the first, ``baseline`` names the first.
+
+    Attributes:
+        first: rows of the first cell, by metric and bin.
+    """
+
+    names: tuple[str, str]
+    first: dict[tuple[str, str | None], Row]
+    rows: tuple[Row, ...]
+
+
+def parse_side(text: str) -> Side:
+    """``RUN``, ``RUN:METHOD`` or ``RUN:METHOD:RATIO``.
+
+    Raises:
+        UserError: not a run folder, or it has no such cell.
+    """
+    path, method, ratio = text, None, None
+    if not Path(path).is_dir():
+        parts = text.split(":")
+        for cut in (len(parts) - 1, len(parts) - 2):
+            if cut > 0 and Path(":".join(parts[:cut])).is_dir():
+                path, rest = ":".join(parts[:cut]), parts[cut:]
+                method, ratio = rest[0], rest[1] if len(rest) > 1 else None
+                break
+    folder = RunFolder(Path(path))
+    cells = folder.cells()
+    if any(cell.is_profile for cell in cells):
+        raise UserError(
+            f"{path} is a profile: its requests were not timed in turn with another run's, so that a difference "
+            "could be the machine's.", "Profile both methods in one run: kvbench profile --method A --method B.",
+        )
+    if method is not None:
+        names = dict.fromkeys(cell.method for cell in cells)
+        if method not in names:
+            raise unknown(f"method of {path}", method, names)
+        ratios = dict.fromkeys(c.ratio_asked or "-" for c in cells if c.method == method)
+        if ratio is not None and ratio not in ratios:
+            raise unknown(f"ratio of {method} in {path}", ratio, ratios)
+    return Side(text, folder, method, ratio)
+
+
+def compare(first: Side, second: Side) -> list[Pair]:
+    """All pairs of cells that the two sides have in common, on every task that both measured.
+
+    Raises:
+        UserError: they cannot be compared, and why.
+    """
+    infos = [side.folder.manifest()["tasks"] for side in (first, second)]
+    shared = [task for task in infos[0] if task in infos[1]]
+    if not shared:
+        raise UserError(
+            f"{first.name} and {second.name} have no task in common ({', '.join(infos[0])}; {', '.join(infos[1])})."
+        )
+    found = []
+    for task in shared:
+        pairs = _paired(first.cells(task), second.cells(task))
+        for a, b in pairs:
+            _check(task, infos[0][task], infos[1][task], a, b)
+            found.append(_compared(first, second, a, b, infos[0][task]))
+    if not found:
+        raise UserError(
+            f"{first.name} and {second.name} have no method and ratio in common.",
+            "Choose one of each: RUN:METHOD:RATIO.",
+        )
+    return _adjusted(found)
+
+
+def _paired(first: Sequence[Cell], second: Sequence[Cell]) -> list[tuple[Cell, Cell]]:
+    """The one cell of each side, or those of the same method and ratio."""
+    if len(first) == len(second) == 1:
+        return [(first[0], second[0])]
+    named = {(c.method, c.ratio_asked): c for c in first}
+    same = [(named[c.method, c.ratio_asked], c) for c in second if (c.method, c.ratio_asked) in named]
+    if same:
+        return same
+    ratios = {c.ratio_asked: c for c in first}
+    if len(ratios) == len(first) and len({c.ratio_asked for c in second}) == len(second):
+        return [(ratios[c.ratio_asked], c) for c in second if c.ratio_asked in ratios]
+    return []
+
+
+def _check(task: str, one: dict[str, Any], other: dict[str, Any], a: Cell, b: Cell) -> None:
+    """See that two cells were scored on the same text in the same way."""
+    wrong = [
+        f"{what} differ ({x} and {y})" for what, x, y in (
+            ("versions of the task", a.task_version, b.task_version), ("texts", a.data_hash[:12], b.data_hash[:12]),
+            ("protocols", a.protocol, b.protocol), ("settings", one["signature"], other["signature"]),
+        ) if x != y
+    ]
+    if one["documents"] != other["documents"]:
+        same = len(set(one["documents"]) & set(other["documents"]))
+        wrong.append(f"documents differ ({len(one['documents'])} and {len(other['documents'])}, {same} in common)")
+    if wrong:
+        raise UserError(
+            f"{a.label} and {b.label} cannot be compared: {'; '.join(wrong)}.",
+            "Measure both on the same documents with the same settings.",
+        )
+
+
+def _compared(first: Side, second: Side, a: Cell, b: Cell, info: dict[str, Any]) -> Pair:
+    names = tuple(f"{_short(c)} ({s.folder.path.name})" for s, c in ((first, a), (second, b)))
+    # Rows are paired with whatever stands in the place of the full cache.
+    standing = replace(a, method="full", role="control")
+    if info["kind"] == "generation":
+        records = {standing.key: first.folder.texts(a), b.key: second.folder.texts(b)}
+        people = next((first.folder.texts(c) for c in first.folder.cells()
+                       if c.task == a.task and c.method == HUMAN), {})
+        _complete(info, records[standing.key], first, a)
+        _complete(info, records[b.key], second, b)
+        rows = decoded_rows([standing, b], records, people, info)
+    else:
+        mine, theirs = first.folder.records(a), second.folder.records(b)
+        _complete(info, mine, first, a)
+        _complete(info, theirs, second, b)
+        chosen = info["documents"]
+        rows = scored_rows([(standing, [mine[n] for n in chosen]), (b, [theirs[n] for n in chosen])], info)
+    is_first = {id(row): row.method == "full" and row.baseline is None for row in rows}
+    at = {(r.metric, r.params.get("bin")): r for r in rows if is_first[id(r)]}
+    shown = tuple(
+        replace(r, method=b.method, baseline=names[0]) for r in rows
+        if not is_first[id(r)] and r.delta is not None and r.metric not in _BYTES
+        and not str(r.params.get("bin")).startswith("since=")
+    )
+    return Pair((names[0], names[1]), at, shown)
+
+
+def _complete(info: dict[str, Any], records: dict[str, Any], side: Side, cell: Cell) -> None:
+    missing = [name for name in info["documents"] if name not in records]
+    if missing:
+        raise UserError(
+            f"{cell.label} in {side.folder.path} lacks {len(missing)} of {len(info['documents'])} documents.",
+            "Run that command again to continue it.",
+        )
+
+
+def _adjusted(pairs: list[Pair]) -> list[Pair]:
+    """Holm's adjustment within each metric, over all pairs."""
+    flat = [(i, j, row) for i, pair in enumerate(pairs) for j, row in enumerate(pair.rows)]
+    adjusted = {(i, j): row for i, j, row in flat}
+    for metric in dict.fromkeys(row.metric for _, _, row in flat):
+        mine = [(i, j, row) for i, j, row in flat if row.metric == metric]
+        for (i, j, row), p in zip(mine, holm([row.p_value for _, _, row in mine]), strict=True):
+            adjusted[i, j] = replace(row, p_value=p)
+    return [
+        replace(pair, rows=tuple(adjusted[i, j] for j in range(len(pair.rows)))) for i, pair in enumerate(pairs)
+    ]
+
+
+def _short(cell: Cell) -> str:
+    return cell.method if cell.ratio_asked is None else f"{cell.method} {cell.ratio_asked}"
