@@ -6,15 +6,17 @@ import json
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from kvbench.profiling.job import ProfileJob
 from kvbench.profiling.plan import doubts
-from kvbench.reporting.profile_tables import break_even
+from kvbench.profiling.worker import prompt_seed
+from kvbench.reporting.profile_tables import break_even, profile_tables
 from kvbench.store.folder import RunFolder
+from kvbench.store.records import Row
 from tests.conftest import Outcome, kvbench
 from tests.test_bad_input import refused
 from tests.test_cli import ROW_KEYS
@@ -110,20 +112,22 @@ def test_warmups_are_recorded_apart(finished: Outcome, work: Path) -> None:
 
 
 def test_prompts_are_fresh_but_shared_by_the_cells_of_a_round() -> None:
-    from kvbench.profiling.worker import Worker
-
-    job = ProfileJob("time", (), "m", 10, 1, repeat=1)
-    cell = RunFolderCell(seed=0)
-    seeds = {Worker(job, sys.stderr)._seed(cell, n, w) for n in range(5) for w in (False, True)}  # type: ignore[arg-type]
-    other = {Worker(ProfileJob("time", (), "m", 10, 1, repeat=2), sys.stderr)._seed(cell, n, False)  # type: ignore[arg-type]
-             for n in range(5)}
-    assert len(seeds) == 10
-    assert not seeds & other
+    seeds = [prompt_seed(0, repeat, n, w) for repeat in range(3) for n in range(5) for w in (False, True)]
+    assert len(set(seeds)) == len(seeds)
+    assert prompt_seed(1, 0, 0, False) not in seeds
 
 
-class RunFolderCell:
-    def __init__(self, seed: int) -> None:
-        self.seed = seed
+def test_what_is_not_as_usual_is_remarked(finished: Outcome) -> None:
+    rows = [Row(**row) for row in finished.document["rows"]]
+    odd = [
+        replace(r, params={**r.params, "adapter": "random", "fill": "synthetic", "notes": ["random weights"],
+                           "warnings": ["unstable: the standard deviation is 12 % of the mean"]})
+        for r in rows
+    ]
+    said = " ".join(str(part) for part in profile_tables(odd)[-2:])
+    for words in ("random weights; trained methods have random adapters", "(synthetic)", "unstable", "--rounds"):
+        assert words in said
+    assert "random" not in " ".join(str(part) for part in profile_tables(rows)[-2:])
 
 
 def test_a_finished_profile_is_printed_again_and_reported(finished: Outcome, work: Path) -> None:
@@ -219,8 +223,6 @@ def test_doubts_about_the_machine_are_said() -> None:
 
 def test_break_even_is_the_smallest_size_beyond_the_noise(finished: Outcome) -> None:
     results = [r for r in finished.document["rows"] if r["metric"] in ("decode_speedup", "aa_gap")]
-    from kvbench.store.records import Row
-
     made = []
     for row in results:
         low = {64: 1.01, 128: 1.2, 192: 1.4}[row["params"]["seq_len"]]

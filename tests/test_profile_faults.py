@@ -8,13 +8,20 @@ import signal
 import subprocess
 import sys
 import time
+from io import StringIO
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
 
+from kvbench.models.references import resolve_model
+from kvbench.models.shapes import is_shape
 from kvbench.profiling.job import ProfileJob
+from kvbench.profiling.plan import ProfileRequest, at_batch, build_profile_plan
+from kvbench.profiling.worker import Worker
 from kvbench.store.folder import RUN, RunFolder
+from kvbench.store.records import Cell
 from tests.conftest import kvbench
 from tests.test_bad_input import refused
 from tests.test_profile_command import SMALL, Call, rows
@@ -63,31 +70,6 @@ def test_a_child_that_is_killed_for_memory_takes_one_cell_with_it(
     monkeypatch.undo()
 
 
-def test_memory_that_cannot_be_had_is_a_failed_cell(work: Path) -> None:
-    """Under a limit on the address space the larger shape fails; the smaller one is complete."""
-    code = (
-        "import resource, runpy, sys\n"
-        "resource.setrlimit(resource.RLIMIT_AS, (6 << 30, 6 << 30))\n"
-        "sys.argv = ['kvbench', 'profile', '--method', 'sinks', '--fill', 'synthetic', '--seq-len', '64',\n"
-        "  '--batch-size', '1', '--batch-size', '40000', '--new-tokens', '4', '--repeats', '1', '--rounds', '1',\n"
-        "  '--no-baselines', '--threads', '1', '--out', 'limited', '--json']\n"
-        "runpy.run_module('kvbench', run_name='__main__')"
-    )
-    # 64 tokens x 40000 rows x 6 KiB are 14.6 GiB, 4.6 at 0.7; PyTorch itself maps much more than it uses.
-    done = subprocess.run(
-        [sys.executable, "-c", code], cwd=work, capture_output=True, text=True,
-        check=False, env={**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"},
-    )
-    assert done.returncode == 1, (done.stdout[-500:], done.stderr[-2000:])
-    document = json.loads(done.stdout)
-    failed = [f["error"] for f in document["failures"]]
-    assert any("full at 64 x 40000" in error for error in failed)
-    assert all("x 40000" in error for error in failed)
-    whole = {r["method"] for r in document["rows"] if r["metric"] == "tpot_s" and r["params"]["batch_size"] == 1}
-    assert whole == {"full", "sinks"}
-    assert "Traceback" not in done.stderr
-
-
 def test_killed_and_run_again_it_ends_as_if_nothing_had_happened(work: Path) -> None:
     command = [sys.executable, "-m", "kvbench", *TWO_REPEATS, "--out", "torn"]
     victim = subprocess.Popen(command, cwd=work, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
@@ -130,24 +112,6 @@ def test_the_largest_batch_is_searched_for_and_timed(work: Path) -> None:
     assert len(probes) > 4
 
 
-def test_a_random_adapter_and_extended_positions_are_said(work: Path) -> None:
-    arguments = (
-        "profile", "--method", "ccm-concat", "--ratio", "0.9", "--model", "shape:gpt2", "--seq-len", "1100",
-        "--fill", "synthetic", *QUICK, "--out", "shape",
-    )
-    found = kvbench(*arguments, cwd=work)
-    assert found.code == 0, found.err
-    assert "random weights; positions extended from 1024 to 1106; trained methods have random adapters" in " ".join(
-        found.out.split()
-    )
-    assert "synthetic" in found.out
-    again = kvbench("report", "shape", "--json", cwd=work)
-    row = rows(again, method="ccm-concat", metric="tpot_s")[0]
-    assert row["params"]["adapter"] == "random"
-    assert row["params"]["fill"] == "synthetic"
-    assert not rows(again, metric="prefill_peak_bytes")  # nothing was read
-
-
 def test_weights_that_do_not_fit_are_refused_before_they_are_made(
     called: Call, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -160,17 +124,83 @@ def test_weights_that_do_not_fit_are_refused_before_they_are_made(
     monkeypatch.undo()
 
 
-def test_a_shape_that_does_not_fit_is_refused_before_it_is_allocated(work: Path) -> None:
-    started = time.monotonic()
-    found = kvbench(
-        "profile", "--method", "sinks", "--seq-len", "64", "--batch-size", "1", "--batch-size", "100000000",
-        "--fill", "synthetic", *QUICK, "--out", "large", "--json", cwd=work,
+def cells_of(**settings: Any) -> tuple[Cell, ...]:
+    """The cells of a request without the twin and the cache of transformers."""
+    wanted: dict[str, Any] = {
+        "model": "kvbench-tiny", "revision": None, "adapters": (), "methods": ("sinks",), "ratios": ("0.7",),
+        "seq_lens": (64,), "batch_sizes": (1,), "new_tokens": 4, "chunk": 256, "fill": "synthetic", "repeats": 1,
+        "rounds": 1, "warmups": 1, "budget": None, "timeout": 60, "seed": 0, "options": {}, "out": None,
+        "reports": Path("reports"), "baselines": False, "device": "cpu", "dtype": "auto", "threads": 1,
+    }
+    return build_profile_plan(ProfileRequest(**(wanted | settings))).cells
+
+
+def job_of(kind: str, cells: tuple[Cell, ...], **settings: Any) -> ProfileJob:
+    name = cells[0].model
+    location = name if is_shape(name) else resolve_model(name).location
+    longest = max(int(c.options["seq_len"]) + int(c.options["new_tokens"]) for c in cells)
+    return ProfileJob(kind, cells, location, longest, 0, rounds=1, warmups=1, **settings)
+
+
+def events_of(job: ProfileJob) -> list[dict[str, Any]]:
+    """What a child would report, run inside this process."""
+    said = StringIO()
+    worker = Worker(job, said)
+    worker.run(worker.prepare())
+    return [json.loads(line) for line in said.getvalue().splitlines()]
+
+
+def test_a_random_adapter_and_extended_positions_are_said() -> None:
+    cells = cells_of(model="shape:gpt2", methods=("ccm-concat",), ratios=("0.9",), seq_lens=(1100,))
+    assert [(c.method, c.adapter) for c in cells] == [("full", None), ("ccm-concat", "random")]
+    ready, *events = events_of(job_of("time", cells))
+    assert ready["notes"] == ["random weights", "positions extended from 1024 to 1104"]
+    records = [e["record"] for e in events if e["event"] == "record"]
+    assert [(r["held"], r["warmup"]) for r in records] == [(1100, True), (110, True), (1100, False), (110, False)]
+    assert all(r["ttft_s"] is None and len(r["gaps"]) == 3 for r in records)
+    assert events[-1]["event"] == "end"
+
+
+def test_a_shape_that_does_not_fit_is_refused_before_it_is_allocated() -> None:
+    events = events_of(job_of("time", cells_of(batch_sizes=(100_000_000,))))
+    assert [e["event"] for e in events] == ["ready", "at", "failed"]
+    assert "nothing was allocated" in events[-1]["error"]
+    assert "--batch-size" in events[-1]["hint"]
+
+
+@pytest.mark.parametrize("kind", ["time", "memory"])
+def test_memory_that_cannot_be_had_is_a_failed_cell(kind: str) -> None:
+    """Under a limit on the address space: 64 tokens x 40000 rows x 6 KiB are 14.6 GiB."""
+    job = job_of(kind, cells_of(batch_sizes=(40_000,))[:1])
+    code = (
+        "import resource, runpy\n"
+        "resource.setrlimit(resource.RLIMIT_AS, (6 << 30, 6 << 30))\n"
+        "runpy.run_module('kvbench.profiling.worker', run_name='__main__')"
     )
-    assert found.code == 1
-    assert all("nothing was allocated" in f["error"] and "x 100000000" in f["error"]
-               for f in found.document["failures"])
-    assert {r["method"] for r in rows(found, metric="tpot_s")} == {"full", "sinks"}
-    assert time.monotonic() - started < 120
+    done = subprocess.run(
+        [sys.executable, "-c", code], input=f"{job.to_json()}\ngo\n", capture_output=True, text=True, check=False,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    last = json.loads(done.stdout.splitlines()[-1])
+    assert last["event"] == "failed", done.stderr[-2000:]
+    assert "--batch-size" in last["hint"]
+
+
+def test_a_probe_that_runs_out_of_memory_does_not_fit() -> None:
+    cells = cells_of(batch_sizes=(4,), budget="30MiB")
+    search = next(c for c in cells if c.options["batch_size"] == "0")
+
+    def probed(batch: int, budget: int) -> dict[str, Any]:
+        events = events_of(job_of("probe", (at_batch(search, batch),), budget=budget))
+        return next(e["record"] for e in events if e["event"] == "record")
+
+    fits = probed(2, 64 << 20)
+    assert (fits["fits"], fits["why"], fits["batch"]) == (True, "", 2)
+    assert 20 << 20 < fits["needed"] < 64 << 20
+    short = probed(2, fits["needed"] - 1)
+    assert (short["fits"], short["why"][:4]) == (False, "took")
+    far = probed(4000, 64 << 20)
+    assert (far["fits"], far["why"][:14]) == (False, "needs at least")
 
 
 def test_interrupted_keeps_what_was_measured(work: Path) -> None:

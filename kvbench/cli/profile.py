@@ -105,7 +105,7 @@ def profile(
 
     from kvbench.config import load_settings
     from kvbench.errors import UserError
-    from kvbench.models.loading import pick_device
+    from kvbench.models.device import pick_device
     from kvbench.plan import parse_options
     from kvbench.profiling.plan import ProfileRequest, build_profile_plan, doubts
     from kvbench.profiling.runner import profile as measure

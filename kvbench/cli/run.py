@@ -172,7 +172,7 @@ def _seed(given: int | None, default: int) -> int:
 
 
 def _device(name: str) -> str:
-    from kvbench.models.loading import pick_device
+    from kvbench.models.device import pick_device
 
     pick_device(name)
     return name

@@ -9,6 +9,7 @@ from torch import nn
 
 from kvbench.errors import UserError
 from kvbench.models.attention import register
+from kvbench.models.device import pick_device
 from kvbench.models.references import ModelReference
 
 
@@ -19,25 +20,6 @@ class Loaded(NamedTuple):
     tokenizer: Any
     context: int
     vocabulary: int
-
-
-def pick_device(name: str) -> torch.device:
-    """The device of that name, or the best one there is for ``auto``.
-
-    Raises:
-        UserError: unknown, or not present on this machine.
-    """
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-        torch.empty(1, device=device)
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        present = ["cpu"] + [f"cuda:{i}" for i in range(torch.cuda.device_count())]
-        raise UserError(
-            f"Device {name!r} is not available here.", f"Available: {', '.join(present)}."
-        ) from error
-    return device
 
 
 def load_model(reference: ModelReference, device: str, dtype: str) -> Loaded:

@@ -13,7 +13,6 @@ import torch
 from torch import nn
 
 from kvbench.errors import UserError, unknown
-from kvbench.models.attention import register
 
 PREFIX = "shape:"
 """What a model's name begins with, where it is a shape."""
@@ -119,6 +118,8 @@ def random_model(config: Any, device: torch.device, dtype: torch.dtype, seed: in
         UserError: there is not enough memory for its weights.
     """
     from transformers import AutoModelForCausalLM
+
+    from kvbench.models.attention import register
 
     torch.manual_seed(seed)
     try:

@@ -15,7 +15,8 @@ from torch import nn
 from kvbench.errors import UserError
 from kvbench.methods import Layout, Method, Structure, make_layout, make_method
 from kvbench.models.adapter import Adapter, AdapterCard
-from kvbench.models.loading import context_of, load_model, pick_device
+from kvbench.models.device import pick_device
+from kvbench.models.loading import context_of, load_model
 from kvbench.models.references import resolve_model
 from kvbench.models.rotary import has_rotary
 from kvbench.models.shapes import is_shape, make_shape, random_model

@@ -119,7 +119,7 @@ class Worker:
     def _timed(
         self, bench: Bench, cell: Cell, number: int, tokens: int | None, bandwidth: float | None, warmup: bool = False
     ) -> TimingRecord:
-        seed = self._seed(cell, number, warmup)
+        seed = prompt_seed(cell.seed, self.job.repeat, number, warmup)
         fill = seed if cell.options["fill"] == "synthetic" else None
         with bench.ready(cell):
             found = time_request(
@@ -134,17 +134,13 @@ class Worker:
             read_bytes(bench.model), bench.sizes.entry * int(cell.options["batch_size"]), bandwidth,
         )
 
-    def _seed(self, cell: Cell, number: int, warmup: bool) -> int:
-        """Prompts are fresh for every request, and the same for all cells of a round."""
-        return ((cell.seed * 1000 + self.job.repeat) * 1000 + number) * 2 + warmup
-
     def _weigh(self, bench: Bench) -> None:
         cell = self.job.cells[0]
         with self.guarded(cell, bench):
             self._tell(cell, self._weighed(bench, cell))
 
     def _weighed(self, bench: Bench, cell: Cell) -> MemoryRecord:
-        seed = self._seed(cell, 0, False)
+        seed = prompt_seed(cell.seed, 0, 0, False)
         fill = seed if cell.options["fill"] == "synthetic" else None
         adapter = bench.adapter_of(cell)
         weights = weights_bytes(bench.model, adapter)
@@ -203,6 +199,11 @@ class Worker:
             print(traceback.format_exc(), file=sys.stderr)
             self.say("failed", cell=cell.key, error=reason, hint=hint)
             raise CellFailedError from error
+
+
+def prompt_seed(seed: int, repeat: int, number: int, warmup: bool) -> int:
+    """Prompts are fresh for every request, and the same for all cells of a round."""
+    return ((seed * 1000 + repeat) * 1000 + number) * 2 + warmup
 
 
 def is_out_of_memory(error: BaseException) -> bool:

@@ -19,7 +19,8 @@ import kvbench
 from kvbench.errors import UserError, unknown
 from kvbench.methods import METHODS, make_method
 from kvbench.models.adapter import Adapter, AdapterCard
-from kvbench.models.loading import load_model, pick_device
+from kvbench.models.device import pick_device
+from kvbench.models.loading import load_model
 from kvbench.models.references import resolve_model
 from kvbench.models.rotary import has_rotary
 from kvbench.training.adapter_training import AdapterPlan, train_adapter

@@ -1,0 +1,26 @@
+"""Where a model runs. Apart from loading, because commands check this before they need transformers."""
+
+from __future__ import annotations
+
+import torch
+
+from kvbench.errors import UserError
+
+
+def pick_device(name: str) -> torch.device:
+    """The device of that name, or the best one there is for ``auto``.
+
+    Raises:
+        UserError: unknown, or not present on this machine.
+    """
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        present = ["cpu"] + [f"cuda:{i}" for i in range(torch.cuda.device_count())]
+        raise UserError(
+            f"Device {name!r} is not available here.", f"Available: {', '.join(present)}."
+        ) from error
+    return device
