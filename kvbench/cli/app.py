@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from kvbench import __version__
-from kvbench.cli import compare, profile, report, run, show, train
+from kvbench.cli import compare, doctor, profile, report, run, show, train
 from kvbench.cli import list as list_command
 
 app = typer.Typer(
@@ -21,6 +21,7 @@ app.command("run")(run.run)
 app.command("profile")(profile.profile)
 app.command("report")(report.report)
 app.command("compare")(compare.compare)
+app.command("doctor")(doctor.doctor)
 app.command("list")(list_command.list_)
 app.command("show")(show.show)
 app.add_typer(train.app, name="train")

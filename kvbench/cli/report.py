@@ -21,8 +21,8 @@ def report(
 ) -> None:
     """Print the table of a run again and draw its figures, from what is on disk.
 
-    Needs neither the model nor PyTorch. Writes results.json, table.txt, and figures/ (PNG and
-    PDF) into the run folder.
+    Needs neither the model nor PyTorch. Writes results.json, table.txt, tables/ (Markdown, CSV,
+    LaTeX), figures/ (PNG and PDF) and report.html, one page with everything, into the run folder.
 
     Example: kvbench report reports/sentinel-0.7-1a2b3c4d5e
     """
@@ -31,7 +31,9 @@ def report(
     from kvbench.errors import UserError, unknown
     from kvbench.metrics import METRIC_NAMES
     from kvbench.reporting.curves import asked_figures, distance_figure, memory_figure
+    from kvbench.reporting.export import write_tables
     from kvbench.reporting.figures import removal_figure
+    from kvbench.reporting.page import write_page
     from kvbench.reporting.profile_figures import profile_figures
     from kvbench.reporting.results import compute_results
     from kvbench.reporting.tables import print_results
@@ -53,6 +55,8 @@ def report(
         ]
         for draw in (asked_figures, memory_figure, distance_figure, profile_figures):
             figures += draw(rows, run / "figures")
+        tables = write_tables(rows, run / "tables")
+        page = write_page(folder, results, figures)
     except OSError as error:
         raise UserError(f"The run folder {run} cannot be written: {error.strerror}.") from error
     if json_:
@@ -62,4 +66,6 @@ def report(
         print_results(results, console, run)
         for path in figures:
             console.print(f"figure: {path}", soft_wrap=True, highlight=False)
+        console.print(f"tables: {len(tables)} files in {run / 'tables'}", soft_wrap=True, highlight=False)
+        console.print(f"page: {page}", soft_wrap=True, highlight=False)
     raise typer.Exit(0 if results.ok else 1)

@@ -52,7 +52,7 @@ def _time_table(rows: list[Row]) -> Table:
     first = rows[0]
     table = _new_table(f"profile: time  ({first.model}, {first.params['new_tokens']} tokens written, n = {first.n})")
     for name in ("first\ntoken s", "prefill\ntok/s", "compress\ns", "ms per token\n[95 %]", "decode\ntok/s",
-                 "speed-up\n[95 %]", "bytes\npredict", "of copy\nbandwidth"):
+                 "speed-up\n[95 %]", "bytes\npredict", "of copy\nspeed"):
         table.add_column(name, justify="right", no_wrap=True)
     before: Key | None = None
     for (key, method, ratio), found in _cells(rows).items():
@@ -202,6 +202,7 @@ def _number(found: dict[str, Row], name: str, digits: int) -> str:
 def _interval(row: Row | None, scale: float, digits: int) -> str:
     if row is None or row.value is None:
         return "-"
+    digits = max(0, min(digits, 4 - len(f"{scale * row.value:.0f}")))
     value = f"{scale * row.value:.{digits}f}"
     if row.ci_low is None or row.ci_high is None:
         return value

@@ -20,6 +20,9 @@ Array = NDArray[np.float64]
 
 _PERCENTILES = ((90, 10), (95, 20), (99, 100))
 """Percentiles of the gaps between tokens, and how many gaps each needs."""
+_DRIFT = {"cpu": 0.05, "cuda": 0.02}
+"""What a machine drifts from one run to the next, which no interval of one run can show: seconds and speeds are never
+given to better than this share, by device. (Ratios are paired within minutes, and do not need it.)"""
 _SPREAD, _EXTREME = 0.1, 0.5
 """A standard deviation, or an extreme, this far from the mean makes a timing unstable."""
 _NONE = (None, None)
@@ -126,7 +129,7 @@ def _time_rows(part: Profiled, baseline: Profiled | None, full: Profiled | None,
             delta = np.array([
                 v - theirs[t.pair] for v, t in zip(column, times, strict=True) if t.pair in theirs
             ], dtype=np.float64)
-        rows.append(_row(part, info, name, np.array(column, dtype=np.float64), delta, rival))
+        rows.append(_row(part, info, name, np.array(column, dtype=np.float64), delta, rival, drifts=True))
     gaps = np.concatenate([t.gaps for t in times])
     for percent, least in _PERCENTILES:
         if len(gaps) >= least:
@@ -207,15 +210,19 @@ def _cost_rows(found: Sequence[Profiled], info: dict[str, Any]) -> list[Row]:
 
 def _row(
     part: Profiled, info: dict[str, Any], name: str, values: Array, paired: Array | None = None,
-    rival: Profiled | None = None, is_log: bool = False,
+    rival: Profiled | None = None, is_log: bool = False, drifts: bool = False,
 ) -> Row:
     """The median of the values with its interval; ``paired`` are differences to the rival, tested against 0."""
-    sampled = len(values) > 1
+    interval: tuple[float | None, float | None] = repeat_interval(values) if len(values) > 1 else _NONE
+    if drifts and len(values) > 1:
+        middle, share = float(np.median(values)), _DRIFT[info.get("device", "cpu").partition(":")[0]]
+        low, high = repeat_interval(values)
+        interval = min(low, middle * (1 - share)), max(high, middle * (1 + share))
     delta = float(np.median(paired)) if paired is not None and len(paired) and not is_log else None
     p_value = paired_p_value(paired, part.cell.seed) if paired is not None and len(paired) > 1 else None
     return _plain_row(
         part.cell, info, name, float(np.median(values)), len(part.times),
-        len({t.repeat for t in part.times}), "repeat", repeat_interval(values) if sampled else _NONE,
+        len({t.repeat for t in part.times}), "repeat", interval,
         part=part, delta=delta, p_value=p_value,
         delta_interval=repeat_interval(paired) if paired is not None and delta is not None else _NONE,
         baseline=rival.cell.method if rival is not None and paired is not None else None,

@@ -72,9 +72,9 @@ class RunFolder:
 
     def clear(self) -> None:
         """Remove what a run and a report write, and nothing else."""
-        for name in (RUN, RESULTS, "table.txt"):
+        for name in (RUN, RESULTS, "table.txt", "report.html"):
             (self.path / name).unlink(missing_ok=True)
-        for name in ("cells", "figures"):
+        for name in ("cells", "figures", "tables"):
             shutil.rmtree(self.path / name, ignore_errors=True)
 
     def manifest(self) -> dict[str, Any]:

@@ -1,0 +1,191 @@
+"""The checks, one function each: what is tried, what came out, and what to do when it fails."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from kvbench.cache.evicting import EvictingCache
+from kvbench.decoding import Continuation, Sampling
+from kvbench.doctor.subject import Subject
+from kvbench.methods import Structure, make_layout, make_method, parse_ratio
+from kvbench.profiling.clock import clock_of
+from kvbench.profiling.passes import time_request
+from kvbench.profiling.subject import EvictingRequest
+from kvbench.protocols.cut import cut_blocks
+from kvbench.runtime import Reader
+from kvbench.statistics import bootstrap_intervals
+
+METHODS = (("window", "0.5"), ("local", "0.7"), ("sinks", "0.7"), ("scattered", "0.5"))
+"""Methods without an adapter, at the ratios that they are tried at."""
+NOISE, ROUNDS = {"cpu": 0.05, "cuda": 0.02}, 9
+"""The A/A gap that timings may have, by device, and how many requests are timed for it."""
+_Z = 1.959964
+
+
+@dataclass(frozen=True)
+class Check:
+    """One line of the report.
+
+    Attributes:
+        name: what was tried.
+        ok: whether it held.
+        found: what came out, in words.
+        advice: what to do if it did not hold.
+    """
+
+    name: str
+    ok: bool
+    found: str
+    advice: str
+
+
+def nothing_removed_is_full(subject: Subject) -> Check:
+    """At ratio 0 every method scores, and writes, as the full cache does."""
+    full = subject.score(subject.layout("full", "0"))
+    worst = max(
+        float((subject.score(subject.layout(name, "0")).nll - full.nll).abs().mean()) for name, _ in METHODS
+    )
+    same = all(torch.equal(_written(subject, name), _written(subject, "full")) for name, _ in METHODS[:2])
+    return Check(
+        "ratio 0 is the full cache", worst <= subject.tolerance and same,
+        f"nll differs by {worst:.1e} nats, greedy texts {'equal' if same else 'DIFFER'}",
+        "This kernel or precision cannot repeat itself: use --dtype float32, or report the model.",
+    )
+
+
+def targets_are_scored_once(subject: Subject) -> Check:
+    """Every token but the first of a block is scored exactly once, and the sums are a plain loop's."""
+    wrong = 0
+    for document in subject.documents:
+        cut = cut_blocks(document, subject.tokenizer, subject.block)
+        lead = len(subject.tokenizer.lead())
+        joined = [i for piece in cut.pieces for i in piece.ids[lead:]]
+        wrong += joined != list(subject.tokenizer.encode(document.text)[0])[: len(joined)]
+        wrong += any(piece.scored != 1 for piece in cut.pieces)
+    ids = subject.ids()
+    with torch.inference_mode():
+        logits = subject.loaded.model(input_ids=ids).logits[:, :-1].float()
+    plain = -logits.log_softmax(-1).gather(-1, ids[:, 1:, None])[..., 0].double().cpu()
+    apart = float((subject.score(subject.layout("full", "0")).nll - plain).abs().mean())
+    return Check(
+        "targets are scored once", wrong == 0 and apart <= subject.tolerance,
+        f"{len(subject.documents)} documents, {wrong} wrong cuts; {apart:.1e} nats from a plain loop",
+        "The tokenizer or the model's own loss disagrees with the harness: report the model.",
+    )
+
+
+def batches_change_nothing(subject: Subject) -> Check:
+    """A block scores the same alone and beside others."""
+    worst = 0.0
+    for name, ratio in METHODS:
+        layout = subject.layout(name, ratio)
+        together = subject.score(layout).nll
+        alone = torch.cat([subject.score(layout, [piece]).nll for piece in subject.pieces])
+        worst = max(worst, float((together - alone).abs().mean()))
+    return Check(
+        "a batch changes no score", worst <= subject.tolerance, f"differs by {worst:.1e} nats",
+        "Use --set batch=1 where there is one, or --dtype float32.",
+    )
+
+
+def documents_leave_nothing_behind(subject: Subject) -> Check:
+    """In another order, documents score the same."""
+    layout, worst = subject.layout("sinks", "0.7"), 0.0
+    there = [subject.score(layout, [piece]).nll for piece in subject.pieces]
+    back = [subject.score(layout, [piece]).nll for piece in reversed(subject.pieces)]
+    for one, other in zip(there, reversed(back), strict=True):
+        worst = max(worst, float((one - other).abs().max()))
+    return Check(
+        "documents leave nothing behind", worst <= subject.tolerance, f"differs by {worst:.1e} nats in another order",
+        "The model keeps a state of its own between calls, which the harness cannot reset.",
+    )
+
+
+def masked_is_removed(subject: Subject) -> Check:
+    """Entries masked in one pass and entries really removed give the same scores."""
+    worst, at = 0.0, ""
+    for name, ratio in METHODS:
+        layout = subject.layout(name, ratio)
+        masked = subject.score(layout, execution="onepass").nll
+        for chunk in (7, 64):
+            apart = float((subject.score(layout, chunk=chunk).nll - masked).abs().mean())
+            worst, at = max((worst, at), (apart, f"{name} in chunks of {chunk}"))
+    return Check(
+        "masked is removed", worst <= subject.tolerance, f"differs by {worst:.1e} nats ({at})",
+        "Results of this model must not be trusted: its attention does not take the masks it is given.",
+    )
+
+
+def removed_is_freed(subject: Subject) -> Check:
+    """What is removed takes no memory: distinct storages against entries held."""
+    worst = 0.0
+    for name, ratio in METHODS:
+        layout, cache = subject.layout(name, ratio), EvictingCache()
+        reader = Reader(subject.loaded.model)
+        with torch.inference_mode(), reader.ready():
+            for _ in reader.stream(subject.ids(), layout, cache, 64):
+                pass
+        held = len(layout.held_after(len(layout)))
+        worst = max(worst, cache.physical_bytes() / (held * cache.entry_bytes()))
+    return Check(
+        "what is removed is freed", 1 <= worst <= 1.05, f"physical / logical bytes {worst:.3f}",
+        "Another part of the model holds on to the cache: memory figures would be wrong.",
+    )
+
+
+def time_repeats(subject: Subject) -> Check:
+    """The full cache, timed against itself."""
+    new, length = 16, subject.block - 16
+    layout = make_layout(make_method("full", parse_ratio("0")), subject.block, 0, 0, Structure(prefix=length))
+    prompt, device = subject.ids()[:1, :length], subject.device
+
+    def seconds() -> float:
+        found = time_request(
+            lambda watch: EvictingRequest(
+                subject.loaded.model, None, prompt, layout, new, len(layout), watch.beside
+            ), clock_of(device), device, None,
+        )
+        return found.timeline.tpot_s
+
+    seconds()
+    pairs = [(seconds(), seconds()) for _ in range(ROUNDS)]
+    gap = abs(float(np.median([a / b for a, b in pairs])) - 1)
+    most = NOISE[device.type]
+    return Check(
+        "timings repeat", gap <= most, f"A/A gap {100 * gap:.1f} % (up to {100 * most:.0f} %)",
+        "Something else is using this machine, or its clock changes: do not profile on it now.",
+    )
+
+
+def intervals_are_right(subject: Subject) -> Check:
+    """The bootstrap's interval of a mean against the closed form, on known numbers."""
+    rng = np.random.default_rng(0)
+    values = rng.normal(size=(400, 1))
+    low, high = bootstrap_intervals([values], lambda tables: tables[0].T / len(values), 0)[0]
+    closed = float(values.std(ddof=1) / np.sqrt(len(values)))
+    apart = abs((high - low) / (2 * _Z) / closed - 1)
+    return Check(
+        "intervals are right", bool(apart <= 0.05), f"standard error {100 * apart:.1f} % from the closed form",
+        "NumPy or SciPy differ from the tested versions: install with -c constraints.txt.",
+    )
+
+
+def _written(subject: Subject, method: str) -> torch.Tensor:
+    """A greedy text after half of a block, nothing removed."""
+    half, new = subject.block // 2, 16
+    layout = make_layout(make_method(method, parse_ratio("0")), half + new, 0, 0, Structure(prefix=half))
+    greedy = torch.full((1, 1, new), torch.nan, dtype=torch.float64)
+    text, reader = Continuation(subject.ids()[:1, :half], greedy, layout, Sampling()), Reader(subject.loaded.model)
+    with torch.inference_mode(), reader.ready():
+        return torch.stack(list(text.write(reader, text.read(reader))), 1)
+
+
+CHECKS: tuple[Callable[[Subject], Check], ...] = (
+    targets_are_scored_once, nothing_removed_is_full, batches_change_nothing, documents_leave_nothing_behind,
+    masked_is_removed, removed_is_freed, intervals_are_right, time_repeats,
+)
+"""In the order in which they are made; the one that needs a quiet machine last."""

@@ -1,0 +1,89 @@
+"""What is examined: a model with some text, cut into blocks."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from fractions import Fraction
+
+import torch
+from torch import Tensor
+
+from kvbench.corpora.documents import Document, load_corpus
+from kvbench.corpora.tasks import load_task
+from kvbench.errors import UserError
+from kvbench.methods import Layout, make_layout, make_method
+from kvbench.models.loading import Loaded, load_model
+from kvbench.models.references import resolve_model
+from kvbench.protocols.cut import Piece, Tokenizer, cut_blocks, make_tokenizer
+from kvbench.protocols.score import BatchScore, score_batch
+
+BLOCK, BLOCKS = 256, 6
+"""Tokens of a block, or the model's context if that is less, and how many are read."""
+
+TOLERANCES = {torch.float32: 1e-4, torch.bfloat16: 0.1, torch.float16: 0.02}
+"""How far two ways to the same number may lie apart, in nats per token, by the precision of the weights."""
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A model and what it is examined with.
+
+    Attributes:
+        documents: with their text, for the check of the cut.
+        pieces: blocks of equal length, each of another document.
+        tolerance: nats per token.
+    """
+
+    loaded: Loaded
+    tokenizer: Tokenizer
+    documents: tuple[Document, ...]
+    pieces: tuple[Piece, ...]
+    tolerance: float
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.loaded.model.parameters()).device
+
+    @property
+    def block(self) -> int:
+        return len(self.pieces[0].ids)
+
+    def layout(self, method: str, ratio: str, which: int = 3) -> Layout:
+        return make_layout(make_method(method, Fraction(ratio)), self.block, 0, which)
+
+    def score(
+        self, layout: Layout, pieces: list[Piece] | None = None, execution: str = "streamed", chunk: int = 64
+    ) -> BatchScore:
+        """Score blocks (all of them by default) under a layout."""
+        score, _ = score_batch(
+            self.loaded.model, None, layout, list(pieces or self.pieces), None, execution, chunk
+        )
+        return score
+
+    def ids(self) -> Tensor:
+        return torch.tensor([piece.ids for piece in self.pieces], device=self.device)
+
+
+def make_subject(model: str, revision: str | None, device: str, dtype: str) -> Subject:
+    """Load the model, and cut the embedded documents for it.
+
+    Raises:
+        UserError: it cannot be loaded, or its context is too short for any check.
+    """
+    loaded = load_model(resolve_model(model, revision), device, dtype)
+    documents = load_corpus(load_task("minidocs"), None).documents
+    tokenizer = make_tokenizer(loaded.tokenizer, "auto")
+    block = min(BLOCK, loaded.context)
+    pieces = []
+    for document in documents:
+        found = [piece for piece in cut_blocks(document, tokenizer, block).pieces if len(piece.ids) == block]
+        pieces += found[:1]
+        if len(pieces) == BLOCKS:
+            break
+    if len(pieces) < 2:
+        raise UserError(
+            f"{model} reads so few or so many tokens at a time ({block}) that the embedded documents give no block.",
+            "Examine another model.",
+        )
+    weights = next(loaded.model.parameters()).dtype
+    return Subject(loaded, tokenizer, documents, tuple(pieces), TOLERANCES.get(weights, 0.1))

@@ -1,0 +1,91 @@
+"""One self-contained HTML page of a run: sortable tables, figures, failures, and the recipe of every number."""
+
+from __future__ import annotations
+
+import base64
+import dataclasses
+import json
+import shlex
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment
+
+from kvbench.reporting.sheets import sheets_of
+from kvbench.store.folder import RunFolder, write_atomic
+from kvbench.store.records import Cell, Results
+
+WORST = 5
+"""Documents that are named for each method at each ratio."""
+
+
+@dataclass(frozen=True)
+class Worst:
+    """A document on which a method loses much: nats per token above the full cache."""
+
+    task: str
+    method: str
+    ratio: str | None
+    document: str
+    more: float
+
+
+def write_page(folder: RunFolder, results: Results, figures: Sequence[Path]) -> Path:
+    """Write ``report.html`` into the run folder; nothing in it is loaded from elsewhere."""
+    manifest = folder.manifest()
+    template = Environment(autoescape=True, trim_blocks=True).from_string(
+        files("kvbench.reporting").joinpath("report.html.j2").read_text(encoding="utf-8")
+    )
+    rows = [dataclasses.asdict(row) for row in results.rows]
+    text = template.render(
+        name=folder.path.resolve().name, about=_about(manifest), failures=results.failures,
+        sheets=sheets_of(results.rows), worst=worst_documents(folder, manifest), count=len(rows),
+        figures=[
+            {"name": path.stem, "data": base64.b64encode(path.read_bytes()).decode("ascii")}
+            for path in figures if path.suffix == ".png"
+        ],
+        command=shlex.join(["kvbench", *manifest.get("command", ())[1:]]),
+        environment=json.dumps(manifest.get("environment", {}), indent=1, ensure_ascii=False),
+        rows=json.dumps(rows, indent=1, ensure_ascii=False),
+    )
+    path = folder.path / "report.html"
+    write_atomic(path, text)
+    return path
+
+
+def _about(manifest: dict[str, Any]) -> str:
+    environment = manifest.get("environment", {})
+    code = environment.get("code") or {}
+    parts = [
+        f"measured {manifest.get('started', '')}", environment.get("processor") or "",
+        f"torch {environment.get('packages', {}).get('torch', '')}",
+        f"kvbench {environment.get('packages', {}).get('kvbench', '')}"
+        + (f" at {code['commit'][:10]}{' with changes' if code.get('dirty') else ''}" if code.get("commit") else ""),
+    ]
+    return " · ".join(part for part in parts if part)
+
+
+def worst_documents(folder: RunFolder, manifest: dict[str, Any]) -> list[Worst]:
+    """The documents where each method that scores text loses most, by task, method and ratio."""
+    cells = folder.cells()
+    found: list[Worst] = []
+    for task, info in manifest["tasks"].items():
+        if info["kind"] != "lm":
+            continue
+        full = next((c for c in cells if c.task == task and c.method == "full"), None)
+        if full is None:
+            continue
+        base = folder.records(full)
+        for cell in (c for c in cells if c.task == task and c.role == "method"):
+            found += _worst_of(folder, cell, {name: r.nll / r.tokens for name, r in base.items() if r.tokens})
+    return found
+
+
+def _worst_of(folder: RunFolder, cell: Cell, base: dict[str, float]) -> list[Worst]:
+    records = folder.records(cell)
+    more = {name: r.nll / r.tokens - base[name] for name, r in records.items() if name in base and r.tokens}
+    names = sorted(more, key=lambda name: -more[name])[:WORST]
+    return [Worst(cell.task, cell.method, cell.ratio_asked, name, more[name]) for name in names]
