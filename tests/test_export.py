@@ -136,6 +136,34 @@ def test_the_page_is_whole_and_needs_nothing_from_elsewhere(run: Path, tmp_path:
     assert "run_1" in text
 
 
+@pytest.mark.skipif(shutil.which("chromium") is None, reason="chromium is not installed")
+def test_the_page_sorts_in_a_browser_without_an_error(run: Path, tmp_path: Path) -> None:
+    """Each click on a heading sorts by it, upwards and then downwards; what has no value comes last."""
+    folder = RunFolder(run)
+    text = write_page(folder, compute_results(folder), []).read_text()
+    clicks = """<script>
+      const order = () => [...document.querySelector("tbody").rows].map(row => row.cells[0].textContent).join(" ");
+      const click = name => [...document.querySelectorAll("thead button")].find(b => b.textContent === name).click();
+      const seen = [];
+      for (const name of ["method", "method", "ppl", "ppl", "removed: asked"]) { click(name); seen.push(order()); }
+      document.title = seen.join(" / ");
+    </script>"""
+    page = tmp_path / "clicked.html"
+    page.write_text(text.replace("</body>", clicks + "</body>"))
+    done = subprocess.run(
+        ["chromium", "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",
+         "--disable-background-networking", "--disable-component-update", "--disable-sync", "--enable-logging=stderr",
+         f"--user-data-dir={tmp_path / 'chromium'}", "--dump-dom", page.as_uri()],
+        capture_output=True, text=True, check=True, timeout=120,
+    )
+    title = re.search(r"<title>(.*?)</title>", done.stdout)
+    assert title is not None
+    assert title.group(1).split(" / ") == [
+        "full local sinks", "sinks local full", "full sinks local", "local sinks full", "local sinks full",
+    ]
+    assert "CONSOLE" not in done.stderr
+
+
 def test_the_page_says_what_failed_and_escapes_it(run: Path) -> None:
     from kvbench.store.records import Failure
 
