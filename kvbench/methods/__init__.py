@@ -1,13 +1,19 @@
-"""Compression methods: one idea, one file; the table of names below is all there is to register."""
+"""Compression methods: one idea, one file; the table of names below is all there is to register.
+
+Methods of other packages come in by the entry point group ``kvbench.methods`` (docs/adding-a-method.md).
+"""
 
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterator, Mapping
 from fractions import Fraction
+from functools import cached_property
+from importlib.metadata import entry_points
 
 import numpy as np
 
-from kvbench.errors import unknown
+from kvbench.errors import UserError, unknown
 from kvbench.methods.base import Method, Option, kept, parse_ratio, ratio_text
 from kvbench.methods.full import Adapted, Full, NoContext
 from kvbench.methods.layout import RUNNING, Layout, Structure
@@ -18,12 +24,53 @@ from kvbench.methods.windows import Local, LocalTuned, Sinks, SinksTuned, Window
 
 LAYOUT_IDS = 16
 
-METHODS: dict[str, type[Method]] = {
-    kind.name: kind for kind in (
-        Full, NoContext, Window, Sinks, Local, Scattered, Sentinel, CcmConcat, CcmMerge, Gist, MeanPool, Pic,
-        LocalTuned, ScatteredTuned, SinksTuned, Adapted,
-    )
-}
+_OWN: tuple[type[Method], ...] = (
+    Full, NoContext, Window, Sinks, Local, Scattered, Sentinel, CcmConcat, CcmMerge, Gist, MeanPool, Pic,
+    LocalTuned, ScatteredTuned, SinksTuned, Adapted,
+)
+GROUP = "kvbench.methods"
+"""The entry points that methods of other packages are found by."""
+
+
+class _Methods(Mapping[str, type[Method]]):
+    """Method by name. Those of other packages are loaded when the table is first looked into, not before: they
+    import this package themselves."""
+
+    @cached_property
+    def _all(self) -> dict[str, type[Method]]:
+        """Ours and theirs.
+
+        Raises:
+            UserError: one of theirs cannot be loaded, is no method, or takes a name that is taken.
+        """
+        found = {kind.name: kind for kind in _OWN}
+        for entry in entry_points(group=GROUP):
+            try:
+                kind = entry.load()
+            except Exception as error:  # whatever the other package raises
+                raise UserError(
+                    f"The method {entry.name!r} of another package ({entry.value}) cannot be loaded: "
+                    f"{type(error).__name__}: {error}.", "Mend or uninstall that package.",
+                ) from error
+            if not (isinstance(kind, type) and issubclass(kind, Method)) or kind.name in found:
+                raise UserError(
+                    f"The method {entry.name!r} of another package ({entry.value}) is no subclass of "
+                    "kvbench.methods.Method, or its name is taken.", "Mend or uninstall that package.",
+                )
+            found[kind.name] = kind
+        return found
+
+    def __getitem__(self, name: str) -> type[Method]:
+        return self._all[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._all)
+
+    def __len__(self) -> int:
+        return len(self._all)
+
+
+METHODS = _Methods()
 
 
 def make_method(name: str, ratio: Fraction, options: dict[str, str] | None = None) -> Method:

@@ -1,0 +1,84 @@
+"""A method of another package: the worked example of the docs, as it stands there."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import Outcome, kvbench
+
+ROOT = Path(__file__).parent.parent
+PAGE = (ROOT / "docs" / "adding-a-method.md").read_text()
+
+
+def installed(folder: Path, code: str, value: str = "ends:Ends") -> dict[str, str]:
+    """The environment in which a package with that module is installed."""
+    (folder / "ends.py").write_text(code)
+    about = folder / "ends-1.0.dist-info"
+    about.mkdir()
+    (about / "METADATA").write_text("Metadata-Version: 2.1\nName: ends\nVersion: 1.0\n")
+    (about / "entry_points.txt").write_text(f"[kvbench.methods]\nends = {value}\n")
+    return {"PYTHONPATH": os.pathsep.join((str(folder), str(ROOT)))}
+
+
+@pytest.fixture(scope="module")
+def example() -> str:
+    found = re.search(r"```python\n(.*?)```", PAGE, flags=re.S)
+    assert found is not None
+    return found.group(1)
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory, example: str) -> tuple[Path, dict[str, str]]:
+    folder = tmp_path_factory.mktemp("plugin")
+    return folder, installed(folder, example)
+
+
+def called(place: tuple[Path, dict[str, str]], *arguments: str) -> Outcome:
+    return kvbench(*arguments, cwd=place[0], env=place[1])
+
+
+def test_the_example_is_listed_run_and_reported(place: tuple[Path, dict[str, str]]) -> None:
+    names = [row["name"] for row in called(place, "list", "methods", "--json").document["methods"]]
+    assert names[-1] == "ends"
+    found = called(place, "run", "--method", "ends", "--ratio", "0.5", "--task", "minidocs", "--limit", "2", "--out",
+                   "run", "--json")
+    assert found.code == 0, found.err
+    row = next(r for r in found.document["rows"] if (r["method"], r["metric"]) == ("ends", "ppl"))
+    assert row["ratio_realised"] == pytest.approx(0.5, abs=0.005)
+    assert row["removal"] == "real"
+    assert called(place, "report", "run").code == 0
+
+
+def test_the_example_passes_the_proof(place: tuple[Path, dict[str, str]]) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:xdist", "-p", "no:cacheprovider", "-k", "ends and llama",
+         str(ROOT / "tests" / "test_equality.py")],
+        cwd=ROOT, env={**os.environ, **place[1]}, capture_output=True, text=True, check=False,
+    )
+    assert done.returncode == 0, done.stdout[-2000:]
+    assert re.search(r"[1-9]\d* passed|^\.+ ", done.stdout, flags=re.M), done.stdout
+
+
+@pytest.mark.parametrize(("code", "value", "words"), [
+    ("raise RuntimeError('not today')", "ends:Ends", "RuntimeError: not today"),
+    ("Ends = 3", "ends:Ends", "is no subclass of kvbench.methods.Method"),
+    ("from kvbench.methods.windows import Local as Ends", "ends:Ends", "its name is taken"),
+    ("", "ends:Ends", "AttributeError"),
+])
+def test_a_broken_package_is_a_sentence(tmp_path: Path, code: str, value: str, words: str) -> None:
+    found = kvbench("list", "methods", cwd=tmp_path, env=installed(tmp_path, code, value))
+    assert (found.code, found.out) == (2, "")
+    assert words in found.err
+    assert "Traceback" not in found.err
+
+
+def test_the_page_names_the_group_that_is_read() -> None:
+    from kvbench.methods import GROUP
+
+    assert f'[project.entry-points."{GROUP}"]' in PAGE
