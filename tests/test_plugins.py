@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import subprocess
@@ -76,6 +77,23 @@ def test_a_broken_package_is_a_sentence(tmp_path: Path, code: str, value: str, w
     assert (found.code, found.out) == (2, "")
     assert words in found.err
     assert "Traceback" not in found.err
+
+
+def test_the_example_of_a_task_can_be_run(tmp_path: Path) -> None:
+    page = (ROOT / "docs" / "adding-a-task.md").read_text()
+    blocks = re.findall(r"```toml\n(.*?)```", page, flags=re.S)
+    (tmp_path / "notes.toml").write_text(blocks[0])
+    text = "The ferry leaves at nine, and the tide turns an hour later. " * 40
+    (tmp_path / "notes.jsonl").write_text("".join(json.dumps({"text": f"{i}. {text}"}) + "\n" for i in range(2)))
+    found = kvbench("run", "--task", "notes.toml", "--data", "notes.jsonl", "--method", "sinks", "--ratio", "0.5",
+                    "--no-baselines", "--out", "run", "--json", cwd=tmp_path)
+    assert found.code == 0, found.err
+    assert {r["task"] for r in found.document["rows"]} == {"notes"}
+    writes = blocks[0].replace('"lm"', '"generation"').replace('["block", "stream"]', '["generate"]') + blocks[1]
+    (tmp_path / "written.toml").write_text(writes)
+    dry = kvbench("run", "--task", "written.toml", "--data", "notes.jsonl", "--dry-run", "--json", cwd=tmp_path)
+    assert dry.code == 0, dry.err
+    assert {c["protocol"] for c in dry.document["cells"]} == {"generate"}
 
 
 def test_the_page_names_the_group_that_is_read() -> None:
