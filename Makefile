@@ -10,7 +10,7 @@ run: $(STAMP)
 	$(BIN)/kvbench run --method sentinel --ratio 0.7
 
 test: $(STAMP) lint
-	$(BIN)/python -m pytest -n auto --dist loadfile
+	$(BIN)/python -m pytest -n auto --dist loadfile --no-loadscope-reorder
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

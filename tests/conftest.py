@@ -10,6 +10,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+os.environ["HF_HUB_OFFLINE"] = "1"  # before anything reads it: no test waits for a hub
+
 import pytest
 import torch
 from hypothesis import settings
