@@ -69,7 +69,8 @@ class Flow:
             self.cache.holes = None
             return torch.cat([self.stored, slots])
         taken = self.holes[: len(slots)]
-        self.cache.holes = taken
+        layers = self.cache.layers
+        self.cache.holes = _sent(taken, layers[0].keys.device) if layers else taken  # once, not in every layer
         present = torch.cat([self.stored, slots[len(taken) :]])
         present[taken] = slots[: len(taken)]
         return present

@@ -14,7 +14,7 @@ from kvbench.store.records import Cell
 
 class KilledWorker(worker.Worker):
     @contextmanager
-    def guarded(self, cell: Cell, bench: Bench) -> Iterator[None]:
+    def guarded(self, cell: Cell, bench: Bench | None) -> Iterator[None]:
         with super().guarded(cell, bench):
             if (cell.method, cell.options["seq_len"], cell.options["batch_size"]) == ("full", "96", "2"):
                 os.kill(os.getpid(), signal.SIGKILL)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
@@ -196,6 +197,8 @@ def test_a_dry_run_writes_nothing(called: Call, tmp_path: Path) -> None:
     (["--device", "cuda:77"], ["not available"]),
     (["--threads", "0"], ["--threads"]),
     (["--method", "ccm-concat", "--ratio", "0.7", "--seq-len", "64"], ["needs chunks of 7"]),
+    (["--method", "sentinel", "--ratio", "0.99"], ["sentinel cannot remove 0.99 of 4096", "at most 0.96"]),
+    (["--device", "mps"], ["not available", "cuda"]),
 ])
 def test_a_bad_request_is_a_sentence(called: Call, arguments: list[str], words: list[str]) -> None:
     refused(called, ["profile", *arguments], *words)
@@ -206,6 +209,17 @@ def test_a_budget_below_the_weights_is_refused(called: Call) -> None:
         called, ["profile", "--memory-budget", "1MiB", "--seq-len", "64", *SMALL],
         "less than the weights of kvbench-tiny take (20.9 MiB)",
     )
+
+
+def test_a_sliding_window_is_no_full_cache(called: Call, tmp_path: Path, model_folder: Callable[..., Path]) -> None:
+    folder = tmp_path / "windowed"
+    shutil.copytree(model_folder("mistral"), folder)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "sliding_window": 64}))
+    found = called(["profile", "--model", folder, "--seq-len", "128", "--method", "sinks", "--out", "run"])
+    assert found.code == 2
+    assert "sliding window of 64 tokens" in found.err
+    assert not (tmp_path / "run").exists()
 
 
 def test_learnt_positions_end_somewhere(called: Call, model_folder: Callable[..., Path]) -> None:
@@ -230,3 +244,5 @@ def test_break_even_is_the_smallest_size_beyond_the_noise(finished: Outcome) -> 
         made.append(Row(**{**row, **known}))
     assert break_even(made, "sinks", 0.7) == "sinks 0.7: gains from 128 x 1 on, of what was measured."
     assert "no gain" in break_even([r for r in made if r.params["seq_len"] == 64], "sinks", 0.7)
+    lost = [replace(r, ci_low=0.9) if r.params["seq_len"] == 192 and r.method == "sinks" else r for r in made]
+    assert break_even(lost, "sinks", 0.7) == "sinks 0.7: gains at 128 x 1 only, of what was measured."

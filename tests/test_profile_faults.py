@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import signal
@@ -14,13 +15,19 @@ from typing import Any
 
 import psutil
 import pytest
+from rich.console import Console
+from rich.progress import Progress
 
+from kvbench.errors import UserError
 from kvbench.models.references import resolve_model
 from kvbench.models.shapes import is_shape
+from kvbench.profiling import runner
 from kvbench.profiling.job import ProfileJob
-from kvbench.profiling.plan import ProfileRequest, at_batch, build_profile_plan
+from kvbench.profiling.plan import ProfilePlan, ProfileRequest, at_batch, build_profile_plan
 from kvbench.profiling.worker import Worker
+from kvbench.reporting.profiling import profile_results
 from kvbench.store.folder import RUN, RunFolder
+from kvbench.store.profile_records import TimingRecord
 from kvbench.store.records import Cell
 from tests.conftest import kvbench
 from tests.test_bad_input import refused
@@ -110,6 +117,21 @@ def test_the_largest_batch_is_searched_for_and_timed(work: Path) -> None:
     probes = [k for c in folder.cells() for k in folder.measurements(c) if k.startswith("probe/")]
     assert "probe/1" in probes
     assert len(probes) > 4
+    # Nothing of it is missing: it is printed again although its end was not noted, and no child is started.
+    manifest = json.loads((work / "budget" / RUN).read_text())
+    (work / "budget" / RUN).write_text(json.dumps({**manifest, "finished": None}))
+    again = kvbench(*arguments, cwd=work)
+    assert again.code == 0, again.err
+    assert again.document == found.document
+    # A search that was cut off is not passed off as one that has ended.
+    for cell in folder.cells():
+        folder.forget(cell, "search")
+    cut = kvbench("report", "budget", "--json", cwd=work)
+    assert cut.code == 1
+    assert {f["error"].split(":")[1] for f in cut.document["failures"]} == {
+        " the search for the largest batch has not ended."
+    }
+    assert not rows(cut, metric="max_batch")
 
 
 def test_weights_that_do_not_fit_are_refused_before_they_are_made(
@@ -124,15 +146,78 @@ def test_weights_that_do_not_fit_are_refused_before_they_are_made(
     monkeypatch.undo()
 
 
-def cells_of(**settings: Any) -> tuple[Cell, ...]:
-    """The cells of a request without the twin and the cache of transformers."""
+def test_what_is_measured_again_does_not_stand_beside_the_old(tmp_path: Path) -> None:
+    """A repeat is one process: requests of two processes are never paired."""
+    folder = RunFolder(tmp_path / "run")
+    cell = cells_of()[0]
+    folder.open_cell(cell)
+    old = [TimingRecord(r, 0, False, 1.0, 0.0, 1.0, (1.0,), 2.0, 64, 64, 64.0, 1, 1) for r in (0, 1)]
+    folder.append(cell, old)
+    folder.forget(cell, "time/1/")
+    assert list(folder.measurements(cell)) == ["time/0/round/0"]
+    folder.append(cell, [dataclasses.replace(old[1], gaps=(10.0,))])
+    again = folder.measurements(cell)["time/1/round/0"]
+    assert isinstance(again, TimingRecord)
+    assert again.tpot_s == 10.0
+
+
+def test_rows_of_a_profile_by_hand(tmp_path: Path) -> None:
+    """Constant sizes have no slope per entry; without full, its twin stands for it; without both there is none."""
+    folder = RunFolder(tmp_path / "run")
+    cells = cells_of(methods=("none",), seq_lens=(64, 128, 256), baselines=True)
+    speed = {"full": 1.0, "full-again": 1.0, "full-dynamic": 4.0, "none": 0.5}
+    for cell in cells:
+        folder.open_cell(cell)
+        raw = int(cell.options["seq_len"])
+        entries = 16.0 if cell.method == "none" else float(raw)
+        folder.append(cell, [
+            TimingRecord(
+                r, n, False, 1.0, 0.0, 1.0, (speed[cell.method] * (1 + 0.01 * n),) * 3, 2.0, raw, raw, entries, 1, 1,
+                1e9,
+            )
+            for r in range(2) for n in range(3)
+        ])
+    info = {"repeats": 2, "notes": [], "signature": "s", "device": "cpu"}
+
+    def speedups(without: tuple[str, ...]) -> dict[str, tuple[float | None, str | None]]:
+        found, _ = profile_results(folder, info, [c for c in cells if c.method not in without])
+        return {r.method: (r.value, r.baseline) for r in found
+                if r.metric == "decode_speedup" and r.params["seq_len"] == 64}
+
+    assert speedups(())["none"] == (pytest.approx(2.0), "full")
+    assert speedups(())["full-dynamic"] == (pytest.approx(0.25), "full")
+    assert "full" not in speedups(())
+    assert speedups(("full",))["none"] == (pytest.approx(2.0), "full-again")
+    assert speedups(("full", "full-again")) == {}
+    found, _ = profile_results(folder, info, cells)
+    assert {r.method for r in found if r.metric == "tpot_per_raw_s"} == set(speed)
+    assert {r.method for r in found if r.metric == "tpot_per_entry_s"} == set(speed) - {"none"}
+
+
+def test_a_profile_is_not_continued_on_another_machine(tmp_path: Path) -> None:
+    here = {"device": "cpu", "device_name": None, "dtype": "float32", "threads": 2}
+    run = runner._Run(
+        build(), RunFolder(tmp_path), [], Console(), False, Progress(), 0, machine={**here, "threads": 1}  # type: ignore[arg-type]
+    )
+    with pytest.raises(UserError, match="measured with threads 1, and here it is 2"):
+        runner._check_machine(run, here)
+    run.machine = here
+    runner._check_machine(run, here)
+
+
+def build(**settings: Any) -> ProfilePlan:
     wanted: dict[str, Any] = {
         "model": "kvbench-tiny", "revision": None, "adapters": (), "methods": ("sinks",), "ratios": ("0.7",),
         "seq_lens": (64,), "batch_sizes": (1,), "new_tokens": 4, "chunk": 256, "fill": "synthetic", "repeats": 1,
         "rounds": 1, "warmups": 1, "budget": None, "timeout": 60, "seed": 0, "options": {}, "out": None,
         "reports": Path("reports"), "baselines": False, "device": "cpu", "dtype": "auto", "threads": 1,
     }
-    return build_profile_plan(ProfileRequest(**(wanted | settings))).cells
+    return build_profile_plan(ProfileRequest(**(wanted | settings)))
+
+
+def cells_of(**settings: Any) -> tuple[Cell, ...]:
+    """The cells of a request; without the twin and the cache of transformers, unless asked for."""
+    return build(**settings).cells
 
 
 def job_of(kind: str, cells: tuple[Cell, ...], **settings: Any) -> ProfileJob:

@@ -39,7 +39,7 @@ def doctor(
     from rich.console import Console
 
     from kvbench.config import load_settings
-    from kvbench.doctor import CHECKS, make_subject
+    from kvbench.doctor import CHECKS, carried_out, make_subject
 
     settings = load_settings(None).run
     count = options.checked_threads(threads, settings.threads)
@@ -55,7 +55,7 @@ def doctor(
     )
     found = []
     for run in CHECKS:
-        check = run(subject)
+        check = carried_out(run, subject)
         found.append(check)
         mark = "[green]ok[/]    " if check.ok else "[red]FAILED[/]"
         console.print(f"{mark}  {check.name}: {check.found}", highlight=False, soft_wrap=True)

@@ -71,6 +71,9 @@ def make_subject(model: str, revision: str | None, device: str, dtype: str) -> S
         UserError: it cannot be loaded, or its context is too short for any check.
     """
     loaded = load_model(resolve_model(model, revision), device, dtype)
+    where = next(loaded.model.parameters()).device
+    if where.type == "cuda":
+        torch.cuda.set_device(where)  # events are recorded on the current device
     documents = load_corpus(load_task("minidocs"), None).documents
     tokenizer = make_tokenizer(loaded.tokenizer, "auto")
     block = min(BLOCK, loaded.context)

@@ -13,6 +13,8 @@ def pick_device(name: str) -> torch.device:
     Raises:
         UserError: unknown, or not present on this machine.
     """
+    if name.partition(":")[0] not in ("auto", "cpu", "cuda"):
+        raise UserError(f"Device {name!r} is not available here.", "kvbench runs on cpu and on cuda.")
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:

@@ -16,7 +16,7 @@ from kvbench.errors import UserError
 from kvbench.methods import Layout, Method, Structure, make_layout, make_method
 from kvbench.models.adapter import Adapter, AdapterCard
 from kvbench.models.device import pick_device
-from kvbench.models.loading import context_of, load_model
+from kvbench.models.loading import context_of, load_model, window_of
 from kvbench.models.references import resolve_model
 from kvbench.models.rotary import has_rotary
 from kvbench.models.shapes import is_shape, make_shape, random_model
@@ -102,7 +102,7 @@ class Bench:
         prompt, new = int(cell.options["seq_len"]), int(cell.options["new_tokens"])
         layout = self.layout_of(cell)
         whole = layout.is_plain
-        chunk = prompt if whole else int(cell.options["chunk"])
+        chunk = prompt if whole else min(int(cell.options["chunk"]), len(layout))
         entries = prompt + new if whole else len(layout.held_after(int(layout.raw_slots[prompt - 1]) + 1))
         fed = 1 if cell.options["fill"] == "synthetic" else chunk
         return self.sizes.needed(int(cell.options["batch_size"]), entries, fed)
@@ -132,6 +132,8 @@ def make_bench(location: str, cell: Cell, positions: int) -> Bench:
         UserError: not there, not enough memory, or the text is longer than the model's positions.
     """
     device = pick_device(cell.device)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)  # events are recorded on the current device
     if is_shape(location):
         shape = make_shape(location, positions)
         dtype = _dtype(cell.dtype, torch.float32 if device.type == "cpu" else torch.bfloat16)
@@ -147,6 +149,13 @@ def make_bench(location: str, cell: Cell, positions: int) -> Bench:
     loaded = load_model(resolve_model(location, cell.revision), cell.device, cell.dtype)
     config: Any = loaded.model.config
     notes = ()
+    window = window_of(config)
+    if window is not None and window < positions:
+        raise UserError(
+            f"{cell.model} attends within a sliding window of {window} tokens, shorter than texts of {positions}: "
+            "its full cache is already compressed.",
+            f"Use --seq-len {max(32, window - int(cell.options['new_tokens']))} or less.",
+        )
     if positions > loaded.context:
         if not has_rotary(loaded.model):
             raise UserError(

@@ -102,7 +102,8 @@ def rss_peak() -> int:
 def free_bytes(device: torch.device) -> int:
     """Bytes that can still be had on a device: of the machine, or of the container if that is less."""
     if device.type == "cuda":
-        return int(torch.cuda.mem_get_info(device)[0])
+        cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return int(torch.cuda.mem_get_info(device)[0]) + cached
     free = int(psutil.virtual_memory().available)
     for most, used in _CGROUP:
         try:
@@ -111,8 +112,18 @@ def free_bytes(device: torch.device) -> int:
         except (OSError, ValueError):
             continue
         if limit.isdecimal():
-            free = min(free, max(0, int(limit) - taken))
+            free = min(free, max(0, int(limit) - taken + _reclaimable((_CGROUPS / used).with_name("memory.stat"))))
     return free
+
+
+def _reclaimable(path: Path) -> int:
+    """Bytes of a container's files in memory, which are given back when they are needed."""
+    try:
+        lines = path.read_text(encoding="ascii").splitlines()
+    except OSError:
+        return 0
+    found = [line.split() for line in lines if line.startswith(("inactive_file ", "total_inactive_file "))]
+    return max((int(value) for _, value in found), default=0)
 
 
 def weights_bytes(*modules: nn.Module | None) -> int:

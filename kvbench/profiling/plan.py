@@ -12,7 +12,7 @@ from fractions import Fraction
 from pathlib import Path
 
 from kvbench.errors import UserError, unknown
-from kvbench.methods import METHODS, Method, make_method, parse_ratio, ratio_text
+from kvbench.methods import METHODS, Method, Structure, make_layout, make_method, parse_ratio, ratio_text
 from kvbench.models.references import ModelReference, find_adapter, fingerprint, resolve_model
 from kvbench.models.shapes import check_shape, is_shape
 from kvbench.plan import Adapters
@@ -87,8 +87,9 @@ class ProfilePlan:
 
     @property
     def positions(self) -> int:
-        """The longest text, in tokens."""
-        return max(self.request.seq_lens) + self.request.new_tokens
+        """The longest text, in tokens, and the places that special tokens may take beyond it."""
+        methods = [make_method(c.method, Fraction(0), c.options) for c in self.groups[0] if c.method in METHODS]
+        return max(self.request.seq_lens) + self.request.new_tokens + max(m.places_after for m in methods)
 
 
 def build_profile_plan(request: ProfileRequest) -> ProfilePlan:
@@ -109,6 +110,7 @@ def build_profile_plan(request: ProfileRequest) -> ProfilePlan:
             method.option(key)
         for length in request.seq_lens:
             method.check(length, in_chunks=False)
+            make_layout(method, length + request.new_tokens, request.seed, 0, Structure(prefix=length))
     budget = parse_bytes(request.budget) if request.budget else 0
     model = None
     if is_shape(request.model):

@@ -5,10 +5,11 @@ from __future__ import annotations
 import dataclasses
 import json
 import queue
+import signal
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from typing import Any
 
@@ -24,7 +25,14 @@ from kvbench.profiling.job import MEMORY, PROBE, TIME, ProfileJob
 from kvbench.profiling.plan import PROFILE, ProfilePlan, at_batch
 from kvbench.profiling.search import largest
 from kvbench.store.folder import RUN, RunFolder, write_atomic
-from kvbench.store.profile_records import AGAIN, ProbeRecord, ProfileRecord, TimingRecord, load_profile_record
+from kvbench.store.profile_records import (
+    AGAIN,
+    ProbeRecord,
+    ProfileRecord,
+    SearchRecord,
+    TimingRecord,
+    load_profile_record,
+)
 from kvbench.store.records import Cell, Failure
 
 SMALL_BYTES = 1 << 28
@@ -41,6 +49,8 @@ class _Run:
     Attributes:
         cells: of the plan, and those that a search has found, by key.
         failed: keys of the cells that are left alone from now on.
+        about: what the first child said of model and machine; None before there was one.
+        machine: the same, or what is on disk of an earlier run.
     """
 
     plan: ProfilePlan
@@ -53,14 +63,24 @@ class _Run:
     cells: dict[str, Cell] = field(default_factory=dict)
     failed: set[str] = field(default_factory=set)
     about: dict[str, Any] | None = None
+    machine: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class _Outcome:
-    """What a child has measured, and the cell that it failed in."""
+    """What a child has measured, and the cell that it failed in.
+
+    Attributes:
+        is_short: it was killed, as one without memory is, or it took too long.
+    """
 
     records: tuple[tuple[str, ProfileRecord], ...]
     victim: Failure | None = None
+    is_short: bool = False
+
+
+class _SearchFailedError(Exception):
+    """A probe failed for another reason than memory."""
 
 
 def profile(plan: ProfilePlan, command: list[str], console: Console, fresh: bool = False) -> None:
@@ -81,6 +101,7 @@ def profile(plan: ProfilePlan, command: list[str], console: Console, fresh: bool
         run.cells = {cell.key: cell for cell in plan.cells}
         if not fresh and (plan.folder / RUN).exists():
             run.cells |= {cell.key: cell for cell in run.folder.cells()}
+            run.machine = run.folder.manifest().get("machine", {})
         for repeat in range(plan.request.repeats):
             for group in plan.groups:
                 _repeat(run, group, repeat)
@@ -117,6 +138,9 @@ def _repeat(run: _Run, group: Sequence[Cell], repeat: int) -> None:
             return
         found = _carried_out(run, _job(run, TIME, cells, repeat))
         if found.victim is None:
+            # A repeat is one process: what another one measured under this number must not be paired with it.
+            for cell in cells:
+                run.folder.forget(cell, f"time/{repeat}/")
             _store(run, found.records)
             return
         _fail(run, found.victim)
@@ -132,7 +156,7 @@ def _repeats(run: _Run, cell: Cell) -> set[int]:
 def _memory(run: _Run, cells: Sequence[Cell]) -> None:
     """A process for each cell; nothing is timed, so that small ones may run two at a time."""
     todo = [cell for cell in cells if cell.key not in run.failed and MEMORY not in run.folder.measurements(cell)]
-    on_cpu = run.about is not None and run.about["device"] == "cpu"
+    on_cpu = run.machine.get("device") == "cpu"
     pair = on_cpu and all(_full_bytes(run, cell) < SMALL_BYTES for cell in todo)
     threads = 1 if pair else None  # several threads of two processes starve one another
     with ThreadPoolExecutor(2 if pair else 1) as pool:
@@ -144,9 +168,9 @@ def _memory(run: _Run, cells: Sequence[Cell]) -> None:
 
 def _full_bytes(run: _Run, cell: Cell) -> float:
     """Bytes of weights and of a whole cache."""
-    about, options = run.about or {"weights": 0, "entry": 0}, cell.options
+    options = cell.options
     tokens = (int(options["seq_len"]) + int(options["new_tokens"])) * int(options["batch_size"])
-    return float(about["weights"] + about["entry"] * tokens)
+    return float(run.machine.get("weights", 0) + run.machine.get("entry", 0) * tokens)
 
 
 def _equal_memory(run: _Run) -> None:
@@ -155,15 +179,26 @@ def _equal_memory(run: _Run) -> None:
     for length in dict.fromkeys(cell.options["seq_len"] for cell in searches):
         found = []
         for cell in (cell for cell in searches if cell.options["seq_len"] == length):
-            batch = largest(
-                lambda size, cell=cell: _fits(run, cell, size),  # type: ignore[misc]
-                lambda cell=cell: _guess(run, cell),  # type: ignore[misc]
-            )
+            try:
+                batch = _largest(run, cell)
+            except _SearchFailedError:
+                continue
             if batch:
                 found.append(at_batch(cell, batch))
-        _add(run, found)
+        if any(cell.key not in run.cells for cell in found):
+            _add(run, found)
         for repeat in range(run.plan.request.repeats):
             _repeat(run, found, repeat)
+
+
+def _largest(run: _Run, search: Cell) -> int:
+    """The largest batch of a cell, from disk if its search has ended."""
+    ended = run.folder.measurements(search).get("search") if run.about or not run.fresh else None
+    if isinstance(ended, SearchRecord):
+        return ended.batch
+    batch = largest(lambda size: _fits(run, search, size), lambda: _guess(run, search))
+    _store(run, [(search.key, SearchRecord(batch))])
+    return batch
 
 
 def _fits(run: _Run, search: Cell, batch: int) -> bool:
@@ -171,11 +206,11 @@ def _fits(run: _Run, search: Cell, batch: int) -> bool:
     known = run.folder.measurements(search).get(f"probe/{batch}") if run.about or not run.fresh else None
     if isinstance(known, ProbeRecord):
         return known.fits
-    cell = at_batch(search, batch)
-    run.cells[cell.key] = cell
-    found = _carried_out(run, _job(run, PROBE, [cell]), float(run.plan.request.timeout))
-    del run.cells[cell.key]
+    found = _carried_out(run, _job(run, PROBE, [at_batch(search, batch)]), float(run.plan.request.timeout))
     record = next((r for _, r in found.records if isinstance(r, ProbeRecord)), None)
+    if record is None and found.victim is not None and not found.is_short:
+        _fail(run, replace(found.victim, cell=search.key))
+        raise _SearchFailedError
     if record is None:
         record = ProbeRecord(batch, False, found.victim.error if found.victim else "no answer", 0)
     _store(run, [(search.key, record)])
@@ -185,8 +220,7 @@ def _fits(run: _Run, search: Cell, batch: int) -> bool:
 def _guess(run: _Run, search: Cell) -> int:
     """The batch that would fill the budget, if every row took what the first one does."""
     alone = run.folder.measurements(search).get("probe/1")
-    about = run.about or {}
-    budget, weights = run.plan.budget or about.get("device_bytes") or 0, about.get("weights", 0)
+    budget, weights = run.plan.budget or run.machine.get("device_bytes") or 0, run.machine.get("weights", 0)
     if not isinstance(alone, ProbeRecord) or alone.needed <= weights:
         return 2
     return int((budget - weights) // (alone.needed - weights))
@@ -203,6 +237,7 @@ def _carried_out(run: _Run, job: ProfileJob, seconds: float = _HOURS) -> _Outcom
     records: list[tuple[str, ProfileRecord]] = []
     child: Child[ProfileJob] = Child(job, 0, events)
     at: str | None = None
+    cells = {cell.key: cell for cell in job.cells}
     end = time.monotonic() + seconds
     try:
         while True:
@@ -210,13 +245,15 @@ def _carried_out(run: _Run, job: ProfileJob, seconds: float = _HOURS) -> _Outcom
                 _, event = events.get(timeout=max(0.0, end - time.monotonic()))
             except queue.Empty:
                 child.process.kill()
-                return _Outcome(tuple(records), Failure(at or job.cells[0].key, f"gave up after {seconds:g} s"))
+                late = Failure(at or job.cells[0].key, f"gave up after {seconds:g} s")
+                return _Outcome(tuple(records), late, is_short=True)
             if event is None:
                 reason, hint = child.death(), child.hint()
                 if at is None and run.about is None:
                     raise WorkerDiedError(f"{reason} {hint}".strip())
-                cell = run.cells[at or job.cells[0].key]
-                return _Outcome(tuple(records), Failure(cell.key, f"{cell.label}: {reason}", hint))
+                cell = cells[at or job.cells[0].key]
+                killed = child.process.returncode == -signal.SIGKILL
+                return _Outcome(tuple(records), Failure(cell.key, f"{cell.label}: {reason}", hint), killed)
             match event.pop("event"):
                 case "refused":
                     raise UserError(event["message"], event["hint"])
@@ -226,12 +263,12 @@ def _carried_out(run: _Run, job: ProfileJob, seconds: float = _HOURS) -> _Outcom
                     child.tell("go")
                 case "at":
                     at = event["cell"]
-                    run.progress.update(run.bar, description=f"{job.kind}: {run.cells[event['cell']].label}")
+                    run.progress.update(run.bar, description=f"{job.kind}: {cells[event['cell']].label}")
                 case "record":
                     records.append((event["cell"], load_profile_record(event["record"])))
                     run.progress.advance(run.bar)
                 case "failed":
-                    label = run.cells[event["cell"]].label
+                    label = cells[event["cell"]].label
                     return _Outcome(
                         tuple(records), Failure(event["cell"], f"{label}: {event['error']}", event["hint"])
                     )
@@ -259,13 +296,29 @@ def _open(run: _Run, about: dict[str, Any]) -> None:
     folder = run.folder
     with disk(folder.path, "Choose another folder with --out."):
         folder.path.mkdir(parents=True, exist_ok=True)
+        if not run.fresh:
+            _check_machine(run, about)
         if run.fresh:
             folder.clear()
             run.cells = {cell.key: cell for cell in run.plan.cells}
-        run.about = about
+        run.about = run.machine = about
         _write(run)
         for cell in run.cells.values():
             folder.open_cell(cell)
+
+
+def _check_machine(run: _Run, about: dict[str, Any]) -> None:
+    """See that a profile is continued where it was begun.
+
+    Raises:
+        UserError: device, precision or threads are others.
+    """
+    for what in ("device", "device_name", "dtype", "threads"):
+        if run.machine and run.machine.get(what) != about[what]:
+            raise UserError(
+                f"{run.folder.path} was measured with {what} {run.machine.get(what)}, and here it is {about[what]}: "
+                "their seconds do not belong together.", "Use --fresh, or another --out.",
+            )
 
 
 def _add(run: _Run, cells: Sequence[Cell]) -> None:
@@ -278,7 +331,7 @@ def _add(run: _Run, cells: Sequence[Cell]) -> None:
 
 
 def _write(run: _Run) -> None:
-    path, request, about = run.folder.path / RUN, run.plan.request, run.about or {}
+    path, request, about = run.folder.path / RUN, run.plan.request, run.machine
     earlier = run.folder.manifest() if path.exists() else {}
     now = datetime.now(UTC).isoformat(timespec="seconds")
     threads = f"|threads:{about['threads']}" if about["device"] == "cpu" else ""

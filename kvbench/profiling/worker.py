@@ -66,6 +66,12 @@ class Worker:
                 f"--memory-budget {bytes_of(job.budget)} is less than the weights of {first.model} take "
                 f"({bytes_of(bench.sizes.weights)}).", "Give a larger budget, or choose a smaller model.",
             )
+        if job.kind == TIME and job.budget > bench.sizes.weights + free_bytes(bench.device):
+            raise UserError(
+                f"--memory-budget {bytes_of(job.budget)} is more than there is: "
+                f"{bytes_of(bench.sizes.weights + free_bytes(bench.device))} with the weights.",
+                "Give a smaller budget.",
+            )
         self.say(
             "ready", notes=bench.notes, weights=bench.sizes.weights, entry=bench.sizes.entry,
             threads=torch.get_num_threads(), device=str(bench.device), dtype=str(bench.dtype).removeprefix("torch."),
@@ -158,35 +164,36 @@ class Worker:
         """Whether the cell, at its batch, stays within the budget; running out of memory is an answer."""
         cell, budget = self.job.cells[0], self.job.budget or bench.sizes.weights + free_bytes(bench.device)
         batch = int(cell.options["batch_size"])
-        self.say("at", cell=cell.key)
-        needed = bench.needed(cell)
-        why = f"needs at least {bytes_of(needed)}" if needed > budget else bench.refusal(cell)
-        if why is None:
-            try:
-                weighed = self._weighed(bench, cell)
-                needed = weighed.weights + max(weighed.prefill_peak or 0, weighed.decode_peak)
-                why = "" if needed <= budget else f"took {bytes_of(needed)}"
-            except (RuntimeError, MemoryError) as error:
-                if not is_out_of_memory(error):
-                    raise
-                why = "out of memory"
-        self._tell(cell, ProbeRecord(batch, not why, why, needed))
+        with self.guarded(cell, None):
+            needed = bench.needed(cell)
+            why = f"needs at least {bytes_of(needed)}" if needed > budget else bench.refusal(cell)
+            if why is None:
+                try:
+                    weighed = self._weighed(bench, cell)
+                    needed = weighed.weights + max(weighed.prefill_peak or 0, weighed.decode_peak)
+                    why = "" if needed <= budget else f"took {bytes_of(needed)}"
+                except (RuntimeError, MemoryError) as error:
+                    if not is_out_of_memory(error):
+                        raise
+                    why = "out of memory"
+            self._tell(cell, ProbeRecord(batch, not why, why, needed))
 
     def _tell(self, cell: Cell, record: ProfileRecord) -> None:
         self.say("record", cell=cell.key, record=dataclasses.asdict(record))
 
     @contextmanager
-    def guarded(self, cell: Cell, bench: Bench) -> Iterator[None]:
+    def guarded(self, cell: Cell, bench: Bench | None) -> Iterator[None]:
         """A fault inside stays in the cell: it is reported, and this process ends.
 
-        A shape that does not fit in free memory is refused before anything is allocated.
+        A shape that does not fit in free memory is refused before anything is allocated (if there is a ``bench``
+        to ask).
 
         Raises:
             CellFailedError: there was a fault.
         """
         self.say("at", cell=cell.key)
         try:
-            refusal = bench.refusal(cell)
+            refusal = bench.refusal(cell) if bench else None
             if refusal is not None:
                 raise UserError(refusal, "Use a smaller --batch-size or --seq-len, or --dtype bfloat16.")
             yield

@@ -146,7 +146,7 @@ def _check(task: str, one: dict[str, Any], other: dict[str, Any], a: Cell, b: Ce
 def _compared(first: Side, second: Side, a: Cell, b: Cell, info: dict[str, Any]) -> Pair:
     names = tuple(f"{_short(c)} ({s.folder.path.name})" for s, c in ((first, a), (second, b)))
     # Rows are paired with whatever stands in the place of the full cache.
-    standing = replace(a, method="full", role="control")
+    standing = replace(a, method="full", role="control", options={**a.options, "side": "first"})
     if info["kind"] == "generation":
         records = {standing.key: first.folder.texts(a), b.key: second.folder.texts(b)}
         people = next((first.folder.texts(c) for c in first.folder.cells()

@@ -134,11 +134,12 @@ def _remarks(rows: list[Row]) -> list[str]:
         shown = ", ".join(f"{_where(_key(r))}: {100 * (r.value or 0):.1f} %" for r in gaps)
         lines.append(f"A/A gap of decoding ({shown}). No smaller gain is claimed.")
         lines += [break_even(rows, method, ratio) for method, ratio in _methods(rows)]
-    for row in (r for r in rows if r.metric == "tpot_per_entry_s"):
-        raw = next(r for r in rows if r.metric == "tpot_per_raw_s" and _same(r, row))
+    for raw in (r for r in rows if r.metric == "tpot_per_raw_s"):
+        kept = next((r for r in rows if r.metric == "tpot_per_entry_s" and _same(r, raw)), None)
+        per_entry = "" if kept is None else f"{_scaled(kept)} us per token for 1000 more entries kept, "
         lines.append(
-            f"{_named(row)} at batch {row.params['batch_size']}: {_scaled(row)} us per token for 1000 more entries "
-            f"kept, {_scaled(raw)} for 1000 more tokens read."
+            f"{_named(raw)} at batch {raw.params['batch_size']}: {per_entry}{_scaled(raw)} us per token for 1000 "
+            "more tokens read."
         )
     lines += sorted({
         f"{_where(_key(r))} {_named(r)}: {warning}; repeat on a quieter machine, or with more --rounds."
@@ -156,18 +157,21 @@ def _remarks(rows: list[Row]) -> list[str]:
 
 def break_even(rows: list[Row], method: str, ratio: float | None) -> str:
     """The smallest length x batch at which the gain exceeds the noise, in words."""
+    noise = {_key(r): r.value or 0.0 for r in rows if r.metric == "aa_gap"}
     mine = [
         r for r in rows if (r.method, r.ratio_asked, r.metric) == (method, ratio, "decode_speedup")
-        and r.params["bin"] is None
+        and r.params["bin"] is None and _key(r) in noise
     ]
-    for row in sorted(mine, key=lambda r: (r.params["seq_len"] * r.params["batch_size"], r.params["seq_len"])):
-        noise = next((
-            r.value or 0.0 for r in rows if r.metric == "aa_gap" and _key(r) == _key(row)
-        ), 0.0)
-        low = row.ci_low if row.ci_low is not None else row.value
-        if low is not None and low > 1 + noise:
-            return f"{_named(row)}: gains from {_where(_key(row))} on, of what was measured."
-    return f"{method}{'' if ratio is None else f' {ratio:g}'}: no gain beyond the noise in what was measured."
+    mine.sort(key=lambda r: (r.params["seq_len"] * r.params["batch_size"], r.params["seq_len"]))
+    gains = [(r.ci_low if r.ci_low is not None else r.value or 0.0) > 1 + noise[_key(r)] for r in mine]
+    name = method if ratio is None else f"{method} {ratio:g}"
+    if not any(gains):
+        return f"{name}: no gain beyond the noise in what was measured."
+    first = gains.index(True)
+    if all(gains[first:]):
+        return f"{name}: gains from {_where(_key(mine[first]))} on, of what was measured."
+    places = ", ".join(_where(_key(r)) for r, gain in zip(mine, gains, strict=True) if gain)
+    return f"{name}: gains at {places} only, of what was measured."
 
 
 def _methods(rows: list[Row]) -> list[tuple[str, float | None]]:

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from kvbench.statistics import fitted_slope, paired_p_value, repeat_interval
 from kvbench.store.folder import RunFolder
-from kvbench.store.profile_records import AGAIN, FULL, STOCK, MemoryRecord, ProbeRecord, TimingRecord
+from kvbench.store.profile_records import AGAIN, FULL, STOCK, MemoryRecord, ProbeRecord, SearchRecord, TimingRecord
 from kvbench.store.records import Cell, Failure, Row
 
 Array = NDArray[np.float64]
@@ -69,7 +69,15 @@ def profile_results(
     for cell in cells:
         records = list(folder.measurements(cell).values())
         if cell.options["batch_size"] == "0":
-            rows += _largest_rows(cell, [r for r in records if isinstance(r, ProbeRecord)], info)
+            ended = next((r for r in records if isinstance(r, SearchRecord)), None)
+            if ended is not None:
+                probes = sum(isinstance(r, ProbeRecord) for r in records)
+                rows.append(_plain_row(cell, info, "max_batch", float(ended.batch), probes, 1, "probe"))
+            elif folder.failure(cell) is None:
+                failures.append(Failure(
+                    cell.key, f"{cell.method} at {cell.options['seq_len']}: the search for the largest batch has not "
+                    "ended.", "Run the same command again to continue.",
+                ))
             continue
         times = sorted(
             (r for r in records if isinstance(r, TimingRecord) and not r.warmup), key=lambda r: r.pair
@@ -92,23 +100,34 @@ def profile_results(
     timed: list[Row] = []
     for group in dict.fromkeys(p.group for p in found):
         mine = [p for p in found if p.group == group]
-        baseline = _baseline(mine)
         for part in mine:
-            timed += _time_rows(part, baseline, next((p for p in mine if p.cell.method == FULL), None), info)
+            timed += _time_rows(part, mine, info)
             timed += _memory_rows(part, info)
     return [*timed, *_cost_rows(found, info), *rows], failures
 
 
-def _baseline(group: Sequence[Profiled]) -> Profiled | None:
-    """The faster of the full cache in our layers and in those of transformers."""
-    full = [p for p in group if p.cell.method in (FULL, STOCK)]
-    return max(full, key=lambda p: float(np.median(p.speed))) if full else None
+def _baseline(part: Profiled, group: Sequence[Profiled], seconds: Callable[[Profiled], float]) -> Profiled | None:
+    """What a cell is compared with: the faster of the full cache in our layers and in those of transformers.
+
+    The twin is compared with ``full``, and stands for it where it failed. Without either there is no
+    comparison: the cache of transformers alone would flatter every method.
+    """
+    named = {p.cell.method: p for p in group}
+    ours = named.get(FULL) or named.get(AGAIN)
+    if ours is None or part is ours:
+        chosen = None if ours is None or STOCK not in named else named[STOCK]
+        return chosen if chosen is not None and seconds(chosen) < seconds(part) else None
+    if part.cell.method == AGAIN:
+        return named.get(FULL)
+    stock = named.get(STOCK, ours)
+    chosen = min((ours, stock), key=seconds)
+    return None if chosen is part else chosen
 
 
-def _time_rows(part: Profiled, baseline: Profiled | None, full: Profiled | None, info: dict[str, Any]) -> list[Row]:
+def _time_rows(part: Profiled, group: Sequence[Profiled], info: dict[str, Any]) -> list[Row]:
     is_twin = part.cell.method == AGAIN
-    other = full if is_twin else baseline
-    rival = other if other is not None and other is not part else None
+    rival = _baseline(part, group, lambda p: -float(np.median(p.speed)))
+    sooner = _baseline(part, group, lambda p: float(np.median([t.ttft_s or 0.0 for t in p.times])))
     times, rows = part.times, []
     values: dict[str, list[Any]] = {
         "ttft_s": [t.ttft_s for t in times], "prefill_s": [t.prefill_s for t in times],
@@ -123,19 +142,21 @@ def _time_rows(part: Profiled, baseline: Profiled | None, full: Profiled | None,
     for name, column in values.items():
         if any(value is None for value in column):
             continue
-        delta = None
-        if rival is not None and name in base:
-            theirs = {t.pair: base[name](t, rival.batch) for t in rival.times}
+        delta, against = None, sooner if name == "ttft_s" else rival
+        if against is not None and name in base:
+            theirs = {t.pair: base[name](t, against.batch) for t in against.times}
             delta = np.array([
                 v - theirs[t.pair] for v, t in zip(column, times, strict=True) if t.pair in theirs
             ], dtype=np.float64)
-        rows.append(_row(part, info, name, np.array(column, dtype=np.float64), delta, rival, drifts=True))
+        rows.append(_row(part, info, name, np.array(column, dtype=np.float64), delta, against, drifts=True))
     gaps = np.concatenate([t.gaps for t in times])
     for percent, least in _PERCENTILES:
         if len(gaps) >= least:
             rows.append(_row(part, info, f"itl_p{percent}_s", np.array([np.percentile(gaps, percent)])))
     if rival is not None:
         rows += _speedup_rows(part, rival, is_twin, info)
+    if sooner is not None:
+        rows += _first_rows(part, sooner, is_twin, info)
     if math.isfinite(part.bandwidth):
         reached = part.step_bytes / np.array([t.tpot_s for t in times]) / part.bandwidth
         rows.append(_row(part, info, "bandwidth_share", reached))
@@ -154,15 +175,22 @@ def _speedup_rows(part: Profiled, rival: Profiled, is_twin: bool, info: dict[str
         _row(part, info, "decode_speedup", ratio, np.log(ratio), rival, is_log=True),
         _row(part, info, "decode_speedup_predicted", np.array([predicted])),
     ]
-    if pairs[0][0].ttft_s and pairs[0][1].ttft_s:
-        first = np.array([(b.ttft_s or 0) / (a.ttft_s or 1) for a, b in pairs])
-        rows.append(_row(part, info, "ttft_speedup", first, np.log(first), rival, is_log=True))
-    if not is_twin:
-        return rows
-    gaps = [_row(part, info, "aa_gap", np.array([abs(float(np.median(ratio)) - 1)]))]
-    if rows[-1].metric == "ttft_speedup" and rows[-1].value is not None:
-        gaps.append(_row(part, info, "aa_gap_ttft", np.array([abs(rows[-1].value - 1)])))
-    return rows + gaps
+    if is_twin:
+        rows.append(_row(part, info, "aa_gap", np.array([abs(float(np.median(ratio)) - 1)])))
+    return rows
+
+
+def _first_rows(part: Profiled, rival: Profiled, is_twin: bool, info: dict[str, Any]) -> list[Row]:
+    """How much sooner the first token comes."""
+    theirs = {t.pair: t.ttft_s for t in rival.times}
+    pairs = [(t.ttft_s, theirs[t.pair]) for t in part.times if t.pair in theirs]
+    first = np.array([b / a for a, b in pairs if a and b])
+    if not len(first):
+        return []
+    rows = [_row(part, info, "ttft_speedup", first, np.log(first), rival, is_log=True)]
+    if is_twin:
+        rows.append(_row(part, info, "aa_gap_ttft", np.array([abs(float(np.median(first)) - 1)])))
+    return rows
 
 
 def _memory_rows(part: Profiled, info: dict[str, Any]) -> list[Row]:
@@ -181,13 +209,6 @@ def _memory_rows(part: Profiled, info: dict[str, Any]) -> list[Row]:
     ]
 
 
-def _largest_rows(cell: Cell, probes: Sequence[ProbeRecord], info: dict[str, Any]) -> list[Row]:
-    if not probes:
-        return []
-    most = max((p.batch for p in probes if p.fits), default=0)
-    return [_plain_row(cell, info, "max_batch", float(most), len(probes), 1, "probe")]
-
-
 def _cost_rows(found: Sequence[Profiled], info: dict[str, Any]) -> list[Row]:
     """What a token costs per entry kept, and per token of the prompt: slopes over the lengths."""
     rows = []
@@ -201,6 +222,8 @@ def _cost_rows(found: Sequence[Profiled], info: dict[str, Any]) -> list[Row]:
             ("tpot_per_entry_s", [t.entries for p in mine for t in p.times]),
             ("tpot_per_raw_s", [t.raw for p in mine for t in p.times]),
         ):
+            if min(x) == max(x):
+                continue  # a method of constant size: there is nothing to be a slope of
             slope, low, high = fitted_slope(np.array(x, dtype=np.float64), y)
             rows.append(_plain_row(
                 mine[0].cell, info, name, slope, len(y), info["repeats"], "repeat", (low, high), seq_len=None,
@@ -246,7 +269,7 @@ def _plain_row(
         "cache": "transformers" if cell.method == STOCK else "kvbench", "entries_mean": entries,
         "notes": list(info["notes"]), "warnings": _warnings(part), **more,
     }
-    average = first.raw + int(options["new_tokens"]) / 2 if first else 1.0
+    average = first.raw + (len(first.gaps) + 1) / 2 if first else 1.0
     return Row(
         task=cell.task, protocol=cell.protocol, model=cell.model, method=cell.method,
         ratio_asked=None if cell.ratio_asked is None else float(cell.ratio_asked),

@@ -79,6 +79,7 @@ _PROFILE = (
     Column("decode_peak_bytes", "decode peak MiB", 1, "low", 2**-20),
 )
 _MEMORY = "kv_bytes_physical"
+_HEAD = ("method", "removed: asked", "realised")
 
 
 def sheets_of(rows: Sequence[Row]) -> list[Sheet]:
@@ -132,14 +133,23 @@ def _sheet(
         return Sheet(name, what, (), (), ())
     head = tuple({"seq_len": "length", "batch_size": "batch"}.get(key, "") for key in by)
     one = rows[0]
+    if one.protocol == "profile":
+        notes: tuple[str, ...] = (
+            f"* differs from the faster full cache (paired requests, Holm-adjusted p < {SIGNIFICANT}). Brackets: "
+            "where the median of another such run will lie. Bold: best of its ratio, and its interval does not meet "
+            "that of the next.", one.signature.partition(":")[2].partition("|P:")[0],
+        )
+        return Sheet(
+            name, f"{name}: {what} ({one.model}, {one.n} requests in {one.groups} processes)",
+            (*head, *_HEAD, *(c.heading for c in shown), "KV held"), tuple(lines), notes,
+        )
     notes = (
         f"* differs from full (paired, Holm-adjusted p < {SIGNIFICANT}). Bold: best of its ratio, and its interval "
         "does not meet that of the next.", one.signature.partition(":")[2],
     )
     return Sheet(
         name, f"{name}: {what} ({one.model}, {one.n} {one.unit}s in {one.groups} groups)",
-        (*head, "method", "removed: asked", "realised", *(c.heading for c in shown), "KV held"), tuple(lines),
-        notes,
+        (*head, *_HEAD, *(c.heading for c in shown), "KV held"), tuple(lines), notes,
     )
 
 

@@ -133,6 +133,14 @@ class RunFolder:
             file.flush()
             os.fsync(file.fileno())
 
+    def forget(self, cell: Cell, prefix: str) -> None:
+        """Remove the records whose key begins so: what is measured again must not stand beside the old."""
+        path = self.cell_folder(cell) / RECORDS
+        if path.exists():
+            found = self.measurements(cell)
+            kept = (record for key, record in found.items() if not key.startswith(prefix))
+            write_atomic(path, "".join(json.dumps(dataclasses.asdict(record)) + "\n" for record in kept))
+
     def records(self, cell: Cell) -> dict[str, DocumentRecord]:
         """The records of a cell that scores text, by document; a torn last line is ignored."""
         return self._read(cell, DocumentRecord.load)

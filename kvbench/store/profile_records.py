@@ -105,7 +105,16 @@ class ProbeRecord:
         return f"probe/{self.batch}"
 
 
-ProfileRecord = TimingRecord | MemoryRecord | ProbeRecord
+@dataclass(frozen=True)
+class SearchRecord:
+    """The end of a search: the largest batch that fits, 0 if not even one row does."""
+
+    batch: int
+    kind: str = "search"
+    key: str = "search"
+
+
+ProfileRecord = TimingRecord | MemoryRecord | ProbeRecord | SearchRecord
 
 
 def load_profile_record(raw: dict[str, Any]) -> ProfileRecord:
@@ -116,4 +125,7 @@ def load_profile_record(raw: dict[str, Any]) -> ProfileRecord:
     """
     if raw["kind"] == "time":
         return TimingRecord(**{**raw, "gaps": tuple(raw["gaps"])})
-    return MemoryRecord(**raw) if raw["kind"] == "memory" else ProbeRecord(**raw)
+    kinds: dict[str, type[MemoryRecord | ProbeRecord | SearchRecord]] = {
+        "memory": MemoryRecord, "probe": ProbeRecord, "search": SearchRecord,
+    }
+    return kinds[raw["kind"]](**raw)
