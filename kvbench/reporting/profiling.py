@@ -113,15 +113,14 @@ def _baseline(part: Profiled, group: Sequence[Profiled], seconds: Callable[[Prof
     comparison: the cache of transformers alone would flatter every method.
     """
     named = {p.cell.method: p for p in group}
-    ours = named.get(FULL) or named.get(AGAIN)
-    if ours is None or part is ours:
-        chosen = None if ours is None or STOCK not in named else named[STOCK]
-        return chosen if chosen is not None and seconds(chosen) < seconds(part) else None
-    if part.cell.method == AGAIN:
-        return named.get(FULL)
-    stock = named.get(STOCK, ours)
-    chosen = min((ours, stock), key=seconds)
-    return None if chosen is part else chosen
+    ours, stock = named.get(FULL) or named.get(AGAIN), named.get(STOCK)
+    if ours is None:
+        return None
+    if part.cell.method == AGAIN and part is not ours:
+        return ours
+    if stock is None or len(stock.times) < len(ours.times) or seconds(stock) >= seconds(ours):
+        return None if part is ours else ours  # the other one is absent, or slow and timed only once per process
+    return None if part is stock else stock
 
 
 def _time_rows(part: Profiled, group: Sequence[Profiled], info: dict[str, Any]) -> list[Row]:
