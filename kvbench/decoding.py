@@ -160,7 +160,7 @@ class Continuation:
         return reader.feed(inputs, self._flow, self.layout.read_slots[token][None])[:, 0]
 
     def _with_special(self, reader: Reader, inputs: Tensor, fed: int, stop: int) -> Tensor:
-        row = self.layout.tokens.row[fed:stop].to(inputs.device)
+        row = self.layout.tokens.row[fed:stop].to(inputs.device, non_blocking=True)
         if reader.adapter is None:  # addresses of mixed entries: nothing computed at them is read
             table = inputs.new_zeros(int(row.max()) + 1, inputs.shape[-1])
         else:

@@ -256,9 +256,9 @@ class Reader:
         turn = None
         speeds = frequencies(self.model) if mixture.unrotated else None
         if speeds is not None:
-            angles = layout.position[present].to(device)[:, None] * speeds.to(device)
+            angles = _sent(layout.position[present], device)[:, None] * _sent(speeds, device)
             turn = (angles.cos(), angles.sin())
-        return Mixing(places.to(device), weights.to(device), turn)
+        return Mixing(_sent(places, device), _sent(weights, device), turn)
 
     def _open_gate(self, special: Tensor) -> None:
         if self.adapter is not None:

@@ -32,8 +32,9 @@ def measured(
     """
     from rich.markup import escape
 
+    from kvbench.errors import StoppedError
     from kvbench.execution.child import WorkerDiedError
-    from kvbench.execution.guards import finish, locked
+    from kvbench.execution.guards import KEPT, disk, finish, locked
     from kvbench.reporting.results import compute_results
     from kvbench.store.folder import RESULTS, RUN, RunFolder, write_atomic
     from kvbench.store.records import Failure, Results
@@ -54,9 +55,10 @@ def measured(
             console.print("kvbench: interrupted; what was measured is kept, and the same command goes on.")
             raise typer.Exit(130) from None
         results = compute_results(folder, only)
-        write_atomic(path / RESULTS, results.to_json() + "\n")
-        if results.ok:
-            finish(folder)
+        with disk(path, KEPT, StoppedError):
+            write_atomic(path / RESULTS, results.to_json() + "\n")
+            if results.ok:
+                finish(folder)
         return results
 
 

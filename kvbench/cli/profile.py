@@ -104,7 +104,8 @@ def profile(
     from rich.console import Console
 
     from kvbench.config import load_settings
-    from kvbench.errors import UserError
+    from kvbench.errors import StoppedError, UserError
+    from kvbench.execution.guards import KEPT, disk
     from kvbench.models.device import pick_device
     from kvbench.plan import parse_options
     from kvbench.profiling.plan import ProfileRequest, build_profile_plan, doubts
@@ -148,9 +149,10 @@ def profile(
 
         out_ = Console()
         print_results(results, out_, plan.folder)
-        for path in profile_figures(list(results.rows), plan.folder / "figures"):
-            if path.suffix == ".png":
-                out_.print(f"figure: {path}", soft_wrap=True, highlight=False)
+        with disk(plan.folder, KEPT, StoppedError):
+            figures = profile_figures(list(results.rows), plan.folder / "figures")
+        for path in (path for path in figures if path.suffix == ".png"):
+            out_.print(f"figure: {path}", soft_wrap=True, highlight=False)
     raise typer.Exit(0 if results.ok else 1)
 
 

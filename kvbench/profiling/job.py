@@ -10,6 +10,8 @@ from typing import ClassVar
 from kvbench.store.records import Cell
 
 TIME, MEMORY, PROBE = "time", "memory", "probe"
+ROUNDS = 4
+"""Rounds where none are asked for, unless they are slow."""
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""The limit: how fast this machine moves bytes, beside how many a step must read."""
+"""The limit: how fast this machine moves bytes."""
 
 from __future__ import annotations
 
@@ -30,8 +30,3 @@ def copy_bandwidth(device: torch.device, block: int = BLOCK) -> float:
 def _wait(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
-
-
-def step_bytes(read_bytes: float, entries: float, entry_bytes: float) -> float:
-    """Bytes that writing a token must read: weights and live entries."""
-    return read_bytes + entries * entry_bytes

@@ -21,7 +21,7 @@ from kvbench.environment import describe
 from kvbench.errors import StoppedError, UserError
 from kvbench.execution.child import Child, WorkerDiedError
 from kvbench.execution.guards import KEPT, disk
-from kvbench.profiling.job import MEMORY, PROBE, TIME, ProfileJob
+from kvbench.profiling.job import MEMORY, PROBE, ROUNDS, TIME, ProfileJob
 from kvbench.profiling.plan import PROFILE, ProfilePlan, at_batch
 from kvbench.profiling.search import largest
 from kvbench.store.folder import RUN, RunFolder, write_atomic
@@ -39,7 +39,6 @@ SMALL_BYTES = 1 << 28
 """Weights and cache below which two cells are weighed at a time."""
 
 _HOURS = 24 * 3600.0
-USUAL_ROUNDS = 4
 
 
 @dataclass
@@ -113,7 +112,7 @@ def _steps(plan: ProfilePlan) -> int:
     """Requests that will be run, about."""
     request = plan.request
     cells = sum(len(group) for group in plan.groups)
-    per_repeat = (request.rounds or USUAL_ROUNDS) + min(request.warmups, 1)
+    per_repeat = (request.rounds or ROUNDS) + min(request.warmups, 1)
     return cells * (request.repeats * per_repeat + 1) + 8 * len(plan.searches)
 
 
@@ -139,8 +138,9 @@ def _repeat(run: _Run, group: Sequence[Cell], repeat: int) -> None:
         found = _carried_out(run, _job(run, TIME, cells, repeat))
         if found.victim is None:
             # A repeat is one process: what another one measured under this number must not be paired with it.
-            for cell in cells:
-                run.folder.forget(cell, f"time/{repeat}/")
+            with disk(run.folder.path, KEPT, StoppedError):
+                for cell in cells:
+                    run.folder.forget(cell, f"time/{repeat}/")
             _store(run, found.records)
             return
         _fail(run, found.victim)

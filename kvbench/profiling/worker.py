@@ -17,7 +17,7 @@ import torch
 from kvbench.errors import UserError
 from kvbench.profiling.bench import Bench, make_bench
 from kvbench.profiling.clock import clock_of
-from kvbench.profiling.job import MEMORY, PROBE, TIME, ProfileJob
+from kvbench.profiling.job import MEMORY, PROBE, ROUNDS, TIME, ProfileJob
 from kvbench.profiling.limit import copy_bandwidth
 from kvbench.profiling.memory import free_bytes, memory_of, read_bytes, rss_peak, weights_bytes
 from kvbench.profiling.passes import time_request, weigh_request
@@ -33,8 +33,8 @@ WARM_TOKENS, SLOW_TOKENS = 16, 32
 SLOW = 1.5
 """Times the seconds per token of ours from which that cache is timed once per process."""
 
-ROUNDS, LEAST_ROUNDS, SECONDS = 4, 2, 60.0
-"""Rounds where none are asked for: fewer if they would take longer, but not fewer than the least."""
+LEAST_ROUNDS, SECONDS = 2, 60.0
+"""Fewer rounds are run if they would take longer, but not fewer than the least."""
 
 
 class CellFailedError(Exception):
