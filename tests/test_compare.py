@@ -35,7 +35,7 @@ def made(path: Path, cells: Sequence[tuple[Cell, float]], **info: Any) -> Path:
         "documents": DOCUMENTS, **info,
     }
     (path / RUN).write_text(json.dumps({
-        "content": "c", "tasks": {cell.task: task for cell, _ in cells},
+        "content": "c", "tasks": {cell.setting: task for cell, _ in cells},
         "cells": [dataclasses.asdict(cell) for cell, _ in cells],
     }))
     for (cell, more), shaken in zip(cells, noise, strict=True):
@@ -115,7 +115,7 @@ def test_profiles_of_different_hours_are_not_compared(called: Call, tmp_path: Pa
     cell = replace(CELL, task="profile", protocol="profile", options={"seq_len": "64", "batch_size": "1"})
     one = made(tmp_path / "one", [(SINKS, 0.0)])
     (one / RUN).write_text(json.dumps({
-        "content": "c", "tasks": {"profile": {"kind": "profile"}}, "cells": [dataclasses.asdict(cell)],
+        "content": "c", "tasks": {cell.setting: {"kind": "profile"}}, "cells": [dataclasses.asdict(cell)],
     }))
     refused(called, ["compare", one, one], "not timed in turn")
 

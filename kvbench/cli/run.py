@@ -95,7 +95,7 @@ def run(
     from rich.console import Console
 
     from kvbench.config import load_settings
-    from kvbench.execution.runner import execute
+    from kvbench.execution.runner import Conduct, execute
     from kvbench.execution.similarity import measure_similarity
     from kvbench.plan import Request, build_plan, parse_options
     from kvbench.store.folder import RunFolder
@@ -119,7 +119,7 @@ def run(
         return
 
     def measure() -> None:
-        execute(plan, sys.argv, console, fresh)
+        execute([plan], plan.folder, plan.content, sys.argv, console, Conduct(fresh=fresh))
         measure_similarity(RunFolder(plan.folder), console)
 
     results = measured(plan.folder, plan.content, request.limit, fresh, console, measure, request.metrics)

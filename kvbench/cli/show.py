@@ -30,16 +30,17 @@ def show(
 
     folder = RunFolder(run)
     manifest = folder.manifest()
-    tasks = [name for name, info in manifest["tasks"].items() if info["kind"] == "generation"]
+    writing = [cell for cell in folder.cells() if cell.writes and cell.setting in manifest["tasks"]]
+    tasks = {cell.task: cell.setting for cell in reversed(writing)}  # of several models or seeds the first
     if not tasks:
         raise UserError(f"No task of {run} writes text.", "Run one with --task minidocs-gen.")
     if task is not None and task not in tasks:
         raise unknown("task of this run", task, tasks)
-    chosen = task or tasks[0]
-    documents = manifest["tasks"][chosen]["documents"]
+    chosen = task or next(iter(reversed(tasks)))
+    documents = manifest["tasks"][tasks[chosen]]["documents"]
     if document is not None and document not in documents:
         raise unknown(f"document of task {chosen}", document, documents)
     console = Console()
     if not console.is_terminal:
         console = Console(file=console.file, width=140)
-    console.print(side_by_side(folder, chosen, document or documents[0]))
+    console.print(side_by_side(folder, tasks[chosen], document or documents[0]))

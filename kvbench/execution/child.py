@@ -10,10 +10,11 @@ import subprocess
 import sys
 import tempfile
 import threading
+from contextlib import suppress
 from typing import IO, Any, ClassVar, Generic, Protocol, TypeVar
 
 
-class Order(Protocol):
+class Task(Protocol):
     """What a child is told to do: the module that does it, and how it is written down."""
 
     module: ClassVar[str]
@@ -21,7 +22,7 @@ class Order(Protocol):
     def to_json(self) -> str: ...
 
 
-Work = TypeVar("Work", bound=Order)
+Work = TypeVar("Work", bound=Task)
 
 
 class WorkerDiedError(Exception):
@@ -35,6 +36,7 @@ class Child(Generic[Work]):
         self.job = job
         self.at: str | None = None
         self.ended = False
+        self.killed_for = ""
         self.log: IO[str] = tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace")  # noqa: SIM115
         self.process = subprocess.Popen(
             [sys.executable, "-m", job.module], text=True, encoding="utf-8",
@@ -53,15 +55,15 @@ class Child(Generic[Work]):
 
     def tell(self, line: str) -> None:
         assert self.process.stdin is not None
-        try:
+        with suppress(BrokenPipeError):  # it died; its last event says so
             self.process.stdin.write(line + "\n")
             self.process.stdin.flush()
-        except BrokenPipeError:
-            pass  # it died; its last event says so
 
     def death(self) -> str:
         """How it ended, with its last words."""
         code = self.process.wait()
+        if self.killed_for:
+            return self.killed_for
         self.log.seek(0)
         lines = [line for line in self.log.read().splitlines() if line.strip()]
         last = f" Its last words: {lines[-1][:300]}" if lines else ""
@@ -69,9 +71,22 @@ class Child(Generic[Work]):
         return f"the measuring process {how}.{last}"
 
     def hint(self) -> str:
+        if self.killed_for:
+            return "Give it more time with --timeout, or fewer or shorter documents."
         if self.process.returncode == -signal.SIGKILL:
             return "It was probably out of memory: try --dtype bfloat16, shorter blocks, or a smaller model."
         return ""
+
+    def kill(self, reason: str) -> None:
+        """End it at once; its death will be told with this reason."""
+        self.killed_for = reason
+        self.process.kill()
+
+    def dismiss(self) -> None:
+        """There is nothing left to do: it ends by itself."""
+        assert self.process.stdin is not None
+        with suppress(BrokenPipeError):
+            self.process.stdin.close()
 
     def stop(self) -> None:
         if self.process.poll() is None:

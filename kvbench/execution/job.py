@@ -1,4 +1,4 @@
-"""What the parent hands to the child."""
+"""What the parent hands to the child: a job once, and orders to carry out parts of it."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class Judging:
 
 @dataclass(frozen=True)
 class Job:
-    """Cells of one model, and where to find and put things.
+    """Cells of one model and seed, and where to find things.
 
     Attributes:
         location: what ``from_pretrained`` takes.
@@ -43,7 +43,6 @@ class Job:
         limit: documents per task, 0 for all.
         threads: CPU threads of this child, 0 for PyTorch's choice.
         judging: what judges the texts that are written.
-        shard, shards: this child measures every ``shards``-th document, from ``shard`` on.
     """
 
     module: ClassVar[str] = "kvbench.execution.worker"
@@ -54,8 +53,6 @@ class Job:
     data: str | None
     limit: int
     threads: int
-    shard: int
-    shards: int
     judging: Judging = Judging()
 
     def to_json(self) -> str:
@@ -67,3 +64,26 @@ class Job:
         raw["cells"] = tuple(Cell(**cell) for cell in raw["cells"])
         raw["judging"] = Judging(**raw["judging"])
         return cls(**raw)
+
+
+@dataclass(frozen=True)
+class Order:
+    """Documents of one task to measure under every cell of it.
+
+    Attributes:
+        done: cell key -> documents of these that are on disk.
+        failed: keys of the cells to leave alone.
+    """
+
+    task: str
+    documents: tuple[str, ...]
+    done: dict[str, list[str]]
+    failed: tuple[str, ...] = ()
+
+    def to_json(self) -> str:
+        return json.dumps(dataclasses.asdict(self))
+
+    @classmethod
+    def from_json(cls, text: str) -> Order:
+        raw = json.loads(text)
+        return cls(raw["task"], tuple(raw["documents"]), raw["done"], tuple(raw["failed"]))

@@ -24,11 +24,12 @@ def measure_similarity(folder: RunFolder, console: Console) -> None:
     either side, and the mean over draws is kept for every seed.
     """
     tasks = folder.manifest()["tasks"]
-    for name, info in tasks.items():
+    for setting, info in tasks.items():
         documents = info["documents"]
         if info["kind"] != "generation" or len(documents) < LEAST_TEXTS:
             continue
-        cells = [c for c in folder.cells() if c.task == name and c.options.get("mauve_features", NOTHING) != NOTHING]
+        mine = [cell for cell in folder.cells() if cell.setting == setting]
+        cells = [cell for cell in mine if cell.options.get("mauve_features", NOTHING) != NOTHING]
         people = next((folder.texts(cell) for cell in cells if cell.method == HUMAN), {})
         if not set(documents) <= set(people):
             continue

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
@@ -131,7 +131,7 @@ def _cut_all(
             yield document, cut_prefix(document, tokenizer, protocol.length, protocol.continuation)
 
 
-def tokens_of(cuts: Iterator[Cut]) -> int:
+def tokens_of(cuts: Iterable[Cut]) -> int:
     return sum(len(piece.ids) for cut in cuts for piece in cut.pieces)
 
 

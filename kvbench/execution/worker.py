@@ -1,10 +1,10 @@
 """The child process: loads the model once, walks the documents, and reports as it goes.
 
 It reads a :class:`Job` from its standard input, checks everything, says ``ready`` and waits for
-``go``, so that nothing is written for a request that cannot be carried out. It writes no file:
-records are events, and the parent puts them on disk. Documents are the outer loop: ``full`` once
-per batch, then every other method, so that agreement with the full cache costs no second pass
-and nothing of size tokens x vocabulary outlives its batch.
+an :class:`Order`, so that nothing is written for a request that cannot be carried out; it ends when
+there are no more of them. It writes no file: records are events, and the parent puts them on disk.
+Documents are the outer loop: ``full`` once per batch, then every other method, so that agreement with
+the full cache costs no second pass and nothing of size tokens x vocabulary outlives its batch.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ import torch
 
 from kvbench.corpora.documents import Document
 from kvbench.errors import UserError
-from kvbench.execution.job import Job
+from kvbench.execution.job import Job, Order
 from kvbench.execution.judging import check_mauve, load_judges
 from kvbench.execution.sums import DocumentSums
 from kvbench.execution.work import Work, batches, cut_task, together, tokens_of
@@ -131,20 +131,23 @@ class Worker:
                 "seq_len": work.protocol.length if work.task.kind in ("lm", "generation") else None,
                 "new_tokens": work.writing.new_tokens if work.writing else None,
                 "documents": [document.id for document, _ in work.documents],
+                "lengths": [tokens_of([cut]) for _, cut in work.documents],
                 "skipped_documents": work.skipped,
                 "dropped_tokens": sum(cut.dropped for _, cut in work.documents),
                 "tokens": tokens_of(cut for _, cut in work.documents),
             }
             for work in self.works
-        }, total=sum(tokens_of(cut for _, cut in w.documents) * len(w.cells) for w in self.works))
+        })
 
-    def run(self, done: dict[str, list[str]]) -> None:
-        """Measure this child's share of what is not yet on disk (``done``: documents by cell)."""
-        recorded = {key: set(documents) for key, documents in done.items()}
-        for work in self.works:
-            mine = work.documents[self.job.shard :: self.job.shards]
-            for start in range(0, len(mine), WINDOW):
-                self._run_window(work, mine[start : start + WINDOW], recorded)
+    def run(self, order: Order) -> None:
+        """Measure what is not yet on disk of the documents of an order."""
+        recorded = {key: set(documents) for key, documents in order.done.items()}
+        self.failed |= set(order.failed)
+        wanted = set(order.documents)
+        work = next(work for work in self.works if work.task.name == order.task)
+        mine = tuple(pair for pair in work.documents if pair[0].id in wanted)
+        for start in range(0, len(mine), WINDOW):
+            self._run_window(work, mine[start : start + WINDOW], recorded)
         self.say("end")
 
     def _run_window(
@@ -249,9 +252,8 @@ def main() -> None:
     try:
         worker.prepare()
         worker.announce()
-        order = sys.stdin.readline()
-        if order:
-            worker.run(json.loads(order))
+        for line in sys.stdin:
+            worker.run(Order.from_json(line))
     except UserError as error:
         worker.say("refused", message=error.message, hint=error.hint)
 

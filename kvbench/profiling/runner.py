@@ -338,7 +338,7 @@ def _write(run: _Run) -> None:
     manifest = {
         "schema": 1, "content": run.plan.content, "started": earlier.get("started", now), "command": run.command,
         "limit": request.repeats, "finished": None, "sources": {PROFILE: "random token ids"},
-        "tasks": {PROFILE: {
+        "tasks": {run.plan.cells[0].setting: {
             "kind": PROFILE, "repeats": request.repeats, "notes": about["notes"], "device": about["device"],
             "documents": [], "budget": run.plan.budget or about["device_bytes"],
             "signature": f"profile|{request.fill}|{about['dtype']}|{about['device']}{threads}|sdpa|v:1",

@@ -33,9 +33,9 @@ class Side:
     method: str | None = None
     ratio: str | None = None
 
-    def cells(self, task: str) -> list[Cell]:
-        """The chosen cells of a task; without a choice, all that are no controls or baselines."""
-        mine = [c for c in self.folder.cells() if c.task == task and c.method != HUMAN]
+    def cells(self, setting: str) -> list[Cell]:
+        """The chosen cells of a setting; without a choice, all that are no controls or baselines."""
+        mine = [c for c in self.folder.cells() if c.setting == setting and c.method != HUMAN]
         if self.method is None:
             return [c for c in mine if c.role == "method"]
         return [c for c in mine if c.method == self.method and self.ratio in (None, c.ratio_asked)]
@@ -92,23 +92,52 @@ def compare(first: Side, second: Side) -> list[Pair]:
         UserError: they cannot be compared, and why.
     """
     infos = [side.folder.manifest()["tasks"] for side in (first, second)]
-    shared = [task for task in infos[0] if task in infos[1]]
-    if not shared:
-        raise UserError(
-            f"{first.name} and {second.name} have no task in common ({', '.join(infos[0])}; {', '.join(infos[1])})."
-        )
     found = []
-    for task in shared:
-        pairs = _paired(first.cells(task), second.cells(task))
+    for one, other in _shared(first, second):
+        pairs = _paired(first.cells(one), second.cells(other))
         for a, b in pairs:
-            _check(task, infos[0][task], infos[1][task], a, b)
-            found.append(_compared(first, second, a, b, infos[0][task]))
+            _check(infos[0][one], infos[1][other], a, b)
+            found.append(_compared(first, second, a, b, infos[0][one]))
     if not found:
         raise UserError(
             f"{first.name} and {second.name} have no method and ratio in common.",
             "Choose one of each: RUN:METHOD:RATIO.",
         )
     return _adjusted(found)
+
+
+def _shared(first: Side, second: Side) -> list[tuple[str, str]]:
+    """The settings to compare in: equal ones, or those of the same task where each side has but one.
+
+    Raises:
+        UserError: there are none, or more than one to choose from.
+    """
+    sides = []
+    for side in (first, second):
+        settings: dict[str, list[str]] = {}
+        for cell in side.folder.cells():
+            mine = settings.setdefault(cell.task, [])
+            if cell.setting not in mine and cell.setting in side.folder.manifest()["tasks"]:
+                mine.append(cell.setting)
+        sides.append(settings)
+    tasks = [task for task in sides[0] if task in sides[1]]
+    if not tasks:
+        raise UserError(
+            f"{first.name} and {second.name} have no task in common ({', '.join(sides[0])}; {', '.join(sides[1])})."
+        )
+    found: list[tuple[str, str]] = []
+    for task in tasks:
+        a, b = sides[0][task], sides[1][task]
+        same = [(setting, setting) for setting in a if setting in b]
+        if not same and len(a) == len(b) == 1:
+            same = [(a[0], b[0])]
+        found += same
+    if not found:
+        raise UserError(
+            f"{first.name} and {second.name} have several models or seeds each, and none in common.",
+            "Compare runs of one model and one seed.",
+        )
+    return found
 
 
 def _paired(first: Sequence[Cell], second: Sequence[Cell]) -> list[tuple[Cell, Cell]]:
@@ -125,7 +154,7 @@ def _paired(first: Sequence[Cell], second: Sequence[Cell]) -> list[tuple[Cell, C
     return []
 
 
-def _check(task: str, one: dict[str, Any], other: dict[str, Any], a: Cell, b: Cell) -> None:
+def _check(one: dict[str, Any], other: dict[str, Any], a: Cell, b: Cell) -> None:
     """See that two cells were scored on the same text in the same way."""
     wrong = [
         f"{what} differ ({x} and {y})" for what, x, y in (
@@ -150,7 +179,7 @@ def _compared(first: Side, second: Side, a: Cell, b: Cell, info: dict[str, Any])
     if info["kind"] == "generation":
         records = {standing.key: first.folder.texts(a), b.key: second.folder.texts(b)}
         people = next((first.folder.texts(c) for c in first.folder.cells()
-                       if c.task == a.task and c.method == HUMAN), {})
+                       if c.setting == a.setting and c.method == HUMAN), {})
         _complete(info, records[standing.key], first, a)
         _complete(info, records[b.key], second, b)
         rows = decoded_rows([standing, b], records, people, info)

@@ -72,14 +72,14 @@ def worst_documents(folder: RunFolder, manifest: dict[str, Any]) -> list[Worst]:
     """The documents where each method that scores text loses most, by task, method and ratio."""
     cells = folder.cells()
     found: list[Worst] = []
-    for task, info in manifest["tasks"].items():
+    for setting, info in manifest["tasks"].items():
         if info["kind"] != "lm":
             continue
-        full = next((c for c in cells if c.task == task and c.method == "full"), None)
+        full = next((c for c in cells if c.setting == setting and c.method == "full"), None)
         if full is None:
             continue
         base = folder.records(full)
-        for cell in (c for c in cells if c.task == task and c.role == "method"):
+        for cell in (c for c in cells if c.setting == setting and c.role == "method"):
             found += _worst_of(folder, cell, {name: r.nll / r.tokens for name, r in base.items() if r.tokens})
     return found
 

@@ -11,6 +11,7 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from kvbench import metrics
+from kvbench.errors import UserError
 from kvbench.metrics import KL_BINS, Metric
 from kvbench.reporting.distance import distance_rows
 from kvbench.reporting.estimates import Measured, bin_rows
@@ -41,17 +42,25 @@ def compute_results(folder: RunFolder, only: Sequence[str] = ()) -> Results:
     cells = folder.cells()
     failures = [f for f in (folder.failure(cell) for cell in cells) if f is not None]
     rows: list[Row] = []
-    for task in dict.fromkeys(cell.task for cell in cells):
-        info = manifest["tasks"][task]
+    for setting in dict.fromkeys(cell.setting for cell in cells):
+        info, mine = manifest["tasks"].get(setting), [cell for cell in cells if cell.setting == setting]
+        if info is None:  # a sweep that has not come to it yet
+            failures += _not_begun(mine, failures)
+            continue
         if info["kind"] == "profile":
-            found, lacking = profile_results(folder, info, [c for c in cells if c.task == task])
+            found, lacking = profile_results(folder, info, mine)
             rows += _adjusted(found)
             failures += lacking
             continue
         chosen = info["documents"]
         complete: list[Cell] = []
-        for cell in (c for c in cells if c.task == task):
-            present = folder.documents(cell) & set(chosen)
+        for cell in mine:
+            try:
+                present = folder.documents(cell) & set(chosen)
+            except UserError as damage:
+                failures = [f for f in failures if f.cell != cell.key]
+                failures.append(Failure(cell.key, f"{cell.label}: {damage.message}", damage.hint))
+                continue
             if len(present) == len(chosen):
                 complete.append(cell)
             elif not any(f.cell == cell.key for f in failures):
@@ -66,6 +75,14 @@ def compute_results(folder: RunFolder, only: Sequence[str] = ()) -> Results:
             found = scored_rows([(c, [records[c.key][name] for name in chosen]) for c in complete], info)
         rows += _adjusted(found)
     return Results(str(folder.path), not failures, tuple(failures), tuple(rows))
+
+
+def _not_begun(cells: Sequence[Cell], failures: Sequence[Failure]) -> list[Failure]:
+    told = {failure.cell for failure in failures}
+    return [
+        Failure(cell.key, f"{cell.label}: not begun.", "Run the same command again to continue.")
+        for cell in cells if cell.key not in told
+    ]
 
 
 def scored_rows(measured: list[tuple[Cell, list[DocumentRecord]]], info: dict[str, Any]) -> list[Row]:

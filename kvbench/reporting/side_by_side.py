@@ -13,13 +13,13 @@ from kvbench.store.folder import RunFolder
 from kvbench.store.records import HUMAN, Cell, GenerationRecord, Output
 
 
-def side_by_side(folder: RunFolder, task: str, document: str) -> Group:
+def side_by_side(folder: RunFolder, setting: str, document: str) -> Group:
     """Prefix, the author's text, the full cache's and every method's, drawn and greedy.
 
     Args:
-        task, document: names that the run has.
+        setting, document: names that the run has.
     """
-    cells = [cell for cell in folder.cells() if cell.task == task]
+    cells = [cell for cell in folder.cells() if cell.setting == setting]
     found: list[tuple[Cell, GenerationRecord]] = []
     for cell in cells:
         record = folder.texts(cell).get(document)
@@ -29,7 +29,8 @@ def side_by_side(folder: RunFolder, task: str, document: str) -> Group:
     full = next((record for cell, record in found if cell.method == "full"), None)
     parts: list[Panel | Table | Text] = []
     if people is not None:
-        parts.append(Panel(Text(people.prefix or ""), title=Text(f"{task}: {document}, prefix"), title_align="left"))
+        title = Text(f"{cells[0].task}: {document}, prefix")
+        parts.append(Panel(Text(people.prefix or ""), title=title, title_align="left"))
         parts.append(Panel(Text(people.of("human")[0].text), title="human", title_align="left"))
     written = [(cell, record) for cell, record in found if cell.method != HUMAN]
     if not written:

@@ -9,7 +9,9 @@ import shutil
 import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, BinaryIO, TypeVar
+
+from filelock import FileLock
 
 from kvbench.errors import UserError
 from kvbench.store.profile_records import ProfileRecord, load_profile_record
@@ -17,11 +19,23 @@ from kvbench.store.records import Cell, DocumentRecord, Failure, GenerationRecor
 
 Record = DocumentRecord | GenerationRecord | ProfileRecord
 
+LOCKS = ".locks"
+
 R = TypeVar("R", DocumentRecord, GenerationRecord, ProfileRecord)
 
 RUN, CELL, RECORDS, FAILURE, RESULTS, MAUVE = (
     "run.json", "cell.json", "records.jsonl", "failure.json", "results.json", "mauve.json",
 )
+
+
+def _repair(file: BinaryIO) -> None:
+    """Cut a torn last line off, and stand at the end."""
+    if size := file.seek(0, os.SEEK_END):
+        file.seek(size - 1)
+        if file.read(1) != b"\n":
+            file.seek(0)
+            file.truncate(file.read().rfind(b"\n") + 1)
+    file.seek(0, os.SEEK_END)
 
 
 def write_atomic(path: Path, text: str) -> None:
@@ -101,18 +115,29 @@ class RunFolder:
         return self.path / "cells" / cell.key
 
     def open_cell(self, cell: Cell) -> None:
-        """Make the cell's folder, drop an old failure, and repair a torn last line."""
+        """Make the cell's folder, drop an old failure, and repair a torn last line.
+
+        Raises:
+            UserError: its records are damaged elsewhere than at their end.
+        """
         folder = self.cell_folder(cell)
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / FAILURE).unlink(missing_ok=True)
-        write_atomic(folder / CELL, json.dumps(dataclasses.asdict(cell), indent=1) + "\n")
-        records = folder / RECORDS
-        if records.exists():
-            raw = records.read_bytes()
-            if raw and not raw.endswith(b"\n"):
+        with self.lock("append"):
+            (folder / FAILURE).unlink(missing_ok=True)
+            write_atomic(folder / CELL, json.dumps(dataclasses.asdict(cell), indent=1) + "\n")
+            records = folder / RECORDS
+            if records.exists():
                 with records.open("r+b") as file:
-                    file.truncate(raw.rfind(b"\n") + 1)
-            self._drop_incomparable(cell, records)
+                    _repair(file)
+                if not cell.is_profile:
+                    self.documents(cell)
+                self._drop_incomparable(cell, records)
+
+    def lock(self, name: str) -> FileLock:
+        """A lock that all processes share that use this folder; it ends with its process, whatever the clock
+        says. Over a network the file system must support locks, as NFS 4 does."""
+        (self.path / LOCKS).mkdir(parents=True, exist_ok=True)
+        return FileLock(self.path / LOCKS / f"{name}.lock")
 
     def _drop_incomparable(self, cell: Cell, path: Path) -> None:
         """Records made while the full cache had failed lack the comparison with it: measure again."""
@@ -124,12 +149,16 @@ class RunFolder:
             write_atomic(path, "".join(json.dumps(dataclasses.asdict(record)) + "\n" for record in kept))
 
     def append(self, cell: Cell, records: Sequence[Record]) -> None:
-        """Append records and see them onto the disk."""
+        """Append records and see them onto the disk; other processes may append meanwhile.
+
+        What one of them left half written when it was killed is cut off first.
+        """
         lines = "".join(
             json.dumps(dataclasses.asdict(r), allow_nan=False, ensure_ascii=False) + "\n" for r in records
         )
-        with (self.cell_folder(cell) / RECORDS).open("a", encoding="utf-8") as file:
-            file.write(lines)
+        with self.lock("append"), (self.cell_folder(cell) / RECORDS).open("a+b") as file:
+            _repair(file)
+            file.write(lines.encode())
             file.flush()
             os.fsync(file.fileno())
 

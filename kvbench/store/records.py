@@ -56,6 +56,11 @@ class Cell:
         return hashlib.sha256(text.encode()).hexdigest()[:12]
 
     @property
+    def setting(self) -> str:
+        """What is measured under the same: task, model and seed. Cells are compared within it."""
+        return f"{self.task}@{self.model}#{self.seed}"
+
+    @property
     def writes(self) -> bool:
         """Whether its records are texts."""
         return self.protocol == "generate"

@@ -1,0 +1,54 @@
+"""A plan as parts: a few documents of one task each, under every method and ratio.
+
+A part is what a process takes at a time, so that several of them, on one machine or many, can share a
+run, and so that the full cache of a document is measured once, for all that is compared with it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from kvbench.store.records import Cell
+
+FEW, MANY = 8, 16
+"""Documents of a part; ``MANY`` where there are at least 256. Batches are formed within a part, and
+windows of 8 cost a CPU 4 % over windows of 64."""
+
+
+@dataclass(frozen=True)
+class Part:
+    """Documents that are measured together.
+
+    Attributes:
+        name: equal for equal parts in every process that shares the folder.
+        tokens: of its documents, times the cells that measure them.
+    """
+
+    name: str
+    task: str
+    documents: tuple[str, ...]
+    cells: tuple[Cell, ...]
+    tokens: int
+
+
+def parts_of(cells: Sequence[Cell], tasks: dict[str, dict[str, Any]]) -> list[Part]:
+    """The parts of a plan, in order.
+
+    Args:
+        cells: of one model and seed.
+        tasks: task name -> what a child said of it: ``documents`` and their ``lengths`` in tokens.
+    """
+    found = []
+    for task, info in tasks.items():
+        mine = tuple(cell for cell in cells if cell.task == task)
+        documents, lengths = info["documents"], info["lengths"]
+        size = MANY if len(documents) >= 256 else FEW
+        for start in range(0, len(documents), size):
+            names = tuple(documents[start : start + size])
+            key = hashlib.sha256("\n".join((mine[0].setting, *names)).encode()).hexdigest()[:16]
+            tokens = sum(lengths[start : start + size]) * len(mine)
+            found.append(Part(key, task, names, mine, tokens))
+    return found

@@ -1,0 +1,48 @@
+"""Which documents are on disk, read as the files grow."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+
+from kvbench.store.folder import RECORDS, RunFolder
+from kvbench.store.records import Cell
+
+
+@dataclass
+class _Seen:
+    read: int = 0
+    documents: set[str] = field(default_factory=set)
+
+
+class Recorded:
+    """The documents that cells have records of; what was read once is not read again.
+
+    Other processes may append meanwhile.
+    """
+
+    def __init__(self, folder: RunFolder) -> None:
+        self.folder = folder
+        self.seen: dict[str, _Seen] = {}
+
+    def documents(self, cell: Cell) -> set[str]:
+        """The documents of a cell, as of now.
+
+        Raises:
+            ValueError, KeyError, TypeError: a line is no record.
+        """
+        seen = self.seen.setdefault(cell.key, _Seen())
+        path = self.folder.cell_folder(cell) / RECORDS
+        size = path.stat().st_size if path.exists() else 0
+        if size < seen.read:  # another process has dropped records that could not be compared
+            seen = self.seen[cell.key] = _Seen()
+        if size == seen.read:
+            return seen.documents
+        with path.open("rb") as file:
+            file.seek(seen.read)
+            for line in file:
+                if not line.endswith(b"\n"):
+                    break
+                seen.documents.add(json.loads(line)["document"])
+                seen.read += len(line)
+        return seen.documents
