@@ -78,12 +78,40 @@ class ProfileSettings(BaseModel):
     out: str = "reports"
 
 
+class SweepSettings(BaseModel):
+    """The ``[sweep]`` table: the grid of ``kvbench sweep``, and how it is carried out.
+
+    Attributes:
+        model, method, ratio, task, seed: all combinations are measured.
+        executor: ``local``, ``ray`` or ``slurm``; ``workers`` of it, 0 for as many as are useful here.
+        timeout: seconds without a sign of life after which a measuring process is ended.
+        keep_going: whether the other cells are measured after one has failed.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+    model: list[str] = Field(default=[DEFAULT_MODEL], min_length=1)
+    method: list[str] = Field(default=["sentinel", "ccm-concat", "gist"], min_length=1)
+    ratio: list[float] = Field(default=[0.3, 0.5, 0.7, 0.8, 0.9], min_length=1)
+    task: list[str] = Field(default=["minidocs", "recall"], min_length=1)
+    seed: list[int] = Field(default=[0], min_length=1)
+    limit: int = Field(default=0, ge=0)
+    device: str = "auto"
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    threads: int = Field(default=0, ge=0)
+    executor: Literal["local", "ray", "slurm"] = "local"
+    workers: int = Field(default=0, ge=0)
+    timeout: float = Field(default=3600.0, gt=0)
+    keep_going: bool = True
+    out: str = "reports"
+
+
 class Settings(BaseModel):
     """The whole ``kvbench.toml``."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
     run: RunSettings = RunSettings()
     profile: ProfileSettings = ProfileSettings()
+    sweep: SweepSettings = SweepSettings()
 
 
 def load_settings(path: Path | None) -> Settings:

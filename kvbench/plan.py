@@ -10,14 +10,14 @@ from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
+from kvbench.adapters import Adapters, Entry
 from kvbench.corpora.documents import Corpus, load_corpus
 from kvbench.corpora.tasks import Task, load_task
 from kvbench.errors import UserError, unknown
 from kvbench.execution.job import ENCODER, ITSELF, NOTHING, SENTENCES, Judging
-from kvbench.methods import METHODS, Method, make_method, parse_ratio, ratio_text
+from kvbench.methods import METHODS, make_method, parse_ratio, ratio_text
 from kvbench.metrics import GENERATION_NAMES, NEED_ENCODER, NEED_SCORER
-from kvbench.models.adapter import AdapterCard, read_card
-from kvbench.models.references import ModelReference, find_adapter, fingerprint, given_adapter, resolve_model
+from kvbench.models.references import ModelReference, fingerprint, resolve_model
 from kvbench.protocols.protocol import OPTIONS, PROTOCOLS, RECALL_OPTIONS, protocol_options
 from kvbench.store.records import HUMAN, Cell
 
@@ -62,6 +62,7 @@ class Plan:
     Attributes:
         task_files: task name -> what it was asked for by (a name, or the path of a task file).
         judging: what judges the texts that are written.
+        omitted: why some of the methods and ratios that were asked for are not possible.
     """
 
     request: Request
@@ -72,6 +73,7 @@ class Plan:
     content: str
     task_files: dict[str, str]
     judging: Judging
+    omitted: tuple[str, ...] = ()
 
 
 def parse_options(pairs: Sequence[str]) -> dict[str, str]:
@@ -89,8 +91,11 @@ def parse_options(pairs: Sequence[str]) -> dict[str, str]:
     return options
 
 
-def build_plan(request: Request) -> Plan:
+def build_plan(request: Request, omit: bool = False) -> Plan:
     """Check every name and number of a request, and lay out its cells.
+
+    Args:
+        omit: leave out what a method cannot do at some of the ratios, as a grid asks for it, and note it.
 
     Raises:
         UserError: anything in the request that cannot be carried out.
@@ -125,9 +130,9 @@ def build_plan(request: Request) -> Plan:
         request, [entry for entries in wanted.values() for entry in entries],
         [_options_of(task, protocols[name]) for name, task in tasks.items()],
     )
+    omitted: list[str] = []
     for name, entries in wanted.items():
-        for method, _, _ in entries:
-            method.check(ANY_LENGTH, in_chunks=tasks[name].kind == "online")
+        wanted[name] = _possible(entries, tasks[name].kind == "online", omitted if omit else None)
     model = resolve_model(request.model, request.revision)
     corpora = {name: load_corpus(task, request.data) for name, task in tasks.items()}
     judging, judged = _judging(request, any(task.kind == "generation" for task in tasks.values()))
@@ -162,8 +167,33 @@ def build_plan(request: Request) -> Plan:
     folder = request.out or request.reports / f"{asked}-{shown}-{content}"
     return Plan(
         request, model, tuple(cells), {t.name: corpora[asked] for asked, t in tasks.items()}, folder,
-        content, {t.name: asked for asked, t in tasks.items()}, judging,
+        content, {t.name: asked for asked, t in tasks.items()}, judging, tuple(dict.fromkeys(omitted)),
     )
+
+
+def _possible(entries: Sequence[Entry], in_chunks: bool, omitted: list[str] | None) -> list[Entry]:
+    """The entries that a text of any length can be measured with; the others are noted, if they may be left out.
+
+    Raises:
+        UserError: one of them cannot, and may not be left out, or is not possible at any ratio.
+    """
+    found: list[Entry] = []
+    reasons: dict[str, UserError] = {}
+    for entry in entries:
+        method = entry[0]
+        try:
+            method.check(ANY_LENGTH, in_chunks)
+        except UserError as error:
+            if omitted is None:
+                raise
+            reasons[method.name] = error
+            omitted.append(error.message)
+        else:
+            found.append(entry)
+    for name, reason in reasons.items():
+        if not any(method.name == name for method, _, _ in found):
+            raise reason
+    return found
 
 
 def _judging(request: Request, writes: bool) -> tuple[Judging, dict[str, str]]:
@@ -208,9 +238,6 @@ def _named(model: str) -> str:
     return f"{reference.short_name}@{reference.fingerprint}" if reference.fingerprint else reference.short_name
 
 
-_Entry = tuple[Method, str, Path | None]
-
-
 def _dtype(request: Request) -> str:
     """``auto`` is float32 on a CPU, so that a run cannot be continued in another precision."""
     return "float32" if request.dtype == "auto" and request.device == "cpu" else request.dtype
@@ -221,7 +248,7 @@ def _protocol_of(task: Task, request: Request) -> str:
     return request.protocol if request.protocol in task.protocols else task.protocols[0]
 
 
-def _with_baselines(request: Request, ratios: Sequence[Fraction], task: Task) -> list[_Entry]:
+def _with_baselines(request: Request, ratios: Sequence[Fraction], task: Task) -> list[Entry]:
     """Controls first, then rivals and the asked methods, once per ratio that they take."""
     asked = list(dict.fromkeys(request.methods))
     in_chunks = task.kind == "online"
@@ -231,7 +258,7 @@ def _with_baselines(request: Request, ratios: Sequence[Fraction], task: Task) ->
     if request.baselines and not in_chunks and any(METHODS[name].compresses for name in asked):
         wanted += [(name, "baseline") for name in RIVALS if name not in asked]
     wanted += [(name, "method") for name in asked if name not in CONTROLS]
-    entries: list[_Entry] = []
+    entries: list[Entry] = []
     for name, role in wanted:
         with_ratio = METHODS[name].uses_ratio(request.options, in_chunks)
         for ratio in dict.fromkeys(ratios) if with_ratio else [Fraction(0)]:
@@ -243,7 +270,7 @@ def _options_of(task: Task, protocol: str) -> tuple[str, ...]:
     return RECALL_OPTIONS if task.kind == "recall" else OPTIONS[protocol]
 
 
-def _check_options(request: Request, methods: Sequence[_Entry], options: Sequence[tuple[str, ...]]) -> None:
+def _check_options(request: Request, methods: Sequence[Entry], options: Sequence[tuple[str, ...]]) -> None:
     known = {name for names in options for name in names}
     for method, _, _ in methods:
         known |= set(method.known)
@@ -253,74 +280,3 @@ def _check_options(request: Request, methods: Sequence[_Entry], options: Sequenc
     for method, _, _ in methods:
         for key in method.known:
             method.option(key)
-
-
-class Adapters:
-    """The adapters of a request: those given, each for the method on its card, and the shipped ones."""
-
-    def __init__(self, given: Sequence[str], model: ModelReference) -> None:
-        self.model = model
-        self.given = {folder: read_card(folder) for folder in map(given_adapter, given)}
-
-    def has(self, method: Method) -> bool:
-        """Whether one was given for the method."""
-        return any(card.method == method.name for card in self.given.values())
-
-    def given_to(self, entries: Sequence[_Entry]) -> list[_Entry]:
-        """The entries with their adapters, and ``adapted`` where an adapter acts on the text too.
-
-        Raises:
-            UserError: an adapter is missing, of no use, or made for another model or other options.
-        """
-        found = [(m, role, self._folder(m) if m.needs_adapter else None) for m, role, _ in entries]
-        on_text = [f for _, _, f in found if f is not None and read_card(f).gate != "gated"]
-        if on_text and not any(m.name == "adapted" for m, _, _ in found):
-            found.append((METHODS["adapted"](), "control", self._control(on_text[0])))
-        used = {folder for _, _, folder in found}
-        for folder, card in self.given.items():
-            if folder not in used:
-                asked = any(m.name == card.method for m, _, _ in found)
-                raise UserError(
-                    f"The adapter in {folder} was trained for {card.method!r}, "
-                    + ("for which another one is given." if asked else "which is not asked for."),
-                    "Leave one out." if asked else f"Add --method {card.method}, or give another --adapter.",
-                )
-        return found
-
-    def _folder(self, method: Method) -> Path:
-        mine = [f for f, card in self.given.items() if card.method == method.name]
-        if method.name == "adapted":
-            mine = mine or [f for f, card in self.given.items() if card.gate != "gated"]
-        bound = method.trained_options
-        mine.sort(key=lambda f: any(self.given[f].options.get(k, v) != v for k, v in bound.items()))
-        folder = mine[0] if mine else find_adapter(method.name, self.model, bound)
-        self._check(folder, read_card(folder), method)
-        return folder
-
-    def _control(self, tuned: Path) -> Path:
-        """The adapter that shows the effect of tuning alone: one made for it, or the tuned one itself."""
-        made = [folder for folder, card in self.given.items() if card.method == "adapted"]
-        if made or tuned in self.given:
-            return made[0] if made else tuned
-        try:
-            return find_adapter("adapted", self.model, {})
-        except UserError:
-            return tuned
-
-    def _check(self, folder: Path, card: AdapterCard, method: Method) -> None:
-        model = self.model
-        known = bool(model.fingerprint and card.base_hash)
-        if card.base_hash != model.fingerprint if known else card.base_model != model.short_name:
-            raise UserError(
-                f"The adapter in {folder} was trained on another base model "
-                f"({card.base_model}, {card.base_hash}), not on {model.name} ({model.fingerprint}).",
-                f"Train one: kvbench train --method {method.name} --model {model.name} "
-                f"--data TEXTS.jsonl --out ADAPTER.",
-            )
-        for name, wanted in method.trained_options.items():
-            trained = card.options.get(name, method.known[name].default)
-            if trained != wanted:
-                raise UserError(
-                    f"The adapter in {folder} was trained with {name}={trained}, and {name}={wanted} is asked for.",
-                    f"Use --set {name}={trained}, or train one with --set {name}={wanted}.",
-                )

@@ -1,4 +1,4 @@
-"""Bytes, as people write and read them."""
+"""Bytes and durations, as people write and read them."""
 
 from __future__ import annotations
 
@@ -40,3 +40,10 @@ def bytes_of(value: float | None) -> str:
             return f"{value:.0f} {unit}" if unit == "B" else f"{value:.1f} {unit}"
         value /= 1024
     return f"{value:.2f} GiB"
+
+
+def duration_of(seconds: float) -> str:
+    """Seconds for people: ``8 s``, ``12 min``, ``3.5 h``."""
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 90 * 60 else f"{seconds / 3600:.1f} h"

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from kvbench import __version__
-from kvbench.cli import compare, doctor, profile, report, run, show, train
+from kvbench.cli import compare, doctor, profile, report, run, show, sweep, train
 from kvbench.cli import list as list_command
 
 app = typer.Typer(
@@ -18,6 +18,7 @@ app = typer.Typer(
     "Start with [bold]kvbench run --method sentinel --ratio 0.7[/].",
 )
 app.command("run")(run.run)
+app.command("sweep")(sweep.sweep)
 app.command("profile")(profile.profile)
 app.command("report")(report.report)
 app.command("compare")(compare.compare)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -16,7 +17,7 @@ if TYPE_CHECKING:
 
 def measured(
     path: Path, content: str, limit: int, fresh: bool, console: Console, measure: Callable[[], None],
-    only: Sequence[str] = (),
+    only: Sequence[str] = (), shared: bool = False,
 ) -> Results:
     """The results of a run folder, complete or with what failed.
 
@@ -25,6 +26,7 @@ def measured(
         limit: how much of it; a finished folder of the same limit is not measured again.
         measure: does the work; records are in the folder when it returns.
         only: metrics of written text to show; all if empty.
+        shared: other processes may measure into the folder meanwhile, and it may hold another run.
 
     Raises:
         UserError: the folder cannot be used.
@@ -40,10 +42,10 @@ def measured(
     from kvbench.store.records import Failure, Results
 
     folder = RunFolder(path)
-    folder.check(content, fresh)
-    with locked(path):
+    folder.check(content, fresh or shared)
+    with nullcontext() if shared else locked(path):
         manifest = folder.manifest() if not fresh and (path / RUN).exists() else {}
-        if manifest.get("finished") and manifest.get("limit") == limit:
+        if manifest.get("finished") and (manifest.get("limit"), manifest["content"]) == (limit, content):
             console.print(f"Already measured ({manifest['finished']}); --fresh measures again.")
             return compute_results(folder, only)
         try:
@@ -60,13 +62,3 @@ def measured(
             if results.ok:
                 finish(folder)
         return results
-
-
-def print_cells_as_json(path: Path, cells: Sequence[object]) -> None:
-    """The dry run for programs."""
-    import dataclasses
-    import json
-    import sys
-
-    rows = [{"key": cell.key, **dataclasses.asdict(cell)} for cell in cells]  # type: ignore[attr-defined, call-overload]
-    sys.stdout.write(json.dumps({"schema": 1, "run": str(path), "dry_run": True, "cells": rows}) + "\n")

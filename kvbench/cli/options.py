@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -9,6 +10,47 @@ import typer
 Model = Annotated[str | None, typer.Option(
     help="Hub id or folder of any causal language model. [default: kvbench-tiny, embedded]",
     envvar="KVBENCH_MODEL", show_default=False, rich_help_panel="What to run")]
+Method = Annotated[list[str] | None, typer.Option(
+    help="Compression method; repeatable. [default: sentinel]", rich_help_panel="What to run", show_default=False)]
+Ratio = Annotated[list[str] | None, typer.Option(
+    help="Share of cache entries to remove, in [0, 1): 0.7 keeps 30 %; repeatable. [default: 0.7]",
+    rich_help_panel="What to run", show_default=False)]
+Task = Annotated[list[str] | None, typer.Option(
+    help="Task, or a task file of your own; repeatable. [default: minidocs, recall and minidocs-gen]",
+    rich_help_panel="What to run", show_default=False)]
+Data = Annotated[Path | None, typer.Option(
+    help="Your own corpus for the task: .jsonl (rows with \"text\"), .txt, or either with .gz.",
+    rich_help_panel="What to run")]
+Adapter = Annotated[list[str] | None, typer.Option(
+    help="Adapter folder of a trained method; repeatable. [default: those shipped for kvbench-tiny]",
+    show_default=False, rich_help_panel="What to run")]
+Protocol = Annotated[str | None, typer.Option(
+    help="block, stream, prefix, online or generate. [default: the task's own]", rich_help_panel="How to run")]
+Execution = Annotated[str, typer.Option(
+    help="streamed (entries really removed) or onepass (masked, nothing freed).", rich_help_panel="How to run")]
+Limit = Annotated[int | None, typer.Option(
+    help="Documents per task. [default: all]", show_default=False, rich_help_panel="How to run")]
+Baselines = Annotated[bool, typer.Option(
+    "--baselines/--no-baselines", help="Add none, local, scattered and sinks beside full.",
+    rich_help_panel="How to run")]
+Scorer = Annotated[str | None, typer.Option(
+    help="Language model that gen_ppl is measured with: hub id or folder. [default: the uncompressed model]",
+    show_default=False, rich_help_panel="Judging written text")]
+MauveFeatures = Annotated[str | None, typer.Option(
+    help="What MAUVE compares: last states of this causal language model, such as gpt2-large. "
+    "[default: sentence embeddings]", show_default=False, rich_help_panel="Judging written text")]
+Metric = Annotated[list[str] | None, typer.Option(
+    help="Metric of written text to measure, such as chrf; repeatable. [default: all; mauve from 200 documents "
+    "on]", show_default=False, rich_help_panel="Judging written text")]
+Fresh = Annotated[bool, typer.Option(
+    "--fresh", help="Measure again what is already there.", rich_help_panel="Output")]
+Json = Annotated[bool, typer.Option(
+    "--json", help="Print one JSON document on stdout instead of tables.", rich_help_panel="Output")]
+DryRun = Annotated[bool, typer.Option(
+    "--dry-run", help="Print the cells, what they cost, and the folder; measure nothing.", rich_help_panel="Output")]
+Config = Annotated[Path | None, typer.Option(
+    help="Settings file. [default: ./kvbench.toml if there is one]", show_default=False,
+    rich_help_panel="Output")]
 Revision = Annotated[str | None, typer.Option(
     help="Branch, tag or commit on the hub.", rich_help_panel="What to run")]
 Seed = Annotated[int | None, typer.Option(
@@ -26,6 +68,29 @@ Set = Annotated[list[str] | None, typer.Option(
     "--set", metavar="KEY=VALUE",
     help="An option of a method or protocol, such as chunk=1 or sampler=published; repeatable.",
     rich_help_panel="How to run")]
+
+
+def checked_limit(given: int | None, default: int) -> int:
+    from kvbench.errors import UserError
+
+    if given is not None and given < 1:
+        raise UserError(f"--limit {given} is below 1.", "It is the number of documents per task.")
+    return default if given is None else given
+
+
+def checked_seed(given: int | None, default: int) -> int:
+    from kvbench.errors import UserError
+
+    if given is not None and given < 0:
+        raise UserError(f"--seed {given} is negative.", "Give a whole number of at least 0.")
+    return default if given is None else given
+
+
+def checked_device(name: str) -> str:
+    from kvbench.models.device import pick_device
+
+    pick_device(name)
+    return name
 
 
 def checked_threads(given: int | None, default: int) -> int:

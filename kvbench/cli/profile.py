@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from kvbench.cli import options
-from kvbench.cli.measured import measured, print_cells_as_json
+from kvbench.cli.measured import measured
+from kvbench.cli.plans import print_cells_as_json
 
 if TYPE_CHECKING:
     from kvbench.profiling.plan import ProfilePlan

@@ -4,74 +4,42 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
 from kvbench.cli import options
-from kvbench.cli.measured import measured, print_cells_as_json
-
-if TYPE_CHECKING:
-    from kvbench.plan import Plan
-
-_WHAT, _HOW, _TEXTS, _OUT = "What to run", "How to run", "Judging written text", "Output"
+from kvbench.cli.measured import measured
+from kvbench.cli.plans import print_plans
 
 
 def run(
-    method: Annotated[list[str] | None, typer.Option(
-        help="Compression method; repeatable. [default: sentinel]", rich_help_panel=_WHAT)] = None,
-    ratio: Annotated[list[str] | None, typer.Option(
-        help="Share of cache entries to remove, in [0, 1): 0.7 keeps 30 %; repeatable. [default: 0.7]",
-        rich_help_panel=_WHAT)] = None,
-    task: Annotated[list[str] | None, typer.Option(
-        help="Task, or a task file of your own; repeatable. [default: minidocs, recall and minidocs-gen]",
-        rich_help_panel=_WHAT)] = None,
-    data: Annotated[Path | None, typer.Option(
-        help="Your own corpus for the task: .jsonl (rows with \"text\"), .txt, or either with .gz.",
-        rich_help_panel=_WHAT)] = None,
+    method: options.Method = None,
+    ratio: options.Ratio = None,
+    task: options.Task = None,
+    data: options.Data = None,
     model: options.Model = None,
     revision: options.Revision = None,
-    adapter: Annotated[list[str] | None, typer.Option(
-        help="Adapter folder of a trained method; repeatable. [default: those shipped for kvbench-tiny]",
-        show_default=False, rich_help_panel=_WHAT)] = None,
-    protocol: Annotated[str | None, typer.Option(
-        help="block, stream, prefix, online or generate. [default: the task's own]", rich_help_panel=_HOW)] = None,
-    execution: Annotated[str, typer.Option(
-        help="streamed (entries really removed) or onepass (masked, nothing freed).",
-        rich_help_panel=_HOW)] = "streamed",
-    limit: Annotated[int | None, typer.Option(
-        help="Documents per task. [default: all]", show_default=False, rich_help_panel=_HOW)] = None,
-    scorer: Annotated[str | None, typer.Option(
-        help="Language model that gen_ppl is measured with: hub id or folder. [default: the uncompressed model]",
-        show_default=False, rich_help_panel=_TEXTS)] = None,
-    mauve_features: Annotated[str | None, typer.Option(
-        help="What MAUVE compares: last states of this causal language model, such as gpt2-large. "
-        "[default: sentence embeddings]", show_default=False, rich_help_panel=_TEXTS)] = None,
-    metric: Annotated[list[str] | None, typer.Option(
-        help="Metric of written text to measure, such as chrf; repeatable. [default: all; mauve from 200 documents "
-        "on]", show_default=False, rich_help_panel=_TEXTS)] = None,
+    adapter: options.Adapter = None,
+    protocol: options.Protocol = None,
+    execution: options.Execution = "streamed",
+    limit: options.Limit = None,
+    scorer: options.Scorer = None,
+    mauve_features: options.MauveFeatures = None,
+    metric: options.Metric = None,
     seed: options.Seed = None,
     set_: options.Set = None,
     device: options.Device = None,
     dtype: options.Dtype = None,
     threads: options.Threads = None,
-    baselines: Annotated[bool, typer.Option(
-        "--baselines/--no-baselines", help="Add none, local, scattered and sinks beside full.",
-        rich_help_panel=_HOW)] = True,
+    baselines: options.Baselines = True,
     out: Annotated[Path | None, typer.Option(
         help="Run folder: missing, empty, or one of the same run. [default: reports/...]",
-        show_default=False, rich_help_panel=_OUT)] = None,
-    fresh: Annotated[bool, typer.Option(
-        "--fresh", help="Measure again what is already there.", rich_help_panel=_OUT)] = False,
-    json_: Annotated[bool, typer.Option(
-        "--json", help="Print one JSON document on stdout instead of tables.",
-        rich_help_panel=_OUT)] = False,
-    dry_run: Annotated[bool, typer.Option(
-        "--dry-run", help="Print the cells and the folder; measure nothing.",
-        rich_help_panel=_OUT)] = False,
-    config: Annotated[Path | None, typer.Option(
-        help="Settings file. [default: ./kvbench.toml if there is one]", show_default=False,
-        rich_help_panel=_OUT)] = None,
+        show_default=False, rich_help_panel="Output")] = None,
+    fresh: options.Fresh = False,
+    json_: options.Json = False,
+    dry_run: options.DryRun = False,
+    config: options.Config = None,
 ) -> None:
     """Measure the quality of compressed models against the full cache and honest baselines.
 
@@ -107,15 +75,16 @@ def run(
         methods=tuple(method or settings.method),
         ratios=tuple(ratio or (f"{r:.10g}" for r in settings.ratio)),
         tasks=tuple(task or settings.task), data=data, protocol=protocol, execution=execution,
-        limit=_checked_limit(limit, settings.limit), seed=_seed(seed, settings.seed),
+        limit=options.checked_limit(limit, settings.limit), seed=options.checked_seed(seed, settings.seed),
         options=parse_options(set_ or []), out=out, reports=Path(settings.out), baselines=baselines,
-        device=_device(device or settings.device), dtype=options.checked_dtype(dtype or settings.dtype),
+        device=options.checked_device(device or settings.device),
+        dtype=options.checked_dtype(dtype or settings.dtype),
         threads=options.checked_threads(threads, settings.threads), scorer=scorer, mauve_features=mauve_features,
         metrics=tuple(dict.fromkeys(metric or ())),
     )
     plan = build_plan(request)
     if dry_run:
-        _print_plan(plan, json_)
+        print_plans([plan], plan.folder, json_)
         return
 
     def measure() -> None:
@@ -130,49 +99,3 @@ def run(
 
         print_results(results, Console(), plan.folder)
     raise typer.Exit(0 if results.ok else 1)
-
-
-def _print_plan(plan: Plan, as_json: bool) -> None:
-    if as_json:
-        print_cells_as_json(plan.folder, plan.cells)
-        return
-    from rich.console import Console
-    from rich.table import Table
-
-    from kvbench.store.folder import RunFolder
-
-    folder = RunFolder(plan.folder)
-    table = Table(title=f"{len(plan.cells)} cells -> {plan.folder}")
-    for column in ("cell", "method", "ratio", "role", "task", "protocol", "documents", "on disk"):
-        table.add_column(column)
-    for cell in plan.cells:
-        corpus = plan.corpora[cell.task]
-        limit = plan.request.limit or len(corpus.documents)
-        table.add_row(
-            cell.key, cell.method, cell.ratio_asked or "-", cell.role, cell.task, cell.protocol,
-            str(min(limit, len(corpus.documents))), str(len(folder.documents(cell))),
-        )
-    Console().print(table)
-
-
-def _checked_limit(given: int | None, default: int) -> int:
-    from kvbench.errors import UserError
-
-    if given is not None and given < 1:
-        raise UserError(f"--limit {given} is below 1.", "It is the number of documents per task.")
-    return default if given is None else given
-
-
-def _seed(given: int | None, default: int) -> int:
-    from kvbench.errors import UserError
-
-    if given is not None and given < 0:
-        raise UserError(f"--seed {given} is negative.", "Give a whole number of at least 0.")
-    return default if given is None else given
-
-
-def _device(name: str) -> str:
-    from kvbench.models.device import pick_device
-
-    pick_device(name)
-    return name

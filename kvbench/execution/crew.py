@@ -67,7 +67,7 @@ class Hand:
         self.child.stop()
 
 
-def crew_of(plan: Plan, most: int, events: Events) -> list[Hand]:
+def crew_of(plan: Plan, most: int, omit: bool, events: Events) -> list[Hand]:
     """Start the children of a plan.
 
     A small model on a CPU is bound by the cost of calls, not of arithmetic, so that several single-threaded
@@ -75,6 +75,7 @@ def crew_of(plan: Plan, most: int, events: Events) -> list[Hand]:
 
     Args:
         most: children that are allowed; 0 for as many as are useful.
+        omit: as in a job.
     """
     request = plan.request
     cores = request.threads or os.cpu_count() or 1
@@ -83,7 +84,7 @@ def crew_of(plan: Plan, most: int, events: Events) -> list[Hand]:
     count = min(cores, most or MOST_CHILDREN) if on_cpu and small and not _has_large_judge(plan.judging) else 1
     threads = max(1, cores // count) if count > 1 or request.threads else 0
     data = str(request.data) if request.data else None
-    job = Job(plan.cells, plan.model.location, plan.task_files, data, request.limit, threads, plan.judging)
+    job = Job(plan.cells, plan.model.location, plan.task_files, data, request.limit, threads, plan.judging, omit)
     return [Hand(job, number, events) for number in range(count)]
 
 

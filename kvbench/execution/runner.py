@@ -46,12 +46,14 @@ class Conduct:
         fail_fast: stop at the first failure.
         timeout: seconds without a sign of life after which a child is ended, and its cell has failed.
         children: most children; 0 for as many as are useful.
+        omit: what the documents are too long or too short for fails by itself, and is no reason to refuse the rest.
     """
 
     fresh: bool = False
     fail_fast: bool = False
     timeout: float = 3600.0
     children: int = 0
+    omit: bool = False
 
 
 @dataclass
@@ -150,7 +152,7 @@ def _carry_out(run: _Run, plan: Plan) -> None:
     crew = _Crew(plan, [], Claims(run.folder))
     with ExitStack() as stack:
         stack.callback(crew.claims.release_all)
-        for hand in crew_of(plan, run.conduct.children, events):
+        for hand in crew_of(plan, run.conduct.children, run.conduct.omit, events):
             crew.hands.append(hand)
             stack.callback(hand.stop)
         while not all(hand.ended for hand in crew.hands):
@@ -176,16 +178,7 @@ def _handle(run: _Run, crew: _Crew, hand: Hand, event: dict[str, Any]) -> None:
         case "refused":
             raise UserError(event["message"], event["hint"])
         case "ready":
-            hand.is_ready = True
-            if crew.parts is None and all(other.is_ready for other in crew.hands):
-                _open(run, crew.plan, event["tasks"])
-                crew.parts = parts_of(crew.plan.cells, event["tasks"])
-                run.total += sum(part.tokens for part in crew.parts)
-                _say_what_is_left_out(run.console, event["tasks"])
-                for other in crew.hands:
-                    _assign(run, crew, other)
-            elif crew.parts is not None:
-                _assign(run, crew, hand)
+            _begin(run, crew, hand, event)
         case "at":
             hand.child.at = event["cell"]
             run.progress.update(run.bar, description=run.cells[event["cell"]].label)
@@ -206,6 +199,22 @@ def _handle(run: _Run, crew: _Crew, hand: Hand, event: dict[str, Any]) -> None:
             for other in crew.hands:
                 if other.is_idle:
                     _assign(run, crew, other)
+
+
+def _begin(run: _Run, crew: _Crew, hand: Hand, ready: dict[str, Any]) -> None:
+    """A child is ready. Nothing is written before all of them are."""
+    hand.is_ready = True
+    if crew.parts is not None:
+        _assign(run, crew, hand)
+    elif all(other.is_ready for other in crew.hands):
+        _open(run, crew.plan, ready["tasks"])
+        for unable in ready["unable"]:
+            _fail(run, Failure(**unable))
+        crew.parts = parts_of(crew.plan.cells, ready["tasks"])
+        run.total += sum(part.tokens for part in crew.parts)
+        _say_what_is_left_out(run.console, ready["tasks"])
+        for other in crew.hands:
+            _assign(run, crew, other)
 
 
 def _assign(run: _Run, crew: _Crew, hand: Hand) -> None:

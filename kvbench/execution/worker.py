@@ -61,6 +61,7 @@ class Worker:
         self.events = events
         self.layouts: dict[tuple[int, int, Fraction, str, int, Structure], Layout] = {}
         self.failed: set[str] = set()
+        self.unable: list[Failure] = []
 
     def say(self, event: str, **fields: Any) -> None:
         self.events.write(json.dumps({"event": event, **fields}) + "\n")
@@ -103,13 +104,21 @@ class Worker:
         pieces = {piece.shape: piece for _, cut in work.documents for piece in cut.pieces}
         longest = max(piece.context for piece in pieces.values())
         for cell in (c for c in work.cells if c.method != HUMAN):
-            method = self.runners[cell.key].method
-            method.check(longest, work.task.kind == "online")
-            if method.unrotates:
-                frequencies(self.loaded.model)
-            for piece in pieces.values():
-                layout = make_layout(method, piece.planned, cell.seed, 0, piece.structure)
-                self._check_positions(cell, layout, len(piece.ids) - piece.planned)
+            try:
+                self._check_cell(cell, longest, list(pieces.values()), work.task.kind == "online")
+            except UserError as error:
+                if not self.job.omit or cell.method == "full":
+                    raise
+                self.unable.append(Failure(cell.key, f"{cell.label}: {error.message}", error.hint))
+
+    def _check_cell(self, cell: Cell, longest: int, pieces: Sequence[Piece], in_chunks: bool) -> None:
+        method = self.runners[cell.key].method
+        method.check(longest, in_chunks)
+        if method.unrotates:
+            frequencies(self.loaded.model)
+        for piece in pieces:
+            layout = make_layout(method, piece.planned, cell.seed, 0, piece.structure)
+            self._check_positions(cell, layout, len(piece.ids) - piece.planned)
 
     def _check_positions(self, cell: Cell, layout: Layout, more: int) -> None:
         """Learned positions end with the model's context; rotary ones go on."""
@@ -137,7 +146,7 @@ class Worker:
                 "tokens": tokens_of(cut for _, cut in work.documents),
             }
             for work in self.works
-        })
+        }, unable=[dataclasses.asdict(failure) for failure in self.unable])
 
     def run(self, order: Order) -> None:
         """Measure what is not yet on disk of the documents of an order."""

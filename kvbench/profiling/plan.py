@@ -11,11 +11,11 @@ from dataclasses import dataclass, replace
 from fractions import Fraction
 from pathlib import Path
 
+from kvbench.adapters import Adapters
 from kvbench.errors import UserError, unknown
 from kvbench.methods import METHODS, Method, Structure, make_layout, make_method, parse_ratio, ratio_text
 from kvbench.models.references import ModelReference, find_adapter, fingerprint, resolve_model
 from kvbench.models.shapes import check_shape, is_shape
-from kvbench.plan import Adapters
 from kvbench.store.profile_records import AGAIN, FULL, STOCK
 from kvbench.store.records import Cell
 from kvbench.units import parse_bytes

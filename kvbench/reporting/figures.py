@@ -12,6 +12,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, ScalarFormatter
 
+from kvbench.reporting.format import by_setting
 from kvbench.store.records import Row
 
 _STYLES = {
@@ -42,23 +43,27 @@ def style_of(method: str) -> dict[str, Any]:
 
 
 def draw(rows: Sequence[Row], panel: Panel, folder: Path, name: str) -> list[Path]:
-    """One panel per task, side by side, written as PNG and PDF.
+    """One panel per task (and model, and seed), side by side, written as PNG and PDF.
 
     Returns:
         The files written; none if there are no rows.
     """
-    tasks = list(dict.fromkeys(r.task for r in rows))
-    if not tasks:
+    settings = by_setting(rows)
+    if not settings:
         return []
+    across = min(len(settings), 4)
+    down = -(-len(settings) // across)
+    several = len({seed for *_, seed in settings}) > 1
     with rc_context(_SETTINGS):
-        figure = Figure(figsize=(4.6 * len(tasks), 3.4), layout="constrained")
-        axes = figure.subplots(1, len(tasks), squeeze=False)
-        for place, task in zip(axes[0], tasks, strict=True):
-            mine = [r for r in rows if r.task == task]
+        figure = Figure(figsize=(4.6 * across, 3.4 * down), layout="constrained")
+        places = list(figure.subplots(down, across, squeeze=False).flat)
+        for place, ((task, protocol, model, seed), mine) in zip(places, settings.items(), strict=False):
             panel(place, mine)
-            about = mine[0].model if task == mine[0].protocol else f"{mine[0].model}, {mine[0].protocol}"
-            place.set_title(f"{task} ({about})", fontsize=9)
+            about = model if task == protocol else f"{model}, {protocol}"
+            place.set_title(f"{task} ({about}{f', seed {seed}' if several else ''})", fontsize=9)
             place.legend(fontsize=8)
+        for place in places[len(settings) :]:
+            place.set_axis_off()
         folder.mkdir(parents=True, exist_ok=True)
         paths = [folder / f"{name}.{ending}" for ending in ("png", "pdf")]
         for path in paths:

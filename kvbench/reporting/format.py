@@ -2,14 +2,27 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from rich import box
 from rich.table import Table
 
 from kvbench.store.records import Row
 
+WIDTH = 140
+"""Width of tables where the output is not a terminal."""
+
 _ROLE_ORDER = ("human", "full", "adapted", "none")
 
 Key = tuple[str, float | None]
+
+
+def by_setting(rows: Sequence[Row]) -> dict[tuple[str, str, str, int], list[Row]]:
+    """Rows by (task, protocol, model, seed): what is compared within one table or panel."""
+    found: dict[tuple[str, str, str, int], list[Row]] = {}
+    for row in rows:
+        found.setdefault((row.task, row.protocol, row.model, row.seed), []).append(row)
+    return found
 
 
 def cells_of(rows: list[Row]) -> dict[Key, dict[str, Row]]:
@@ -28,7 +41,8 @@ def cells_of(rows: list[Row]) -> dict[Key, dict[str, Row]]:
 
 def new_table(row: Row, what: str, removed: tuple[str, ...] = ("asked", "realised", "mean")) -> Table:
     table = Table(
-        title=f"{row.task}: {what}  ({row.model}, {row.protocol}, {row.n} documents in {row.groups} groups)",
+        title=f"{row.task}: {what}  ({row.model}, {row.protocol}, seed {row.seed}, {row.n} documents in {row.groups} "
+        "groups)",
         title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False,
     )
     table.add_column("method", no_wrap=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from kvbench.reporting.format import cells_of, number_of
+from kvbench.reporting.format import by_setting, cells_of, number_of
 from kvbench.store.records import Row
 from kvbench.units import bytes_of
 
@@ -85,8 +85,7 @@ _HEAD = ("method", "removed: asked", "realised")
 def sheets_of(rows: Sequence[Row]) -> list[Sheet]:
     """One table for each task and protocol, and one for the greedy texts."""
     found: list[Sheet] = []
-    for task, protocol in dict.fromkeys((r.task, r.protocol) for r in rows):
-        mine = [r for r in rows if (r.task, r.protocol) == (task, protocol)]
+    for (task, protocol, _, _), mine in by_setting(rows).items():
         if protocol == "profile":
             timed = [r for r in mine if r.params["batch_size"] and r.params["seq_len"]]
             found.append(_sheet(timed, task, "time and memory", _PROFILE, ("seq_len", "batch_size", "bin")))
@@ -148,7 +147,7 @@ def _sheet(
         "does not meet that of the next.", one.signature.partition(":")[2],
     )
     return Sheet(
-        name, f"{name}: {what} ({one.model}, {one.n} {one.unit}s in {one.groups} groups)",
+        name, f"{name}: {what} ({one.model}, seed {one.seed}, {one.n} {one.unit}s in {one.groups} groups)",
         (*head, *_HEAD, *(c.heading for c in shown), "KV held"), tuple(lines), notes,
     )
 

@@ -10,6 +10,8 @@ from rich.table import Table
 from rich.text import Text
 
 from kvbench.reporting.format import (
+    WIDTH,
+    by_setting,
     cells_of,
     delta_of,
     new_table,
@@ -23,9 +25,6 @@ from kvbench.reporting.text_tables import text_tables
 from kvbench.store.records import Results, Row
 from kvbench.units import bytes_of
 
-WIDTH = 140
-"""Width of tables where the output is not a terminal."""
-
 _BINS = {"distance": "distance in tokens", "step": "time step (chunks in memory)"}
 
 
@@ -33,10 +32,8 @@ def print_results(results: Results, console: Console, folder: Path | None = None
     """All tables of a run, its failures, and where it lies."""
     if not console.is_terminal:
         console = Console(file=console.file, width=WIDTH)
-    for task in dict.fromkeys(row.task for row in results.rows):
-        for protocol in dict.fromkeys(row.protocol for row in results.rows if row.task == task):
-            rows = [r for r in results.rows if r.task == task and r.protocol == protocol]
-            console.print(task_tables(rows))
+    for rows in by_setting(results.rows).values():
+        console.print(task_tables(rows))
     for failure in results.failures:
         console.print(Text(f"failed: {failure.error} {failure.hint}".strip(), style="red"))
     if folder is not None:

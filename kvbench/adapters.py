@@ -1,0 +1,85 @@
+"""Which adapter each method of a request gets: those given, each for the method on its card, and the shipped ones."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from kvbench.errors import UserError
+from kvbench.methods import METHODS, Method
+from kvbench.models.adapter import AdapterCard, read_card
+from kvbench.models.references import ModelReference, find_adapter, given_adapter
+
+Entry = tuple[Method, str, Path | None]
+"""A method, its role, and its adapter once it has one."""
+
+
+class Adapters:
+    """The adapters of a request: those given, each for the method on its card, and the shipped ones."""
+
+    def __init__(self, given: Sequence[str], model: ModelReference) -> None:
+        self.model = model
+        self.given = {folder: read_card(folder) for folder in map(given_adapter, given)}
+
+    def has(self, method: Method) -> bool:
+        """Whether one was given for the method."""
+        return any(card.method == method.name for card in self.given.values())
+
+    def given_to(self, entries: Sequence[Entry]) -> list[Entry]:
+        """The entries with their adapters, and ``adapted`` where an adapter acts on the text too.
+
+        Raises:
+            UserError: an adapter is missing, of no use, or made for another model or other options.
+        """
+        found = [(m, role, self._folder(m) if m.needs_adapter else None) for m, role, _ in entries]
+        on_text = [f for _, _, f in found if f is not None and read_card(f).gate != "gated"]
+        if on_text and not any(m.name == "adapted" for m, _, _ in found):
+            found.append((METHODS["adapted"](), "control", self._control(on_text[0])))
+        used = {folder for _, _, folder in found}
+        for folder, card in self.given.items():
+            if folder not in used:
+                asked = any(m.name == card.method for m, _, _ in found)
+                raise UserError(
+                    f"The adapter in {folder} was trained for {card.method!r}, "
+                    + ("for which another one is given." if asked else "which is not asked for."),
+                    "Leave one out." if asked else f"Add --method {card.method}, or give another --adapter.",
+                )
+        return found
+
+    def _folder(self, method: Method) -> Path:
+        mine = [f for f, card in self.given.items() if card.method == method.name]
+        if method.name == "adapted":
+            mine = mine or [f for f, card in self.given.items() if card.gate != "gated"]
+        bound = method.trained_options
+        mine.sort(key=lambda f: any(self.given[f].options.get(k, v) != v for k, v in bound.items()))
+        folder = mine[0] if mine else find_adapter(method.name, self.model, bound)
+        self._check(folder, read_card(folder), method)
+        return folder
+
+    def _control(self, tuned: Path) -> Path:
+        """The adapter that shows the effect of tuning alone: one made for it, or the tuned one itself."""
+        made = [folder for folder, card in self.given.items() if card.method == "adapted"]
+        if made or tuned in self.given:
+            return made[0] if made else tuned
+        try:
+            return find_adapter("adapted", self.model, {})
+        except UserError:
+            return tuned
+
+    def _check(self, folder: Path, card: AdapterCard, method: Method) -> None:
+        model = self.model
+        known = bool(model.fingerprint and card.base_hash)
+        if card.base_hash != model.fingerprint if known else card.base_model != model.short_name:
+            raise UserError(
+                f"The adapter in {folder} was trained on another base model "
+                f"({card.base_model}, {card.base_hash}), not on {model.name} ({model.fingerprint}).",
+                f"Train one: kvbench train --method {method.name} --model {model.name} "
+                f"--data TEXTS.jsonl --out ADAPTER.",
+            )
+        for name, wanted in method.trained_options.items():
+            trained = card.options.get(name, method.known[name].default)
+            if trained != wanted:
+                raise UserError(
+                    f"The adapter in {folder} was trained with {name}={trained}, and {name}={wanted} is asked for.",
+                    f"Use --set {name}={trained}, or train one with --set {name}={wanted}.",
+                )

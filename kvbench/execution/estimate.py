@@ -1,0 +1,83 @@
+"""About how long the cells of a plan take, for the dry run: from what is on disk, or from arithmetic."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from functools import cache
+
+import numpy as np
+
+from kvbench.corpora.documents import Document
+from kvbench.plan import Plan
+from kvbench.store.folder import RECORDS, RunFolder
+from kvbench.store.records import Cell
+
+BYTES_PER_TOKEN = 4
+LONGEST = 1280
+"""Tokens of a prefix with its continuation, at most, where the task cuts one."""
+WRITING = 3.0
+"""A text that is written costs this many times as much as one that is read: its tokens come one by one."""
+OVERHEAD = 3.0
+"""Seconds measured over seconds of arithmetic, on the embedded model, where calls cost more than arithmetic."""
+
+
+def estimate_seconds(plan: Plan, folder: RunFolder) -> dict[str, float | None]:
+    """Seconds by cell, for the documents that are not on disk; None where nothing is known of the model's size."""
+    found: dict[str, float | None] = {}
+    per_document = {cell.key: _measured(folder, cell) for cell in plan.cells}
+    for task in dict.fromkeys(cell.task for cell in plan.cells):
+        mine = [cell for cell in plan.cells if cell.task == task]
+        documents = plan.corpora[task].documents
+        documents = documents[: plan.request.limit or len(documents)]
+        known = [s for cell in mine if (s := per_document[cell.key]) is not None and cell.method != "human"]
+        guess = float(np.mean(known)) if known else _by_arithmetic(plan, mine[0], documents)
+        for cell in mine:
+            left = len(documents) - len(folder.documents(cell))
+            each = per_document[cell.key]
+            cost = guess if each is None else each
+            found[cell.key] = None if cost is None else max(0, left) * cost / _at_a_time(plan)
+    return found
+
+
+def _at_a_time(plan: Plan) -> int:
+    """Children that measure at the same time (as many as there are cores, where the model is small)."""
+    from kvbench.execution.crew import MOST_CHILDREN, SMALL_MODEL_BYTES
+
+    is_small = 0 < plan.model.weight_bytes <= SMALL_MODEL_BYTES and plan.request.device in ("cpu", "auto")
+    return min(plan.request.threads or os.cpu_count() or 1, MOST_CHILDREN) if is_small else 1
+
+
+def _measured(folder: RunFolder, cell: Cell) -> float | None:
+    """Mean seconds per document on disk; a torn or damaged line says nothing."""
+    path = folder.cell_folder(cell) / RECORDS
+    seconds = []
+    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
+        try:
+            seconds.append(float(json.loads(line)["seconds"]))
+        except (ValueError, KeyError, TypeError):
+            continue
+    return float(np.mean(seconds)) if seconds else None
+
+
+def _by_arithmetic(plan: Plan, cell: Cell, documents: tuple[Document, ...]) -> float | None:
+    """Seconds per document: two operations per weight and token, at the speed of a matrix product here."""
+    if plan.model.weight_bytes <= 0 or plan.request.device.startswith("cuda") or not documents:
+        return None
+    weights = plan.model.weight_bytes / 4
+    cap = None if cell.protocol in ("block", "stream") else LONGEST
+    lengths = [min(len(d.text.encode()) // BYTES_PER_TOKEN, cap or 1 << 40) for d in documents]
+    factor = OVERHEAD * (WRITING if cell.writes else 1.0)
+    return factor * 2 * weights * float(np.mean(lengths)) / _speed()
+
+
+@cache
+def _speed() -> float:
+    """Operations per second of a product of matrices, on one core or all, as the library pleases."""
+    a = np.ones((512, 512), np.float32)
+    a @ a
+    started = time.perf_counter()
+    for _ in range(8):
+        a @ a
+    return 8 * 2 * 512**3 / (time.perf_counter() - started) / (os.cpu_count() or 1)

@@ -1,0 +1,166 @@
+"""Where the workers of a sweep run: on this machine, on a Ray cluster, as Slurm jobs.
+
+Distribution needs no protocol of its own. A worker elsewhere is the same command on the same folder, and what it
+measures is what nobody else holds; so an executor only starts commands and waits for them. The folder must be seen by
+all of them, and its file system must support locks, as NFS 4 does.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, Protocol
+
+from kvbench.errors import UserError
+
+POLL = 1.0
+"""Seconds between two looks at the folder."""
+
+
+@dataclass(frozen=True)
+class Ended:
+    """How a worker ended.
+
+    Attributes:
+        code: its exit code; None if it was lost.
+        words: the end of what it said.
+    """
+
+    code: int | None
+    words: str
+
+
+class Executor(Protocol):
+    """Starts ``workers`` processes of a command, and waits for them."""
+
+    def __call__(
+        self, command: Sequence[str], workers: int, options: Mapping[str, str], look: Callable[[float], None]
+    ) -> list[Ended]:
+        """
+        Args:
+            command: run in a folder of the same name as the current one here.
+            options: of the executor.
+            look: called again and again while waiting, with the seconds that it may take.
+
+        Raises:
+            UserError: the executor is not installed, or not to be had, or does not know an option.
+        """
+
+
+def participate(command: Sequence[str], folder: str) -> Ended:
+    """Run a worker to its end; what Ray and Slurm call on their machines."""
+    if not Path(folder).is_dir():
+        return Ended(2, f"The folder {folder} is not seen on {os.uname().nodename}. Run from a shared folder.")
+    process = subprocess.Popen(
+        list(command), cwd=folder, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
+        text=True,
+    )
+    try:
+        _, words = process.communicate()
+    except BaseException:  # cancelled: the worker keeps what it has measured, and ends
+        process.terminate()
+        process.wait()
+        raise
+    return Ended(process.returncode, words.strip()[-2000:])
+
+
+def on_ray(
+    command: Sequence[str], workers: int, options: Mapping[str, str], look: Callable[[float], None]
+) -> list[Ended]:
+    """Workers as tasks of a Ray cluster: ``address`` (default: one on this machine), ``num_cpus`` and ``num_gpus``
+    of each."""
+    try:
+        import ray
+    except ImportError:
+        raise UserError("Ray is not installed.", "Install it: pip install 'kvbench[ray]'.") from None
+    _check_options("ray", options, ("address", "num_cpus", "num_gpus"))
+    needs = {name: float(options.get(name, default)) for name, default in (("num_cpus", "1"), ("num_gpus", "0"))}
+    started = not ray.is_initialized()
+    if started:
+        try:
+            ray.init(address=options.get("address"), log_to_driver=False, logging_level="error")
+        except Exception as error:
+            raise UserError(f"There is no Ray cluster to be had: {error}.", "Check the option address=.") from error
+    try:
+        work = ray.remote(max_retries=0, **needs)(participate)
+        running = [work.remote(list(command), os.getcwd()) for _ in range(workers)]
+        left = running
+        try:
+            while left:
+                _, left = ray.wait(left, num_returns=len(left), timeout=POLL)
+                look(POLL)
+        except BaseException:
+            for task in running:
+                ray.cancel(task)
+            ray.wait(running, num_returns=len(running), timeout=10)
+            raise
+        return [_told(partial(ray.get, task)) for task in running]
+    finally:
+        if started:
+            ray.shutdown()
+
+
+def on_slurm(
+    command: Sequence[str], workers: int, options: Mapping[str, str], look: Callable[[float], None]
+) -> list[Ended]:
+    """Workers as Slurm jobs, through submitit; options are its parameters, such as ``slurm_partition``,
+    ``timeout_min`` or ``gpus_per_node``; ``cluster=local`` runs them here."""
+    try:
+        import submitit
+    except ImportError:
+        raise UserError("submitit is not installed.", "Install it: pip install 'kvbench[slurm]'.") from None
+    given = dict(options)
+    cluster = given.pop("cluster", "slurm")
+    logs = Path(".kvbench-slurm").resolve()
+    try:
+        executor = submitit.AutoExecutor(folder=logs, cluster=cluster)
+        executor.update_parameters(**{"name": "kvbench", **{key: _number(value) for key, value in given.items()}})
+    except Exception as error:
+        raise UserError(
+            f"Slurm is not to be had on this machine, or an option is wrong: {error}.",
+            "Run on a login node, and give parameters of submitit, such as slurm_partition=gpu.",
+        ) from error
+    jobs = [executor.submit(participate, list(command), os.getcwd()) for _ in range(workers)]
+    try:
+        while not all(job.done() for job in jobs):
+            look(POLL)
+    except BaseException:
+        for job in jobs:
+            job.cancel()
+        raise
+    return [_told(job.result) for job in jobs]
+
+
+EXECUTORS: Mapping[str, Executor] = {"ray": on_ray, "slurm": on_slurm}
+"""Beside ``local``, where this process starts its children itself."""
+
+
+def worker_command() -> list[str]:
+    """This command as a worker runs it: with one child, on its own machine."""
+    words = [word for word in sys.argv[1:] if word != "--fresh"]
+    return [sys.executable, "-m", "kvbench", *words, "--executor", "local", "--workers", "1", "--json"]
+
+
+def _told(result: Callable[[], Any]) -> Ended:
+    try:
+        ended = result()
+    except Exception as error:  # the machine, the job or the task was lost; what it measured is on disk
+        return Ended(None, str(error).strip()[-2000:])
+    return Ended(ended.code, ended.words)
+
+
+def _check_options(executor: str, given: Mapping[str, str], known: Sequence[str]) -> None:
+    from kvbench.errors import unknown
+
+    for name in given:
+        if name not in known:
+            raise unknown(f"option of {executor}", name, known)
+
+
+def _number(text: str) -> int | str:
+    return int(text) if text.lstrip("-").isdecimal() else text
