@@ -50,6 +50,10 @@ def numbers(folder: Path) -> dict[tuple[object, ...], float]:
     }
 
 
+def lines(folder: Path) -> int:
+    return sum(len(path.read_bytes().splitlines()) for path in folder.glob(f"cells/*/{RECORDS}"))
+
+
 def check_records(folder: Path, documents: int | None = None) -> None:
     """No record twice, none lost, no torn line."""
     files = list(folder.glob(f"cells/*/{RECORDS}"))
@@ -86,8 +90,11 @@ def test_killed_ten_times_and_continued_equals_uninterrupted(whole: Path, tmp_pa
     """Every other time with its children, every other time the parent alone."""
     moments = random.Random(0)
     for number in range(10):
+        before = lines(tmp_path / "run")
         victim = start(*GRID, "--out", "run", cwd=tmp_path)
-        time.sleep(moments.uniform(6, 18))
+        while lines(tmp_path / "run") <= before and victim.poll() is None:
+            time.sleep(0.1)
+        time.sleep(moments.uniform(0, 8))
         assert victim.poll() is None, "the grid is too small for ten kills"
         if number % 2:
             os.killpg(victim.pid, signal.SIGKILL)

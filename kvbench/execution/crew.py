@@ -71,7 +71,8 @@ def crew_of(plan: Plan, most: int, omit: bool, events: Events) -> list[Hand]:
     """Start the children of a plan.
 
     A small model on a CPU is bound by the cost of calls, not of arithmetic, so that several single-threaded
-    children are faster than one with several threads.
+    children are faster than one with several threads. Where the user says how many, other processes may be at
+    work beside this one, and several threads of each would starve one another.
 
     Args:
         most: children that are allowed; 0 for as many as are useful.
@@ -80,9 +81,12 @@ def crew_of(plan: Plan, most: int, omit: bool, events: Events) -> list[Hand]:
     request = plan.request
     cores = request.threads or os.cpu_count() or 1
     on_cpu = request.device == "cpu" or (request.device == "auto" and not _cuda())
-    small = 0 < plan.model.weight_bytes <= SMALL_MODEL_BYTES
-    count = min(cores, most or MOST_CHILDREN) if on_cpu and small and not _has_large_judge(plan.judging) else 1
-    threads = max(1, cores // count) if count > 1 or request.threads else 0
+    small = on_cpu and 0 < plan.model.weight_bytes <= SMALL_MODEL_BYTES and not _has_large_judge(plan.judging)
+    count = min(cores, most or MOST_CHILDREN) if small else 1
+    if small and most:
+        threads = 1
+    else:
+        threads = max(1, cores // count) if count > 1 or request.threads else 0
     data = str(request.data) if request.data else None
     job = Job(plan.cells, plan.model.location, plan.task_files, data, request.limit, threads, plan.judging, omit)
     return [Hand(job, number, events) for number in range(count)]

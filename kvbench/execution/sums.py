@@ -5,10 +5,15 @@ from __future__ import annotations
 from collections import defaultdict
 from typing import Any
 
+import torch
+
 from kvbench.corpora.documents import Document
 from kvbench.protocols.cut import Cut, Piece
-from kvbench.protocols.score import BatchScore, kl_histogram, loss_by_distance
+from kvbench.protocols.score import DISTANCES, POSITIONS, BatchScore, kl_histogram, loss_by
 from kvbench.store.records import DocumentRecord
+
+Curve = dict[str, tuple[int, float, float]]
+"""Bin -> targets, their nll, and what they cost more than with the full cache."""
 
 
 class DocumentSums:
@@ -19,7 +24,8 @@ class DocumentSums:
         self.left = len(cut.pieces)
         self.sums: dict[str, Any] = defaultdict(float)
         self.bins: dict[str, int] = defaultdict(int)
-        self.curve: dict[str, tuple[int, float, float]] = {}
+        self.by_distance: Curve = {}
+        self.by_position: Curve = {}
         self.has_kl, self.peak = True, 0
 
     @property
@@ -49,10 +55,11 @@ class DocumentSums:
             s["top1"] += int(score.top1[row].sum())
             for place, count in kl_histogram(score.kl[row]).items():
                 self.bins[place] += count
+        nll = score.nll[row]
+        loss = torch.zeros_like(nll) if score.loss is None else score.loss[row]
+        _add(self.by_position, loss_by(score.position, POSITIONS, nll, loss))
         if score.loss is not None and score.since is not None:
-            for place, (n, nll, loss) in loss_by_distance(score.nll[row], score.loss[row], score.since).items():
-                before = self.curve.get(place, (0, 0.0, 0.0))
-                self.curve[place] = (before[0] + n, before[1] + nll, before[2] + loss)
+            _add(self.by_distance, loss_by(score.since, DISTANCES, nll, loss))
         self.left -= 1
 
     def record(self) -> DocumentRecord:
@@ -64,5 +71,12 @@ class DocumentSums:
             kl=s["kl"] if self.has_kl else None, kl_bins=dict(self.bins) if self.has_kl else None,
             top1=int(s["top1"]) if self.has_kl else None, kv_logical=s["kv_logical"],
             kv_physical=s["kv_physical"], kv_full=s["kv_full"], bin=self.cut.pieces[0].bin,
-            seconds=round(s["seconds"], 4), by_distance=self.curve or None,
+            seconds=round(s["seconds"], 4), by_distance=self.by_distance or None,
+            by_position=self.by_position,
         )
+
+
+def _add(curve: Curve, more: Curve) -> None:
+    for place, (n, nll, loss) in more.items():
+        before = curve.get(place, (0, 0.0, 0.0))
+        curve[place] = (before[0] + n, before[1] + nll, before[2] + loss)

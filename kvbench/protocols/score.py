@@ -21,6 +21,9 @@ from kvbench.runtime import Reader, Trace
 DISTANCES = (0, 1, 2, 3, 4, 8, 16, 32, 64)
 """Least distances of the bins that the loss is recorded by; the last bin is open."""
 
+POSITIONS = (0, *(base * 2**k for k in range(15) for base in (8, 12)))
+"""Least positions of the bins that the loss is recorded by: 0, 8, 12, 16, 24, 32, 48 ..."""
+
 
 @dataclass(frozen=True)
 class Reference:
@@ -63,6 +66,7 @@ class BatchScore:
         loss: what each target costs more than with the full cache, in nats; None likewise.
         since: int64 ``[targets]``, text tokens since the last place where entries were replaced,
             -1 before the first; None if the method replaces none.
+        position: int64 ``[targets]``, text tokens before each target.
         visible: sum over scoring queries of entries visible / text tokens before.
         queries: scoring queries with text before them.
         held: entries after the context was read.
@@ -76,6 +80,7 @@ class BatchScore:
     top1: Tensor | None
     loss: Tensor | None
     since: Tensor | None
+    position: Tensor
     visible: float
     queries: int
     held: int
@@ -119,7 +124,7 @@ def score_batch(
         torch.cat(rows.nll, 1), torch.cat(rows.hit, 1),
         torch.cat(rows.kl, 1) if rows.kl else None, torch.cat(rows.top1, 1) if rows.top1 else None,
         torch.cat(rows.loss, 1) if rows.loss else None, _since(layout, first),
-        visible, queries, held, reader.trace.peak, *sizes,
+        torch.arange(first.scored, len(first.ids)), visible, queries, held, reader.trace.peak, *sizes,
     )
     return score, rows.collected()
 
@@ -219,13 +224,15 @@ def _since(layout: Layout, piece: Piece) -> Tensor | None:
     return torch.where(last < 0, -1, target - last)
 
 
-def loss_by_distance(nll: Tensor, loss: Tensor, since: Tensor) -> dict[str, tuple[int, float, float]]:
-    """Targets, their summed nll and summed loss, by distance from the last replacement of entries."""
-    place = torch.bucketize(since, torch.tensor(DISTANCES), right=True) - 1
+def loss_by(
+    where: Tensor, bins: tuple[int, ...], nll: Tensor, loss: Tensor
+) -> dict[str, tuple[int, float, float]]:
+    """Targets, their summed nll and summed loss, by the bin that ``where`` falls into; negative is nowhere."""
+    place = torch.bucketize(where, torch.tensor(bins), right=True) - 1
     found = {}
-    for p in torch.unique(place[since >= 0]).tolist():
-        chosen = (place == p) & (since >= 0)
-        found[str(DISTANCES[p])] = (int(chosen.sum()), float(nll[chosen].sum()), float(loss[chosen].sum()))
+    for p in torch.unique(place[where >= 0]).tolist():
+        chosen = (place == p) & (where >= 0)
+        found[str(bins[p])] = (int(chosen.sum()), float(nll[chosen].sum()), float(loss[chosen].sum()))
     return found
 
 

@@ -9,6 +9,7 @@ from typing import Any
 
 from kvbench import metrics
 from kvbench.errors import UserError, unknown
+from kvbench.reporting.distance import is_of_curve
 from kvbench.reporting.generation import decoded_rows
 from kvbench.reporting.results import scored_rows
 from kvbench.statistics import holm
@@ -194,7 +195,7 @@ def _compared(first: Side, second: Side, a: Cell, b: Cell, info: dict[str, Any])
     shown = tuple(
         replace(r, method=b.method, baseline=names[0]) for r in rows
         if not is_first[id(r)] and r.delta is not None and r.metric not in _BYTES
-        and not str(r.params.get("bin")).startswith("since=")
+        and not is_of_curve(r)
     )
     return Pair((names[0], names[1]), at, shown)
 

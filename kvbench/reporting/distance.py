@@ -1,4 +1,4 @@
-"""What compression costs by the distance from where entries were last replaced; a recorded curve."""
+"""What compression costs by the place in the text, and by the distance from where entries were last replaced."""
 
 from __future__ import annotations
 
@@ -11,31 +11,55 @@ from numpy.typing import NDArray
 from kvbench.statistics import bootstrap_intervals
 from kvbench.store.records import Cell, DocumentRecord, Row
 
-SIGNATURE = "nats|mean over targets at that distance from the last replaced entries|v:1"
+CURVES = ("since", "position")
+_SIGNATURES = {
+    "since": "nats|mean over targets at that distance from the last replaced entries|v:1",
+    "position": "nats|mean over targets with that many text tokens before them|v:1",
+}
 
 
-def distance_rows(cell: Cell, records: Sequence[DocumentRecord], info: dict[str, Any]) -> list[Row]:
-    """One row per distance: metric ``nll``, with its difference to ``full`` on the same targets.
+def is_of_curve(row: Row) -> bool:
+    """Whether a row is a point of a recorded curve."""
+    return str(row.params.get("bin")).partition("=")[0] in CURVES
 
-    ``params.bin`` is ``since=d``: targets with at least d text tokens (and fewer than the next
-    d) between them and the last summary. Methods that replace no entries have no such rows.
+
+def curve_rows(cell: Cell, records: Sequence[DocumentRecord], info: dict[str, Any]) -> list[Row]:
+    """The points of both curves: metric ``nll``, with its difference to ``full`` on the same targets.
+
+    ``params.bin`` is ``since=d``: targets with at least d text tokens (and fewer than the next d) between
+    them and the last summary; methods that replace no entries have none. Or it is ``position=d``: targets
+    with at least d text tokens before them.
     """
-    bins = sorted({int(name) for r in records for name in r.by_distance or ()})
-    groups = sorted({r.group for r in records})
+    return [
+        *_rows(cell, [(r.group, r.by_distance or {}) for r in records], info, "since"),
+        *_rows(cell, [(r.group, r.by_position or {}) for r in records], info, "position"),
+    ]
+
+
+def _rows(
+    cell: Cell, curves: Sequence[tuple[str, dict[str, tuple[int, float, float]]]], info: dict[str, Any], axis: str
+) -> list[Row]:
+    bins = sorted({int(name) for _, curve in curves for name in curve})
+    groups = sorted({group for group, _ in curves})
     place = {name: i for i, name in enumerate(groups)}
-    rows = []
-    for start in bins:
-        table = np.zeros((len(groups), 3))
-        for r in records:
-            table[place[r.group]] += (r.by_distance or {}).get(str(start), (0, 0.0, 0.0))
+    sums = np.zeros((len(groups), len(bins), 3))
+    for group, curve in curves:
+        for i, start in enumerate(bins):
+            sums[place[group], i] += curve.get(str(start), (0, 0.0, 0.0))
+    if not bins:
+        return []
 
-        table = table[table[:, 0] > 0]
+    def means(drawn: Sequence[NDArray[np.float64]]) -> NDArray[np.float64]:
+        """``[2 bins, draws]``: nll and loss per target of each bin; not a number where no target was drawn."""
+        part = drawn[0].reshape(-1, len(bins), 3)
+        return (part[..., 1:] / part[..., :1]).reshape(len(part), -1).T
 
-        def means(drawn: Sequence[NDArray[np.float64]]) -> NDArray[np.float64]:
-            return (drawn[0][:, 1:] / drawn[0][:, :1]).T
-
-        (low, high), (delta_low, delta_high) = bootstrap_intervals([table], means, cell.seed)
-        count, nll, loss = table.sum(0)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        intervals = bootstrap_intervals([sums.reshape(len(groups), -1)], means, cell.seed).reshape(len(bins), 2, 2)
+    is_full, rows = cell.method == "full", []
+    for i, start in enumerate(bins):
+        count, nll, loss = sums[:, i].sum(0)
+        (low, high), (delta_low, delta_high) = (map(_known, pair) for pair in intervals[i])
         rows.append(Row(
             task=cell.task, protocol=cell.protocol, model=cell.model, method=cell.method,
             ratio_asked=None if cell.ratio_asked is None else float(cell.ratio_asked),
@@ -43,12 +67,13 @@ def distance_rows(cell: Cell, records: Sequence[DocumentRecord], info: dict[str,
             removal="real" if cell.execution == "streamed" else "masked",
             params={
                 "seq_len": info["seq_len"], "batch_size": None, "new_tokens": None, "step": None,
-                "bin": f"since={start}", "position_rule": cell.position_rule, **cell.options,
+                "bin": f"{axis}={start}", "position_rule": cell.position_rule, **cell.options,
             },
-            groups=len(table), metric="nll", value=float(nll / count), ci_low=_known(low), ci_high=_known(high),
-            n=int(count), unit="token", delta=float(loss / count), delta_ci_low=_known(delta_low),
-            delta_ci_high=_known(delta_high), p_value=None, baseline="full", seed=cell.seed,
-            signature=f"nll:{info['signature']}|{SIGNATURE}",
+            groups=int((sums[:, i, 0] > 0).sum()), metric="nll", value=float(nll / count), ci_low=low, ci_high=high,
+            n=int(count), unit="token", delta=None if is_full else float(loss / count),
+            delta_ci_low=None if is_full else delta_low, delta_ci_high=None if is_full else delta_high,
+            p_value=None, baseline=None if is_full else "full", seed=cell.seed,
+            signature=f"nll:{info['signature']}|{_SIGNATURES[axis]}",
         ))
     return rows
 

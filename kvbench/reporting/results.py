@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from kvbench import metrics
 from kvbench.errors import UserError
 from kvbench.metrics import KL_BINS, Metric
-from kvbench.reporting.distance import distance_rows
+from kvbench.reporting.distance import curve_rows
 from kvbench.reporting.estimates import Measured, bin_rows
 from kvbench.reporting.generation import generation_rows
 from kvbench.reporting.profiling import profile_results
@@ -97,7 +97,7 @@ def scored_rows(measured: list[tuple[Cell, list[DocumentRecord]]], info: dict[st
         parts = [_aggregate(c, [r for r in records if r.bin == name]) for c, records in measured]
         rows += bin_rows(parts, tested, info, name)
     if info["kind"] != "recall":  # its targets all lie at the same few distances
-        rows += [row for cell, records in measured for row in distance_rows(cell, records, info)]
+        rows += [row for cell, records in measured for row in curve_rows(cell, records, info)]
     return rows
 
 

@@ -102,6 +102,7 @@ class DocumentRecord:
         seconds: time of the batches, shared out by tokens.
         by_distance: scored tokens, their nll, and what they cost more than with the full cache, by
             their distance from the last place where entries were replaced (the least of each bin).
+        by_position: the same by the text tokens before the target.
     """
 
     document: str
@@ -127,6 +128,7 @@ class DocumentRecord:
     bin: str | None = None
     seconds: float = 0.0
     by_distance: dict[str, tuple[int, float, float]] | None = None
+    by_position: dict[str, tuple[int, float, float]] | None = None
     schema: int = SCHEMA
 
     @property
