@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import lru_cache
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,30 +16,52 @@ LEVEL = 0.95
 EXCHANGES = 9999
 
 
+class Table:
+    """Sums per group, ``[groups, columns]``, whose resampled totals are computed once for each seed."""
+
+    def __init__(self, sums: Array) -> None:
+        self.sums = sums
+        self._totals: dict[int, Array] = {}
+
+    def totals(self, seed: int, weights: Array) -> Array:
+        """``[resamples, columns]``."""
+        if seed not in self._totals:
+            self._totals[seed] = weights @ self.sums
+        return self._totals[seed]
+
+
+@lru_cache(maxsize=1)
+def _weights(index: bytes, resamples: int, groups: int) -> Array:
+    """How often each resample holds each group: ``[resamples, groups]``. Cells of a run share their groups and
+    their seed, and with them this."""
+    drawn = np.frombuffer(index, dtype=np.int64).reshape(resamples, -1)
+    rows = np.arange(resamples)[:, None] * groups
+    return np.bincount((drawn + rows).ravel(), minlength=resamples * groups).reshape(resamples, groups).astype(float)
+
+
 def bootstrap_intervals(
-    tables: Sequence[Array], values: Callable[[Sequence[Array]], Array], seed: int
+    tables: Sequence[Table], values: Callable[[Sequence[Array]], Array], seed: int
 ) -> Array:
     """Percentile intervals of many statistics from one and the same resampling of groups.
 
     Args:
-        tables: sums per group, each ``[groups, columns]``, all with the same groups in order.
+        tables: all with the same groups in order.
         values: from resampled totals, each ``[resamples, columns]``, to ``[statistics, resamples]``.
         seed: of the resampling; the same seed gives the same interval.
 
     Returns:
         ``[statistics, 2]``, low and high ends; NaN where there are fewer than two groups.
     """
-    groups = tables[0].shape[0]
+    groups = tables[0].sums.shape[0]
     if groups < 2:
-        size = values([table.sum(0)[None] for table in tables]).shape[0]
+        size = values([table.sums.sum(0)[None] for table in tables]).shape[0]
         return np.full((size, 2), np.nan)
 
     def statistic(index: Array, axis: int = -1) -> Array:
-        drawn = np.atleast_2d(index).astype(np.int64)
-        weights = np.zeros((drawn.shape[0], groups))
-        np.add.at(weights, (np.arange(drawn.shape[0])[:, None], drawn), 1.0)
-        result = values([weights @ table for table in tables])
-        return result if index.ndim > 1 else result[:, 0]
+        if index.ndim == 1:  # all groups, each once
+            return values([table.sums.sum(0)[None] for table in tables])[:, 0]
+        weights = _weights(index.astype(np.int64).tobytes(), len(index), groups)
+        return values([table.totals(seed, weights) for table in tables])
 
     with np.errstate(divide="ignore", invalid="ignore"):
         found = stats.bootstrap(
@@ -53,17 +76,31 @@ def bootstrap_intervals(
 def paired_p_value(differences: Array, seed: int) -> float | None:
     """Two-sided sign-flip permutation test that the differences of the groups centre on zero.
 
-    Exact when there are few groups; otherwise ``(c + 1) / (n + 1)`` over 9999 random flips.
+    Exact when there are few groups; otherwise ``(c + 1) / (n + 1)`` over 9999 random flips, which are the same
+    for all differences of as many groups, so that they need be drawn once.
     """
-    if len(differences) < 2:
+    groups = len(differences)
+    if groups < 2:
         return None
     if not np.any(differences):
         return 1.0
-    found = stats.permutation_test(
-        (differences,), lambda d, axis=-1: np.sum(d, axis=axis), permutation_type="samples",
-        vectorized=True, n_resamples=9999, rng=np.random.default_rng(seed),
-    )
-    return float(found.pvalue)
+    if 2**groups <= EXCHANGES:
+        found = stats.permutation_test(
+            (differences,), lambda d, axis=-1: np.sum(d, axis=axis), permutation_type="samples",
+            vectorized=True, n_resamples=EXCHANGES,
+        )
+        return float(found.pvalue)
+    observed, null = float(differences.sum()), _flips(groups, seed) @ differences
+    # Sums in another order differ in their last bits.
+    reach = 1e-9 * float(np.abs(differences).sum())
+    side = min((null >= observed - reach).sum(), (null <= observed + reach).sum())
+    return float(min(1.0, 2 * (side + 1) / (EXCHANGES + 1)))
+
+
+@lru_cache(maxsize=1)
+def _flips(groups: int, seed: int) -> Array:
+    """Random signs, ``[exchanges, groups]``."""
+    return np.random.default_rng(seed).choice((-1.0, 1.0), (EXCHANGES, groups))
 
 
 def exchanged_p_values(

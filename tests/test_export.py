@@ -124,7 +124,7 @@ def test_the_page_is_whole_and_needs_nothing_from_elsewhere(run: Path, tmp_path:
     picture = tmp_path / "figure.png"
     picture.write_bytes(b"\x89PNG")
     results = compute_results(folder)
-    path = write_page(folder, results, [picture])
+    path = write_page([folder], results, [picture], folder.path)
     text = path.read_text()
     page = Page()
     page.feed(text)
@@ -140,7 +140,7 @@ def test_the_page_is_whole_and_needs_nothing_from_elsewhere(run: Path, tmp_path:
 def test_the_page_sorts_in_a_browser_without_an_error(run: Path, tmp_path: Path) -> None:
     """Each click on a heading sorts by it, upwards and then downwards; what has no value comes last."""
     folder = RunFolder(run)
-    text = write_page(folder, compute_results(folder), []).read_text()
+    text = write_page([folder], compute_results(folder), [], folder.path).read_text()
     clicks = """<script>
       const order = () => [...document.querySelector("tbody").rows].map(row => row.cells[0].textContent).join(" ");
       const click = name => [...document.querySelectorAll("thead button")].find(b => b.textContent === name).click();
@@ -169,7 +169,7 @@ def test_the_page_says_what_failed_and_escapes_it(run: Path) -> None:
 
     folder = RunFolder(run)
     folder.fail(SINKS, Failure(SINKS.key, "sinks <b>fell</b> & broke", "Mend it."))
-    text = write_page(folder, compute_results(folder), []).read_text()
+    text = write_page([folder], compute_results(folder), [], folder.path).read_text()
     assert "sinks &lt;b&gt;fell&lt;/b&gt; &amp; broke Mend it." in text
 
 

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from kvbench.metrics import LM_METRICS, RECALL_METRICS, recovery
 from kvbench.metrics.agreement import KL_BINS, KL_HIGH, KL_LOW
-from kvbench.statistics import bootstrap_intervals, holm, paired_p_value
+from kvbench.statistics import Table, bootstrap_intervals, holm, paired_p_value
 
 
 def mean_of(tables: list[np.ndarray]) -> np.ndarray:
@@ -19,7 +19,7 @@ def mean_of(tables: list[np.ndarray]) -> np.ndarray:
 def test_bootstrap_interval_of_a_mean_is_the_closed_form() -> None:
     values = np.random.default_rng(0).normal(3.0, 1.0, 400)
     table = np.stack([values, np.ones(400)], 1)
-    low, high = bootstrap_intervals([table], mean_of, 0)[0]
+    low, high = bootstrap_intervals([Table(table)], mean_of, 0)[0]
     error = values.std() / np.sqrt(400)
     assert low == pytest.approx(values.mean() - 1.96 * error, abs=0.01)
     assert high == pytest.approx(values.mean() + 1.96 * error, abs=0.01)
@@ -30,7 +30,7 @@ def test_bootstrap_covers_the_truth_at_its_level() -> None:
     hits = 0
     for trial in range(150):
         table = np.stack([rng.exponential(2.0, 60), np.ones(60)], 1)
-        low, high = bootstrap_intervals([table], mean_of, trial)[0]
+        low, high = bootstrap_intervals([Table(table)], mean_of, trial)[0]
         hits += low <= 2.0 <= high
     assert 0.87 < hits / 150 <= 1.0
 
@@ -43,13 +43,13 @@ def test_bootstrap_is_seeded_and_paired() -> None:
     def difference(tables: list[np.ndarray]) -> np.ndarray:
         return (tables[1][:, 0] / tables[1][:, 1] - tables[0][:, 0] / tables[0][:, 1])[None]
 
-    first = bootstrap_intervals([a, b], difference, 7)
-    assert np.array_equal(first, bootstrap_intervals([a, b], difference, 7))
+    first = bootstrap_intervals([Table(a), Table(b)], difference, 7)
+    assert np.array_equal(first, bootstrap_intervals([Table(a), Table(b)], difference, 7))
     assert first[0] == pytest.approx([0.1, 0.1])
 
 
 def test_one_group_has_no_interval() -> None:
-    assert np.isnan(bootstrap_intervals([np.array([[3.0, 1.0]])], mean_of, 0)).all()
+    assert np.isnan(bootstrap_intervals([Table(np.array([[3.0, 1.0]]))], mean_of, 0)).all()
     assert paired_p_value(np.array([1.0]), 0) is None
 
 

@@ -1,4 +1,4 @@
-"""``kvbench report``: tables and figures of a run, from disk."""
+"""``kvbench report``: tables, figures and a page of runs, from disk."""
 
 from __future__ import annotations
 
@@ -8,64 +8,57 @@ from typing import Annotated
 
 import typer
 
-_LABELS = {"ppl": "perplexity", "accuracy": "recall accuracy", "kl": "KL from the full cache (nats per token)",
-           "gen_ppl": "perplexity of the written text"}
-
 
 def report(
-    run: Annotated[Path, typer.Argument(help="Run folder, as 'kvbench run' named it.", metavar="RUN")],
+    run: Annotated[list[Path], typer.Argument(
+        help="Run folders, as 'kvbench run', 'sweep' and 'profile' named them.", metavar="RUN...")],
     metric: Annotated[list[str] | None, typer.Option(
-        help="Metric to draw against removal; repeatable. [default: ppl, accuracy, gen_ppl]",
+        help="Metric to draw against removal; repeatable. [default: ppl, accuracy, and four of written text]",
         show_default=False)] = None,
+    out: Annotated[Path | None, typer.Option(
+        help="Folder to write into; needed for several runs. [default: the run folder]", show_default=False)] = None,
     json_: Annotated[bool, typer.Option("--json", help="Print the JSON document on stdout.")] = False,
 ) -> None:
-    """Print the table of a run again and draw its figures, from what is on disk.
+    """Print the tables of runs again and draw their figures, from what is on disk.
 
     Needs neither the model nor PyTorch. Writes results.json, table.txt, tables/ (Markdown, CSV,
-    LaTeX), figures/ (PNG and PDF) and report.html, one page with everything, into the run folder.
+    LaTeX), figures/ (PNG and PDF) and report.html, one page with everything.
 
-    Example: kvbench report reports/sentinel-0.7-1a2b3c4d5e
+    Examples:
+
+      kvbench report reports/sentinel-0.7-1a2b3c4d5e
+
+      kvbench report reports/sweep-minidocs-1a2b3c4d5e reports/profile-5e4d3c2b1a --out paper
     """
     from rich.console import Console
 
     from kvbench.errors import UserError, unknown
     from kvbench.metrics import METRIC_NAMES
-    from kvbench.reporting.curves import asked_figures, distance_figure, memory_figure
-    from kvbench.reporting.export import write_tables
-    from kvbench.reporting.figures import removal_figure
-    from kvbench.reporting.page import write_page
-    from kvbench.reporting.profile_figures import profile_figures
-    from kvbench.reporting.results import compute_results
+    from kvbench.reporting.report import write_report
     from kvbench.reporting.tables import print_results
-    from kvbench.store.folder import RESULTS, RunFolder, write_atomic
+    from kvbench.store.folder import RUN
 
     for name in metric or ():
         if name not in METRIC_NAMES:
             raise unknown("metric", name, METRIC_NAMES)
-    folder = RunFolder(run)
-    results = compute_results(folder)
-    rows = list(results.rows)
+    if out is None and len(run) > 1:
+        raise UserError(f"A report of {len(run)} runs needs a folder of its own.", "Name one with --out.")
+    if out is not None and (out / RUN).exists() and out.resolve() not in [path.resolve() for path in run]:
+        raise UserError(f"The folder {out} holds another run.", "Choose another --out.")
+    folder = out or run[0]
+    found = write_report(run, folder, metric or ())
     try:
-        write_atomic(run / RESULTS, results.to_json() + "\n")
-        with (run / "table.txt").open("w", encoding="utf-8") as file:
-            print_results(results, Console(file=file), run)
-        figures = [
-            path for name in metric or ("ppl", "accuracy", "gen_ppl")
-            for path in removal_figure(rows, name, run / "figures", _LABELS.get(name, name))
-        ]
-        for draw in (asked_figures, memory_figure, distance_figure, profile_figures):
-            figures += draw(rows, run / "figures")
-        tables = write_tables(rows, run / "tables")
-        page = write_page(folder, results, figures)
+        with (folder / "table.txt").open("w", encoding="utf-8") as file:
+            print_results(found.results, Console(file=file), folder)
     except OSError as error:
-        raise UserError(f"The run folder {run} cannot be written: {error.strerror}.") from error
+        raise UserError(f"The folder {folder} cannot be written: {error.strerror}.") from error
     if json_:
-        sys.stdout.write(results.to_json() + "\n")
+        sys.stdout.write(found.results.to_json() + "\n")
     else:
         console = Console()
-        print_results(results, console, run)
-        for path in figures:
+        print_results(found.results, console, folder)
+        for path in found.figures:
             console.print(f"figure: {path}", soft_wrap=True, highlight=False)
-        console.print(f"tables: {len(tables)} files in {run / 'tables'}", soft_wrap=True, highlight=False)
-        console.print(f"page: {page}", soft_wrap=True, highlight=False)
-    raise typer.Exit(0 if results.ok else 1)
+        console.print(f"tables: {len(found.tables)} files in {folder / 'tables'}", soft_wrap=True, highlight=False)
+        console.print(f"page: {found.page}", soft_wrap=True, highlight=False)
+    raise typer.Exit(0 if found.results.ok else 1)

@@ -83,10 +83,8 @@ def crew_of(plan: Plan, most: int, omit: bool, events: Events) -> list[Hand]:
     on_cpu = request.device == "cpu" or (request.device == "auto" and not _cuda())
     small = on_cpu and 0 < plan.model.weight_bytes <= SMALL_MODEL_BYTES and not _has_large_judge(plan.judging)
     count = min(cores, most or MOST_CHILDREN) if small else 1
-    if small and most:
-        threads = 1
-    else:
-        threads = max(1, cores // count) if count > 1 or request.threads else 0
+    alone = 1 if small and most else 0  # 0: PyTorch's choice
+    threads = max(1, cores // count) if count > 1 or request.threads else alone
     data = str(request.data) if request.data else None
     job = Job(plan.cells, plan.model.location, plan.task_files, data, request.limit, threads, plan.judging, omit)
     return [Hand(job, number, events) for number in range(count)]

@@ -6,13 +6,10 @@ already on disk, and leaves what another one holds.
 
 from __future__ import annotations
 
-import dataclasses
-import json
 import queue
 from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field
-from datetime import UTC, datetime
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,18 +17,17 @@ from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
-from kvbench.environment import describe
 from kvbench.errors import StoppedError, UserError
 from kvbench.execution.child import WorkerDiedError
 from kvbench.execution.claims import Claims
-from kvbench.execution.crew import Hand, crew_of
+from kvbench.execution.crew import Events, Hand, crew_of
 from kvbench.execution.guards import KEPT, disk
 from kvbench.execution.job import Order
+from kvbench.execution.ledger import Ledger
 from kvbench.execution.parts import Part, parts_of
 from kvbench.plan import Plan
-from kvbench.store.folder import RUN, RunFolder, write_atomic
-from kvbench.store.recorded import Recorded
-from kvbench.store.records import Cell, DocumentRecord, Failure, GenerationRecord
+from kvbench.store.folder import RunFolder
+from kvbench.store.records import Failure
 
 POLL = 0.5
 """Seconds between two looks at what other processes hold."""
@@ -58,29 +54,17 @@ class Conduct:
 
 @dataclass
 class _Run:
-    """What the parent knows of all plans.
+    """All plans on their way.
 
     Attributes:
-        cells: of all plans, by key.
-        tasks: setting -> what a child said of the task under it.
-        failed: keys of the cells that are left alone from now on.
-        opened: whether the folder has been written to.
         tokens: of the parts that are done, and ``total`` of all parts that are known.
     """
 
-    plans: Sequence[Plan]
-    folder: RunFolder
-    content: str
-    command: list[str]
-    console: Console
+    ledger: Ledger
     conduct: Conduct
+    console: Console
     progress: Progress
     bar: TaskID
-    recorded: Recorded
-    cells: dict[str, Cell]
-    tasks: dict[str, dict[str, Any]] = field(default_factory=dict)
-    failed: set[str] = field(default_factory=set)
-    opened: bool = False
     tokens: int = 0
     total: int = 0
 
@@ -119,19 +103,19 @@ def execute(
         TimeRemainingColumn(), console=console, transient=True,
     ) as progress:
         bar = progress.add_task("loading the model", total=None)
-        files = RunFolder(folder)
-        cells = {cell.key: cell for plan in plans for cell in plan.cells}
-        run = _Run(plans, files, content, command, console, conduct, progress, bar, Recorded(files), cells)
+        ledger = Ledger(plans, RunFolder(folder), content, command, conduct.fresh)
+        run = _Run(ledger, conduct, console, progress, bar)
         refused: list[tuple[Plan, UserError | WorkerDiedError]] = []
         try:
             for plan in plans:
                 try:
-                    _carry_out(run, plan)
+                    if not ledger.is_whole(plan):
+                        _carry_out(run, plan)
                 except StoppedError:
                     raise
                 except (UserError, WorkerDiedError) as error:
                     refused.append((plan, error))
-            if refused and not run.opened:
+            if refused and not ledger.opened:
                 raise refused[0][1]
             for plan, reason in refused:
                 message, hint = (reason.message, reason.hint) if isinstance(reason, UserError) else (str(reason), "")
@@ -139,32 +123,27 @@ def execute(
                     _fail(run, Failure(cell.key, f"{cell.label}: {message}", hint))
         except _EnoughError:
             console.print("Stopped at the first failure; the same command goes on.", highlight=False)
-        describe_run(run)  # another process may have described the folder as its own meanwhile
+        ledger.describe()  # another process may have described the folder as its own meanwhile
 
 
 def _carry_out(run: _Run, plan: Plan) -> None:
-    """Measure one plan with children of its own, unless all of it is on disk."""
-    if not run.conduct.fresh and (found := _whole(run, plan)):
-        run.tasks |= found
-        run.opened = True
-        return
-    events: queue.Queue[tuple[int, dict[str, Any] | None]] = queue.Queue()
-    crew = _Crew(plan, [], Claims(run.folder))
+    """Measure one plan with children of its own."""
+    events: Events = queue.Queue()
+    crew = _Crew(plan, [], Claims(run.ledger.folder))
     with ExitStack() as stack:
         stack.callback(crew.claims.release_all)
         for hand in crew_of(plan, run.conduct.children, run.conduct.omit, events):
             crew.hands.append(hand)
             stack.callback(hand.stop)
         while not all(hand.ended for hand in crew.hands):
+            _end_hanging(run, crew)
             try:
                 number, event = events.get(timeout=POLL)
             except queue.Empty:
-                _end_hanging(run, crew)
                 for hand in crew.hands:  # another process may have let go of a part
                     if crew.parts is not None and hand.is_idle:
                         _assign(run, crew, hand)
                 continue
-            _end_hanging(run, crew)
             hand = crew.hands[number]
             if event is not None:
                 _handle(run, crew, hand, event)
@@ -181,15 +160,12 @@ def _handle(run: _Run, crew: _Crew, hand: Hand, event: dict[str, Any]) -> None:
             _begin(run, crew, hand, event)
         case "at":
             hand.child.at = event["cell"]
-            run.progress.update(run.bar, description=run.cells[event["cell"]].label)
+            run.progress.update(run.bar, description=run.ledger.cells[event["cell"]].label)
         case "tick":
             hand.tokens += event["tokens"]
             _show(run, crew)
         case "records":
-            cell = run.cells[event["cell"]]
-            load = GenerationRecord.load if cell.writes else DocumentRecord.load
-            with disk(run.folder.path, KEPT, StoppedError):
-                run.folder.append(cell, [load(record) for record in event["records"]])
+            run.ledger.append(event["cell"], event["records"])
         case "failed":
             _fail(run, Failure(**event))
         case "end":
@@ -207,9 +183,9 @@ def _begin(run: _Run, crew: _Crew, hand: Hand, ready: dict[str, Any]) -> None:
     if crew.parts is not None:
         _assign(run, crew, hand)
     elif all(other.is_ready for other in crew.hands):
-        _open(run, crew.plan, ready["tasks"])
-        for unable in ready["unable"]:
-            _fail(run, Failure(**unable))
+        damaged = run.ledger.open(crew.plan, ready["tasks"], ready["masks"])
+        for failure in [*damaged, *(Failure(**unable) for unable in ready["unable"])]:
+            _fail(run, failure)
         crew.parts = parts_of(crew.plan.cells, ready["tasks"])
         run.total += sum(part.tokens for part in crew.parts)
         _say_what_is_left_out(run.console, ready["tasks"])
@@ -221,18 +197,16 @@ def _assign(run: _Run, crew: _Crew, hand: Hand) -> None:
     """Give a child the next part that nobody holds; send it home if nothing is left of the plan."""
     assert crew.parts is not None
     for part in list(crew.parts):
-        with disk(run.folder.path, KEPT, StoppedError):
+        with disk(run.ledger.folder.path, KEPT, StoppedError):
             is_mine = crew.claims.take(part.name)
         if not is_mine:
             continue
-        failed = {c.key for c in part.cells if c.key in run.failed or run.folder.failure(c) is not None}
-        done = {c.key: run.recorded.documents(c) for c in part.cells if c.key not in failed}
-        if all(set(part.documents) <= documents for documents in done.values()):
+        left = run.ledger.left_of(part)
+        if left is None:
             _finish(run, crew, part)
             continue
         hand.take(part)
-        here = {key: sorted(documents.intersection(part.documents)) for key, documents in done.items()}
-        hand.child.tell(Order(part.task, part.documents, here, tuple(sorted(failed))).to_json())
+        hand.child.tell(Order(part.task, part.documents, *left).to_json())
         return
     if not crew.parts:
         for other in crew.hands:
@@ -268,20 +242,21 @@ def _replace_dead(run: _Run, crew: _Crew, hand: Hand) -> None:
         crew.claims.release(part.name)
         hand.part = None
     if part is not None and victim is not None:
-        _fail(run, Failure(victim, f"{run.cells[victim].label}: {reason}", hint))
+        _fail(run, Failure(victim, f"{run.ledger.cells[victim].label}: {reason}", hint))
         hand.restart()
         return
     hand.ended = True
     if all(other.ended for other in crew.hands):  # none of them can even load the model again
-        left = {cell.key: cell for part in crew.parts for cell in part.cells if cell.key not in run.failed}
+        left = {cell.key: cell for part in crew.parts for cell in part.cells if cell.key not in run.ledger.failed}
         for cell in left.values():
             _fail(run, Failure(cell.key, f"{cell.label}: {reason}", hint))
 
 
 def _show(run: _Run, crew: _Crew) -> None:
     """The bar; plans that have not been cut yet are taken to be as large as those that have."""
-    known = sum(1 for plan in run.plans[: run.plans.index(crew.plan) + 1] for _ in plan.cells)
-    total = run.total * len(run.cells) / max(1, known)
+    plans = run.ledger.plans
+    known = sum(len(plan.cells) for plan in plans[: plans.index(crew.plan) + 1])
+    total = run.total * len(run.ledger.cells) / max(1, known)
     done = run.tokens + sum(hand.tokens for hand in crew.hands if hand.part is not None)
     run.progress.update(run.bar, total=total, completed=done)
 
@@ -296,63 +271,7 @@ def _say_what_is_left_out(console: Console, tasks: dict[str, Any]) -> None:
 
 
 def _fail(run: _Run, failure: Failure) -> None:
-    run.failed.add(failure.cell)
-    with disk(run.folder.path, KEPT, StoppedError):
-        run.folder.fail(run.cells[failure.cell], failure)
+    run.ledger.fail(failure)
     run.console.print(f"[red]failed[/] {escape(f'{failure.error} {failure.hint}')}", highlight=False)
     if run.conduct.fail_fast:
         raise _EnoughError
-
-
-def _open(run: _Run, plan: Plan, tasks: dict[str, Any]) -> None:
-    """Write ``run.json`` and the cells' folders: from here on there is something to continue."""
-    folder = run.folder
-    with disk(folder.path, "Choose another folder with --out."):
-        folder.path.mkdir(parents=True, exist_ok=True)
-        if run.conduct.fresh and not run.opened:
-            folder.clear()
-        settings = {cell.task: cell.setting for cell in plan.cells}
-        run.tasks |= {settings[name]: info for name, info in tasks.items()}
-        describe_run(run)
-        run.opened = True
-        for cell in plan.cells:
-            try:
-                folder.open_cell(cell)
-            except UserError as damage:
-                _fail(run, Failure(cell.key, f"{cell.label}: {damage.message}", damage.hint))
-
-
-def _whole(run: _Run, plan: Plan) -> dict[str, dict[str, Any]]:
-    """What is known of the tasks of a plan that is on disk from end to end; empty if it is not."""
-    if not (run.folder.path / RUN).exists():
-        return {}
-    manifest = run.folder.manifest()
-    settings = {cell.setting for cell in plan.cells}
-    if manifest["limit"] != plan.request.limit or not settings <= set(manifest["tasks"]):
-        return {}
-    tasks = {setting: manifest["tasks"][setting] for setting in settings}
-    for cell in plan.cells:
-        try:
-            missing = set(tasks[cell.setting]["documents"]) - run.recorded.documents(cell)
-        except (ValueError, KeyError, TypeError):
-            return {}
-        if missing or run.folder.failure(cell) is not None:
-            return {}
-    return tasks
-
-
-def describe_run(run: _Run) -> None:
-    """Write ``run.json``; what it says of other tasks stays, if it is of the same run."""
-    plans, folder, content = run.plans, run.folder, run.content
-    with disk(folder.path, KEPT, StoppedError), folder.lock("manifest"):
-        earlier = folder.manifest() if (folder.path / RUN).exists() else {}
-        same = earlier.get("content") == content
-        now = datetime.now(UTC).isoformat(timespec="seconds")
-        manifest = {
-            "schema": 1, "content": content, "started": earlier["started"] if same else now,
-            "command": run.command, "limit": plans[0].request.limit, "finished": None,
-            "sources": {name: corpus.source for plan in plans for name, corpus in plan.corpora.items()},
-            "tasks": {**(earlier["tasks"] if same else {}), **run.tasks}, "environment": describe(),
-            "cells": [dataclasses.asdict(cell) for cell in run.cells.values()],
-        }
-        write_atomic(folder.path / RUN, json.dumps(manifest, indent=1, ensure_ascii=False) + "\n")

@@ -32,6 +32,7 @@ from kvbench.execution.sums import DocumentSums
 from kvbench.execution.work import Work, batches, cut_task, together, tokens_of
 from kvbench.execution.writing import write_window
 from kvbench.methods import Layout, Method, Structure, make_layout, make_method
+from kvbench.methods.example import Mask, example_mask
 from kvbench.models.adapter import Adapter
 from kvbench.models.loading import load_model
 from kvbench.models.references import ModelReference
@@ -146,7 +147,20 @@ class Worker:
                 "tokens": tokens_of(cut for _, cut in work.documents),
             }
             for work in self.works
-        }, unable=[dataclasses.asdict(failure) for failure in self.unable])
+        }, unable=[dataclasses.asdict(failure) for failure in self.unable], masks=self._masks())
+
+    def _masks(self) -> dict[str, Mask]:
+        """Pictures of the methods on a short text, by ``Cell.label``'s method and ratio; where one has no mask
+        at that length, none."""
+        found: dict[str, Mask] = {}
+        for key, runner in self.runners.items():
+            cell = runner.cell
+            name = f"{cell.method} {cell.ratio_asked or ''}".strip()
+            if name not in found and key not in {failure.cell for failure in self.unable}:
+                mask = example_mask(runner.method, cell.seed)
+                if mask is not None:
+                    found[name] = mask
+        return found
 
     def run(self, order: Order) -> None:
         """Measure what is not yet on disk of the documents of an order."""

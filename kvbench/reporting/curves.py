@@ -1,14 +1,15 @@
-"""Figures of what was asked and what was had, of memory over time, and of the distance from a summary."""
+"""Figures of what was asked and had, of quality against bytes, of memory over time, and of loss by place."""
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.ticker import StrMethodFormatter
 
-from kvbench.reporting.figures import draw, log_scale, methods_of, style_of
+from kvbench.reporting.figures import curve, draw, log_scale, methods_of, style_of
 from kvbench.store.records import Row
 
 
@@ -76,6 +77,67 @@ def memory_figure(rows: list[Row], folder: Path) -> list[Path]:
         log_scale(place, [r.value for r in mine])
 
     return draw(chosen, panel, folder, "memory-steps")
+
+
+def position_figure(rows: list[Row], folder: Path) -> list[Path]:
+    """What a target costs more than with the full cache, by its place in the text; at the highest ratio of each
+    method, for the others would hide it."""
+    chosen = [r for r in rows if str(r.params.get("bin")).startswith("position=") and r.delta is not None]
+
+    def panel(place: Axes, mine: list[Row]) -> None:
+        for method in methods_of(mine):
+            most = max((r.ratio_asked or 0.0 for r in mine if r.method == method), default=0.0)
+            points = [r for r in mine if r.method == method and (r.ratio_asked or 0.0) == most]
+            x = [max(1, int(str(r.params["bin"]).removeprefix("position="))) for r in points]
+            label = method if points[0].ratio_asked is None else f"{method} {most:g}"
+            curve(place, method, [float(v) for v in x], [_as_delta(r) for r in points], label=label)
+        place.set_xscale("log", base=2)
+        place.xaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+        place.set_xlabel("text tokens before the target")
+        place.set_ylabel("nats per token above the full cache")
+
+    return draw(chosen, panel, folder, "loss-position")
+
+
+def _as_delta(row: Row) -> Row:
+    return replace(row, value=row.delta, ci_low=row.delta_ci_low, ci_high=row.delta_ci_high)
+
+
+def pareto_figure(rows: list[Row], folder: Path) -> list[Path]:
+    """Quality against bytes, all methods and ratios, with the front of those that nothing beats in both."""
+    quality = {"ppl": "perplexity", "accuracy": "recall accuracy", "gen_ppl": "perplexity of the written text"}
+    whole = [r for r in rows if r.params.get("bin") is None and r.value is not None]
+    kept = {_cell(r): r.value or 0.0 for r in whole if r.metric == "kv_bytes_physical"}
+    full = {_cell(r): r.value or 0.0 for r in whole if r.metric == "kv_bytes_full"}
+    by_recall = {r.task for r in whole if r.metric == "answer_nll"}
+    chosen = [
+        r for r in whole if r.metric == ("accuracy" if r.task in by_recall else "ppl") and full.get(_cell(r))
+        and kept.get(_cell(r)) and r.method not in ("none",)
+    ]
+
+    def panel(place: Axes, mine: list[Row]) -> None:
+        best = max if mine[0].metric == "accuracy" else min
+        points = sorted((100 * kept[_cell(r)] / full[_cell(r)], r.value or 0.0) for r in mine)
+        front: list[tuple[float, float]] = []
+        for x, y in points:
+            if not front or (best(y, front[-1][1]) == y and y != front[-1][1]):
+                front.append((x, y))
+        ends = [*front, (max(x for x, _ in points), front[-1][1])]
+        place.step([x for x, _ in ends], [y for _, y in ends], where="post", color="0.6", linewidth=5, alpha=0.4,
+                   label="front", zorder=0)
+        for method in methods_of(mine):
+            own = sorted((r for r in mine if r.method == method), key=lambda r: kept[_cell(r)])
+            curve(place, method, [100 * kept[_cell(r)] / full[_cell(r)] for r in own], own)
+        if mine[0].metric != "accuracy":
+            log_scale(place, [r.value for r in mine])
+        place.set_xlabel("bytes of cache held, % of full (measured)")
+        place.set_ylabel(quality[mine[0].metric])
+
+    return draw(chosen, panel, folder, "quality-bytes")
+
+
+def _cell(row: Row) -> tuple[object, ...]:
+    return row.task, row.protocol, row.model, row.seed, row.method, row.ratio_asked
 
 
 def distance_figure(rows: list[Row], folder: Path) -> list[Path]:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from numpy.typing import NDArray
 
 from kvbench import metrics
 from kvbench.metrics import Metric
-from kvbench.statistics import bootstrap_intervals, exchanged_p_values, paired_p_value
+from kvbench.statistics import Table, bootstrap_intervals, exchanged_p_values, paired_p_value
 from kvbench.store.records import Cell, Row
 
 Array = NDArray[np.float64]
@@ -38,6 +39,11 @@ class Measured:
     peak: int
     mean_peak: float
     lacks: frozenset[str] = frozenset()
+
+    @cached_property
+    def table(self) -> tuple[Table, dict[str, slice]]:
+        """All columns side by side, and where each of them is; kept, for others are compared with it."""
+        return _stack(self.sums)
 
     def totals(self) -> dict[str, Array]:
         return {name: column.sum(0)[None] for name, column in self.sums.items()}
@@ -97,13 +103,13 @@ def _exchanged(part: Measured, full: Measured | None, kinds: Sequence[Metric]) -
     if full is None or not kinds:
         return {}
     names = sorted(set(part.sums) & set(full.sums))
-    tables, slices = _stack([replace(p, sums={name: p.sums[name] for name in names}) for p in (part, full)])
+    (mine, where), (theirs, _) = (_stack({name: p.sums[name] for name in names}) for p in (part, full))
 
     def differences(method: Array, baseline: Array) -> Array:
-        one, other = (_unstack(table, slices[0]) for table in (method, baseline))
+        one, other = (_unstack(table, where) for table in (method, baseline))
         return np.stack([m.value(one) - m.value(other) for m in kinds])
 
-    found = exchanged_p_values(tables[0], tables[1], differences, part.cell.seed)
+    found = exchanged_p_values(mine.sums, theirs.sums, differences, part.cell.seed)
     return dict(zip((m.name for m in kinds), found, strict=True))
 
 
@@ -113,8 +119,8 @@ def _estimates(
     """Values and intervals of: each sampled metric; its difference to ``full``; recovery; the gap
     full to none that recovery divides by (the last two only where there is a ``none``)."""
     sampled = [m for m in kinds if m.has_interval]
-    others = [p for p in (full, none) if p is not None]
-    tables, slices = _stack([part, *others])
+    stacked = [_stack(part.sums), *(p.table for p in (full, none) if p is not None)]
+    tables, slices = [table for table, _ in stacked], [where for _, where in stacked]
 
     def values(drawn: Sequence[Array]) -> Array:
         totals = [_unstack(table, where) for table, where in zip(drawn, slices, strict=True)]
@@ -130,23 +136,19 @@ def _estimates(
         return np.stack([np.broadcast_to(np.asarray(o, dtype=np.float64), out[0].shape) for o in out])
 
     with np.errstate(divide="ignore", invalid="ignore"):
-        point = values([table.sum(0)[None] for table in tables])[:, 0]
+        point = values([table.sums.sum(0)[None] for table in tables])[:, 0]
     return point, bootstrap_intervals(tables, values, part.cell.seed)
 
 
-def _stack(parts: list[Measured]) -> tuple[list[Array], list[dict[str, slice]]]:
-    """Each part's columns side by side as one table ``[groups, columns]``."""
-    tables, slices = [], []
-    for p in parts:
-        columns, where, start = [], {}, 0
-        for name, column in p.sums.items():
-            block = column if column.ndim == 2 else column[:, None]
-            where[name] = slice(start, start + block.shape[1])
-            start += block.shape[1]
-            columns.append(block)
-        tables.append(np.concatenate(columns, axis=1))
-        slices.append(where)
-    return tables, slices
+def _stack(sums: dict[str, Array]) -> tuple[Table, dict[str, slice]]:
+    """Columns side by side as one table, and where each of them is."""
+    columns, where, start = [], {}, 0
+    for name, column in sums.items():
+        block = column if column.ndim == 2 else column[:, None]
+        where[name] = slice(start, start + block.shape[1])
+        start += block.shape[1]
+        columns.append(block)
+    return Table(np.concatenate(columns, axis=1)), where
 
 
 def _unstack(table: Array, where: dict[str, slice]) -> dict[str, Array]:

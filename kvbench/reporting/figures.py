@@ -28,7 +28,7 @@ _STYLES = {
 _LINES = ("full", "adapted", "none", "human")
 """What takes no ratio, drawn as a horizontal line."""
 _SPARE = ("#332288", "p", "-.")
-_SETTINGS: dict[Any, Any] = {
+SETTINGS: dict[Any, Any] = {
     "font.size": 9, "axes.spines.top": False, "axes.spines.right": False, "pdf.fonttype": 42,
     "ps.fonttype": 42, "legend.frameon": False, "axes.grid": True, "grid.alpha": 0.25,
 }
@@ -54,7 +54,7 @@ def draw(rows: Sequence[Row], panel: Panel, folder: Path, name: str) -> list[Pat
     across = min(len(settings), 4)
     down = -(-len(settings) // across)
     several = len({seed for *_, seed in settings}) > 1
-    with rc_context(_SETTINGS):
+    with rc_context(SETTINGS):
         figure = Figure(figsize=(4.6 * across, 3.4 * down), layout="constrained")
         places = list(figure.subplots(down, across, squeeze=False).flat)
         for place, ((task, protocol, model, seed), mine) in zip(places, settings.items(), strict=False):
@@ -64,10 +64,15 @@ def draw(rows: Sequence[Row], panel: Panel, folder: Path, name: str) -> list[Pat
             place.legend(fontsize=8)
         for place in places[len(settings) :]:
             place.set_axis_off()
-        folder.mkdir(parents=True, exist_ok=True)
-        paths = [folder / f"{name}.{ending}" for ending in ("png", "pdf")]
-        for path in paths:
-            figure.savefig(path, dpi=200)
+        return save(figure, folder, name)
+
+
+def save(figure: Figure, folder: Path, name: str) -> list[Path]:
+    """Write a figure as PNG and as PDF with its fonts."""
+    folder.mkdir(parents=True, exist_ok=True)
+    paths = [folder / f"{name}.{ending}" for ending in ("png", "pdf")]
+    for path in paths:
+        figure.savefig(path, dpi=160)
     return paths
 
 

@@ -14,9 +14,10 @@ from typing import Any
 
 from jinja2 import Environment
 
+from kvbench.errors import UserError
 from kvbench.reporting.sheets import sheets_of
 from kvbench.store.folder import RunFolder, write_atomic
-from kvbench.store.records import Cell, Results
+from kvbench.store.records import Cell, DocumentRecord, Results
 
 WORST = 5
 """Documents that are named for each method at each ratio."""
@@ -33,25 +34,28 @@ class Worst:
     more: float
 
 
-def write_page(folder: RunFolder, results: Results, figures: Sequence[Path]) -> Path:
-    """Write ``report.html`` into the run folder; nothing in it is loaded from elsewhere."""
-    manifest = folder.manifest()
+def write_page(folders: Sequence[RunFolder], results: Results, figures: Sequence[Path], out: Path) -> Path:
+    """Write ``report.html`` of some runs into a folder; nothing in it is loaded from elsewhere."""
+    manifests = [folder.manifest() for folder in folders]
     template = Environment(autoescape=True, trim_blocks=True).from_string(
         files("kvbench.reporting").joinpath("report.html.j2").read_text(encoding="utf-8")
     )
     rows = [dataclasses.asdict(row) for row in results.rows]
     text = template.render(
-        name=folder.path.resolve().name, about=_about(manifest), failures=results.failures,
-        sheets=sheets_of(results.rows), worst=worst_documents(folder, manifest), count=len(rows),
+        name=", ".join(folder.path.resolve().name for folder in folders), about=list(map(_about, manifests)),
+        failures=results.failures, sheets=sheets_of(results.rows), count=len(rows),
+        worst=[one for folder in folders for one in worst_documents(folder)],
         figures=[
             {"name": path.stem, "data": base64.b64encode(path.read_bytes()).decode("ascii")}
             for path in figures if path.suffix == ".png"
         ],
-        command=shlex.join(["kvbench", *manifest.get("command", ())[1:]]),
-        environment=json.dumps(manifest.get("environment", {}), indent=1, ensure_ascii=False),
+        commands=[shlex.join(["kvbench", *manifest.get("command", ())[1:]]) for manifest in manifests],
+        environment=json.dumps(
+            [manifest.get("environment", {}) for manifest in manifests], indent=1, ensure_ascii=False
+        ),
         rows=json.dumps(rows, indent=1, ensure_ascii=False),
     )
-    path = folder.path / "report.html"
+    path = out / "report.html"
     write_atomic(path, text)
     return path
 
@@ -68,24 +72,32 @@ def _about(manifest: dict[str, Any]) -> str:
     return " · ".join(part for part in parts if part)
 
 
-def worst_documents(folder: RunFolder, manifest: dict[str, Any]) -> list[Worst]:
+def worst_documents(folder: RunFolder) -> list[Worst]:
     """The documents where each method that scores text loses most, by task, method and ratio."""
     cells = folder.cells()
     found: list[Worst] = []
-    for setting, info in manifest["tasks"].items():
+    for setting, info in folder.manifest()["tasks"].items():
         if info["kind"] != "lm":
             continue
         full = next((c for c in cells if c.setting == setting and c.method == "full"), None)
         if full is None:
             continue
-        base = folder.records(full)
+        base = _readable(folder, full)
         for cell in (c for c in cells if c.setting == setting and c.role == "method"):
             found += _worst_of(folder, cell, {name: r.nll / r.tokens for name, r in base.items() if r.tokens})
     return found
 
 
+def _readable(folder: RunFolder, cell: Cell) -> dict[str, DocumentRecord]:
+    """The records of a cell; none if they are damaged, which is among the failures already."""
+    try:
+        return folder.records(cell)
+    except UserError:
+        return {}
+
+
 def _worst_of(folder: RunFolder, cell: Cell, base: dict[str, float]) -> list[Worst]:
-    records = folder.records(cell)
+    records = _readable(folder, cell)
     more = {name: r.nll / r.tokens - base[name] for name, r in records.items() if name in base and r.tokens}
     names = sorted(more, key=lambda name: -more[name])[:WORST]
     return [Worst(cell.task, cell.method, cell.ratio_asked, name, more[name]) for name in names]

@@ -23,8 +23,8 @@ LOCKS = ".locks"
 
 R = TypeVar("R", DocumentRecord, GenerationRecord, ProfileRecord)
 
-RUN, CELL, RECORDS, FAILURE, RESULTS, MAUVE = (
-    "run.json", "cell.json", "records.jsonl", "failure.json", "results.json", "mauve.json",
+RUN, CELL, RECORDS, FAILURE, RESULTS, MAUVE, MASKS = (
+    "run.json", "cell.json", "records.jsonl", "failure.json", "results.json", "mauve.json", "masks.json",
 )
 
 
@@ -50,6 +50,7 @@ class RunFolder:
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        self._read_before: dict[Path, tuple[tuple[int, int], dict[str, Any]]] = {}
 
     def check(self, content: str, fresh: bool = False) -> None:
         """See that the folder can be used for a run of this content; writes nothing.
@@ -86,7 +87,7 @@ class RunFolder:
 
     def clear(self) -> None:
         """Remove what a run and a report write, and nothing else."""
-        for name in (RUN, RESULTS, "table.txt", "report.html"):
+        for name in (RUN, RESULTS, MASKS, "table.txt", "report.html"):
             (self.path / name).unlink(missing_ok=True)
         for name in ("cells", "figures", "tables"):
             shutil.rmtree(self.path / name, ignore_errors=True)
@@ -132,6 +133,19 @@ class RunFolder:
                 if not cell.is_profile:
                     self.documents(cell)
                 self._drop_incomparable(cell, records)
+
+    def keep_masks(self, masks: dict[str, Any]) -> None:
+        """Keep pictures of methods beside the run: method and ratio -> mask."""
+        with self.lock("manifest"):
+            write_atomic(self.path / MASKS, json.dumps({**self.masks(), **masks}) + "\n")
+
+    def masks(self) -> dict[str, Any]:
+        """What was kept of them; empty where nothing was."""
+        try:
+            found = json.loads((self.path / MASKS).read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            return {}
+        return found if isinstance(found, dict) else {}
 
     def lock(self, name: str) -> FileLock:
         """A lock that all processes share that use this folder; it ends with its process, whatever the clock
@@ -190,6 +204,9 @@ class RunFolder:
         path = self.cell_folder(cell) / RECORDS
         if not path.exists():
             return {}
+        state = (path.stat().st_size, path.stat().st_mtime_ns)
+        if path in self._read_before and self._read_before[path][0] == state:
+            return dict(self._read_before[path][1])
         found: dict[str, R] = {}
         lines = path.read_bytes().split(b"\n")
         for number, line in enumerate(lines, start=1):
@@ -205,7 +222,8 @@ class RunFolder:
                     "Delete that line, or run again with --fresh.",
                 ) from error
             found.setdefault(record.key, record)
-        return found
+        self._read_before[path] = (state, found)
+        return dict(found)
 
     def fail(self, cell: Cell, failure: Failure) -> None:
         folder = self.cell_folder(cell)

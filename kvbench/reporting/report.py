@@ -1,0 +1,90 @@
+"""Everything that a report writes: the document of the results, tables, figures, and one page with all of it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from kvbench.errors import UserError
+from kvbench.reporting.curves import (
+    asked_figures,
+    distance_figure,
+    memory_figure,
+    pareto_figure,
+    position_figure,
+)
+from kvbench.reporting.export import write_tables
+from kvbench.reporting.figures import removal_figure
+from kvbench.reporting.mask_figure import mask_figure
+from kvbench.reporting.page import write_page
+from kvbench.reporting.profile_figures import profile_figures
+from kvbench.reporting.results import compute_results
+from kvbench.store.folder import RESULTS, RunFolder, write_atomic
+from kvbench.store.records import Results, Row
+
+DRAWN = ("ppl", "accuracy", "gen_ppl", "rougeL", "semantic", "diversity")
+"""Metrics that are drawn against removal."""
+
+_LABELS = {
+    "ppl": "perplexity", "accuracy": "recall accuracy", "kl": "KL from the full cache (nats per token)",
+    "gen_ppl": "perplexity of the written text", "rougeL": "ROUGE-L with the author's text",
+    "semantic": "similarity to the author's text", "diversity": "diversity (1 is no repetition)",
+}
+
+
+@dataclass(frozen=True)
+class Report:
+    """What was written."""
+
+    results: Results
+    figures: tuple[Path, ...]
+    tables: tuple[Path, ...]
+    page: Path
+
+
+def write_report(runs: Sequence[Path], out: Path, metrics: Sequence[str] = ()) -> Report:
+    """Write the report of one or several runs into a folder.
+
+    Args:
+        metrics: to draw against removal; those of ``DRAWN`` if empty.
+
+    Raises:
+        UserError: not a run folder, or the folder cannot be written.
+    """
+    folders = [RunFolder(run) for run in runs]
+    found = [compute_results(folder) for folder in folders]
+    rows = [row for results in found for row in results.rows]
+    failures = tuple(failure for results in found for failure in results.failures)
+    results = Results(str(out), all(each.ok for each in found), failures, tuple(rows))
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        write_atomic(out / RESULTS, results.to_json() + "\n")
+        figures = write_figures(folders, rows, out / "figures", metrics)
+        tables = write_tables(rows, out / "tables")
+        page = write_page(folders, results, figures, out)
+    except OSError as error:
+        raise UserError(f"The folder {out} cannot be written: {error.strerror}.") from error
+    return Report(results, tuple(figures), tuple(tables), page)
+
+
+def write_figures(
+    folders: Sequence[RunFolder], rows: list[Row], out: Path, metrics: Sequence[str] = ()
+) -> list[Path]:
+    """All figures that there are numbers for."""
+    figures = [path for name in metrics or DRAWN for path in removal_figure(rows, name, out, _LABELS.get(name, name))]
+    for draw in (pareto_figure, asked_figures, position_figure, distance_figure, memory_figure, profile_figures):
+        figures += draw(rows, out)
+    masks = {name: mask for folder in folders for name, mask in folder.masks().items()}
+    return [*figures, *mask_figure(masks, _to_show(list(masks)), out)]
+
+
+def _to_show(names: list[str]) -> list[str]:
+    """Every method once, at the ratio that is nearest to 0.7."""
+    best: dict[str, tuple[float, str]] = {}
+    for name in names:
+        method, _, ratio = name.partition(" ")
+        far = abs(float(ratio) - 0.7) if ratio else 0.0
+        if method not in best or far < best[method][0]:
+            best[method] = (far, name)
+    return [name for _, name in best.values()]
