@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,8 @@ from torch import Tensor
 
 from kvbench import runtime
 from kvbench.cache.evicting import EvictingLayer
-from kvbench.doctor import CHECKS, Subject, checks, make_subject
+from kvbench.doctor import CHECKS, Subject, checks, make_subject, published, similarity
+from kvbench.judges.encoder import SentenceEncoder
 from kvbench.methods import windows
 from kvbench.profiling.clock import Timeline
 from kvbench.profiling.passes import Timed
@@ -22,7 +23,7 @@ from tests.conftest import FAMILIES
 from tests.test_bad_input import refused
 from tests.test_compare import Call
 
-UNTIMED = [check for check in CHECKS if check is not checks.time_repeats]
+UNTIMED = [check for check in CHECKS if check not in (checks.time_repeats, checks.halves_are_alike)]
 
 
 @pytest.fixture(scope="module")
@@ -109,6 +110,48 @@ def test_intervals_that_are_too_narrow_are_seen(subject: Subject, monkeypatch: p
     assert not checks.intervals_are_right(subject).ok
 
 
+@pytest.mark.heavy
+def test_people_are_like_people(subject: Subject, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And an encoder that tells the halves apart, or a clustering that is not seeded, is seen."""
+    found = checks.halves_are_alike(subject)
+    assert found.ok, found
+    encode = SentenceEncoder.encode
+
+    def tells_apart(self: SentenceEncoder, texts: Sequence[str]) -> Any:
+        vectors = encode(self, texts)
+        vectors[: len(vectors) // 2] += 0.2
+        return vectors
+
+    with monkeypatch.context() as planted:
+        planted.setattr(SentenceEncoder, "encode", tells_apart)
+        assert not checks.halves_are_alike(subject).ok
+    monkeypatch.setattr(SentenceEncoder, "encode", lambda _, texts: np.zeros((len(texts), 8)))
+    monkeypatch.setattr(similarity, "measure", lambda *_: [0.95, 0.99, 0.91, 0.99, 0.99])
+    assert not checks.halves_are_alike(subject).ok
+
+
+def test_a_published_number_is_measured_by_a_plain_loop(
+    subject: Subject, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    text = " ".join(document.text for document in subject.documents)
+    ids = torch.tensor([subject.loaded.tokenizer(text)["input_ids"]])
+    nll, count = 0.0, 0
+    for start in range(0, ids.shape[1] - 1, 100):
+        window = ids[:, start : start + 100]
+        if window.shape[1] > 1:
+            loss = subject.loaded.model(input_ids=window, labels=window).loss
+            nll, count = nll + float(loss) * (window.shape[1] - 1), count + window.shape[1] - 1
+    expected = float(np.exp(nll / count))
+    assert published.windowed_perplexity(subject.loaded, text, 100) == pytest.approx(expected, rel=1e-4)
+    monkeypatch.setattr(published, "hub_rows", lambda _: [{"text": text}])
+    monkeypatch.setattr(published, "load_model", lambda *_: subject.loaded)
+    monkeypatch.setattr(published, "resolve_model", lambda _: None)
+    monkeypatch.setattr(published, "WINDOW", 100)
+    assert not published.published_is_met("cpu").ok
+    monkeypatch.setattr(published, "PUBLISHED", expected)
+    assert published.published_is_met("cpu").ok
+
+
 @pytest.mark.parametrize(("second", "ok"), [(0.1, True), (0.12, False)])
 def test_a_machine_that_is_busy_is_seen(
     subject: Subject, monkeypatch: pytest.MonkeyPatch, second: float, ok: bool
@@ -125,7 +168,10 @@ def test_a_machine_that_is_busy_is_seen(
     assert ("16.7 %" in check.found) is not ok
 
 
-def test_the_command_prints_a_line_each(called: Call, model_folder: Callable[..., Path]) -> None:
+def test_the_command_prints_a_line_each(
+    called: Call, model_folder: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(similarity, "compare_halves", lambda _: ("0.97", True))
     folder = model_folder("llama", context=128)
     found = called(["doctor", "--model", folder, "--threads", "1"])
     assert found.code in (0, 1), found.err  # the timing may fail beside other tests

@@ -60,7 +60,7 @@ def load_corpus(task: Task, data: Path | None) -> Corpus:
         asset = files("kvbench").joinpath("assets", spec.embedded)
         rows, source = read_rows(Path(str(asset))), f"embedded {spec.embedded}"
     else:
-        rows, source = _hub_rows(spec), f"hub {spec.hub}"
+        rows, source = hub_rows(spec), f"hub {spec.hub}"
     documents = tuple(_CUTS[spec.cut](rows, spec))
     if not documents:
         raise UserError(f"{source} holds no text.", "Give a file with at least one document.")
@@ -143,7 +143,12 @@ def read_text(path: Path) -> str:
         ) from None
 
 
-def _hub_rows(spec: CorpusSpec) -> list[dict[str, str]]:
+def hub_rows(spec: CorpusSpec) -> list[dict[str, str]]:
+    """The rows of a data set on the hub, as ``id`` and ``text``.
+
+    Raises:
+        UserError: it cannot be reached, or has no texts.
+    """
     from datasets import load_dataset
     from huggingface_hub.utils import logging
 

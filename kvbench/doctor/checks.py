@@ -198,8 +198,19 @@ def carried_out(run: Callable[[Subject], Check], subject: Subject) -> Check:
         return Check(run.__name__.replace("_", " "), False, f"could not be made: {reason}", "Report the model.")
 
 
+def halves_are_alike(subject: Subject) -> Check:
+    """MAUVE of two halves of one collection of texts."""
+    from kvbench.doctor.similarity import compare_halves  # the encoder is loaded for this one only
+
+    found, ok = compare_halves(str(subject.device))
+    return Check(
+        "MAUVE finds people like people", ok, found,
+        "The sentence encoder or mauve-text differ from the tested versions: install with -c constraints.txt.",
+    )
+
+
 CHECKS: tuple[Callable[[Subject], Check], ...] = (
     targets_are_scored_once, nothing_removed_is_full, batches_change_nothing, documents_leave_nothing_behind,
-    masked_is_removed, removed_is_freed, intervals_are_right, time_repeats,
+    masked_is_removed, removed_is_freed, intervals_are_right, halves_are_alike, time_repeats,
 )
 """In the order in which they are made; the one that needs a quiet machine last."""

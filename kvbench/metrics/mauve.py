@@ -10,7 +10,10 @@ The library is GPL-3.0 and only called.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+import os
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import numpy as np
 from numpy.typing import NDArray
@@ -35,12 +38,27 @@ def measure(people: Array, written: Array, seeds: Sequence[int] = SEEDS) -> list
     """MAUVE of vectors ``[n, width]`` of people's and of written texts, once per seed."""
     from mauve import compute_mauve
 
-    return [
-        float(compute_mauve(
-            p_features=people, q_features=written, num_buckets=buckets(len(people)), seed=seed, verbose=False
-        ).mauve)
-        for seed in seeds
-    ]
+    with _without_native_warnings():
+        return [
+            float(compute_mauve(
+                p_features=people, q_features=written, num_buckets=buckets(len(people)), seed=seed, verbose=False
+            ).mauve)
+            for seed in seeds
+        ]
+
+
+@contextmanager
+def _without_native_warnings() -> Iterator[None]:
+    """The clustering says for every seed, past Python, that there are few points: the signature says it once."""
+    sys.stderr.flush()
+    kept, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    try:
+        os.dup2(nowhere, 2)
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+        os.close(nowhere)
 
 
 def over_seeds(values: Sequence[float]) -> tuple[float, float, float]:
