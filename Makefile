@@ -21,6 +21,12 @@ lint: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 
+# The gallery, reports/reference: about three quarters of an hour on two cores. It goes on where it was interrupted.
+figures: $(STAMP)
+	$(BIN)/kvbench sweep reports/gallery.toml --out reports/gallery-sweep
+	$(BIN)/kvbench profile --config reports/gallery.toml --out reports/gallery-profile
+	$(BIN)/kvbench report reports/gallery-sweep reports/gallery-profile --out reports/reference
+
 bench: $(STAMP)
 	$(BIN)/python -m benchmarks.throughput
 	$(BIN)/python -m benchmarks.masks
