@@ -158,7 +158,8 @@ def test_workers_elsewhere_fill_the_same_folder(
     monkeypatch.setattr(executors, "EXECUTORS", {"ray": here})
     monkeypatch.setattr("kvbench.execution.watch.EXECUTORS", {"ray": here})
     monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parents[1]))
-    found = called(sweep("--method", "window", "--executor", "ray", "--workers", "2", "--out", "run"))
+    found = called(sweep("--method", "window", "--executor", "ray", "--workers", "2", "--out", "run",
+                         "--executor-option", "a=1", "--executor-option=b=2", "--fresh"))
     assert found.code == 0, found.err
     assert f"a worker ended with code {-signal.SIGKILL}" in found.err
     assert {r["method"] for r in found.document["rows"]} == {"full", "sinks", "window"}

@@ -142,7 +142,12 @@ EXECUTORS: Mapping[str, Executor] = {"ray": on_ray, "slurm": on_slurm}
 
 def worker_command() -> list[str]:
     """This command as a worker runs it: with one child, on its own machine."""
-    words = [word for word in sys.argv[1:] if word != "--fresh"]
+    words, given = [], iter(sys.argv[1:])
+    for word in given:
+        if word == "--executor-option":
+            next(given, None)
+        elif word != "--fresh" and not word.startswith("--executor-option="):
+            words.append(word)
     return [sys.executable, "-m", "kvbench", *words, "--executor", "local", "--workers", "1", "--json"]
 
 
