@@ -113,6 +113,11 @@ class Continuation:
         return logits[:, 0]
 
     @property
+    def visible_before(self) -> Tensor:
+        """``[P + G]``: how many earlier entries are seen where the token after each is chosen."""
+        return self.layout.visible_before
+
+    @property
     def left(self) -> int:
         """Entries that are held when the prefix has been read."""
         stop = self._turn(self.prefix.shape[1] - 1)

@@ -15,7 +15,7 @@ from kvbench.corpora.documents import Corpus, load_corpus
 from kvbench.corpora.tasks import Task, load_task
 from kvbench.errors import UserError, unknown
 from kvbench.execution.job import ENCODER, ITSELF, NOTHING, SENTENCES, Judging
-from kvbench.methods import METHODS, make_method, parse_ratio, ratio_text
+from kvbench.methods import METHODS, Method, make_method, parse_ratio, ratio_text
 from kvbench.metrics import GENERATION_NAMES, NEED_ENCODER, NEED_SCORER
 from kvbench.models.references import ModelReference, fingerprint, resolve_model
 from kvbench.protocols.protocol import OPTIONS, PROTOCOLS, RECALL_OPTIONS, protocol_options
@@ -133,6 +133,7 @@ def build_plan(request: Request, omit: bool = False) -> Plan:
     omitted: list[str] = []
     for name, entries in wanted.items():
         wanted[name] = _possible(entries, tasks[name].kind == "online", omitted if omit else None)
+    _check_execution(request, [method for entries in wanted.values() for method, _, _ in entries])
     model = resolve_model(request.model, request.revision)
     corpora = {name: load_corpus(task, request.data) for name, task in tasks.items()}
     judging, judged = _judging(request, any(task.kind == "generation" for task in tasks.values()))
@@ -169,6 +170,16 @@ def build_plan(request: Request, omit: bool = False) -> Plan:
         request, model, tuple(cells), {t.name: corpora[asked] for asked, t in tasks.items()}, folder,
         content, {t.name: asked for asked, t in tasks.items()}, judging, tuple(dict.fromkeys(omitted)),
     )
+
+
+def _check_execution(request: Request, methods: Sequence[Method]) -> None:
+    if request.execution != "streamed":
+        for method in methods:
+            if method.policy is not None:
+                raise UserError(
+                    f"{method.name} chooses from what was computed and has no mask beforehand: --execution "
+                    f"{request.execution} cannot be had.", "Leave --execution out.",
+                )
 
 
 def _possible(entries: Sequence[Entry], in_chunks: bool, omitted: list[str] | None) -> list[Entry]:

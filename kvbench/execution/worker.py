@@ -39,6 +39,7 @@ from kvbench.models.references import ModelReference
 from kvbench.models.rotary import frequencies, has_rotary
 from kvbench.protocols.cut import Cut, Piece
 from kvbench.protocols.score import BatchScore, Reference, score_batch
+from kvbench.protocols.score_policy import score_policed
 from kvbench.store.records import HUMAN, Cell, DocumentRecord, Failure, GenerationRecord
 
 WINDOW = 64
@@ -115,8 +116,13 @@ class Worker:
     def _check_cell(self, cell: Cell, longest: int, pieces: Sequence[Piece], in_chunks: bool) -> None:
         method = self.runners[cell.key].method
         method.check(longest, in_chunks)
-        if method.unrotates:
-            frequencies(self.loaded.model)
+        if method.unrotates or (method.policy is not None and method.policy.rebases):
+            speeds = frequencies(self.loaded.model)
+            if speeds is None and method.policy is not None:
+                raise UserError(
+                    f"{cell.model} has learned positions, which cannot be counted anew in the cache.",
+                    "Use --set positions=absolute.",
+                )
         for piece in pieces:
             layout = make_layout(method, piece.planned, cell.seed, 0, piece.structure)
             self._check_positions(cell, layout, len(piece.ids) - piece.planned)
@@ -211,11 +217,15 @@ class Worker:
             for rows in together(batch, runner.method):
                 pieces = [batch[row] for row in rows]
                 started = time.perf_counter()
-                score, kept = score_batch(
-                    self.loaded.model, runner.adapter, self.layout(runner, pieces[0]), pieces,
-                    reference.rows(rows) if reference else None, cell.execution,
-                    int(cell.options["chunk"]), keep_reference=is_full,
-                )
+                theirs, chunk = reference.rows(rows) if reference else None, int(cell.options["chunk"])
+                policy = runner.method.policy
+                if policy is not None:
+                    score = score_policed(self.loaded.model, policy, pieces, theirs, chunk, cell.seed)
+                else:
+                    score, kept = score_batch(
+                        self.loaded.model, runner.adapter, self.layout(runner, pieces[0]), pieces, theirs,
+                        cell.execution, chunk, keep_reference=is_full,
+                    )
                 self._store(cell, pieces, score, pending, time.perf_counter() - started)
         return kept
 

@@ -8,6 +8,7 @@ from itertools import groupby
 from typing import TYPE_CHECKING
 
 import torch
+from torch import Tensor
 
 from kvbench.cache.evicting import EvictingCache
 from kvbench.corpora.documents import Document
@@ -16,6 +17,7 @@ from kvbench.execution.work import together
 from kvbench.judges.encoder import packed
 from kvbench.methods import Layout
 from kvbench.models.loading import Loaded, end_tokens
+from kvbench.policing import PolicedContinuation, Policing
 from kvbench.protocols.cut import Cut, Piece
 from kvbench.protocols.generate import Writing, uniforms
 from kvbench.runtime import Reader
@@ -99,9 +101,9 @@ def _continued(
     groups: dict[str, str], started: float,
 ) -> list[GenerationRecord]:
     loaded = worker.loaded
-    texts, held, peak, sizes = written_ids(loaded, runner, writing, pieces, layout)
+    texts, held, peak, sizes, before = written_ids(loaded, runner, writing, pieces, layout)
     seconds = (time.perf_counter() - started) / len(pieces)
-    visible, queries = _visibility(layout, pieces[0], texts)
+    visible, queries = _visibility(before, pieces[0], texts)
     names = [
         (kind, writing.decodings[:place].count(kind)) for place, kind in enumerate(writing.decodings)
     ]
@@ -127,26 +129,33 @@ def _continued(
 
 def written_ids(
     loaded: Loaded, runner: Runner, writing: Writing, pieces: list[Piece], layout: Layout
-) -> tuple[list[list[tuple[int, ...]]], int, int, tuple[int, int, int]]:
+) -> tuple[list[list[tuple[int, ...]]], int, int, tuple[int, int, int], Tensor]:
     """What is written after each piece's prefix.
 
     Returns:
         Ids by piece and output, without the end token; entries held when the prefix had been read;
-        the most ever held; and (logical, physical, full) bytes of the cache at that moment.
+        the most ever held; (logical, physical, full) bytes of the cache at that moment; and for every
+        token, how many earlier entries were seen where the next one was chosen.
     """
     device = next(loaded.model.parameters()).device
     prefix = torch.tensor([piece.ids[: piece.context] for piece in pieces], device=device)
     drawn = torch.stack([torch.from_numpy(uniforms(piece, writing, runner.cell.seed)) for piece in pieces])
     ends = end_tokens(loaded)
-    text = Continuation(
-        prefix, drawn, layout, Sampling(writing.top_p, writing.temperature), ends, writing.chunk,
-        evicts=runner.cell.execution == "streamed",
-    )
+    settings = (prefix, drawn, layout, Sampling(writing.top_p, writing.temperature), ends, writing.chunk)
+    policy = runner.method.policy
+    if policy is None:
+        text = Continuation(*settings, evicts=runner.cell.execution == "streamed")
+    else:
+        lots = [piece.layout for piece in pieces]
+        text = PolicedContinuation(*settings, run=Policing(
+            loaded.model, policy, prefix.shape[1], lots, runner.cell.seed
+        ))
     reader = Reader(loaded.model, runner.adapter)
     with torch.inference_mode(), reader.ready():
         logits = text.read(reader)
         held = reader.trace.held
-        sizes = _cache_bytes(text.cache, held, prefix.shape[1])
+        logical, physical, full = _cache_bytes(text.cache, held, prefix.shape[1])
+        sizes = (logical if policy is None else text.cache.logical_bytes(), physical, full)
         ids = torch.stack(list(text.write(reader, logits)), dim=1).cpu()
     if not bool(text.is_finite):
         raise RuntimeError("the model's predictions are not finite (overflow, or damaged weights)")
@@ -154,6 +163,7 @@ def written_ids(
     outputs = len(writing.decodings)
     return (
         [found[i : i + outputs] for i in range(0, len(found), outputs)], held, reader.trace.peak, sizes,
+        text.visible_before,
     )
 
 
@@ -163,11 +173,11 @@ def _cache_bytes(cache: EvictingCache, held: int, raw: int) -> tuple[int, int, i
 
 
 def _visibility(
-    layout: Layout, piece: Piece, texts: list[list[tuple[int, ...]]]
+    before: Tensor, piece: Piece, texts: list[list[tuple[int, ...]]]
 ) -> tuple[list[float], list[int]]:
     """By document: sum over the queries that wrote a token of entries visible / text tokens before; queries."""
-    places = torch.arange(max(1, piece.context - 1), layout.n_raw - 1)
-    share = torch.cumsum(layout.visible_before[places] / places, 0)
+    places = torch.arange(max(1, piece.context - 1), len(before) - 1)
+    share = torch.cumsum(before[places] / places, 0)
     lengths = [[min(len(ids), len(places)) for ids in rows] for rows in texts]
     sums = [float(sum(share[n - 1] for n in row if n)) for row in lengths]
     return sums, [sum(row) for row in lengths]

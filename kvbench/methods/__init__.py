@@ -16,10 +16,18 @@ import numpy as np
 from kvbench.errors import UserError, unknown
 from kvbench.methods.base import Method, Option, kept, parse_ratio, ratio_text
 from kvbench.methods.full import Adapted, Full, NoContext
+from kvbench.methods.h2o import H2o
+from kvbench.methods.keydiff import KeyDiff
+from kvbench.methods.knorm import Knorm
+from kvbench.methods.lagkv import LagKv
 from kvbench.methods.layout import RUNNING, Layout, Structure
 from kvbench.methods.memory import CcmConcat, CcmMerge, Gist, MeanPool, Pic
+from kvbench.methods.random_policy import Random
 from kvbench.methods.scattered import Scattered, ScatteredTuned
 from kvbench.methods.sentinel import Sentinel
+from kvbench.methods.snapkv import ChunkKv, PyramidKv, SnapKv
+from kvbench.methods.streaming_llm import StreamingLlm
+from kvbench.methods.tova import Tova
 from kvbench.methods.windows import Local, LocalTuned, Sinks, SinksTuned, Window
 
 LAYOUT_IDS = 16
@@ -27,6 +35,7 @@ LAYOUT_IDS = 16
 _OWN: tuple[type[Method], ...] = (
     Full, NoContext, Window, Sinks, Local, Scattered, Sentinel, CcmConcat, CcmMerge, Gist, MeanPool, Pic,
     LocalTuned, ScatteredTuned, SinksTuned, Adapted,
+    StreamingLlm, Random, Knorm, KeyDiff, LagKv, Tova, H2o, SnapKv, PyramidKv, ChunkKv,
 )
 GROUP = "kvbench.methods"
 """The entry points that methods of other packages are found by."""

@@ -15,6 +15,8 @@ from kvbench.methods.layout import RUNNING, Layout, Structure
 if TYPE_CHECKING:
     import numpy as np
 
+    from kvbench.methods.policy import Policy
+
 
 TRAINED_PERCENT = (5, 95)
 """Ratios that training draws from, in per cent."""
@@ -103,6 +105,7 @@ class Method(ABC):
     compresses: ClassVar[bool] = True
     needs_adapter: ClassVar[bool] = False
     seeded: ClassVar[bool] = False
+    is_policy: ClassVar[bool] = False
     position_rule: ClassVar[str] = "absolute"
     known: ClassVar[dict[str, Option]] = {}
     trainable: ClassVar[tuple[str, ...]] = ()
@@ -142,6 +145,11 @@ class Method(ABC):
         """A layout to train on: the ratio is drawn, so that one adapter serves the whole axis."""
         percent = int(rng.integers(*TRAINED_PERCENT, endpoint=True))
         return cls(Fraction(percent, 100), options).layout(n, rng)
+
+    @property
+    def policy(self) -> Policy | None:
+        """Itself, if it chooses what to keep from what was computed; None if its layout says it."""
+        return None
 
     def option(self, name: str) -> str:
         """The value given for an option, or its default."""

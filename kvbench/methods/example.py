@@ -25,6 +25,8 @@ class Mask(TypedDict):
 
 def example_mask(method: Method, seed: int) -> Mask | None:
     """The mask of a method over a short running text; None if it cannot be used on one."""
+    if method.policy is not None:
+        return None
     text = RUNNING
     if method.by_text:  # lines of twelve words, a token each
         text = Structure(words=tuple((i // 12, i % 12, 12) for i in range(LENGTH)))

@@ -10,7 +10,8 @@ Without a mask and without gradients this is SDPA, untouched.
 
 from __future__ import annotations
 
-from typing import Any
+from contextvars import ContextVar
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -26,6 +27,21 @@ SHORTEST = 128
 """Queries below which one call is cheaper than several."""
 
 
+class Watcher(Protocol):
+    """Is shown what every layer attends with, once its new entries are stored."""
+
+    def mask(self, layer: int, queries: int, keys: int, device: torch.device) -> Tensor | None:
+        """bool ``[queries, keys]`` or ``[batch, heads, queries, keys]``; None where all may be seen, causally."""
+
+    def watch(self, layer: int, query: Tensor, scaling: float) -> None:
+        """Rotated queries ``[batch, query heads, q, d]`` of a layer."""
+
+
+WATCHER: ContextVar[Watcher | None] = ContextVar("watcher", default=None)
+"""Who decides the mask of every layer by itself and sees its queries; the model's own mask is then not used. Layers
+that hold different numbers of entries have no mask in common."""
+
+
 def attention(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **extra: Any
 ) -> tuple[Tensor, None]:
@@ -34,6 +50,9 @@ def attention(
     Returns:
         Output ``[batch, q, heads, d]``, and no weights.
     """
+    watcher = WATCHER.get()
+    if watcher is not None:
+        return _watched(watcher, module, query, key, value, **extra), None
     if torch.is_grad_enabled() and query.device.type == "cpu":
         with torch.autocast("cpu", enabled=False):
             out, _ = sdpa_attention_forward(
@@ -61,6 +80,19 @@ def attention(
         )
         parts.append(part)
     return torch.cat(parts, dim=1), None
+
+
+def _watched(watcher: Watcher, module: Any, query: Tensor, key: Tensor, value: Tensor, **extra: Any) -> Tensor:
+    if extra.get("softcap") is not None:
+        raise RuntimeError(f"{type(module).__name__} caps its attention, which policies cannot follow")
+    mask = watcher.mask(int(module.layer_idx), query.shape[2], key.shape[2], query.device)
+    scaling = extra.get("scaling")
+    out = functional.scaled_dot_product_attention(
+        query, key, value, attn_mask=mask, scale=scaling, enable_gqa=query.shape[1] != key.shape[1],
+        is_causal=mask is None and query.shape[2] > 1,
+    )
+    watcher.watch(int(module.layer_idx), query, query.shape[-1] ** -0.5 if scaling is None else scaling)
+    return out.transpose(1, 2).contiguous()
 
 
 def register() -> str:

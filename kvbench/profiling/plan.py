@@ -108,6 +108,11 @@ def build_profile_plan(request: ProfileRequest) -> ProfilePlan:
     for method, _ in wanted:
         for key in method.known:
             method.option(key)
+        if method.is_policy:
+            raise UserError(
+                f"{method.name} chooses from what was computed, and policies are not profiled yet.",
+                "Measure its quality with 'kvbench run'; profile sinks at the same ratio for the memory it holds.",
+            )
         for length in request.seq_lens:
             method.check(length, in_chunks=False)
             make_layout(method, length + request.new_tokens, request.seed, 0, Structure(prefix=length))

@@ -107,7 +107,7 @@ def score_batch(
     targets = ids[:, first.scored :]
     reader = Reader(model, adapter, Trace())
     cache = EvictingCache()
-    rows = _Rows(targets, first.scored, reference, keep_reference)
+    rows = Rows(targets, first.scored, reference, keep_reference)
     with torch.inference_mode(), reader.ready():
         context, wanted = ids[:, : first.context], first.scored - 1
         for start, logits in _context_logits(reader, context, layout, cache, execution, chunk, wanted):
@@ -120,11 +120,9 @@ def score_batch(
             rest = reader.go_on(ids[:, first.context : -1], first.context, cache)
             rows.add(first.context, rest)
     visible, queries = _visibility(layout, first)
-    score = BatchScore(
-        torch.cat(rows.nll, 1), torch.cat(rows.hit, 1),
-        torch.cat(rows.kl, 1) if rows.kl else None, torch.cat(rows.top1, 1) if rows.top1 else None,
-        torch.cat(rows.loss, 1) if rows.loss else None, _since(layout, first),
-        torch.arange(first.scored, len(first.ids)), visible, queries, held, reader.trace.peak, *sizes,
+    score = rows.score(
+        _since(layout, first), torch.arange(first.scored, len(first.ids)), visible, queries, held, reader.trace.peak,
+        sizes,
     )
     return score, rows.collected()
 
@@ -143,7 +141,7 @@ def _context_logits(
         yield part.start, part.logits
 
 
-class _Rows:
+class Rows:
     """Collects scores from logits that arrive in consecutive runs."""
 
     def __init__(self, targets: Tensor, scored: int, reference: Reference | None, keep: bool) -> None:
@@ -187,6 +185,17 @@ class _Rows:
             self.top1.append((theirs == highest if best is None else best == wanted).cpu())
         if self._kept is not None:
             self._kept.append(Reference.of(logits, nll))
+
+    def score(
+        self, since: Tensor | None, position: Tensor, visible: float, queries: int, held: int, peak: int,
+        sizes: tuple[int, int, int],
+    ) -> BatchScore:
+        """All that was collected, with what is known of the cache."""
+        return BatchScore(
+            torch.cat(self.nll, 1), torch.cat(self.hit, 1), torch.cat(self.kl, 1) if self.kl else None,
+            torch.cat(self.top1, 1) if self.top1 else None, torch.cat(self.loss, 1) if self.loss else None,
+            since, position, visible, queries, held, peak, *sizes,
+        )
 
     def collected(self) -> Reference | None:
         if not self._kept:

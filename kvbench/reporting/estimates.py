@@ -189,8 +189,15 @@ def row_of(
         n=int(totals["pieces"]) if unit == "sequence" else part.n, unit=unit,
         delta=delta, delta_ci_low=_finite(delta_interval[0]), delta_ci_high=_finite(delta_interval[1]),
         p_value=p_value, baseline="full" if baseline is not None and delta is not None else None,
-        seed=cell.seed, signature=f"{name}:{info['signature']}|{signature}",
+        seed=cell.seed, signature=f"{name}:{info['signature']}{_steps(cell)}|{signature}",
     )
+
+
+def _steps(cell: Cell) -> str:
+    """How often a policy removes, which its numbers depend on."""
+    if "prefill" not in cell.options:
+        return ""
+    return f"|evicts every {cell.options['step']}, prefix {cell.options['prefill']}"
 
 
 def _finite(value: float | None) -> float | None:

@@ -1,0 +1,27 @@
+"""H2O (arXiv 2306.14048): heavy hitters of the attention so far, and a window."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from kvbench.methods.base import kept
+from kvbench.methods.policy import Policy, View, protect_last
+
+
+@dataclass(frozen=True)
+class H2o(Policy):
+    """Holds the entries with the most attention, summed over all queries so far, and as many recent ones.
+
+    Each is half of the budget. Sums are those of the query heads of each head together, and are not divided by how
+    many queries could see an entry, as published.
+    """
+
+    name = "h2o"
+    summary = "the entries with the most attention so far, and as many recent ones"
+    paper = "arXiv 2306.14048"
+    sums = True
+
+    def scores(self, view: View) -> Tensor:
+        return protect_last(view.sums, kept(view.read, self.ratio) // 2)

@@ -1,0 +1,84 @@
+"""SnapKV (arXiv 2404.14469), with the budgets of PyramidKV (2406.02069) and the chunks of ChunkKV (2502.00299)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from kvbench.methods.base import Option, kept
+from kvbench.methods.policy import Policy, View, protect_last
+
+
+@dataclass(frozen=True)
+class SnapKv(Policy):
+    """Holds the last ``window`` entries and those that their queries attend most, smoothed over ``kernel`` places.
+
+    Attention is averaged over the queries of the window and the query heads of each head, so that what is stored is
+    one set per head of keys. The published code stores a set per query head, which takes more memory.
+    """
+
+    name = "snapkv"
+    summary = "the last entries, and those that their queries attend most"
+    paper = "arXiv 2404.14469"
+    known = Policy.known | {"window": Option("32", least=1), "kernel": Option("5", least=1)}
+
+    @property
+    def looks_at(self) -> int:
+        return self.number("window")
+
+    def scores(self, view: View) -> Tensor:
+        worth = view.attention(self.looks_at).mean((2, 3))
+        kernel = self.number("kernel")
+        pooled = functional.avg_pool1d(worth, kernel, stride=1, padding=kernel // 2)[..., : view.entries]
+        return protect_last(pooled, min(self.looks_at, kept(view.read, self.ratio)))
+
+
+@dataclass(frozen=True)
+class PyramidKv(SnapKv):
+    """SnapKV with more entries in early layers and fewer in late ones, falling evenly; the mean is the budget.
+
+    The last layer gets 1 / ``beta`` of what all would get, the window apart, and the first as much more.
+    """
+
+    name = "pyramidkv"
+    summary = "as snapkv, with more entries in early layers and fewer in late ones"
+    paper = "arXiv 2406.02069"
+    known = SnapKv.known | {"beta": Option("20", least=1)}
+
+    def budget(self, read: int, total: int, layer: int, layers: int) -> int:
+        mean = kept(read, self.ratio)
+        window = min(self.looks_at, mean)
+        base = mean - window
+        least = base // self.number("beta")
+        most = 2 * base - least
+        if most > read - window:  # a layer cannot hold more than there is
+            most = read - window
+            least = 2 * base - most
+        share = layer / max(1, layers - 1)
+        even = round(most - share * (most - least)) if layers > 1 else base
+        return max(1, window + even)
+
+
+@dataclass(frozen=True)
+class ChunkKv(SnapKv):
+    """Holds whole chunks of ``size`` tokens: those whose entries are attended most together, over all heads."""
+
+    name = "chunkkv"
+    summary = "whole chunks of tokens that the last queries attend most"
+    paper = "arXiv 2502.00299"
+    shares_heads = True
+    known = SnapKv.known | {"size": Option("10", least=1)}
+
+    def scores(self, view: View) -> Tensor:
+        size = self.number("size")
+        worth = view.attention(self.looks_at).mean((2, 3)).mean(1)
+        # Chunks are of the text, so that they stay what they are when others have gone.
+        chunk = view.positions[:, 0] // size
+        total = torch.zeros(*worth.shape[:1], int(chunk.max()) + 1, device=worth.device)
+        count = torch.zeros_like(total).scatter_add_(1, chunk, torch.ones_like(worth))
+        mean = total.scatter_add_(1, chunk, worth) / count.clamp(min=1)
+        shared = mean.gather(1, chunk)[:, None].expand(view.keys.shape[:3])
+        return protect_last(shared, min(self.looks_at, kept(view.read, self.ratio)))

@@ -1,0 +1,48 @@
+"""Scoring a batch of pieces under a policy, with what it removes really removed."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from kvbench.methods.policy import Policy
+from kvbench.policing import Policing
+from kvbench.protocols.cut import Piece
+from kvbench.protocols.score import BatchScore, Reference, Rows
+
+
+def score_policed(
+    model: nn.Module, policy: Policy, pieces: list[Piece], reference: Reference | None, chunk: int, seed: int
+) -> BatchScore:
+    """Read a batch of pieces (equal ``shape``) under a policy and score its targets.
+
+    A context that is used afterwards (prefix, recall) is compressed once, when it has been read, unless the policy is
+    told to do it block by block; what is scored while it is read (block, stream) loses entries after every ``step``
+    tokens.
+
+    Args:
+        chunk: tokens of a context fed at a time, where it is compressed once.
+    """
+    first = pieces[0]
+    ids = torch.tensor([piece.ids for piece in pieces], device=next(model.parameters()).device)
+    once = first.context < len(first.ids) and policy.option("prefill") == "once"
+    rows = Rows(ids[:, first.scored :], first.scored, reference, keep=False)
+    run = Policing(model, policy, first.context, [piece.layout for piece in pieces], seed)
+    step = chunk if once else policy.number("step")
+    with torch.inference_mode():
+        for part in run.stream(ids[:, : first.context], step, first.scored - 1, once):
+            rows.add(part.start, part.logits)
+        held = run.cache.mean_entries()
+        sizes = run.cache.logical_bytes(), run.cache.physical_bytes(), first.context * run.cache.entry_bytes()
+        if len(first.ids) > first.context + 1:
+            rows.add(first.context, run.feed(ids[:, first.context : -1]))
+    queries = torch.arange(max(1, first.scored - 1), len(first.ids) - 1)
+    seen = torch.tensor(run.seen, dtype=torch.float64)[queries]
+    return rows.score(
+        since=None, position=_positions(first), visible=float((seen / queries).sum()), queries=len(queries),
+        held=round(held), peak=run.peak, sizes=sizes,
+    )
+
+
+def _positions(piece: Piece) -> Tensor:
+    return torch.arange(piece.scored, len(piece.ids))

@@ -1,0 +1,303 @@
+"""Policies: what is removed while reading equals a mask made of what was kept, on every family."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+from kvbench.decoding import Sampling
+from kvbench.methods import METHODS, kept, make_method
+from kvbench.methods.policy import Policy, highest
+from kvbench.models.attention import WATCHER
+from kvbench.models.rotary import rotated
+from kvbench.policing import PolicedContinuation, Policing, attended
+from kvbench.runtime import Reader
+from tests.conftest import VOCABULARY
+
+POLICIES = [name for name, kind in METHODS.items() if kind.is_policy]
+LENGTH, BATCH = 96, 2
+
+
+def policy_of(name: str, ratio: str = "0.6", **options: str) -> Policy:
+    """With windows that suit a short text."""
+    usual = {"window": "8", "kernel": "3", "lag": "8", "positions": "absolute", "size": "4"}
+    method = make_method(name, Fraction(ratio), {**usual, **options})
+    assert isinstance(method, Policy)
+    return method
+
+
+def text(length: int = LENGTH) -> Tensor:
+    return torch.randint(1, VOCABULARY, (BATCH, length), generator=torch.Generator().manual_seed(3))
+
+
+def read(model: nn.Module, policy: Policy, ids: Tensor, step: int, once: bool = False) -> tuple[Tensor, Policing]:
+    """Logits after every token, and the reading itself, with what it kept."""
+    run = Policing(model, policy, ids.shape[1], (3, 5), kept=[])
+    with torch.inference_mode():
+        parts = [part.logits for part in run.stream(ids, step, once=once)]
+    return torch.cat(parts, 1), run
+
+
+class Replayed:
+    """The mask of one pass over everything: for each run of tokens, what was kept then, and the run itself."""
+
+    def __init__(self, run: Policing, heads: int, step: int, length: int) -> None:
+        assert run.kept is not None
+        self.masks = []
+        for layer in range(len(run.cache.layers)):
+            mask = torch.zeros(BATCH, heads, length, length, dtype=torch.bool)
+            for number, start in enumerate(range(0, length, step)):
+                stop = min(start + step, length)
+                if number:
+                    places = run.kept[number][layer]
+                    seen = torch.zeros(*places.shape[:2], length, dtype=torch.bool).scatter_(-1, places, True)
+                    mask[:, :, start:stop] |= seen.repeat_interleave(heads // places.shape[1], 1)[:, :, None]
+                mask[:, :, start:stop, start:stop] |= torch.ones(stop - start, stop - start, dtype=torch.bool).tril()
+            self.masks.append(mask)
+
+    def mask(self, layer: int, *_: Any) -> Tensor:
+        return self.masks[layer]
+
+    def watch(self, *_: Any) -> None:
+        pass
+
+
+def masked(model: Any, run: Policing, ids: Tensor, step: int) -> Tensor:
+    token = WATCHER.set(Replayed(run, int(model.config.num_attention_heads), step, ids.shape[1]))
+    try:
+        with torch.inference_mode():
+            out: Tensor = model(
+                input_ids=ids, use_cache=False, attention_mask=torch.ones(1, 1, 1, 1).bool(),
+                position_ids=torch.arange(ids.shape[1])[None],
+            ).logits
+        return out
+    finally:
+        WATCHER.reset(token)
+
+
+@pytest.mark.parametrize("name", POLICIES)
+def test_removed_is_masked_by_what_was_kept(model: nn.Module, name: str) -> None:
+    """On every family, in chunks of 7, with entries held and bytes as they should be."""
+    ids, policy = text(), policy_of(name)
+    logits, run = read(model, policy, ids, 7)
+    assert float((logits - masked(model, run, ids, 7)).abs().max()) < 1e-5
+    layers = len(run.cache.layers)
+    budgets = [policy.budget(LENGTH, LENGTH, i, layers) for i in range(layers)]
+    assert [layer.keys.shape[-2] for layer in run.cache.layers] == budgets
+    assert abs(sum(budgets) / layers - kept(LENGTH, policy.ratio)) <= 1
+    assert 1 <= run.cache.physical_bytes() / run.cache.logical_bytes() <= 1.05
+    assert run.peak <= max(budgets) + 7
+
+
+@pytest.mark.parametrize("step", [1, 16])
+@pytest.mark.parametrize("name", POLICIES)
+def test_removed_is_masked_at_any_step(llama: nn.Module, name: str, step: int) -> None:
+    ids = text()
+    logits, run = read(llama, policy_of(name), ids, step)
+    assert float((logits - masked(llama, run, ids, step)).abs().max()) < 1e-5
+
+
+@pytest.mark.parametrize("name", POLICIES)
+def test_nothing_removed_is_the_full_cache(llama: nn.Module, name: str) -> None:
+    ids = text()
+    logits, run = read(llama, policy_of(name, "0"), ids, 16)
+    with torch.inference_mode():
+        full = llama(input_ids=ids).logits
+    assert float((logits - full).abs().max()) < 1e-5
+    assert run.cache.most_entries() == LENGTH
+
+
+@pytest.mark.parametrize("name", POLICIES)
+def test_a_prefix_that_is_compressed_once_does_not_depend_on_chunks(llama: nn.Module, name: str) -> None:
+    ids, policy = text(), policy_of(name)
+    (_, one), (_, other) = read(llama, policy, ids, 7, once=True), read(llama, policy, ids, LENGTH, once=True)
+    for a, b in zip(one.cache.layers, other.cache.layers, strict=True):
+        assert torch.equal(a.positions, b.positions)
+        assert float((a.keys - b.keys).abs().max()) < 1e-5
+
+
+@pytest.mark.parametrize("name", POLICIES)
+def test_rows_leave_each_other_alone(llama: nn.Module, name: str) -> None:
+    ids, policy = text(), policy_of(name)
+    _, both = read(llama, policy, ids, 16)
+    alone = Policing(llama, policy, LENGTH, (5,))
+    with torch.inference_mode():
+        list(alone.stream(ids[1:], 16))
+    for a, b in zip(both.cache.layers, alone.cache.layers, strict=True):
+        assert torch.equal(a.positions[1:], b.positions)
+
+
+@pytest.mark.parametrize("length", [1, 2, 5, 33])
+@pytest.mark.parametrize("name", POLICIES)
+def test_short_texts(llama: nn.Module, name: str, length: int) -> None:
+    """Whatever the length, something is held, in every head as much, in order."""
+    ids = text(length)
+    logits, run = read(llama, policy_of(name, "0.9"), ids, 4)
+    assert torch.isfinite(logits).all()
+    for layer in run.cache.layers:
+        assert layer.keys.shape[-2] >= 1
+        assert (layer.positions.diff(dim=-1) > 0).all()
+        assert int(layer.positions.max()) < length
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3", "mistral", "neox"], indirect=True)
+def test_streaming_llm_counts_positions_in_the_cache(model: nn.Module) -> None:
+    """Against the published scheme: every key rotated to its place in the cache, the query to the place after."""
+    ids, policy = text(48), policy_of("streaming-llm", "0.6", positions="cache")
+    keep = policy.budget(48, 48, 0, 1)
+    logits, run = read(model, policy, ids, 1)
+    for token in range(30, 48):  # the first layer's keys depend on nothing before: encode what was kept anew
+        held = [0, 1, 2, 3, *range(token - (keep - 4), token)] if token > keep else list(range(token))
+        assert run.kept is not None
+        assert run.kept[token][0][0, 0].tolist() == held
+    first = run.cache.layers[0]
+    with torch.inference_mode():
+        fresh = Policing(model, policy_of("streaming-llm", "0"), keep, (3, 5))
+        fresh.feed(torch.cat([ids[:, :4], ids[:, 48 - (keep - 4) :]], 1))
+    speeds = run.cache.speeds
+    assert speeds is not None
+    gap = 48 - keep
+    angle = gap * speeds[None]
+    stored = first.keys.clone()
+    stored[:, :, :4] = rotated(stored[:, :, :4], angle.cos(), angle.sin())
+    back = rotated(stored, angle.cos(), -angle.sin())  # all of them counted from the cache's beginning
+    assert float((back - fresh.cache.layers[0].keys).abs().max()) < 1e-5
+    absolute, _ = read(model, policy_of("streaming-llm", "0.6"), ids, 1)
+    assert float((logits - absolute).abs().max()) > 1e-4
+
+
+def test_positions_in_the_cache_need_rotations(called: Callable[..., Any], model_folder: Callable[..., Path]) -> None:
+    folder = model_folder("gpt2", context=256)
+    words = ["run", "--model", folder, "--method", "streaming-llm", "--ratio", "0.5", "--task", "minidocs", "--limit",
+             "1", "--set", "block=64", "--no-baselines", "--json"]
+    found = called(words)
+    assert found.code == 2
+    assert "positions=absolute" in found.err
+    assert called([*words, "--set", "positions=absolute"]).code == 0
+
+
+@pytest.mark.parametrize("name", POLICIES)
+def test_texts_are_written_under_a_mask_of_what_was_kept(llama: nn.Module, name: str) -> None:
+    """Greedy texts after a prefix that is compressed once; entries go on being removed while they are written."""
+    ids, policy, new = text(40), policy_of(name, step="4"), 12
+    greedy = torch.full((BATCH, 1, new), torch.nan, dtype=torch.float64)
+    run = Policing(llama, policy, 40, (3, 5), kept=[])
+    layout = policy.layout(40 + new, np.random.default_rng(0))
+    words = PolicedContinuation(ids, greedy, layout, Sampling(), chunk=16, run=run)
+    with torch.inference_mode():
+        reader = Reader(llama)
+        written = torch.stack(list(words.write(reader, words.read(reader))), 1)
+    assert run.kept is not None
+    # Three chunks of the prefix, then a token each.
+    kept_at, whole = run.kept[3:], torch.cat([ids, written], 1)[:, :-1]
+    masks = []
+    for layer in range(len(run.cache.layers)):
+        mask = torch.ones(whole.shape[1], whole.shape[1], dtype=torch.bool).tril().repeat(BATCH, 4, 1, 1)
+        for number, held in enumerate(kept_at):
+            seen = torch.zeros(BATCH, 2, whole.shape[1], dtype=torch.bool).scatter_(-1, held[layer], True)
+            seen[..., 40 + number] = True
+            mask[:, :, 40 + number] = seen.repeat_interleave(2, 1)
+        masks.append(mask)
+    replayed = object.__new__(Replayed)
+    replayed.masks = masks
+    token = WATCHER.set(replayed)
+    try:
+        with torch.inference_mode():
+            logits = llama(
+                input_ids=whole, use_cache=False, attention_mask=torch.ones(1, 1, 1, 1).bool(),
+                position_ids=torch.arange(whole.shape[1])[None],
+            ).logits
+    finally:
+        WATCHER.reset(token)
+    assert torch.equal(logits[:, 39:].argmax(-1), written)
+    assert words.visible_before.shape == (40 + new,)
+    assert reader.trace.held == round(run.cache.mean_entries()) < 40
+
+
+def test_scores_that_tie_keep_the_later() -> None:
+    scores = torch.tensor([[[1.0, 2.0, 2.0, 2.0, 0.0]]])
+    assert highest(scores, 2).tolist() == [[[2, 3]]]
+    assert highest(torch.zeros(1, 1, 5), 3).tolist() == [[[2, 3, 4]]]
+
+
+def test_layers_get_more_the_earlier_they_are() -> None:
+    policy = policy_of("pyramidkv", "0.5", window="8", beta="20")
+    budgets = [policy.budget(200, 200, layer, 4) for layer in range(4)]
+    assert sum(budgets) == 4 * 100
+    assert budgets == sorted(budgets, reverse=True)
+    assert budgets[0] <= 200
+    assert budgets[-1] >= 8
+
+
+def test_heads_differ_unless_they_share(llama: nn.Module) -> None:
+    for name in POLICIES:
+        _, run = read(llama, policy_of(name), text(), 16)
+        same = all(torch.equal(layer.positions[:, :1].expand_as(layer.positions), layer.positions)
+                   for layer in run.cache.layers)
+        assert same is (name in ("tova", "chunkkv", "streaming-llm")), name
+
+
+def test_chunks_stay_whole(llama: nn.Module) -> None:
+    """All but the window, and the chunk that the budget cuts."""
+    _, run = read(llama, policy_of("chunkkv", window="8", size="4"), text(), LENGTH, once=True)
+    places = run.cache.layers[0].positions[0, 0]
+    counts = torch.bincount(places[places < LENGTH - 8] // 4)
+    assert ((counts == 0) | (counts == 4)).sum() >= len(counts) - 1
+
+
+def test_sums_are_those_of_a_plain_loop(llama: nn.Module) -> None:
+    generator = torch.Generator().manual_seed(0)
+    query, keys = torch.randn(1, 4, 70, 8, generator=generator), torch.randn(1, 2, 90, 8, generator=generator)
+    plain = torch.zeros(1, 2, 90)
+    for head in range(4):
+        for row in range(70):
+            seen = 20 + row + 1
+            weights = (keys[0, head // 2, :seen] @ query[0, head, row] * 0.3).softmax(0)
+            plain[0, head // 2, :seen] += weights
+    assert float((attended(query, keys, 0.3) - plain).abs().max()) < 1e-5
+
+
+@pytest.mark.parametrize(("words", "message"), [
+    (["--method", "knorm", "--execution", "onepass"], "has no mask beforehand"),
+    (["--method", "tova", "--task", "online"], "comes in chunks"),
+    (["--method", "snapkv", "--set", "window=0"], "window=0"),
+    (["--method", "h2o", "--set", "prefill=twice"], "prefill"),
+])
+def test_what_cannot_be_done_is_a_sentence(words: list[str], message: str, called: Callable[..., Any]) -> None:
+    found = called(["run", *words])
+    assert found.code == 2
+    assert message in found.err
+    assert "Traceback" not in found.err
+
+
+def test_policies_are_not_profiled(called: Callable[..., Any]) -> None:
+    found = called(["profile", "--method", "tova"])
+    assert found.code == 2
+    assert "not profiled yet" in found.err
+
+
+@pytest.mark.heavy
+def test_the_command_measures_policies_on_every_kind_of_task(called: Callable[..., Any]) -> None:
+    found = called([
+        "run", "--task", "minidocs", "--task", "recall", "--task", "minidocs-gen", "--method", "keydiff",
+        "--method", "h2o", "--ratio", "0.7", "--limit", "2", "--no-baselines", "--json", "--set", "step=8",
+    ])
+    assert found.code == 0, found.err
+    rows = found.document["rows"]
+    for task in ("minidocs", "recall", "minidocs-gen"):
+        for name in ("keydiff", "h2o"):
+            mine = [r for r in rows if (r["task"], r["method"]) == (task, name) and r["params"]["bin"] is None]
+            assert mine, (task, name)
+            assert all(r["ratio_realised"] == pytest.approx(0.7, abs=0.005) for r in mine)
+            assert {r["removal"] for r in mine} == {"real"}
+            held = {r["metric"]: r["value"] for r in mine}
+            assert held["kv_bytes_physical"] == pytest.approx(held["kv_bytes_logical"], rel=0.05)
+            assert held["kv_bytes_logical"] == pytest.approx(0.3 * held["kv_bytes_full"], rel=0.02)
+            assert all("evicts every 8" in r["signature"] for r in mine)
