@@ -23,11 +23,17 @@ _STYLES = {
     "ccm-concat": ("#56B4E9", "P", "-"), "ccm-merge": ("#8C564B", "X", "-"),
     "gist": ("#7F7F7F", "*", "--"), "meanpool": ("#BCBD22", "h", ":"), "pic": ("#17BECF", "<", "-."),
     "full": ("0.2", "_", "-"), "none": ("0.2", "|", ":"), "adapted": ("0.5", "_", "--"),
+    "streaming-llm": ("#117733", "d", "-"), "random": ("0.45", "x", ":"), "knorm": ("#AA4499", "1", "--"),
+    "keydiff": ("#332288", "p", "-"), "lagkv": ("#44AA99", "8", "-."), "tova": ("#999933", "2", "--"),
+    "h2o": ("#661100", "H", "-"), "snapkv": ("#6699CC", ">", "-"), "pyramidkv": ("#6699CC", "3", ":"),
+    "chunkkv": ("#CC6677", "4", "-"),
     "human": ("#882255", "_", "-."), "full-again": ("0.6", "_", ":"), "full-dynamic": ("#882255", "1", "--"),
 }
 _LINES = ("full", "adapted", "none", "human")
 """What takes no ratio, drawn as a horizontal line."""
-_SPARE = ("#332288", "p", "-.")
+_SPARE = ("#332288", ".", "-.")
+_FEW = 7
+"""Lines that a legend inside a panel has room for."""
 SETTINGS: dict[Any, Any] = {
     "font.size": 9, "axes.spines.top": False, "axes.spines.right": False, "pdf.fonttype": 42,
     "ps.fonttype": 42, "legend.frameon": False, "axes.grid": True, "grid.alpha": 0.25,
@@ -61,10 +67,32 @@ def draw(rows: Sequence[Row], panel: Panel, folder: Path, name: str) -> list[Pat
             panel(place, mine)
             about = model if task == protocol else f"{model}, {protocol}"
             place.set_title(f"{task} ({about}{f', seed {seed}' if several else ''})", fontsize=9)
-            place.legend(fontsize=8)
         for place in places[len(settings) :]:
             place.set_axis_off()
+        _legend(figure, places[: len(settings)])
         return save(figure, folder, name)
+
+
+def _legend(figure: Figure, places: Sequence[Axes]) -> None:
+    """In every panel, or below all of them where there are too many lines for that."""
+    found: dict[str, Any] = {}
+    most = 0
+    for place in places:
+        handles, labels = place.get_legend_handles_labels()
+        most = max(most, len(labels))
+        for label, handle in zip(labels, handles, strict=True):
+            found.setdefault(label, handle)
+    if most <= _FEW:
+        for place in places:
+            place.legend(fontsize=8)
+    elif found:
+        columns = max(3, round(figure.get_size_inches()[0] / 1.35))
+        figure.legend(
+            list(found.values()), list(found), loc="outside lower center", ncols=columns, fontsize=7.5,
+            handlelength=2.6,
+        )
+        width, height = figure.get_size_inches()
+        figure.set_size_inches(width, height + 0.2 * -(-len(found) // columns))
 
 
 def save(figure: Figure, folder: Path, name: str) -> list[Path]:
