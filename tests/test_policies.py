@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from kvbench.decoding import Sampling
 from kvbench.methods import METHODS, kept, make_method
-from kvbench.methods.policy import Policy, highest
+from kvbench.methods.policy import Policy, View, highest
 from kvbench.models.attention import WATCHER
 from kvbench.models.rotary import rotated
 from kvbench.policing import PolicedContinuation, Policing, attended
@@ -301,3 +301,45 @@ def test_the_command_measures_policies_on_every_kind_of_task(called: Callable[..
             assert held["kv_bytes_physical"] == pytest.approx(held["kv_bytes_logical"], rel=0.05)
             assert held["kv_bytes_logical"] == pytest.approx(0.3 * held["kv_bytes_full"], rel=0.02)
             assert all("evicts every 8" in r["signature"] for r in mine)
+
+
+def view_of(found: Any, rows: slice = slice(None)) -> View:
+    """A layer with the keys, values and last queries that kvpress was given (tests/parity/make_fixtures.py)."""
+    keys, values, queries = (torch.from_numpy(found[name])[rows] for name in ("keys", "values", "queries"))
+    length = keys.shape[2]
+    positions = torch.arange(length).expand(keys.shape[:3])
+    return View(
+        keys, values, positions, torch.zeros_like(positions, dtype=torch.float32), queries, keys.shape[-1] ** -0.5,
+        length, 0, 1, torch.zeros(len(keys), dtype=torch.long), 0, None,
+    )
+
+
+@pytest.fixture(scope="module")
+def kvpress() -> Any:
+    return np.load(Path(__file__).parent / "parity" / "kvpress.npz", allow_pickle=False)
+
+
+@pytest.mark.parametrize("name", ["knorm", "keydiff", "lagkv", "snapkv", "streaming-llm"])
+def test_the_same_entries_as_kvpress(kvpress: Any, name: str) -> None:
+    policy = policy_of(name, "0.5", window="20", kernel="5", lag="32")
+    assert policy.chosen(view_of(kvpress), 100).tolist() == kvpress[f"kept:{name}"].tolist()
+
+
+def test_the_same_chunks_as_kvpress(kvpress: Any) -> None:
+    """Row by row: kvpress keeps the first row's chunks in all rows of a batch, and we do not."""
+    policy = policy_of("chunkkv", "0.5", window="20", kernel="5", size="10")
+    mine = policy.chosen(view_of(kvpress), 100)
+    for row in range(2):
+        assert mine[row].tolist() == kvpress[f"kept:chunkkv:{row}"][0].tolist()
+    assert mine[0].tolist() != mine[1].tolist()
+
+
+def test_tova_differs_from_kvpress_in_the_last_token_only(kvpress: Any) -> None:
+    """kvpress always keeps it, and says so; published and here it stays by its own weight, or does not."""
+    view = view_of(kvpress)
+    mine, theirs = policy_of("tova", "0.5").chosen(view, 100), kvpress["kept:tova"]
+    last = view.entries - 1
+    for row in range(2):
+        here, there = set(mine[row, 0].tolist()), set(theirs[row, 0].tolist())
+        assert last in there
+        assert here == there or (there - here == {last} and len(here - there) == 1)

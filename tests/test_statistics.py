@@ -6,10 +6,11 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from scipy import stats
 
 from kvbench.metrics import LM_METRICS, RECALL_METRICS, recovery
 from kvbench.metrics.agreement import KL_BINS, KL_HIGH, KL_LOW
-from kvbench.statistics import Table, bootstrap_intervals, holm, paired_p_value
+from kvbench.statistics import RESAMPLES, Table, bootstrap_intervals, holm, paired_p_value
 
 
 def mean_of(tables: list[np.ndarray]) -> np.ndarray:
@@ -111,3 +112,21 @@ def test_quantile_from_bins_is_that_of_numpy() -> None:
     counts = np.bincount(place.astype(int), minlength=KL_BINS)[None].astype(float)
     found = metric("kl_p99").value({"kl_bins": counts})[0]  # type: ignore[attr-defined]
     assert found == pytest.approx(np.quantile(values, 0.99), rel=0.01)
+
+
+def test_intervals_are_those_of_scipy() -> None:
+    """The same draws and the same percentiles, which are only not drawn anew for every table."""
+    values = np.random.default_rng(1).lognormal(size=(37, 1))
+    found = stats.bootstrap(
+        (values[:, 0],), np.mean, n_resamples=RESAMPLES, method="percentile", rng=np.random.default_rng(5),
+    ).confidence_interval
+    mine = bootstrap_intervals([Table(values)], lambda tables: tables[0].T / 37, 5)[0]
+    assert mine == pytest.approx([found.low, found.high], rel=1e-9)
+
+
+def test_flips_are_those_of_a_plain_loop() -> None:
+    differences = np.random.default_rng(2).normal(0.2, 1, 30)
+    plain = stats.permutation_test(
+        (differences,), np.sum, permutation_type="samples", n_resamples=9999, rng=np.random.default_rng(0)
+    ).pvalue
+    assert paired_p_value(differences, 0) == pytest.approx(plain, abs=0.02)

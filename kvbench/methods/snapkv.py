@@ -30,10 +30,16 @@ class SnapKv(Policy):
         return self.number("window")
 
     def scores(self, view: View) -> Tensor:
-        worth = view.attention(self.looks_at).mean((2, 3))
+        return protect_last(self._worth(view), self.looks_at)
+
+    def _worth(self, view: View) -> Tensor:
+        """``[batch, heads, entries]``: attention before the window, smoothed; 0 within it."""
+        before = max(0, view.entries - self.looks_at)
+        worth = view.attention(self.looks_at).mean((2, 3))[..., :before]
         kernel = self.number("kernel")
-        pooled = functional.avg_pool1d(worth, kernel, stride=1, padding=kernel // 2)[..., : view.entries]
-        return protect_last(pooled, min(self.looks_at, kept(view.read, self.ratio)))
+        if before:
+            worth = functional.avg_pool1d(worth, kernel, stride=1, padding=kernel // 2)[..., :before]
+        return functional.pad(worth, (0, view.entries - before))
 
 
 @dataclass(frozen=True)
@@ -74,11 +80,11 @@ class ChunkKv(SnapKv):
 
     def scores(self, view: View) -> Tensor:
         size = self.number("size")
-        worth = view.attention(self.looks_at).mean((2, 3)).mean(1)
+        worth = self._worth(view).mean(1)
         # Chunks are of the text, so that they stay what they are when others have gone.
         chunk = view.positions[:, 0] // size
         total = torch.zeros(*worth.shape[:1], int(chunk.max()) + 1, device=worth.device)
         count = torch.zeros_like(total).scatter_add_(1, chunk, torch.ones_like(worth))
         mean = total.scatter_add_(1, chunk, worth) / count.clamp(min=1)
         shared = mean.gather(1, chunk)[:, None].expand(view.keys.shape[:3])
-        return protect_last(shared, min(self.looks_at, kept(view.read, self.ratio)))
+        return protect_last(shared, self.looks_at)

@@ -13,7 +13,6 @@ from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy import stats
 
 from kvbench.metrics.texts import words
 
@@ -57,6 +56,8 @@ def distinct(groups: Sequence[Sequence[str]], limit: int) -> Jackknifed:
 
 def interval(found: Jackknifed) -> tuple[float, float, float]:
     """The 95 % interval, and the standard error."""
+    from scipy import stats  # takes half a second, which most reports need not pay
+
     n = len(found.without)
     if n < 2:
         return float("nan"), float("nan"), float("nan")
@@ -72,6 +73,8 @@ def difference(method: Jackknifed, full: Jackknifed) -> Jackknifed:
 
 def p_value(found: Jackknifed) -> float | None:
     """Two-sided, that a difference is 0, by the jackknife's standard error."""
+    from scipy import stats  # takes half a second, which most reports need not pay
+
     error = interval(found)[2]
     if not np.isfinite(error):
         return None

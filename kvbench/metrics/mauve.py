@@ -17,7 +17,6 @@ from contextlib import contextmanager
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy import stats
 
 Array = NDArray[np.float64]
 
@@ -63,6 +62,8 @@ def _without_native_warnings() -> Iterator[None]:
 
 def over_seeds(values: Sequence[float]) -> tuple[float, float, float]:
     """Mean, and its 95 % t-interval over seeds."""
+    from scipy import stats  # takes half a second, which most reports need not pay
+
     mean = float(np.mean(values))
     if len(values) < 2:
         return mean, math.nan, math.nan

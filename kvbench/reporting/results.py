@@ -128,11 +128,10 @@ def _aggregate(cell: Cell, records: list[DocumentRecord]) -> Measured:
     sums: dict[str, Array] = {name: by_group[name].to_numpy(dtype=np.float64) for name in _SUMS}
     if has_kl:
         index = {name: i for i, name in enumerate(by_group.index)}
-        bins = np.zeros((len(index), KL_BINS))
-        for r in records:
-            for place, count in (r.kl_bins or {}).items():
-                bins[index[r.group], int(place)] += count
-        sums["kl_bins"] = bins
+        at = [index[r.group] * KL_BINS + int(place) for r in records for place in r.kl_bins or ()]
+        counts = [count for r in records for count in (r.kl_bins or {}).values()]
+        flat = np.bincount(at, weights=counts, minlength=len(index) * KL_BINS).astype(np.float64)
+        sums["kl_bins"] = flat.reshape(len(index), KL_BINS)
     return Measured(
         cell, len(records), tuple(by_group.index), sums, max(r.peak for r in records),
         sum(r.peak for r in records) / len(records),

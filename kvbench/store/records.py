@@ -6,6 +6,7 @@ import dataclasses
 import hashlib
 import json
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 SCHEMA = 1
@@ -46,7 +47,7 @@ class Cell:
     seed: int
     position_rule: str = "absolute"
 
-    @property
+    @cached_property
     def key(self) -> str:
         """Content key: equal for equal measurements, whatever the command or the limit."""
         content = dataclasses.asdict(self)
