@@ -7,11 +7,17 @@ import os
 import re
 import subprocess
 import sys
+from fractions import Fraction
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
+from torch import nn
 
+from kvbench.policing import Policing
 from tests.conftest import Outcome, kvbench
+from tests.test_policies import masked, read, text
 
 ROOT = Path(__file__).parent.parent
 PAGE = (ROOT / "docs" / "adding-a-method.md").read_text()
@@ -54,6 +60,11 @@ def test_the_example_is_listed_run_and_reported(place: tuple[Path, dict[str, str
     assert row["ratio_realised"] == pytest.approx(0.5, abs=0.005)
     assert row["removal"] == "real"
     assert called(place, "report", "run").code == 0
+    swept = called(place, "sweep", "--method", "ends", "--ratio", "0.5", "--ratio", "0.8", "--task", "minidocs",
+                   "--limit", "2", "--out", "run", "--json")
+    assert swept.code == 0, swept.err
+    assert {r["ratio_asked"] for r in swept.document["rows"] if r["method"] == "ends"} == {0.5, 0.8}
+    assert "ends 0.8" in json.loads((place[0] / "run" / "masks.json").read_text())
 
 
 def test_the_example_passes_the_proof(place: tuple[Path, dict[str, str]]) -> None:
@@ -64,6 +75,22 @@ def test_the_example_passes_the_proof(place: tuple[Path, dict[str, str]]) -> Non
     )
     assert done.returncode == 0, done.stdout[-2000:]
     assert re.search(r"[1-9]\d* passed|^\.+ ", done.stdout, flags=re.M), done.stdout
+
+
+def test_the_example_of_a_policy_removes_what_it_masks(llama: nn.Module) -> None:
+    space: dict[str, Any] = {"__name__": "example"}
+    exec(re.findall(r"```python\n(.*?)```", PAGE, flags=re.S)[1], space)
+    policy = space["LargeValues"](Fraction(1, 2))
+    ids = text()
+    logits, run = read(llama, policy, ids, 7)
+    assert float((logits - masked(llama, run, ids, 7)).abs().max()) < 1e-5
+    first = run.cache.layers[0]
+    whole = Policing(llama, space["LargeValues"](Fraction(0)), ids.shape[1], (3, 5))
+    with torch.inference_mode():
+        whole.feed(ids)
+    left = whole.cache.layers[0].values.norm(dim=-1)
+    held = torch.zeros_like(left, dtype=torch.bool).scatter_(-1, first.positions, True)
+    assert float(left[held].mean()) > float(left[~held].mean())
 
 
 @pytest.mark.parametrize(("code", "value", "words"), [

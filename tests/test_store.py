@@ -220,3 +220,14 @@ def test_two_processes_cannot_share_a_folder(
         found = called(["run", "--method", "sinks", "--limit", "1", "--task", "minidocs", "--out", "run"])
     assert found.code == 2
     assert "Another kvbench is measuring" in found.err
+
+
+def test_damaged_notes_are_sentences(folder: RunFolder) -> None:
+    folder.fail(CELL, Failure(CELL.key, "it broke"))
+    (folder.cell_folder(CELL) / "failure.json").write_text("{")
+    found = folder.failure(CELL)
+    assert found is not None
+    assert "cannot be read" in found.error
+    (folder.path / RUN).write_text(json.dumps({"content": "x", "tasks": {}, "cells": [{"model": "m"}]}))
+    with pytest.raises(UserError, match="damaged"):
+        folder.cells()

@@ -234,8 +234,14 @@ class RunFolder:
         path = self.cell_folder(cell) / FAILURE
         if not path.exists():
             return None
-        return Failure(**json.loads(path.read_text(encoding="utf-8")))
+        try:
+            return Failure(**json.loads(path.read_text(encoding="utf-8")))
+        except (OSError, ValueError, TypeError):  # it may be gone by now, or damaged: the cell has failed either way
+            return Failure(cell.key, f"{cell.label}: failed, and the note of it cannot be read.", "Run it again.")
 
     def cells(self) -> list[Cell]:
         """The cells of the run, in the order of the plan."""
-        return [Cell(**raw) for raw in self.manifest()["cells"]]
+        try:
+            return [Cell(**raw) for raw in self.manifest()["cells"]]
+        except TypeError as error:
+            raise UserError(f"{self.path / RUN} is damaged: {error}.", "Run again with --fresh.") from error
