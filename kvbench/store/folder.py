@@ -39,10 +39,14 @@ def _repair(file: BinaryIO) -> None:
 
 
 def write_atomic(path: Path, text: str) -> None:
-    """The whole text, or nothing: a reader never sees half a file."""
-    part = path.with_name(path.name + ".part")
-    part.write_text(text, encoding="utf-8")
-    os.replace(part, path)
+    """The whole text, or nothing: a reader never sees half a file, whoever else writes it at the same time."""
+    part = path.with_name(f"{path.name}.{os.getpid()}.part")
+    try:
+        part.write_text(text, encoding="utf-8")
+        os.replace(part, path)
+    except OSError:
+        part.unlink(missing_ok=True)
+        raise
 
 
 class RunFolder:
