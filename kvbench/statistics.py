@@ -25,7 +25,10 @@ class Table:
     def totals(self, seed: int, weights: Array) -> Array:
         """``[resamples, columns]``."""
         if seed not in self._totals:
-            self._totals[seed] = weights @ self.sums
+            used = self.sums.any(0)  # most bins of a histogram are empty
+            totals = np.zeros((len(weights), self.sums.shape[1]))
+            totals[:, used] = weights @ self.sums[:, used]
+            self._totals[seed] = totals
         return self._totals[seed]
 
 
@@ -72,14 +75,14 @@ def paired_p_value(differences: Array, seed: int) -> float | None:
     Exact when there are few groups; otherwise ``(c + 1) / (n + 1)`` over 9999 random flips, which are the same
     for all differences of as many groups, so that they need be drawn once.
     """
-    from scipy import stats  # takes half a second, which most reports need not pay
-
     groups = len(differences)
     if groups < 2:
         return None
     if not np.any(differences):
         return 1.0
     if 2**groups <= EXCHANGES:
+        from scipy import stats  # takes half a second, which most reports need not pay
+
         found = stats.permutation_test(
             (differences,), lambda d, axis=-1: np.sum(d, axis=axis), permutation_type="samples",
             vectorized=True, n_resamples=EXCHANGES,
@@ -95,7 +98,8 @@ def paired_p_value(differences: Array, seed: int) -> float | None:
 @lru_cache(maxsize=1)
 def _flips(groups: int, seed: int) -> Array:
     """Random signs, ``[exchanges, groups]``."""
-    return np.random.default_rng(seed).choice((-1.0, 1.0), (EXCHANGES, groups))
+    signs = np.random.default_rng(seed).integers(0, 2, (EXCHANGES, groups)).astype(np.float64)
+    return 2 * signs - 1
 
 
 def exchanged_p_values(

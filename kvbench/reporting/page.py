@@ -15,6 +15,7 @@ from typing import Any
 from jinja2 import Environment
 
 from kvbench.errors import UserError
+from kvbench.reporting.distance import is_of_curve
 from kvbench.reporting.sheets import sheets_of
 from kvbench.store.folder import RunFolder, write_atomic
 from kvbench.store.records import Cell, DocumentRecord, Results
@@ -40,7 +41,8 @@ def write_page(folders: Sequence[RunFolder], results: Results, figures: Sequence
     template = Environment(autoescape=True, trim_blocks=True).from_string(
         files("kvbench.reporting").joinpath("report.html.j2").read_text(encoding="utf-8")
     )
-    rows = [dataclasses.asdict(row) for row in results.rows]
+    # Points of curves are in the figures and in rows.csv: there are more of them than of all other rows.
+    rows = [dataclasses.asdict(row) for row in results.rows if not is_of_curve(row)]
     text = template.render(
         name=", ".join(folder.path.resolve().name for folder in folders), about=list(map(_about, manifests)),
         failures=results.failures, sheets=sheets_of(results.rows), count=len(rows),
@@ -53,7 +55,7 @@ def write_page(folders: Sequence[RunFolder], results: Results, figures: Sequence
         environment=json.dumps(
             [manifest.get("environment", {}) for manifest in manifests], indent=1, ensure_ascii=False
         ),
-        rows=json.dumps(rows, indent=1, ensure_ascii=False),
+        rows="\n".join(json.dumps(row, ensure_ascii=False) for row in rows),
     )
     path = out / "report.html"
     write_atomic(path, text)

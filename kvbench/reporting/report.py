@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from kvbench.errors import UserError
@@ -18,6 +19,7 @@ from kvbench.reporting.export import write_tables
 from kvbench.reporting.figures import removal_figure
 from kvbench.reporting.mask_figure import mask_figure
 from kvbench.reporting.page import write_page
+from kvbench.reporting.parallel import in_parallel
 from kvbench.reporting.profile_figures import profile_figures
 from kvbench.reporting.results import compute_results
 from kvbench.store.folder import RESULTS, RunFolder, write_atomic
@@ -72,11 +74,16 @@ def write_figures(
     folders: Sequence[RunFolder], rows: list[Row], out: Path, metrics: Sequence[str] = ()
 ) -> list[Path]:
     """All figures that there are numbers for."""
-    figures = [path for name in metrics or DRAWN for path in removal_figure(rows, name, out, _LABELS.get(name, name))]
-    for draw in (pareto_figure, asked_figures, position_figure, distance_figure, memory_figure, profile_figures):
-        figures += draw(rows, out)
     masks = {name: mask for folder in folders for name, mask in folder.masks().items()}
-    return [*figures, *mask_figure(masks, _to_show(list(masks)), out)]
+    tasks: list[Callable[[], list[Path]]] = [
+        *(partial(removal_figure, rows, name, out, _LABELS.get(name, name)) for name in metrics or DRAWN),
+        *(partial(draw, rows, out) for draw in (
+            pareto_figure, asked_figures, position_figure, distance_figure, memory_figure, profile_figures
+        )),
+        partial(mask_figure, masks, _to_show(list(masks)), out),
+    ]
+    # Fonts are embedded in every PDF, which takes longest, and is done by one thread.
+    return [path for paths in in_parallel(tasks) for path in paths]
 
 
 def _to_show(names: list[str]) -> list[str]:
