@@ -24,6 +24,10 @@ WORST = 5
 """Documents that are named for each method at each ratio."""
 
 
+_OWN = ("metric", "value", "ci_low", "ci_high", "delta", "delta_ci_low", "delta_ci_high", "p_value", "signature")
+"""What rows of one cell do not share."""
+
+
 @dataclass(frozen=True)
 class Worst:
     """A document on which a method loses much: nats per token above the full cache."""
@@ -41,8 +45,7 @@ def write_page(folders: Sequence[RunFolder], results: Results, figures: Sequence
     template = Environment(autoescape=True, trim_blocks=True).from_string(
         files("kvbench.reporting").joinpath("report.html.j2").read_text(encoding="utf-8")
     )
-    # Points of curves are in the figures and in rows.csv: there are more of them than of all other rows.
-    rows = [dataclasses.asdict(row) for row in results.rows if not is_of_curve(row)]
+    rows, recipes = _rows_and_recipes(results)
     text = template.render(
         name=", ".join(folder.path.resolve().name for folder in folders), about=list(map(_about, manifests)),
         failures=results.failures, sheets=sheets_of(results.rows), count=len(rows),
@@ -55,11 +58,28 @@ def write_page(folders: Sequence[RunFolder], results: Results, figures: Sequence
         environment=json.dumps(
             [manifest.get("environment", {}) for manifest in manifests], indent=1, ensure_ascii=False
         ),
-        rows="\n".join(json.dumps(row, ensure_ascii=False) for row in rows),
+        rows="\n".join(rows), recipes="\n".join(recipes),
     )
     path = out / "report.html"
     write_atomic(path, text)
     return path
+
+
+def _rows_and_recipes(results: Results) -> tuple[list[str], list[str]]:
+    """Every number as a line of JSON, and what many of them share as lines of its own, which they name by number.
+
+    Points of curves are in the figures and in rows.csv: there are more of them than of all other rows.
+    """
+    rows: list[str] = []
+    recipes: dict[str, int] = {}
+    for row in (row for row in results.rows if not is_of_curve(row)):
+        whole = dataclasses.asdict(row)
+        own = {name: whole.pop(name) for name in _OWN}
+        own["bin"] = whole["params"].pop("bin", None)
+        recipe = json.dumps(whole, ensure_ascii=False)
+        own["recipe"] = recipes.setdefault(recipe, len(recipes))
+        rows.append(json.dumps(own, ensure_ascii=False))
+    return rows, [f"{number}: {recipe}" for recipe, number in recipes.items()]
 
 
 def _about(manifest: dict[str, Any]) -> str:
