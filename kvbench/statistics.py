@@ -13,6 +13,7 @@ Array = NDArray[np.float64]
 RESAMPLES = 5000
 LEVEL = 0.95
 EXCHANGES = 9999
+MOST_FLIPS, FLIPS_BYTES = 199_999, 1 << 28
 
 
 class Table:
@@ -72,8 +73,9 @@ def bootstrap_intervals(
 def paired_p_value(differences: Array, seed: int) -> float | None:
     """Two-sided sign-flip permutation test that the differences of the groups centre on zero.
 
-    Exact when there are few groups; otherwise ``(c + 1) / (n + 1)`` over 9999 random flips, which are the same
-    for all differences of as many groups, so that they need be drawn once.
+    Exact when there are few groups; otherwise ``(c + 1) / (n + 1)`` over up to 199,999 random flips, which are the
+    same for all differences of as many groups, so that they need be drawn once. A grid makes many comparisons, and
+    with fewer flips none of them could survive the correction for it.
     """
     groups = len(differences)
     if groups < 2:
@@ -92,13 +94,14 @@ def paired_p_value(differences: Array, seed: int) -> float | None:
     # Sums in another order differ in their last bits.
     reach = 1e-9 * float(np.abs(differences).sum())
     side = min((null >= observed - reach).sum(), (null <= observed + reach).sum())
-    return float(min(1.0, 2 * (side + 1) / (EXCHANGES + 1)))
+    return float(min(1.0, 2 * (side + 1) / (len(null) + 1)))
 
 
 @lru_cache(maxsize=1)
 def _flips(groups: int, seed: int) -> Array:
-    """Random signs, ``[exchanges, groups]``."""
-    signs = np.random.default_rng(seed).integers(0, 2, (EXCHANGES, groups)).astype(np.float64)
+    """Random signs, ``[flips, groups]``: as many as are useful, and as memory allows."""
+    count = max(EXCHANGES, min(MOST_FLIPS, FLIPS_BYTES // (8 * groups)))
+    signs = np.random.default_rng(seed).integers(0, 2, (count, groups), dtype=np.int8).astype(np.float64)
     return 2 * signs - 1
 
 
