@@ -88,6 +88,11 @@ def test_more_documents_and_another_method_only_add(first: Outcome, place: Path)
     assert after["sinks", 1] == before["sinks", 1]  # not asked for this time, and kept
     assert {r["method"] for r in more.document["rows"]} == {"full", "sinks", "window"}
     assert {r["seed"] for r in more.document["rows"]} == {0}
+    both = kvbench(*sweep("--limit", "6", "--seed", "0", "--seed", "1", "--out", "run"), cwd=place)
+    assert {(r["seed"], r["n"]) for r in both.document["rows"] if r["metric"] == "recovery" or r["unit"] == "document"
+            } == {(0, 6), (1, 6)}
+    after = recorded(place / "run")
+    assert len(after["sinks", 1]) == 6
     back = kvbench(*sweep("--limit", "4", "--seed", "0", "--seed", "1", "--out", "run"), cwd=place)
     assert recorded(place / "run") == after  # nothing was measured again
     numbers = [(r["method"], r["metric"], r["seed"], r["value"]) for r in first.document["rows"]]
@@ -145,8 +150,10 @@ def test_workers_elsewhere_fill_the_same_folder(
     write_documents(tmp_path)
 
     def here(
-        command: Sequence[str], workers: int, options: Mapping[str, str], look: Callable[[float], None]
+        command: Sequence[str], workers: int, options: Mapping[str, str], begin: Callable[[], None],
+        look: Callable[[float], None],
     ) -> list[Ended]:
+        begin()
         with ThreadPoolExecutor(workers + 1) as pool:
             tasks = [pool.submit(participate, command, str(tmp_path)) for _ in range(workers)]
             suicide = [sys.executable, "-c", f"import os; os.kill(os.getpid(), {signal.SIGKILL})"]
@@ -180,6 +187,22 @@ def test_a_worker_that_is_refused_is_a_sentence(
     assert found.code == 2
     assert "No model hub can be reached." in found.err
     assert not (tmp_path / "run").exists()
+
+
+def test_a_missing_executor_leaves_what_was_measured(
+    called: Call, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """--fresh clears when there is something to start, and old results are not taken for new ones."""
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / RUN).write_text('{"content": "another", "limit": 0, "cells": [], "tasks": {}}')
+    write_documents(tmp_path)
+    monkeypatch.setitem(sys.modules, "ray", None)
+    assert called(sweep("--executor", "ray", "--fresh", "--out", "run")).code == 2
+    assert (tmp_path / "run" / RUN).exists()
+    monkeypatch.setattr("kvbench.execution.watch.EXECUTORS", {"ray": lambda *_: [Ended(1, "ModuleNotFoundError: x")]})
+    found = called(sweep("--executor", "ray", "--out", "run"))
+    assert found.code == 2
+    assert "ModuleNotFoundError: x" in found.err
 
 
 def test_what_a_method_cannot_do_is_left_out_and_said(called: Call) -> None:

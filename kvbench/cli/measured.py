@@ -56,9 +56,14 @@ def measured(
         except KeyboardInterrupt:
             console.print("kvbench: interrupted; what was measured is kept, and the same command goes on.")
             raise typer.Exit(130) from None
+        if folder.manifest()["content"] != content:
+            raise StoppedError(
+                f"Another sweep has described {path} as its own meanwhile; what was measured is kept.",
+                "The same command prints its results.",
+            )
         results = compute_results(folder, only)
         with disk(path, KEPT, StoppedError):
             write_atomic(path / RESULTS, results.to_json() + "\n")
             if results.ok:
-                finish(folder)
+                finish(folder, content)
         return results

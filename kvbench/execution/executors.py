@@ -39,12 +39,14 @@ class Executor(Protocol):
     """Starts ``workers`` processes of a command, and waits for them."""
 
     def __call__(
-        self, command: Sequence[str], workers: int, options: Mapping[str, str], look: Callable[[float], None]
+        self, command: Sequence[str], workers: int, options: Mapping[str, str], begin: Callable[[], None],
+        look: Callable[[float], None],
     ) -> list[Ended]:
         """
         Args:
             command: run in a folder of the same name as the current one here.
             options: of the executor.
+            begin: called once, when all that can be checked has been, before the first of them starts.
             look: called again and again while waiting, with the seconds that it may take.
 
         Raises:
@@ -70,7 +72,8 @@ def participate(command: Sequence[str], folder: str) -> Ended:
 
 
 def on_ray(
-    command: Sequence[str], workers: int, options: Mapping[str, str], look: Callable[[float], None]
+    command: Sequence[str], workers: int, options: Mapping[str, str], begin: Callable[[], None],
+    look: Callable[[float], None],
 ) -> list[Ended]:
     """Workers as tasks of a Ray cluster: ``address`` (default: one on this machine), ``num_cpus`` and ``num_gpus``
     of each."""
@@ -88,6 +91,7 @@ def on_ray(
             raise UserError(f"There is no Ray cluster to be had: {error}.", "Check the option address=.") from error
     try:
         work = ray.remote(max_retries=0, **needs)(participate)
+        begin()
         running = [work.remote(list(command), os.getcwd()) for _ in range(workers)]
         left = running
         try:
@@ -106,7 +110,8 @@ def on_ray(
 
 
 def on_slurm(
-    command: Sequence[str], workers: int, options: Mapping[str, str], look: Callable[[float], None]
+    command: Sequence[str], workers: int, options: Mapping[str, str], begin: Callable[[], None],
+    look: Callable[[float], None],
 ) -> list[Ended]:
     """Workers as Slurm jobs, through submitit; options are its parameters, such as ``slurm_partition``,
     ``timeout_min`` or ``gpus_per_node``; ``cluster=local`` runs them here."""
@@ -125,6 +130,7 @@ def on_slurm(
             f"Slurm is not to be had on this machine, or an option is wrong: {error}.",
             "Run on a login node, and give parameters of submitit, such as slurm_partition=gpu.",
         ) from error
+    begin()
     jobs = [executor.submit(participate, list(command), os.getcwd()) for _ in range(workers)]
     try:
         while not all(job.done() for job in jobs):

@@ -48,8 +48,10 @@ def locked(folder: Path) -> Iterator[None]:
         lock.release()
 
 
-def finish(folder: RunFolder) -> None:
-    """Note in ``run.json`` that all cells are done."""
-    manifest = folder.manifest()
-    manifest["finished"] = datetime.now(UTC).isoformat(timespec="seconds")
-    write_atomic(folder.path / RUN, json.dumps(manifest, indent=1, ensure_ascii=False) + "\n")
+def finish(folder: RunFolder, content: str) -> None:
+    """Note in ``run.json`` that all cells of this content are done, if it still describes them."""
+    with folder.lock("manifest"):
+        manifest = folder.manifest()
+        if manifest["content"] == content:
+            manifest["finished"] = datetime.now(UTC).isoformat(timespec="seconds")
+            write_atomic(folder.path / RUN, json.dumps(manifest, indent=1, ensure_ascii=False) + "\n")

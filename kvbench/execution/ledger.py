@@ -76,7 +76,8 @@ class Ledger:
             return False
         manifest = self.folder.manifest()
         settings = {cell.setting for cell in plan.cells}
-        if manifest["limit"] != plan.request.limit or not settings <= set(manifest["tasks"]):
+        is_mine = (manifest["content"], manifest["limit"]) == (self.content, plan.request.limit)
+        if not is_mine or not settings <= set(manifest["tasks"]):
             return False
         tasks = {setting: manifest["tasks"][setting] for setting in settings}
         for cell in plan.cells:
@@ -89,6 +90,11 @@ class Ledger:
         self.tasks |= tasks
         self.opened = True
         return True
+
+    def is_done(self, cell: Cell) -> bool:
+        """Whether every document of a cell is known to be on disk."""
+        info = self.tasks.get(cell.setting)
+        return info is not None and set(info["documents"]) <= self.recorded.documents(cell)
 
     def left_of(self, part: Part) -> tuple[dict[str, list[str]], tuple[str, ...]] | None:
         """Which of a part's documents are on disk, by cell, and the cells that have failed; None if nothing is
@@ -116,10 +122,12 @@ class Ledger:
         plans, folder = self.plans, self.folder
         with disk(folder.path, KEPT, StoppedError), folder.lock("manifest"):
             earlier = folder.manifest() if (folder.path / RUN).exists() else {}
-            same = earlier.get("content") == self.content
+            # With another limit, what is known of the tasks' documents is out of date.
+            same = (earlier.get("content"), earlier.get("limit")) == (self.content, plans[0].request.limit)
             now = datetime.now(UTC).isoformat(timespec="seconds")
             manifest = {
-                "schema": 1, "content": self.content, "started": earlier["started"] if same else now,
+                "schema": 1, "content": self.content,
+                "started": earlier["started"] if earlier.get("content") == self.content else now,
                 "command": self.command, "limit": plans[0].request.limit, "finished": None,
                 "sources": {name: corpus.source for plan in plans for name, corpus in plan.corpora.items()},
                 "tasks": {**(earlier["tasks"] if same else {}), **self.tasks}, "environment": describe(),

@@ -115,11 +115,13 @@ def execute(
                     raise
                 except (UserError, WorkerDiedError) as error:
                     refused.append((plan, error))
+                    if conduct.fail_fast and ledger.opened:
+                        break
             if refused and not ledger.opened:
                 raise refused[0][1]
             for plan, reason in refused:
                 message, hint = (reason.message, reason.hint) if isinstance(reason, UserError) else (str(reason), "")
-                for cell in plan.cells:
+                for cell in (cell for cell in plan.cells if not ledger.is_done(cell)):
                     _fail(run, Failure(cell.key, f"{cell.label}: {message}", hint))
         except _EnoughError:
             console.print("Stopped at the first failure; the same command goes on.", highlight=False)
@@ -184,7 +186,10 @@ def _begin(run: _Run, crew: _Crew, hand: Hand, ready: dict[str, Any]) -> None:
         _assign(run, crew, hand)
     elif all(other.is_ready for other in crew.hands):
         damaged = run.ledger.open(crew.plan, ready["tasks"], ready["masks"])
-        for failure in [*damaged, *(Failure(**unable) for unable in ready["unable"])]:
+        for unable in ready["unable"]:  # known beforehand, and no reason to stop
+            run.ledger.fail(Failure(**unable))
+            _tell(run, Failure(**unable))
+        for failure in damaged:
             _fail(run, failure)
         crew.parts = parts_of(crew.plan.cells, ready["tasks"])
         run.total += sum(part.tokens for part in crew.parts)
@@ -248,7 +253,7 @@ def _replace_dead(run: _Run, crew: _Crew, hand: Hand) -> None:
     hand.ended = True
     if all(other.ended for other in crew.hands):  # none of them can even load the model again
         left = {cell.key: cell for part in crew.parts for cell in part.cells if cell.key not in run.ledger.failed}
-        for cell in left.values():
+        for cell in (cell for cell in left.values() if not run.ledger.is_done(cell)):
             _fail(run, Failure(cell.key, f"{cell.label}: {reason}", hint))
 
 
@@ -272,6 +277,10 @@ def _say_what_is_left_out(console: Console, tasks: dict[str, Any]) -> None:
 
 def _fail(run: _Run, failure: Failure) -> None:
     run.ledger.fail(failure)
-    run.console.print(f"[red]failed[/] {escape(f'{failure.error} {failure.hint}')}", highlight=False)
+    _tell(run, failure)
     if run.conduct.fail_fast:
         raise _EnoughError
+
+
+def _tell(run: _Run, failure: Failure) -> None:
+    run.console.print(f"[red]failed[/] {escape(f'{failure.error} {failure.hint}')}", highlight=False)

@@ -179,6 +179,8 @@ class Rows:
             cross = torch.linalg.vecdot(self.reference.probabilities[:, here], logits - highest[..., None])
             kl = self.reference.negentropy[:, here] - cross + (nll + (chosen - highest))
             self.loss.append((nll - self.reference.nll[:, here]).double().cpu())
+            if not bool(torch.isfinite(kl).all()):
+                raise RuntimeError("the model's predictions are not comparable (a probability of exactly 0)")
             self.kl.append(kl.clamp(min=0).double().cpu())
             wanted = self.reference.best[:, here]
             theirs = logits.gather(-1, wanted[..., None])[..., 0]

@@ -10,6 +10,7 @@ import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO, TypeVar
+from uuid import uuid4
 
 from filelock import FileLock
 
@@ -40,7 +41,7 @@ def _repair(file: BinaryIO) -> None:
 
 def write_atomic(path: Path, text: str) -> None:
     """The whole text, or nothing: a reader never sees half a file, whoever else writes it at the same time."""
-    part = path.with_name(f"{path.name}.{os.getpid()}.part")
+    part = path.with_name(f"{path.name}.{uuid4().hex[:12]}.part")
     try:
         part.write_text(text, encoding="utf-8")
         os.replace(part, path)

@@ -12,6 +12,7 @@ from kvbench.store.records import Cell
 @dataclass
 class _Seen:
     read: int = 0
+    file: int = 0
     documents: set[str] = field(default_factory=set)
 
 
@@ -33,14 +34,16 @@ class Recorded:
         """
         seen = self.seen.setdefault(cell.key, _Seen())
         path = self.folder.cell_folder(cell) / RECORDS
-        size = path.stat().st_size if path.exists() else 0
-        if size < seen.read:  # another process has dropped records that could not be compared
+        state = path.stat() if path.exists() else None
+        size, file = (state.st_size, state.st_ino) if state else (0, seen.file)
+        if size < seen.read or (seen.read and file != seen.file):  # rewritten: some could not be compared
             seen = self.seen[cell.key] = _Seen()
+        seen.file = file
         if size == seen.read:
             return seen.documents
-        with path.open("rb") as file:
-            file.seek(seen.read)
-            for line in file:
+        with path.open("rb") as lines:
+            lines.seek(seen.read)
+            for line in lines:
                 if not line.endswith(b"\n"):
                     break
                 seen.documents.add(json.loads(line)["document"])
