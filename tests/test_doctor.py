@@ -110,7 +110,7 @@ def test_intervals_that_are_too_narrow_are_seen(subject: Subject, monkeypatch: p
     assert not checks.intervals_are_right(subject).ok
 
 
-@pytest.mark.heavy
+@pytest.mark.long
 def test_people_are_like_people(subject: Subject, monkeypatch: pytest.MonkeyPatch) -> None:
     """And an encoder that tells the halves apart, or a clustering that is not seeded, is seen."""
     found = checks.halves_are_alike(subject)

@@ -75,7 +75,7 @@ def test_a_grid_has_rows_for_every_seed(first: Outcome, place: Path) -> None:
     assert set(RunFolder(place / "run").masks()) == {"full", "sinks 0.5"}
 
 
-@pytest.mark.heavy
+@pytest.mark.long
 def test_more_documents_and_another_method_only_add(first: Outcome, place: Path) -> None:
     assert first.code == 0
     before = recorded(place / "run")
@@ -122,7 +122,7 @@ def test_a_damaged_cell_fails_by_itself(first: Outcome, place: Path, tmp_path: P
 
 
 @pytest.mark.heavy
-@pytest.mark.parametrize("policy", ["--keep-going", "--fail-fast"])
+@pytest.mark.parametrize("policy", ["--keep-going", pytest.param("--fail-fast", marks=pytest.mark.long)])
 def test_a_child_that_hangs_costs_its_cell(
     policy: str, called: Call, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -142,7 +142,7 @@ def test_a_child_that_hangs_costs_its_cell(
         assert "Stopped at the first failure" in found.err
 
 
-@pytest.mark.heavy
+@pytest.mark.long
 def test_workers_elsewhere_fill_the_same_folder(
     called: Call, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
