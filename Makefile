@@ -21,7 +21,7 @@ lint: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 
-# The gallery, reports/reference: about three quarters of an hour on two cores. It goes on where it was interrupted.
+# The gallery, reports/reference: half an hour or more on two cores. It goes on where it was interrupted.
 figures: $(STAMP)
 	$(BIN)/kvbench sweep reports/gallery.toml --out reports/gallery-sweep
 	$(BIN)/kvbench profile --config reports/gallery.toml --out reports/gallery-profile

@@ -6,8 +6,7 @@ different ones. What was chosen can be written down, so that one masked pass can
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -31,7 +30,6 @@ class Policing:
     Attributes:
         total: text tokens that will be read under it, or up to which the budget is met.
         lots: a number of each row that depends on its text only.
-        beside: entered around what is done outside the model's own forward pass, so that it can be timed.
         seen: for every token read, how many earlier entries it saw (the mean over layers).
         peak: the most entries that a layer ever held.
         kept: if asked for, what every layer held when each run of tokens was fed: ``[batch, heads, entries]`` places.
@@ -42,7 +40,6 @@ class Policing:
     total: int
     lots: Sequence[int]
     seed: int = 0
-    beside: Callable[[], AbstractContextManager[object]] = nullcontext
     seen: list[float] = field(default_factory=list)
     peak: int = 0
     kept: list[list[Tensor]] | None = None
@@ -64,8 +61,7 @@ class Policing:
             wanted = slice(max(0, first - start), None)
             logits = self.feed(ids[:, start:stop], wanted)
             if not once or stop == ids.shape[1]:
-                with self.beside():
-                    self.remove()
+                self.remove()
             if stop > first:
                 yield Scored(max(start, first), stop, logits)
 
@@ -103,7 +99,7 @@ class Policing:
         layer = self.cache.layers[number]
         return View(
             layer.keys, layer.values, layer.positions, layer.sums, layer.queries, layer.scaling, self.read, number,
-            len(self.cache.layers), torch.tensor(list(self.lots), device=layer.keys.device), self.seed, None,
+            len(self.cache.layers), torch.tensor(list(self.lots), device=layer.keys.device), self.seed,
         )
 
     def mask(self, layer: int, queries: int, keys: int, device: torch.device) -> Tensor | None:
@@ -114,14 +110,13 @@ class Policing:
 
     def watch(self, layer: int, query: Tensor, scaling: float) -> None:
         """Keep the last queries, or add up what they attend."""
-        with self.beside():
-            stored = self.cache.layers[layer]
-            stored.scaling = scaling
-            if self.policy.looks_at:
-                before = query[:, :, :0] if stored.queries is None else stored.queries
-                stored.queries = torch.cat([before, query], 2)[:, :, -self.policy.looks_at :].clone()
-            if self.policy.sums:
-                stored.sums += attended(query, stored.keys, scaling)
+        stored = self.cache.layers[layer]
+        stored.scaling = scaling
+        if self.policy.looks_at:
+            before = query[:, :, :0] if stored.queries is None else stored.queries
+            stored.queries = torch.cat([before, query], 2)[:, :, -self.policy.looks_at :].clone()
+        if self.policy.sums:
+            stored.sums += attended(query, stored.keys, scaling)
 
 
 @dataclass

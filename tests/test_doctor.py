@@ -147,9 +147,9 @@ def test_a_published_number_is_measured_by_a_plain_loop(
     monkeypatch.setattr(published, "load_model", lambda *_: subject.loaded)
     monkeypatch.setattr(published, "resolve_model", lambda _: None)
     monkeypatch.setattr(published, "WINDOW", 100)
-    assert not published.published_is_met("cpu").ok
+    assert not published.published_is_met(subject).ok
     monkeypatch.setattr(published, "PUBLISHED", expected)
-    assert published.published_is_met("cpu").ok
+    assert published.published_is_met(subject).ok
 
 
 @pytest.mark.parametrize(("second", "ok"), [(0.1, True), (0.12, False)])
@@ -185,3 +185,10 @@ def test_the_command_prints_a_line_each(
 def test_bad_requests_are_sentences(called: Call) -> None:
     refused(called, ["doctor", "--model", "./nowhere"], "no model folder")
     refused(called, ["doctor", "--dtype", "float23"], "Unknown dtype")
+
+
+def test_a_hub_that_cannot_be_reached_is_a_line(subject: Subject) -> None:
+    check = checks.carried_out(published.published_is_met, subject)
+    assert not check.ok
+    assert check.name == "published is met"
+    assert "Hugging Face hub" in check.found

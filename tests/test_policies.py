@@ -310,7 +310,7 @@ def view_of(found: Any, rows: slice = slice(None)) -> View:
     positions = torch.arange(length).expand(keys.shape[:3])
     return View(
         keys, values, positions, torch.zeros_like(positions, dtype=torch.float32), queries, keys.shape[-1] ** -0.5,
-        length, 0, 1, torch.zeros(len(keys), dtype=torch.long), 0, None,
+        length, 0, 1, torch.zeros(len(keys), dtype=torch.long), 0,
     )
 
 

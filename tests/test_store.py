@@ -231,3 +231,13 @@ def test_damaged_notes_are_sentences(folder: RunFolder) -> None:
     (folder.path / RUN).write_text(json.dumps({"content": "x", "tasks": {}, "cells": [{"model": "m"}]}))
     with pytest.raises(UserError, match="damaged"):
         folder.cells()
+
+
+def test_a_run_that_was_killed_before_its_first_file_can_be_started_again(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path / "run")
+    with folder.lock("manifest"):
+        (folder.path / "run.json.0123.part").write_text("{")
+    folder.check("content")
+    (folder.path / "letters.txt").write_text("mine")
+    with pytest.raises(UserError, match="not a kvbench run"):
+        folder.check("content")

@@ -59,5 +59,5 @@ def print_plans(plans: Sequence[Plan], path: Path, as_json: bool) -> None:
     console.print(
         f"About {duration_of(total)} on this machine" + (f", and {unknown} cells of unknown cost" if unknown else "")
         + ": from the time that documents on disk took where there are any, from the model's size and a timed matrix "
-        "product elsewhere. A guess, right within a factor of three.", highlight=False,
+        "product elsewhere, which is a rough guess.", highlight=False,
     )

@@ -13,6 +13,7 @@ import torch
 from kvbench.corpora.documents import hub_rows
 from kvbench.corpora.tasks import load_task
 from kvbench.doctor.checks import Check
+from kvbench.doctor.subject import Subject
 from kvbench.methods import make_layout, make_method, parse_ratio
 from kvbench.models.loading import Loaded, load_model
 from kvbench.models.references import resolve_model
@@ -23,7 +24,7 @@ MODEL, PUBLISHED, WITHIN = "openai-community/gpt2-large", 19.44, 0.05
 WINDOW = 1024
 
 
-def published_is_met(device: str) -> Check:
+def published_is_met(subject: Subject) -> Check:
     """Needs the hub, or its cache, and half an hour on a CPU.
 
     Raises:
@@ -31,7 +32,7 @@ def published_is_met(device: str) -> Check:
     """
     spec = load_task("wikitext2").corpus
     rows = hub_rows(spec)
-    loaded = load_model(resolve_model(MODEL), device, "float32")
+    loaded = load_model(resolve_model(MODEL), str(subject.device), "float32")
     found = windowed_perplexity(loaded, "\n\n".join(row["text"] for row in rows), WINDOW)
     return Check(
         "a published number is met", abs(found - PUBLISHED) <= WITHIN,

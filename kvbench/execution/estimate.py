@@ -18,9 +18,9 @@ BYTES_PER_TOKEN = 4
 LONGEST = 1280
 """Tokens of a prefix with its continuation, at most, where the task cuts one."""
 WRITING = 3.0
-"""A text that is written costs this many times as much as one that is read: its tokens come one by one."""
+"""A text that is written is taken to cost this many times as much as one that is read: its tokens come one by one."""
 OVERHEAD = 3.0
-"""Seconds measured over seconds of arithmetic, on the embedded model, where calls cost more than arithmetic."""
+"""What there is besides arithmetic. Both are rough: a sweep of the embedded model that was to take 2 min took 3."""
 
 
 def estimate_seconds(plan: Plan, folder: RunFolder) -> dict[str, float | None]:
@@ -53,7 +53,7 @@ def _measured(folder: RunFolder, cell: Cell) -> float | None:
     """Mean seconds per document on disk; a torn or damaged line says nothing."""
     path = folder.cell_folder(cell) / RECORDS
     seconds = []
-    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
+    for line in path.read_bytes().splitlines() if path.exists() else ():
         try:
             seconds.append(float(json.loads(line)["seconds"]))
         except (ValueError, KeyError, TypeError):

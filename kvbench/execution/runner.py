@@ -121,7 +121,7 @@ def execute(
                 raise refused[0][1]
             for plan, reason in refused:
                 message, hint = (reason.message, reason.hint) if isinstance(reason, UserError) else (str(reason), "")
-                for cell in (cell for cell in plan.cells if not ledger.is_done(cell)):
+                for cell in (c for c in plan.cells if c.key not in ledger.failed and not ledger.is_done(c)):
                     _fail(run, Failure(cell.key, f"{cell.label}: {message}", hint))
         except _EnoughError:
             console.print("Stopped at the first failure; the same command goes on.", highlight=False)

@@ -37,7 +37,6 @@ class View:
         layer, layers: which of how many.
         lots: int64 ``[batch]``, a number of each row that depends on its text only, for policies that draw.
         seed: of the run.
-        speeds: angle per position of each pair of coordinates of a rotary embedding; None without one.
     """
 
     keys: Tensor
@@ -51,7 +50,6 @@ class View:
     layers: int
     lots: Tensor
     seed: int
-    speeds: Tensor | None
 
     @property
     def entries(self) -> int:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from kvbench.methods.policy import Policy
 from kvbench.policing import Policing
@@ -39,10 +39,8 @@ def score_policed(
     queries = torch.arange(max(1, first.scored - 1), len(first.ids) - 1)
     seen = torch.tensor(run.seen, dtype=torch.float64)[queries]
     return rows.score(
-        since=None, position=_positions(first), visible=float((seen / queries).sum()), queries=len(queries),
+        since=None, position=torch.arange(first.scored, len(first.ids)), visible=float((seen / queries).sum()),
+        queries=len(queries),
         held=round(held), peak=run.peak, sizes=sizes,
     )
 
-
-def _positions(piece: Piece) -> Tensor:
-    return torch.arange(piece.scored, len(piece.ids))

@@ -50,6 +50,11 @@ def write_atomic(path: Path, text: str) -> None:
         raise
 
 
+def _is_left_over(path: Path) -> bool:
+    """What a run that was killed before its first file was whole leaves: a lock, half a file."""
+    return path.name == LOCKS or path.suffix == ".part"
+
+
 class RunFolder:
     """A run on disk: ``run.json``, and a folder for each cell."""
 
@@ -77,7 +82,7 @@ class RunFolder:
                 f"The output folder {self.path} cannot be written: {error.strerror} ({parent}).",
                 "Choose another folder with --out.",
             ) from error
-        if not self.path.exists() or not any(self.path.iterdir()):
+        if not self.path.exists() or all(_is_left_over(path) for path in self.path.iterdir()):
             return
         if not (self.path / RUN).is_file():
             raise UserError(
