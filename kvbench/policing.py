@@ -6,7 +6,8 @@ different ones. What was chosen can be written down, so that one masked pass can
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 
 import torch
@@ -17,10 +18,8 @@ from kvbench.decoding import Continuation
 from kvbench.methods.policy import Policy, View
 from kvbench.models.attention import WATCHER
 from kvbench.models.rotary import frequencies
+from kvbench.observing import attended, with_moments, with_queries
 from kvbench.runtime import Reader, Scored
-
-QUERIES_AT_ONCE = 64
-"""Queries whose attention is summed at a time."""
 
 
 @dataclass
@@ -32,7 +31,9 @@ class Policing:
         lots: a number of each row that depends on its text only.
         seen: for every token read, how many earlier entries it saw (the mean over layers).
         peak: the most entries that a layer ever held.
-        kept: if asked for, what every layer held when each run of tokens was fed: ``[batch, heads, entries]`` places.
+        kept: if asked for, what every layer attended when each run of tokens was fed: ``[batch, heads, entries]``
+            places, -1 for none.
+        beside: entered around all that is done besides the model's own forward pass, so that it can be timed.
     """
 
     model: nn.Module
@@ -43,80 +44,130 @@ class Policing:
     seen: list[float] = field(default_factory=list)
     peak: int = 0
     kept: list[list[Tensor]] | None = None
+    beside: Callable[[], AbstractContextManager[object]] = nullcontext
 
     def __post_init__(self) -> None:
-        speeds = frequencies(self.model) if self.policy.rebases else None
-        self.cache = PolicedCache(self.policy.number("sinks") if speeds is not None else 0, speeds)
-        self.read = 0
+        needs_speeds = self.policy.turned or self.policy.takes_moments
+        self.speeds = frequencies(self.model) if needs_speeds else None
+        self.cache = PolicedCache(self.policy.turned, self.speeds)
+        self.read = self.since = 0
 
-    def stream(self, ids: Tensor, step: int, first: int = 0, once: bool = False) -> Iterator[Scored]:
-        """Feed ``step`` tokens at a time, and remove entries after each; or once, at the end.
+    def stream(self, ids: Tensor, first: int = 0, chunk: int | None = None) -> Iterator[Scored]:
+        """Feed text as the policy wants it fed, and remove entries where they are due.
 
         Args:
             ids: ``[batch, n]``.
-            first: text token from which on logits are wanted.
+            first: token among these from which on logits are wanted.
+            chunk: tokens to feed at a time, if nothing is to be removed before the end.
         """
-        for start in range(0, ids.shape[1], step):
-            stop = min(start + step, ids.shape[1])
-            wanted = slice(max(0, first - start), None)
-            logits = self.feed(ids[:, start:stop], wanted)
-            if not once or stop == ids.shape[1]:
+        start, length = 0, ids.shape[1]
+        while start < length:
+            stop = min(length, start + (chunk or self.policy.run_length(self.read)))
+            logits = self.feed(ids[:, start:stop], slice(max(0, first - start), None))
+            if stop == length or (chunk is None and self.is_due):
                 self.remove()
             if stop > first:
                 yield Scored(max(start, first), stop, logits)
+            start = stop
+
+    def follow(self, ids: Tensor) -> Iterator[Scored]:
+        """Feed what comes after the context: nothing more is removed, but what was set aside is looked at again."""
+        if self.policy.keeps_all:
+            yield from self.stream(ids)
+        elif ids.shape[1]:
+            yield Scored(0, ids.shape[1], self.feed(ids))
+
+    @property
+    def is_due(self) -> bool:
+        return self.policy.is_due(self.read, self.since)
 
     def feed(self, ids: Tensor, wanted: slice = slice(None)) -> Tensor:
         """Logits ``[batch, wanted, vocabulary]`` of text ``[batch, m]`` after what was read; nothing is removed."""
-        m, held = ids.shape[1], self.cache.mean_entries()
+        m, cache = ids.shape[1], self.cache
+        cache.looks = self.policy.looks(self.read)
+        held = cache.mean_entries() if cache.looks else cache.mean_seen()
         if self.kept is not None:
-            self.kept.append([layer.positions.clone() for layer in self.cache.layers])
-        self.cache.read = self.read
+            self.kept.append([(x.positions if cache.looks else x.seen()).clone() for x in cache.layers])
+        cache.read = self.read
         places = torch.arange(self.read, self.read + m, device=ids.device)
         token = WATCHER.set(self)
         try:
             out = self.model(
                 input_ids=ids, attention_mask=torch.ones(1, 1, m, 1, dtype=torch.bool, device=ids.device),
-                position_ids=places[None], use_cache=True, past_key_values=self.cache,
+                position_ids=places[None], use_cache=True, past_key_values=cache,
                 logits_to_keep=torch.arange(m, device=ids.device)[wanted],
             )
         finally:
             WATCHER.reset(token)
-        self.read += m
+        self.read, self.since = self.read + m, self.since + m
         self.seen += [held + i for i in range(m)]
-        self.peak = max(self.peak, self.cache.most_entries())
+        self.peak = max(self.peak, cache.most_entries())
         logits: Tensor = out.logits
         return logits
 
     def remove(self) -> None:
         """Let the policy choose, in every layer that holds more than its budget."""
-        layers = self.cache.layers
-        for number, layer in enumerate(layers):
-            keep = self.policy.budget(self.read, self.total, number, len(layers))
-            if layer.keys.shape[-2] > keep:
-                layer.choose(self.policy.chosen(self._view(number), keep))
+        self.since = 0
+        with self.beside():
+            chosen: dict[int, Tensor] = {}
+            for number in range(len(self.cache.layers)):
+                self._remove(number, chosen)
 
-    def _view(self, number: int) -> View:
+    def _remove(self, number: int, chosen: dict[int, Tensor]) -> None:
+        """In one layer; ``chosen`` by the layers before it."""
+        policy, layers = self.policy, self.cache.layers
+        layer = layers[number]
+        keep = policy.budget(self.read, self.total, number, len(layers))
+        if layer.entries() > keep:
+            view = self._view(number)
+            entries = chosen.get(policy.follows(number))
+            if entries is None:
+                entries = chosen[number] = policy.chosen(view, keep)
+            if policy.keeps_all:
+                layer.look_at(entries)
+            else:
+                layer.choose(entries, policy.merged(view, entries))
+        if policy.packs:
+            found = policy.packed(self._view(number, layer.first_plain), layer.packed)
+            if found is not None:
+                layer.pack(*found)
+
+    def _view(self, number: int, first: int = 0) -> View:
+        """A layer's entries from the ``first`` on, which is 0 or the first that is not packed."""
         layer = self.cache.layers[number]
+        keys, values = (layer.keys, layer.values) if first else layer.present()
         return View(
-            layer.keys, layer.values, layer.positions, layer.sums, layer.queries, layer.scaling, self.read, number,
-            len(self.cache.layers), torch.tensor(list(self.lots), device=layer.keys.device), self.seed,
+            keys, values, layer.positions[..., first:], layer.sums[..., first:], layer.queries, layer.scaling,
+            self.read, number, len(self.cache.layers), torch.tensor(list(self.lots), device=keys.device), self.seed,
+            layer.moments, self.speeds,
         )
 
     def mask(self, layer: int, queries: int, keys: int, device: torch.device) -> Tensor | None:
         """All that is held, causally."""
-        if queries in (1, keys):
-            return None
-        return torch.ones(queries, keys, dtype=torch.bool, device=device).tril(keys - queries)
-
-    def watch(self, layer: int, query: Tensor, scaling: float) -> None:
-        """Keep the last queries, or add up what they attend."""
         stored = self.cache.layers[layer]
+        causal = None
+        if queries not in (1, keys) or (stored.is_ragged and queries > 1):
+            causal = torch.ones(queries, keys, dtype=torch.bool, device=device).tril(keys - queries)
+        if not stored.is_ragged:
+            return causal
+        there = (stored.positions >= 0)[:, :, None]
+        return there if causal is None else there & causal
+
+    def watch(self, layer: int, query: Tensor, keys: Tensor, scaling: float) -> None:
+        """Keep the last queries, add up what they attend, or take their moments."""
+        policy, stored = self.policy, self.cache.layers[layer]
         stored.scaling = scaling
-        if self.policy.looks_at:
-            before = query[:, :, :0] if stored.queries is None else stored.queries
-            stored.queries = torch.cat([before, query], 2)[:, :, -self.policy.looks_at :].clone()
-        if self.policy.sums:
-            stored.sums += attended(query, stored.keys, scaling)
+        with self.beside():
+            if policy.looks_at:
+                stored.queries = with_queries(stored.queries, query, policy.looks_at)
+            if policy.sums:
+                if policy.decay != 1:
+                    stored.sums *= policy.decay ** query.shape[2]
+                stored.sums += attended(query, keys, scaling, stored.positions, policy.decay)
+            if policy.takes_moments:
+                stored.moments = with_moments(
+                    stored.moments, query, self.cache.read, policy.number("sinks"), self.speeds
+                )
 
 
 @dataclass
@@ -135,8 +186,7 @@ class PolicedContinuation(Continuation):
 
     def read(self, reader: Reader) -> Tensor:
         once, last = self.run.policy.option("prefill") == "once", self.prefix.shape[1] - 1
-        step = self.chunk if once else self.run.policy.number("step")
-        *_, part = self.run.stream(self.prefix, step, last, once)
+        *_, part = self.run.stream(self.prefix, last, self.chunk if once else None)
         self._note(reader)
         return part.logits[:, -1]
 
@@ -146,7 +196,7 @@ class PolicedContinuation(Continuation):
 
     def _step(self, reader: Reader, ids: Tensor, token: int) -> Tensor:
         logits = self.run.feed(ids[:, None])
-        if (self.run.read - self.prefix.shape[1]) % self.run.policy.number("step") == 0:
+        if self.run.is_due:
             self.run.remove()
         self._note(reader)
         return logits[:, -1]
@@ -158,26 +208,3 @@ class PolicedContinuation(Continuation):
     def visible_before(self) -> Tensor:
         seen, length = self.run.seen, self.prefix.shape[1] + self.new_tokens
         return torch.tensor(seen + seen[-1:] * (length - len(seen)), dtype=torch.float64)
-
-
-def attended(query: Tensor, keys: Tensor, scaling: float) -> Tensor:
-    """Attention that entries receive from the last queries, summed over queries and query heads, causally.
-
-    Args:
-        query: ``[batch, query heads, q, d]``, of the last q entries.
-        keys: ``[batch, heads, entries, d]``.
-
-    Returns:
-        float32 ``[batch, heads, entries]``.
-    """
-    batch, heads, entries, width = keys.shape
-    grouped = query.reshape(batch, heads, -1, query.shape[2], width).float()
-    spread = keys.float()[:, :, None].transpose(-1, -2)
-    total = torch.zeros(batch, heads, entries, device=keys.device)
-    place = torch.arange(entries, device=keys.device)
-    for start in range(0, query.shape[2], QUERIES_AT_ONCE):
-        part = grouped[:, :, :, start : start + QUERIES_AT_ONCE]
-        own = entries - query.shape[2] + start + torch.arange(part.shape[3], device=keys.device)
-        logits = (part @ spread * scaling).masked_fill(place > own[:, None], float("-inf"))
-        total += logits.softmax(-1).sum((2, 3))
-    return total

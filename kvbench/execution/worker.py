@@ -116,7 +116,7 @@ class Worker:
     def _check_cell(self, cell: Cell, longest: int, pieces: Sequence[Piece], in_chunks: bool) -> None:
         method = self.runners[cell.key].method
         method.check(longest, in_chunks)
-        if method.unrotates or (method.policy is not None and method.policy.rebases):
+        if method.unrotates or (method.policy is not None and method.policy.turned > 0):
             speeds = frequencies(self.loaded.model)
             if speeds is None and method.policy is not None:
                 raise UserError(

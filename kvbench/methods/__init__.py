@@ -14,7 +14,10 @@ from importlib.metadata import entry_points
 import numpy as np
 
 from kvbench.errors import UserError, unknown
+from kvbench.methods.adakv import AdaKv
 from kvbench.methods.base import Method, Option, kept, parse_ratio, ratio_text
+from kvbench.methods.cascading import Cascading
+from kvbench.methods.expected_attention import ExpectedAttention
 from kvbench.methods.full import Adapted, Full, NoContext
 from kvbench.methods.h2o import H2o
 from kvbench.methods.keydiff import KeyDiff
@@ -22,11 +25,15 @@ from kvbench.methods.knorm import Knorm
 from kvbench.methods.lagkv import LagKv
 from kvbench.methods.layout import RUNNING, Layout, Structure
 from kvbench.methods.memory import CcmConcat, CcmMerge, Gist, MeanPool, Pic
+from kvbench.methods.merging import Cam, D2o
+from kvbench.methods.quantising import Fp8, Kivi
 from kvbench.methods.random_policy import Random
+from kvbench.methods.refreshkv import RefreshKv
 from kvbench.methods.scattered import Scattered, ScatteredTuned
 from kvbench.methods.sentinel import Sentinel
 from kvbench.methods.snapkv import ChunkKv, PyramidKv, SnapKv
 from kvbench.methods.streaming_llm import StreamingLlm
+from kvbench.methods.think import Think
 from kvbench.methods.tova import Tova
 from kvbench.methods.windows import Local, LocalTuned, Sinks, SinksTuned, Window
 
@@ -35,7 +42,8 @@ LAYOUT_IDS = 16
 _OWN: tuple[type[Method], ...] = (
     Full, NoContext, Window, Sinks, Local, Scattered, Sentinel, CcmConcat, CcmMerge, Gist, MeanPool, Pic,
     LocalTuned, ScatteredTuned, SinksTuned, Adapted,
-    StreamingLlm, Random, Knorm, KeyDiff, LagKv, Tova, H2o, SnapKv, PyramidKv, ChunkKv,
+    StreamingLlm, Random, Knorm, KeyDiff, LagKv, Tova, H2o, SnapKv, PyramidKv, ChunkKv, AdaKv, ExpectedAttention,
+    Cascading, Cam, D2o, Kivi, Fp8, Think, RefreshKv,
 )
 GROUP = "kvbench.methods"
 """The entry points that methods of other packages are found by."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from decimal import Decimal
 from fractions import Fraction
 from typing import TYPE_CHECKING, ClassVar
@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     import numpy as np
 
     from kvbench.methods.policy import Policy
+    from kvbench.methods.shape import CacheShape
 
 
 TRAINED_PERCENT = (5, 95)
@@ -96,6 +97,7 @@ class Method(ABC):
     Attributes:
         ratio: asked share of entries to remove; 0 for methods that take none.
         options: what ``--set`` gave, by name; every name is in ``known``.
+        budget_tokens, budget_bytes: entries, or bytes of a text's cache, to keep instead of a share; 0 for none.
     """
 
     name: ClassVar[str]
@@ -103,6 +105,7 @@ class Method(ABC):
     paper: ClassVar[str] = ""
     takes_ratio: ClassVar[bool] = True
     compresses: ClassVar[bool] = True
+    takes_budget: ClassVar[tuple[str, ...]] = ("tokens", "bytes")
     needs_adapter: ClassVar[bool] = False
     seeded: ClassVar[bool] = False
     is_policy: ClassVar[bool] = False
@@ -112,6 +115,8 @@ class Method(ABC):
 
     ratio: Fraction = Fraction(0)
     options: dict[str, str] = field(default_factory=dict)
+    budget_tokens: int = 0
+    budget_bytes: int = 0
 
     @abstractmethod
     def layout(self, n: int, rng: np.random.Generator, text: Structure = RUNNING) -> Layout:
@@ -134,6 +139,38 @@ class Method(ABC):
         Raises:
             UserError: it cannot, and why.
         """
+
+    @property
+    def minimum(self) -> int:
+        """Entries without which the method cannot work."""
+        return 1
+
+    def ratio_of_bytes(self, n: int, shape: CacheShape) -> Fraction:
+        """The share of the bytes of ``n`` entries that is to be removed."""
+        if not self.budget_bytes:
+            return self.ratio
+        return max(Fraction(0), 1 - Fraction(self.budget_bytes, n * shape.entry_bytes))
+
+    def fitted(self, n: int, shape: CacheShape) -> Method:
+        """The method for a text of ``n`` tokens, its budget turned into what it works with.
+
+        Raises:
+            UserError: the budget is below what the method needs.
+        """
+        if not (self.budget_tokens or self.budget_bytes):
+            return self
+        tokens = self.budget_tokens or self.budget_bytes // shape.entry_bytes
+        if tokens < self.minimum:
+            given = f"--budget-tokens {tokens}" if self.budget_tokens else (
+                f"--budget-bytes {self.budget_bytes}, which is {tokens} entries of {shape.entry_bytes} bytes,"
+            )
+            needed = self.minimum if self.budget_tokens else self.minimum * shape.entry_bytes
+            raise UserError(
+                f"{given} is below the {self.minimum} entries that {self.name} needs.", f"Give at least {needed}."
+            )
+        return replace(
+            self, ratio=max(Fraction(0), Fraction(n - tokens, n)), budget_tokens=tokens, budget_bytes=0
+        )
 
     @classmethod
     def uses_ratio(cls, options: Mapping[str, str], in_chunks: bool) -> bool:

@@ -6,7 +6,6 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from kvbench.methods.base import kept
 from kvbench.methods.policy import Policy, View, protect_last
 
 
@@ -24,4 +23,4 @@ class H2o(Policy):
     sums = True
 
     def scores(self, view: View) -> Tensor:
-        return protect_last(view.sums, kept(view.read, self.ratio) // 2)
+        return protect_last(view.sums, self.held_after(view.read) // 2)

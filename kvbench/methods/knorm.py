@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from kvbench.methods.base import Option, kept
+from kvbench.methods.base import Option
 from kvbench.methods.policy import Policy, View
 
 
@@ -24,7 +24,7 @@ class Knorm(Policy):
     known = Policy.known | {"skip": Option("0")}
 
     def budget(self, read: int, total: int, layer: int, layers: int) -> int:
-        return read if layer < self.number("skip") else kept(read, self.ratio)
+        return read if layer < self.number("skip") else self.held_after(read)
 
     def scores(self, view: View) -> Tensor:
         norms: Tensor = torch.linalg.vector_norm(view.keys.float(), dim=-1)

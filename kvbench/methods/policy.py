@@ -7,7 +7,6 @@ half precision ties decide the set. Entries are attended first and removed after
 
 from __future__ import annotations
 
-from abc import abstractmethod
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
@@ -21,6 +20,8 @@ from kvbench.methods.layout import RUNNING, Layout, Structure, everything, plain
 if TYPE_CHECKING:
     import numpy as np
 
+    from kvbench.cache.packed import Packed
+
 
 @dataclass(frozen=True)
 class View:
@@ -28,7 +29,7 @@ class View:
 
     Attributes:
         keys, values: ``[batch, heads, entries, width]``; keys as they are cached, rotated to their places.
-        positions: int64 ``[batch, heads, entries]``, ascending.
+        positions: int64 ``[batch, heads, entries]``, ascending; -1 in front where a head has fewer than another.
         sums: float32 ``[batch, heads, entries]``: attention received so far, summed over queries and over the
             query heads of each head; zero unless the policy sums.
         queries: the last ``Policy.looks_at`` queries ``[batch, query heads, w, width]``, rotated; None if that is 0.
@@ -37,6 +38,9 @@ class View:
         layer, layers: which of how many.
         lots: int64 ``[batch]``, a number of each row that depends on its text only, for policies that draw.
         seed: of the run.
+        moments: of the queries so far, before they were rotated, if the policy takes them: how many, their sum
+            ``[batch, query heads, width]`` and the sum of their outer products.
+        speeds: angle per position of each pair of coordinates, where the policy needs it and keys are rotated.
     """
 
     keys: Tensor
@@ -50,6 +54,8 @@ class View:
     layers: int
     lots: Tensor
     seed: int
+    moments: tuple[int, Tensor, Tensor] | None = None
+    speeds: Tensor | None = None
 
     @property
     def entries(self) -> int:
@@ -63,7 +69,8 @@ class View:
         grouped = queries.reshape(batch, heads, -1, queries.shape[2], width).float()
         logits = grouped @ self.keys.float()[:, :, None].transpose(-1, -2) * self.scaling
         places = torch.arange(self.read - queries.shape[2], self.read, device=logits.device)
-        hidden = self.positions[:, :, None, None, :] > places[:, None]
+        positions = self.positions[:, :, None, None, :]
+        hidden = (positions > places[:, None]) | (positions < 0)
         return logits.masked_fill(hidden, float("-inf")).softmax(-1)
 
 
@@ -71,15 +78,22 @@ class Policy(Method):
     """A method that scores entries.
 
     Attributes:
-        window: queries that it looks at; ``sums``: whether attention is summed over all queries.
+        window: queries that it looks at.
+        sums: whether attention is summed over all queries; ``decay``: what is left of it after each further one.
+        takes_moments: whether queries are averaged.
         shares_heads: all heads of a layer keep the same entries.
-        rebases: positions are counted in the cache, not in the text.
+        keeps_all: what is not chosen stays, unattended until the next look at everything.
+        packs: what stays is stored in another form.
     """
 
     is_policy: ClassVar[bool] = True
     window: ClassVar[int] = 0
     sums: ClassVar[bool] = False
+    decay: ClassVar[float] = 1.0
+    takes_moments: ClassVar[bool] = False
     shares_heads: ClassVar[bool] = False
+    keeps_all: ClassVar[bool] = False
+    packs: ClassVar[bool] = False
     known: ClassVar[dict[str, Option]] = {
         "step": Option("16", least=1), "prefill": Option("once", ("once", "blocks")),
     }
@@ -101,8 +115,9 @@ class Policy(Method):
         return self
 
     @property
-    def rebases(self) -> bool:
-        return False
+    def turned(self) -> int:
+        """Of the first entries, how many are read at their place in the cache instead of that in the text."""
+        return 0
 
     @property
     def looks_at(self) -> int:
@@ -111,11 +126,34 @@ class Policy(Method):
 
     def budget(self, read: int, total: int, layer: int, layers: int) -> int:
         """Entries that a layer holds after ``read`` of ``total`` tokens."""
-        return kept(read, self.ratio)
+        return self.held_after(read)
 
-    @abstractmethod
+    def held_after(self, read: int) -> int:
+        """Entries of a layer, on average: a share of what was read, or a constant number where one is given."""
+        return min(read, self.budget_tokens) if self.budget_tokens else kept(read, self.ratio)
+
+    def run_length(self, read: int) -> int:
+        """How many tokens are fed at a time where entries are removed on the way."""
+        return self.number("step")
+
+    def is_due(self, read: int, since: int) -> bool:
+        """Whether entries are removed now, ``since`` tokens after the last time."""
+        return since >= self.number("step")
+
+    def looks(self, read: int) -> bool:
+        """Whether the coming tokens attend all entries, where others attend a few."""
+        return False
+
+    def follows(self, layer: int) -> int:
+        """The layer whose choice this one takes over; itself if it makes its own."""
+        return layer
+
     def scores(self, view: View) -> Tensor:
-        """float ``[batch, heads, entries]``: how much each entry is worth keeping; infinite for what must stay."""
+        """float ``[batch, heads, entries]``: how much each entry is worth keeping; infinite for what must stay.
+
+        By default the later is worth more.
+        """
+        return view.positions.float()
 
     def chosen(self, view: View, keep: int) -> Tensor:
         """int64 ``[batch, heads, keep]``, ascending: the entries that stay."""
@@ -123,6 +161,19 @@ class Policy(Method):
         if self.shares_heads:
             scores = scores.mean(1, keepdim=True).expand_as(scores)
         return highest(scores, keep)
+
+    def merged(self, view: View, entries: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys and values of all entries, with what is lost in the others added to ``entries``, if anything is."""
+        return view.keys, view.values
+
+    def packed(self, view: View, earlier: tuple[Packed, ...]) -> tuple[Packed, int] | None:
+        """The first entries in another form, and how many they are; None if there are none to pack yet.
+
+        Args:
+            view: the entries that are held as they are.
+            earlier: what has been packed before.
+        """
+        return None
 
 
 def highest(scores: Tensor, keep: int) -> Tensor:

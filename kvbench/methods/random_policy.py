@@ -25,11 +25,16 @@ class Random(Policy):
     summary = "entries that drew the highest numbers: the control of every policy"
 
     def scores(self, view: View) -> Tensor:
-        heads = torch.arange(view.keys.shape[1], device=view.keys.device)
-        state = _hashed(view.lots[:, None, None] * 1009 + view.seed)
-        state = _hashed(state + (view.layer * 1024 + heads)[None, :, None])
-        drawn = _hashed(state + view.positions)
-        return (drawn >> 40).float()  # 24 bits, which float32 holds exactly
+        return drawn(view)
+
+
+def drawn(view: View) -> Tensor:
+    """float32 ``[batch, heads, entries]`` in [0, 1): a number of each entry, the same whenever it is asked for."""
+    heads = torch.arange(view.keys.shape[1], device=view.keys.device)
+    state = _hashed(view.lots[:, None, None] * 1009 + view.seed)
+    state = _hashed(state + (view.layer * 1024 + heads)[None, :, None])
+    bits = _hashed(state + view.positions) >> 40
+    return (bits & 0xFFFFFF).float() / (1 << 24)  # 24 bits, which float32 holds exactly
 
 
 def _hashed(x: Tensor) -> Tensor:

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
-from kvbench.methods.base import Option, kept
+from kvbench.methods.base import Option
 from kvbench.methods.policy import Policy, View, protect_last
+
+POOLS: dict[str, Callable[..., Tensor]] = {"mean": functional.avg_pool1d, "max": functional.max_pool1d}
 
 
 @dataclass(frozen=True)
@@ -23,11 +26,18 @@ class SnapKv(Policy):
     name = "snapkv"
     summary = "the last entries, and those that their queries attend most"
     paper = "arXiv 2404.14469"
-    known = Policy.known | {"window": Option("32", least=1), "kernel": Option("5", least=1)}
+    known = Policy.known | {
+        "window": Option("32", least=1), "kernel": Option("5", least=1),
+        "pool": Option("mean", tuple(POOLS)),
+    }
 
     @property
     def looks_at(self) -> int:
         return self.number("window")
+
+    @property
+    def minimum(self) -> int:
+        return self.looks_at + 1
 
     def scores(self, view: View) -> Tensor:
         return protect_last(self._worth(view), self.looks_at)
@@ -36,9 +46,9 @@ class SnapKv(Policy):
         """``[batch, heads, entries]``: attention before the window, smoothed; 0 within it."""
         before = max(0, view.entries - self.looks_at)
         worth = view.attention(self.looks_at).mean((2, 3))[..., :before]
-        kernel = self.number("kernel")
+        kernel, pool = self.number("kernel"), POOLS[self.option("pool")]
         if before:
-            worth = functional.avg_pool1d(worth, kernel, stride=1, padding=kernel // 2)[..., :before]
+            worth = pool(worth, kernel, stride=1, padding=kernel // 2)[..., :before]
         return functional.pad(worth, (0, view.entries - before))
 
 
@@ -55,7 +65,7 @@ class PyramidKv(SnapKv):
     known = SnapKv.known | {"beta": Option("20", least=1)}
 
     def budget(self, read: int, total: int, layer: int, layers: int) -> int:
-        mean = kept(read, self.ratio)
+        mean = self.held_after(read)
         window = min(self.looks_at, mean)
         base = mean - window
         least = base // self.number("beta")
@@ -70,13 +80,19 @@ class PyramidKv(SnapKv):
 
 @dataclass(frozen=True)
 class ChunkKv(SnapKv):
-    """Holds whole chunks of ``size`` tokens: those whose entries are attended most together, over all heads."""
+    """Holds whole chunks of ``size`` tokens: those whose entries are attended most together, over all heads.
+
+    Of ``reuse`` layers each, the first one chooses for all.
+    """
 
     name = "chunkkv"
     summary = "whole chunks of tokens that the last queries attend most"
     paper = "arXiv 2502.00299"
     shares_heads = True
-    known = SnapKv.known | {"size": Option("10", least=1)}
+    known = SnapKv.known | {"size": Option("10", least=1), "reuse": Option("1", least=1)}
+
+    def follows(self, layer: int) -> int:
+        return layer - layer % self.number("reuse")
 
     def scores(self, view: View) -> Tensor:
         size = self.number("size")

@@ -25,11 +25,15 @@ class StreamingLlm(Policy):
     known = Policy.known | {"sinks": Option("4", least=1), "positions": Option("cache", ("cache", "absolute"))}
 
     @property
-    def rebases(self) -> bool:
-        return self.option("positions") == "cache"
+    def turned(self) -> int:
+        return self.number("sinks") if self.option("positions") == "cache" else 0
+
+    @property
+    def minimum(self) -> int:
+        return self.number("sinks") + 1
 
     def budget(self, read: int, total: int, layer: int, layers: int) -> int:
-        return max(self.number("sinks") + 1, kept(total, self.ratio))
+        return max(self.minimum, self.budget_tokens or kept(total, self.ratio))
 
     def scores(self, view: View) -> Tensor:
         return protect_first(view.positions.float(), view.positions, self.number("sinks"))

@@ -31,10 +31,10 @@ class Watcher(Protocol):
     """Is shown what every layer attends with, once its new entries are stored."""
 
     def mask(self, layer: int, queries: int, keys: int, device: torch.device) -> Tensor | None:
-        """bool ``[queries, keys]`` or ``[batch, heads, queries, keys]``; None where all may be seen, causally."""
+        """bool ``[queries, keys]`` or ``[batch, heads or query heads, queries, keys]``; None for all, causally."""
 
-    def watch(self, layer: int, query: Tensor, scaling: float) -> None:
-        """Rotated queries ``[batch, query heads, q, d]`` of a layer."""
+    def watch(self, layer: int, query: Tensor, keys: Tensor, scaling: float) -> None:
+        """Rotated queries ``[batch, query heads, q, d]`` of a layer, and the keys that they attended."""
 
 
 WATCHER: ContextVar[Watcher | None] = ContextVar("watcher", default=None)
@@ -86,12 +86,14 @@ def _watched(watcher: Watcher, module: Any, query: Tensor, key: Tensor, value: T
     if extra.get("softcap") is not None:
         raise RuntimeError(f"{type(module).__name__} caps its attention, which policies cannot follow")
     mask = watcher.mask(int(module.layer_idx), query.shape[2], key.shape[2], query.device)
+    if mask is not None and mask.dim() == 4 and mask.shape[1] not in (1, query.shape[1]):
+        mask = mask.repeat_interleave(query.shape[1] // mask.shape[1], dim=1)
     scaling = extra.get("scaling")
     out = functional.scaled_dot_product_attention(
         query, key, value, attn_mask=mask, scale=scaling, enable_gqa=query.shape[1] != key.shape[1],
         is_causal=mask is None and query.shape[2] > 1,
     )
-    watcher.watch(int(module.layer_idx), query, query.shape[-1] ** -0.5 if scaling is None else scaling)
+    watcher.watch(int(module.layer_idx), query, key, query.shape[-1] ** -0.5 if scaling is None else scaling)
     return out.transpose(1, 2).contiguous()
 
 

@@ -28,14 +28,13 @@ def score_policed(
     once = first.context < len(first.ids) and policy.option("prefill") == "once"
     rows = Rows(ids[:, first.scored :], first.scored, reference, keep=False)
     run = Policing(model, policy, first.context, [piece.layout for piece in pieces], seed)
-    step = chunk if once else policy.number("step")
     with torch.inference_mode():
-        for part in run.stream(ids[:, : first.context], step, first.scored - 1, once):
+        for part in run.stream(ids[:, : first.context], first.scored - 1, chunk if once else None):
             rows.add(part.start, part.logits)
         held = run.cache.mean_entries()
         sizes = run.cache.logical_bytes(), run.cache.physical_bytes(), first.context * run.cache.entry_bytes()
-        if len(first.ids) > first.context + 1:
-            rows.add(first.context, run.feed(ids[:, first.context : -1]))
+        for part in run.follow(ids[:, first.context : -1]):
+            rows.add(first.context + part.start, part.logits)
     queries = torch.arange(max(1, first.scored - 1), len(first.ids) - 1)
     seen = torch.tensor(run.seen, dtype=torch.float64)[queries]
     return rows.score(

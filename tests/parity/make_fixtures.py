@@ -17,7 +17,7 @@ import numpy as np
 import torch
 
 BATCH, HEADS, GROUP, LENGTH, WIDTH = 2, 2, 2, 200, 16
-WINDOW, KERNEL, CHUNK, LAG, SINKS = 20, 5, 10, 32, 4
+WINDOW, KERNEL, CHUNK, LAG, SINKS, FUTURE = 20, 5, 10, 32, 4, 64
 RATIO = 0.5
 
 
@@ -30,15 +30,24 @@ def main() -> None:
     causal = torch.ones(LENGTH, LENGTH, dtype=torch.bool).tril()
     attention = logits.masked_fill(~causal, float("-inf")).softmax(-1)
     config = SimpleNamespace(num_attention_heads=HEADS * GROUP, num_key_value_heads=HEADS)
-    module = SimpleNamespace(config=config, head_dim=WIDTH)
-    hidden = torch.zeros(BATCH, LENGTH, 1)
+    speeds = 10000.0 ** (-torch.arange(0, WIDTH, 2) / WIDTH)
+
+    def rotary_emb(_: object, places: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        angles = (places[..., None] * speeds).repeat(1, 1, 2)
+        return angles.cos(), angles.sin()
+
+    module = SimpleNamespace(config=config, head_dim=WIDTH, rotary_emb=rotary_emb, q_proj=torch.nn.Identity())
+    hidden = queries.transpose(1, 2).reshape(BATCH, LENGTH, -1)  # whose projection is the queries, before rotation
     presses = {
         "knorm": kvpress.KnormPress(RATIO), "keydiff": kvpress.KeyDiffPress(RATIO),
         "lagkv": kvpress.LagKVPress(RATIO, n_sink=SINKS, lag_size=LAG),
         "snapkv": kvpress.SnapKVPress(RATIO, window_size=WINDOW, kernel_size=KERNEL),
+        "expected-attention": kvpress.ExpectedAttentionPress(RATIO, n_sink=SINKS, n_future_positions=FUTURE),
         "tova": kvpress.TOVAPress(RATIO), "streaming-llm": kvpress.StreamingLLMPress(RATIO, n_sink=SINKS),
     }
-    found = {"keys": keys, "values": values, "queries": queries[:, :, -WINDOW:]}
+    found = {
+        "keys": keys, "values": values, "queries": queries[:, :, -WINDOW:], "all_queries": queries, "speeds": speeds,
+    }
     for name, press in presses.items():
         scores = press.score(module, hidden, keys, values, attention, {})
         found[f"kept:{name}"] = scores.topk(int(LENGTH * (1 - RATIO)), dim=-1).indices.sort(-1).values

@@ -1,0 +1,105 @@
+"""Quantised caches: all entries in fewer bits, as in KIVI (arXiv 2402.02750) or in 8-bit floating point."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from fractions import Fraction
+
+from kvbench.cache.packed import Packed
+from kvbench.cache.quantised import Float8, Quantised
+from kvbench.errors import UserError
+from kvbench.methods.base import Option
+from kvbench.methods.policy import Policy, View
+from kvbench.methods.shape import CacheShape
+
+BITS = ("8", "4", "2")
+
+
+@dataclass(frozen=True)
+class Kivi(Policy):
+    """Holds keys in ``bits`` bits per channel over groups of entries, and values per entry over groups of channels.
+
+    The most recent entries stay as they are, at least ``residual`` of them; what is older is quantised in whole
+    groups of ``group``, once. Departures: keys and values leave the residual together, where the published code lets
+    values go one by one; where a head is no multiple of the group, its channels are one group. What is stored is
+    unpacked for one layer and forward pass at a time. ``fit=bytes`` lets a ratio choose the bits: the most with which
+    the cache takes no more than that share of the full one.
+    """
+
+    name = "kivi"
+    summary = "all entries, in 8, 4 or 2 bits, but for the most recent"
+    paper = "arXiv 2402.02750"
+    takes_ratio = False
+    takes_budget = ("bytes",)
+    packs = True
+    known = Policy.known | {
+        "bits": Option("4", BITS), "group": Option("32", least=4), "residual": Option("128"),
+        "fit": Option("bits", ("bits", "bytes")),
+    }
+
+    @classmethod
+    def uses_ratio(cls, options: Mapping[str, str], in_chunks: bool) -> bool:
+        return options.get("fit") == "bytes"
+
+    def budget(self, read: int, total: int, layer: int, layers: int) -> int:
+        return read
+
+    def packed(self, view: View, earlier: tuple[Packed, ...]) -> tuple[Packed, int] | None:
+        count = self._quantised(view.entries)
+        if count == 0:
+            return None
+        keys, values = view.keys[:, :, :count], view.values[:, :, :count]
+        return Quantised.of(keys, values, int(self.option("bits")), self.number("group")), count
+
+    def _quantised(self, plain: int) -> int:
+        group = self.number("group")
+        return max(0, plain - self.number("residual")) // group * group
+
+    def fitted(self, n: int, shape: CacheShape) -> Kivi:
+        if self.option("fit") == "bits" and not self.budget_bytes:
+            return self
+        asked = self.ratio_of_bytes(n, shape)
+        wanted = (1 - asked) * n
+        shares = {}
+        for bits in BITS:
+            shares[bits] = self._entries(n, int(bits), shape)
+            if shares[bits] <= wanted:
+                return replace(self, options={**self.options, "bits": bits})
+        least = 1 - min(shares.values()) / n
+        raise UserError(
+            f"kivi cannot remove {float(asked):.3g} of the bytes of {n} entries: with 2 bits, scales and "
+            f"{n - self._quantised(n)} entries as they are it removes {float(least):.2f}.",
+            "Ask for less, or use a smaller --set residual=.",
+        )
+
+    def _entries(self, n: int, bits: int, shape: CacheShape) -> Fraction:
+        """Entries held as they are that would take as many bytes."""
+        group, count = self.number("group"), self._quantised(n)
+        channels = group if shape.width % group == 0 else shape.width
+        scale = Fraction(4, group) + Fraction(4, channels)  # a least value and a step, of two bytes each
+        share = (Fraction(2 * bits, 8) + scale) / (2 * shape.itemsize)
+        return n - count + count * share
+
+
+@dataclass(frozen=True)
+class Fp8(Policy):
+    """Holds all entries in 8-bit floating point (e4m3), with a scale per row and head that the first of them set.
+
+    As the fp8 cache of transformers, which has one scale for a whole tensor.
+    """
+
+    name = "fp8"
+    summary = "all entries in 8-bit floating point"
+    takes_ratio = False
+    takes_budget = ()
+    packs = True
+
+    def budget(self, read: int, total: int, layer: int, layers: int) -> int:
+        return read
+
+    def packed(self, view: View, earlier: tuple[Packed, ...]) -> tuple[Packed, int] | None:
+        if view.entries == 0:
+            return None
+        scales = earlier[-1].scales if earlier and isinstance(earlier[-1], Float8) else None
+        return Float8.of(view.keys, view.values, scales), view.entries

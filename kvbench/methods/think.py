@@ -1,0 +1,76 @@
+"""ThinK (arXiv 2407.21018): keys lose the channels that queries use least."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from fractions import Fraction
+
+from kvbench.cache.packed import Packed
+from kvbench.cache.thinned import Thinned
+from kvbench.errors import UserError
+from kvbench.methods.base import Option, ratio_text
+from kvbench.methods.policy import Policy, View, highest
+from kvbench.methods.shape import CacheShape
+
+
+@dataclass(frozen=True)
+class Think(Policy):
+    """Removes channels of the keys, each head its own: those with the least energy in the last queries and the keys.
+
+    The ratio is that of the bytes of the whole cache, so that 0.25 removes about half of the channels of the keys.
+    The last ``recent`` entries stay whole; of older ones, a channel's energy is the mean of its squares over the
+    last ``window`` queries, of all query heads of the head, times that over the keys. Entries lose channels once, as
+    they leave the recent ones, at least ``group`` of them together. What is removed is freed; kvpress sets it to
+    zero.
+    """
+
+    name = "think"
+    summary = "all entries, without the channels of keys that queries use least"
+    paper = "arXiv 2407.21018"
+    takes_budget = ("bytes",)
+    packs = True
+    known = Policy.known | {
+        "window": Option("32", least=1), "recent": Option("32"), "group": Option("32", least=1),
+    }
+
+    @property
+    def looks_at(self) -> int:
+        return self.number("window")
+
+    def check(self, longest: int, in_chunks: bool) -> None:
+        super().check(longest, in_chunks)
+        if self.ratio >= Fraction(1, 2):
+            raise UserError(
+                f"think cannot remove {ratio_text(self.ratio)} of the cache: keys are half of it.",
+                "Give a --ratio below 0.5.",
+            )
+
+    def budget(self, read: int, total: int, layer: int, layers: int) -> int:
+        return read
+
+    def packed(self, view: View, earlier: tuple[Packed, ...]) -> tuple[Packed, int] | None:
+        count, width = view.entries - self.number("recent"), view.keys.shape[-1]
+        left = self._left(view.read, width)
+        if count < self.number("group") or left == width:
+            return None
+        assert view.queries is not None, "it looks at queries"
+        keys, values = (t[:, :, :count] for t in (view.keys, view.values))
+        batch, heads = keys.shape[:2]
+        used = view.queries.float().square().mean(2).reshape(batch, heads, -1, width).mean(2)
+        energy = used * keys.float().square().mean(2)
+        return Thinned.of(keys, values, highest(energy, left)), count
+
+    def fitted(self, n: int, shape: CacheShape) -> Think:
+        asked = replace(self, ratio=self.ratio_of_bytes(n, shape), budget_bytes=0)
+        if asked.ratio and asked._left(n, shape.width) < 1:
+            raise UserError(
+                f"think cannot remove {float(asked.ratio):.3g} of the bytes of {n} entries: "
+                f"{self.number('recent')} of them stay whole, and keys are half of the others.",
+                "Ask for less, or use a smaller --set recent=.",
+            )
+        return asked
+
+    def _left(self, n: int, width: int) -> int:
+        """Channels that the keys of older entries keep, so that the bytes of the whole cache are met."""
+        old = n - self.number("recent")
+        return width if old <= 0 else width - round(2 * width * self.ratio * n / old)

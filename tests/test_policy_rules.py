@@ -1,0 +1,316 @@
+"""The rules of policies against plain loops, and what is stored against what it should take."""
+
+from __future__ import annotations
+
+from fractions import Fraction
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+from torch.nn import functional
+
+from kvbench.cache.packed import Packed, Ragged
+from kvbench.cache.quantised import Codes, Float8, Quantised
+from kvbench.cache.thinned import Thinned
+from kvbench.errors import UserError
+from kvbench.methods.cascading import Cascading
+from kvbench.methods.policy import View
+from kvbench.methods.quantising import Kivi
+from kvbench.methods.random_policy import drawn
+from kvbench.methods.shape import CacheShape
+from kvbench.methods.think import Think
+from tests.test_policies import LENGTH, policy_of, read, text
+
+
+def view(entries: int = 24, seed: int = 0, **more: Any) -> View:
+    generator = torch.Generator().manual_seed(seed)
+    keys, values = (torch.randn(2, 2, entries, 8, generator=generator) for _ in range(2))
+    sums = torch.rand(2, 2, entries, generator=generator)
+    queries = torch.randn(2, 4, 8, 8, generator=generator)
+    places = torch.arange(entries).expand(2, 2, entries)
+    fields = {"keys": keys, "values": values, "positions": places, "sums": sums, "queries": queries, **more}
+    return View(**fields, scaling=0.4, read=entries, layer=0, layers=2, lots=torch.tensor([3, 5]), seed=0)
+
+
+class Chain:
+    """The sub-caches as lists, token by token."""
+
+    def __init__(self, sinks: int, sizes: list[int], worth: list[float]) -> None:
+        self.sinks, self.sizes, self.worth = sinks, sizes, worth
+        self.first: list[int] = []
+        self.caches: list[list[int]] = [[] for _ in sizes]
+        self.pushed = 0
+
+    def push(self, token: int) -> None:
+        if len(self.first) < self.sinks:
+            self.first.append(token)
+            return
+        full = all(len(c) == s for c, s in zip(self.caches, self.sizes, strict=True))
+        self.pushed += full
+        offered: int | None = token
+        for number, cache in enumerate(self.caches):
+            assert offered is not None
+            if full and self.pushed % 2**number:
+                if self.worth[offered] >= self.worth[cache[-1]]:
+                    cache[-1] = offered
+                return
+            cache.append(offered)
+            if len(cache) <= self.sizes[number]:
+                return
+            offered = cache.pop(0)
+
+    @property
+    def held(self) -> list[int]:
+        return sorted(self.first + [token for cache in self.caches for token in cache])
+
+
+@given(st.integers(1, 5), st.integers(0, 4), st.integers(0, 9), st.integers(1, 9), st.integers(0, 99))
+@settings(max_examples=60, deadline=None)
+def test_cascades_are_those_of_a_chain_of_lists(caches: int, sinks: int, more: int, step: int, seed: int) -> None:
+    budget = sinks + caches + more
+    method = Cascading(options={"caches": str(caches), "sinks": str(sinks)}, budget_tokens=budget)
+    length = 90
+    worth = torch.rand(length, generator=torch.Generator().manual_seed(seed))
+    chain = Chain(sinks, [(budget - sinks + i) // caches for i in range(caches)], worth.tolist())
+    held = torch.empty(1, 1, 0, dtype=torch.long)
+    for start in range(0, length, step):
+        new = torch.arange(start, min(start + step, length))
+        held = torch.cat([held, new[None, None]], -1)
+        for token in new.tolist():
+            chain.push(token)
+        if held.shape[-1] > budget:
+            some = torch.zeros(1, 1, held.shape[-1], 4)
+            seen = View(
+                some, some, held, worth[held], None, 1.0, int(new[-1]) + 1, 0, 1, torch.zeros(1, dtype=torch.long), 0
+            )
+            held = held.gather(-1, method.chosen(seen, budget))
+        assert held[0, 0].tolist() == chain.held
+
+
+def test_cascades_reach_further_back_than_a_window(llama: nn.Module) -> None:
+    _, run = read(llama, policy_of("cascading", "0.7"), text())
+    gaps = run.cache.layers[0].positions.diff(dim=-1)
+    assert int(gaps[..., 5:].max()) > 1
+    assert int(gaps.sum(-1).min()) == LENGTH - 1
+
+
+@pytest.mark.parametrize("name", ["cascading", "streaming-llm"])
+def test_positions_in_the_cache_are_those_of_a_shorter_text(llama: nn.Module, name: str) -> None:
+    """What is attended last: the keys of the first layer, as if only what is held had been read."""
+    ids, policy = text(), policy_of(name, "0.6", positions="cache", step="8")
+    _, run = read(llama, policy, ids)
+    layer = run.cache.layers[0]
+    held = layer.held
+    run.cache.read = run.read
+    attended, _ = run.cache.update(layer.keys[:, :, :0], layer.values[:, :, :0], 0)
+    for row in range(2):
+        for head in range(2):
+            kept = ids[row, layer.positions[row, head]]
+            _, fresh = read(llama, policy_of("knorm", "0"), kept[None].expand(2, -1))
+            # Rotations by the same gap leave products as they are: compare those of all pairs of keys.
+            mine, theirs = attended[row, head], fresh.cache.layers[0].keys[0, head]
+            assert mine.shape[0] == held
+            assert float((mine @ mine.T - theirs @ theirs.T).abs().max()) < 1e-4
+
+
+def test_heads_get_what_they_have_among_the_best(llama: nn.Module) -> None:
+    """With no floor: the budget of all heads goes to the highest scores of all."""
+    policy, seen = policy_of("adakv", floor="0", window="4"), view()
+    entries = policy.chosen(seen, 10)
+    worth = seen.attention(4).mean((2, 3))[..., :20]
+    smooth = functional.max_pool1d(worth, 3, stride=1, padding=1)
+    for row in range(2):
+        ordered = sorted(((float(smooth[row, h, i]), i, h) for h in range(2) for i in range(20)), reverse=True)[:12]
+        for head in range(2):
+            mine = sorted(i for _, i, h in ordered if h == head)
+            assert [i for i in entries[row, head].tolist() if i >= 0] == [*mine, 20, 21, 22, 23]
+
+
+def test_an_even_floor_is_snapkv(llama: nn.Module) -> None:
+    one, other = policy_of("adakv", floor="100"), policy_of("snapkv", pool="max")
+    (_, a), (_, b) = read(llama, one, text()), read(llama, other, text())
+    for mine, theirs in zip(a.cache.layers, b.cache.layers, strict=True):
+        assert torch.equal(mine.positions, theirs.positions)
+
+
+def test_heads_that_keep_less_store_less(llama: nn.Module) -> None:
+    _, run = read(llama, policy_of("adakv", "0.5", floor="0"), text(), 32)
+    layer = run.cache.layers[0]
+    counts = (layer.positions >= 0).sum(-1)
+    assert counts.min() < counts.max()
+    assert layer.is_ragged
+    width = layer.keys.shape[-1]
+    assert sum(t.untyped_storage().nbytes() for t in layer.tensors()) == int(counts.sum()) * 2 * width * 4
+    assert run.cache.physical_bytes() == run.cache.logical_bytes() == LENGTH // 2 * run.cache.entry_bytes()
+
+
+def test_ragged_entries_are_padded_in_front() -> None:
+    keys = torch.arange(24.0).reshape(1, 2, 6, 2)
+    entries = torch.tensor([[[-1, -1, 5], [0, 2, 4]]])
+    ragged = Ragged.of(keys, -keys, entries)
+    unpacked, values = ragged.unpack()
+    assert unpacked[0, 0].tolist() == [[0, 0], [0, 0], [10, 11]]
+    assert torch.equal(unpacked[0, 1], keys[0, 1, [0, 2, 4]])
+    assert torch.equal(values, -unpacked)
+    twice, _ = ragged.repeated(2).unpack()
+    assert torch.equal(twice, unpacked.repeat_interleave(2, 0))
+
+
+def test_values_are_spread_over_the_next_entries() -> None:
+    policy, seen = policy_of("cam", sinks="4", spread="3"), view()
+    entries = torch.tensor([0, 1, 2, 3, *range(14, 24)]).expand(2, 2, 14)
+    keys, values = policy.merged(seen, entries)
+    assert torch.equal(keys, seen.keys)
+    chance = drawn(seen)
+    for row in range(2):
+        for head in range(2):
+            wanted = seen.values[row, head].clone()
+            mean = [float(seen.sums[row, head, i]) / (24 - i) for i in range(24)]
+            usual = sum(mean[14:17]) / 3
+            merged = 0
+            for i in range(4, 14):
+                if float(chance[row, head, i]) < mean[i] / usual:
+                    merged += 1
+                    wanted[14:17] += seen.values[row, head, i] / 3
+            assert merged
+            assert float((values[row, head] - wanted).abs().max()) < 1e-5
+
+
+def test_entries_are_merged_into_the_nearest() -> None:
+    policy, seen = policy_of("d2o"), view()
+    entries = torch.tensor([0, 1, 2, 3, *range(14, 24)]).expand(2, 2, 14)
+    keys, values = policy.merged(seen, entries)
+    for row in range(2):
+        for head in range(2):
+            k, v = seen.keys[row, head], seen.values[row, head]
+            found = []
+            for i in range(4, 14):
+                alike = [float(functional.cosine_similarity(k[i], k[j], dim=0)) for j in entries[0, 0].tolist()]
+                found.append((max(alike), i, entries[0, 0].tolist()[alike.index(max(alike))]))
+            threshold = sum(cosine for cosine, _, _ in found) / 10
+            for j in entries[0, 0].tolist():
+                mine = [(cosine, i) for cosine, i, nearest in found if nearest == j and cosine >= threshold]
+                for before, after in ((k, keys[row, head]), (v, values[row, head])):
+                    wanted = (before[j] + sum(c * before[i] for c, i in mine)) / (1 + len(mine))
+                    assert float((after[j] - wanted).abs().max()) < 1e-5
+
+
+@given(st.sampled_from([8, 4, 2]), st.integers(1, 4), st.sampled_from([4, 8, 16]), st.integers(0, 99))
+@settings(max_examples=40, deadline=None)
+def test_codes_are_the_nearest(bits: int, groups: int, group: int, seed: int) -> None:
+    numbers = torch.randn(2, 3, groups * group, generator=torch.Generator().manual_seed(seed)) * 5
+    codes = Codes.of(numbers, bits, group)
+    error = (codes.numbers(torch.float32) - numbers).abs().reshape(2, 3, groups, group)
+    assert bool((error <= codes.step.float()[..., None] * 0.51 + 0.01).all())
+    assert sum(t.nbytes for t in codes.tensors()) == numbers.numel() * bits // 8 + numbers.numel() // group * 4
+    flat = Codes.of(torch.full((1, group), 3.0), bits, group)
+    assert torch.equal(flat.numbers(torch.float32), torch.full((1, group), 3.0))
+
+
+@pytest.mark.parametrize(("bits", "most"), [("8", 0.02), ("4", 0.3), ("2", 1.5)])
+def test_few_bits_take_few_bytes(llama: nn.Module, bits: str, most: float) -> None:
+    """Bytes by count, in steps and at once; what was quantised once stays what it was."""
+    policy = policy_of("kivi", bits=bits, residual="16", group="8", step="8")
+    logits, run = read(llama, policy, text())
+    with torch.inference_mode():
+        full = llama(input_ids=text()).logits
+    assert 0 < float((logits - full).abs().max()) < most
+    layer = run.cache.layers[0]
+    packed = LENGTH - 16
+    assert layer.first_plain == packed
+    width = layer.keys.shape[-1]
+    of_keys = 2 * 2 * width * (packed * int(bits) // 8 + packed // 8 * 4)
+    of_values = 2 * 2 * packed * (width * int(bits) // 8 + width // 8 * 4)
+    assert sum(t.nbytes for p in layer.packed for t in p.tensors()) == of_keys + of_values
+    fitted = Kivi(Fraction(1, 5), {"fit": "bytes", "residual": "16", "group": "8"})
+    shape = CacheShape(1, 2, width, 4)
+    assert float(fitted._entries(LENGTH, int(bits), shape)) == pytest.approx(layer.entries())
+
+
+def test_what_is_packed_later_changes_nothing_before() -> None:
+    seen = view(32)
+    parts = [(seen.keys[:, :, a:b], seen.values[:, :, a:b]) for a, b in ((0, 16), (16, 32))]
+    small = Float8.of(*parts[0])
+    pairs: list[tuple[Packed, Packed]] = [
+        (Quantised.of(*parts[0], 4, 8), Quantised.of(*parts[1], 4, 8)), (small, Float8.of(*parts[1], small.scales)),
+    ]
+    for first, second in pairs:
+        (joined,) = second.after((first,))
+        for mine, alone in zip(joined.unpack(), first.unpack(), strict=True):
+            assert torch.equal(mine[:, :, :16], alone)
+        assert torch.equal(joined.repeated(2).unpack()[0], joined.unpack()[0].repeat_interleave(2, 0))
+    error = (Float8.of(*parts[0]).unpack()[0] - parts[0][0]).abs() / parts[0][0].abs().clamp(min=0.1)
+    assert float(error.max()) < 1 / 8
+
+
+def test_channels_that_are_gone_are_those_used_least(llama: nn.Module) -> None:
+    policy, seen = Think(Fraction(1, 4), {"recent": "0"}), view(32)
+    found = policy.packed(seen, ())
+    assert found is not None
+    thinned, count = found
+    assert isinstance(thinned, Thinned)
+    assert count == 32
+    assert seen.queries is not None
+    for row in range(2):
+        for head in range(2):
+            used = seen.queries[row, 2 * head : 2 * head + 2].square().mean((0, 1))
+            energy = used * seen.keys[row, head].square().mean(0)
+            assert thinned.channels[row, head].tolist() == sorted(energy.topk(4).indices.tolist())
+    assert sum(t.nbytes for t in thinned.tensors()) == 2 * 2 * (32 * (4 + 8) * 4 + 4 * 2)
+    keys, values = thinned.unpack()
+    dropped = torch.ones(2, 2, 8, dtype=torch.bool).scatter_(-1, thinned.channels.long(), False)
+    assert torch.equal(keys, seen.keys.masked_fill(dropped[:, :, None], 0))
+    assert torch.equal(values, seen.values)
+
+
+def test_channels_meet_the_bytes(llama: nn.Module) -> None:
+    _, run = read(llama, policy_of("think"), text(), 32)
+    assert run.cache.mean_entries() / LENGTH == pytest.approx(0.7, abs=0.05)
+
+
+def test_layers_take_over_the_choice_of_others(llama: nn.Module) -> None:
+    for reuse, same in (("1", False), ("2", True)):
+        _, run = read(llama, policy_of("chunkkv", reuse=reuse, window="4", size="2"), text())
+        first, second = (layer.positions for layer in run.cache.layers[:2])
+        assert torch.equal(first, second) is same
+
+
+def test_little_is_attended_between_two_looks(llama: nn.Module) -> None:
+    policy = policy_of("refreshkv", "0.5", step="8")
+    _, run = read(llama, policy, text())
+    assert run.kept is not None
+    seen = [held[0].shape[-1] for held in run.kept[1:]]
+    assert seen[0::2] == [(read + 1) - (read + 1) // 2 for read in range(0, LENGTH, 8)][: len(seen[0::2])]
+    assert seen[1::2] == list(range(8, LENGTH, 8))
+    assert run.cache.physical_bytes() > LENGTH * run.cache.entry_bytes()
+
+
+SHAPE = CacheShape(2, 2, 32, 4)
+
+
+def test_budgets_become_ratios() -> None:
+    entries = policy_of("knorm").fitted(100, SHAPE)
+    assert entries.ratio == Fraction(3, 5)
+    for asked in ({"budget_tokens": 30}, {"budget_bytes": 30 * SHAPE.entry_bytes + 5}):
+        method = type(entries)(Fraction(0), {}, **asked).fitted(100, SHAPE)
+        assert method.ratio == Fraction(70, 100)
+        assert [method.budget(n, 100, 0, 2) for n in (10, 50, 100, 300)] == [10, 30, 30, 30]
+    assert type(entries)(budget_tokens=300).fitted(100, SHAPE).ratio == 0
+
+
+def test_bits_are_the_most_that_fit() -> None:
+    def bits(percent: int) -> str:
+        return Kivi(Fraction(percent, 100), {"fit": "bytes", "residual": "0"}).fitted(320, SHAPE).option("bits")
+
+    shares = {b: float(Kivi(options={"residual": "0"})._entries(320, int(b), SHAPE)) / 320 for b in ("8", "4", "2")}
+    assert shares == {"8": 9 / 32, "4": 5 / 32, "2": 3 / 32}
+    assert [bits(p) for p in (10, 71, 72, 84, 85, 90)] == ["8", "8", "4", "4", "2", "2"]
+    with pytest.raises(UserError, match="with 2 bits"):
+        bits(91)
+    with pytest.raises(UserError, match="keys are half"):
+        Think(Fraction(49, 100)).fitted(100, SHAPE)
+    budget = Kivi(options={"residual": "0"}, budget_bytes=20 * SHAPE.entry_bytes)
+    assert budget.fitted(100, SHAPE).option("bits") == "4"
