@@ -6,24 +6,20 @@ import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
-from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
 from kvbench.adapters import Adapters, Entry
+from kvbench.asked import NO_BUDGET, Budget, entries_of, possible
 from kvbench.corpora.documents import Corpus, load_corpus
 from kvbench.corpora.tasks import Task, load_task
 from kvbench.errors import UserError, unknown
 from kvbench.execution.job import ENCODER, ITSELF, NOTHING, SENTENCES, Judging
-from kvbench.methods import METHODS, Method, make_method, parse_ratio, ratio_text
+from kvbench.methods import METHODS, Method, parse_ratio, ratio_text
 from kvbench.metrics import GENERATION_NAMES, NEED_ENCODER, NEED_SCORER
 from kvbench.models.references import ModelReference, fingerprint, resolve_model
 from kvbench.protocols.protocol import OPTIONS, PROTOCOLS, RECALL_OPTIONS, protocol_options
 from kvbench.store.records import HUMAN, Cell
-
-CONTROLS, RIVALS = ("full", "none"), ("local", "scattered", "sinks")
-ANY_LENGTH = 1 << 40
-"""Stands for the length of the text, which is only known once it has been cut."""
 
 EXECUTIONS = ("streamed", "onepass")
 
@@ -53,6 +49,7 @@ class Request:
     scorer: str | None = None
     mauve_features: str | None = None
     metrics: tuple[str, ...] = ()
+    budget: Budget = NO_BUDGET
 
 
 @dataclass(frozen=True)
@@ -125,14 +122,20 @@ def build_plan(request: Request, omit: bool = False) -> Plan:
             f"Allowed: {', '.join(allowed)}.",
         )
     protocols = {name: _protocol_of(task, request) for name, task in tasks.items()}
-    wanted = {name: _with_baselines(request, ratios, task) for name, task in tasks.items()}
+    wanted = {
+        name: entries_of(
+            request.methods, ratios, request.budget, request.options, request.baselines, task.kind == "online"
+        )
+        for name, task in tasks.items()
+    }
     _check_options(
         request, [entry for entries in wanted.values() for entry in entries],
         [_options_of(task, protocols[name]) for name, task in tasks.items()],
     )
     omitted: list[str] = []
     for name, entries in wanted.items():
-        wanted[name] = _possible(entries, tasks[name].kind == "online", omitted if omit else None)
+        in_chunks = tasks[name].kind == "online"
+        wanted[name] = possible(entries, request.budget, in_chunks, omitted if omit else None)
     _check_execution(request, [method for entries in wanted.values() for method, _, _ in entries])
     model = resolve_model(request.model, request.revision)
     corpora = {name: load_corpus(task, request.data) for name, task in tasks.items()}
@@ -155,16 +158,17 @@ def build_plan(request: Request, omit: bool = False) -> Plan:
                 options=options, adapter=None, adapter_hash=None, **measured,
             ))
         for method, role, adapter in adapters.given_to(wanted[name]):
-            with_ratio = method.uses_ratio(request.options, in_chunks)
+            with_ratio = not request.budget.is_constant and method.uses_ratio(method.options, in_chunks)
             cells.append(Cell(
                 method=method.name, ratio_asked=ratio_text(method.ratio) if with_ratio else None, role=role,
-                options={**options, **method.resolved}, adapter=None if adapter is None else str(adapter),
+                options={**options, **method.resolved, **method.budget_given},
+                adapter=None if adapter is None else str(adapter),
                 adapter_hash=None if adapter is None else fingerprint(adapter),
                 position_rule=method.position_rule, **measured,
             ))
     content = hashlib.sha256(json.dumps(sorted(c.key for c in cells)).encode()).hexdigest()[:10]
     asked = "+".join(dict.fromkeys(request.methods))[:40]
-    shown = "+".join(dict.fromkeys(map(ratio_text, ratios)))[:40]
+    shown = request.budget.label or "+".join(dict.fromkeys(map(ratio_text, ratios)))[:40]
     folder = request.out or request.reports / f"{asked}-{shown}-{content}"
     return Plan(
         request, model, tuple(cells), {t.name: corpora[asked] for asked, t in tasks.items()}, folder,
@@ -180,31 +184,6 @@ def _check_execution(request: Request, methods: Sequence[Method]) -> None:
                     f"{method.name} chooses from what was computed and has no mask beforehand: --execution "
                     f"{request.execution} cannot be had.", "Leave --execution out.",
                 )
-
-
-def _possible(entries: Sequence[Entry], in_chunks: bool, omitted: list[str] | None) -> list[Entry]:
-    """The entries that a text of any length can be measured with; the others are noted, if they may be left out.
-
-    Raises:
-        UserError: one of them cannot, and may not be left out, or is not possible at any ratio.
-    """
-    found: list[Entry] = []
-    reasons: dict[str, UserError] = {}
-    for entry in entries:
-        method = entry[0]
-        try:
-            method.check(ANY_LENGTH, in_chunks)
-        except UserError as error:
-            if omitted is None:
-                raise
-            reasons[method.name] = error
-            omitted.append(error.message)
-        else:
-            found.append(entry)
-    for name, reason in reasons.items():
-        if not any(method.name == name for method, _, _ in found):
-            raise reason
-    return found
 
 
 def _judging(request: Request, writes: bool) -> tuple[Judging, dict[str, str]]:
@@ -257,24 +236,6 @@ def _dtype(request: Request) -> str:
 def _protocol_of(task: Task, request: Request) -> str:
     """The protocol asked for, if the task has it: it may have been asked for another task."""
     return request.protocol if request.protocol in task.protocols else task.protocols[0]
-
-
-def _with_baselines(request: Request, ratios: Sequence[Fraction], task: Task) -> list[Entry]:
-    """Controls first, then rivals and the asked methods, once per ratio that they take."""
-    asked = list(dict.fromkeys(request.methods))
-    in_chunks = task.kind == "online"
-    wanted: list[tuple[str, str]] = [("full", "control")]
-    if "none" in asked or (request.baselines and not in_chunks):
-        wanted += [("none", "control")]
-    if request.baselines and not in_chunks and any(METHODS[name].compresses for name in asked):
-        wanted += [(name, "baseline") for name in RIVALS if name not in asked]
-    wanted += [(name, "method") for name in asked if name not in CONTROLS]
-    entries: list[Entry] = []
-    for name, role in wanted:
-        with_ratio = METHODS[name].uses_ratio(request.options, in_chunks)
-        for ratio in dict.fromkeys(ratios) if with_ratio else [Fraction(0)]:
-            entries.append((make_method(name, ratio, request.options), role, None))
-    return entries
 
 
 def _options_of(task: Task, protocol: str) -> tuple[str, ...]:

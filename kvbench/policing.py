@@ -92,11 +92,12 @@ class Policing:
         places = torch.arange(self.read, self.read + m, device=ids.device)
         token = WATCHER.set(self)
         try:
-            out = self.model(
-                input_ids=ids, attention_mask=torch.ones(1, 1, m, 1, dtype=torch.bool, device=ids.device),
-                position_ids=places[None], use_cache=True, past_key_values=cache,
-                logits_to_keep=torch.arange(m, device=ids.device)[wanted],
-            )
+            with self.policy.on(self.model):
+                out = self.model(
+                    input_ids=ids, attention_mask=torch.ones(1, 1, m, 1, dtype=torch.bool, device=ids.device),
+                    position_ids=places[None], use_cache=True, past_key_values=cache,
+                    logits_to_keep=torch.arange(m, device=ids.device)[wanted],
+                )
         finally:
             WATCHER.reset(token)
         self.read, self.since = self.read + m, self.since + m

@@ -12,13 +12,14 @@ CARD = "card"
 _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
 
-def parse_bytes(text: str) -> int:
+def parse_bytes(text: str, option: str = "--memory-budget") -> int:
     """A number of bytes, such as ``2GiB`` or ``800 MB``; 0 for ``card``, what a GPU has free.
 
     Raises:
         UserError: not a size above 0.
     """
-    if text == CARD:
+    with_card = option == "--memory-budget"
+    if text == CARD and with_card:
         return 0
     found = re.fullmatch(r"\s*([0-9.]+(?:e[0-9]+)?)\s*([a-zA-Z]*)\s*", text)
     try:
@@ -27,7 +28,8 @@ def parse_bytes(text: str) -> int:
         size = 0
     if size <= 0:
         raise UserError(
-            f"--memory-budget {text}: not a size in bytes above 0.", f"Write 2GiB, 800MB or 4e9; {CARD} on a GPU."
+            f"{option} {text}: not a size in bytes above 0.",
+            "Write 2GiB, 800MB or 4e9" + (f"; {CARD} on a GPU." if with_card else "."),
         )
     return size
 

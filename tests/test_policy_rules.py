@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from fractions import Fraction
 from typing import Any
 
@@ -12,7 +13,9 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.nn import functional
 
+from kvbench.cache.evicting import EvictingCache
 from kvbench.cache.packed import Packed, Ragged
+from kvbench.cache.policed import PolicedCache
 from kvbench.cache.quantised import Codes, Float8, Quantised
 from kvbench.cache.thinned import Thinned
 from kvbench.errors import UserError
@@ -22,6 +25,10 @@ from kvbench.methods.quantising import Kivi
 from kvbench.methods.random_policy import drawn
 from kvbench.methods.shape import CacheShape
 from kvbench.methods.think import Think
+from kvbench.models.attention import WATCHER
+from kvbench.models.lowrank import low_rank
+from kvbench.policies import check_policy
+from tests.conftest import small_model
 from tests.test_policies import LENGTH, policy_of, read, text
 
 
@@ -105,7 +112,9 @@ def test_positions_in_the_cache_are_those_of_a_shorter_text(llama: nn.Module, na
     layer = run.cache.layers[0]
     held = layer.held
     run.cache.read = run.read
+    token = WATCHER.set(run)
     attended, _ = run.cache.update(layer.keys[:, :, :0], layer.values[:, :, :0], 0)
+    WATCHER.reset(token)
     for row in range(2):
         for head in range(2):
             kept = ids[row, layer.positions[row, head]]
@@ -314,3 +323,72 @@ def test_bits_are_the_most_that_fit() -> None:
         Think(Fraction(49, 100)).fitted(100, SHAPE)
     budget = Kivi(options={"residual": "0"}, budget_bytes=20 * SHAPE.entry_bytes)
     assert budget.fitted(100, SHAPE).option("bits") == "4"
+
+
+def test_weights_of_low_rank_are_the_best_of_that_rank(model: nn.Module) -> None:
+    """On every family: the whole rank changes nothing, and each lower one is as far away as its singular values."""
+    ids = text(32)
+    shape = CacheShape.of(model.config, 1)
+    with torch.inference_mode():
+        full = model(input_ids=ids).logits
+        with low_rank(model, shape.heads * shape.width):
+            assert float((model(input_ids=ids).logits - full).abs().max()) < 1e-4
+        with low_rank(model, shape.heads * shape.width // 2):
+            assert float((model(input_ids=ids).logits - full).abs().max()) > 1e-3
+        assert torch.equal(model(input_ids=ids).logits, full)
+
+
+def test_weights_of_low_rank_are_those_of_a_model_that_has_them(llama: Any) -> None:
+    ids, other = text(32), copy.deepcopy(llama)
+    for layer in other.model.layers:
+        for module in (layer.self_attn.k_proj, layer.self_attn.v_proj):
+            u, s, v = torch.linalg.svd(module.weight.detach(), full_matrices=False)
+            module.weight.data = u[:, :12] @ torch.diag(s[:12]) @ v[:12]
+    with torch.inference_mode(), low_rank(llama, 12):
+        assert float((llama(input_ids=ids).logits - other(input_ids=ids).logits).abs().max()) < 1e-4
+
+
+def test_what_a_policy_cannot_follow_is_refused_by_name(llama: Any) -> None:
+    gpt2 = small_model("gpt2")
+    capped = copy.deepcopy(llama)
+    capped.config.attn_logit_softcapping = 50.0
+    with pytest.raises(UserError, match="caps the logits"):
+        check_policy(policy_of("snapkv"), capped, "gemma")
+    with_sinks = copy.deepcopy(llama)
+    with_sinks.model.layers[0].self_attn.sinks = nn.Parameter(torch.zeros(4))
+    with pytest.raises(UserError, match="learned sinks"):
+        check_policy(policy_of("h2o"), with_sinks, "oss")
+    with pytest.raises(UserError, match="learned positions"):
+        check_policy(policy_of("cascading", positions="cache"), gpt2, "gpt2")
+    scaled = copy.deepcopy(llama)
+    scaled.model.rotary_emb.rope_type = "longrope"
+    with pytest.raises(UserError, match="longrope"):
+        check_policy(policy_of("expected-attention"), scaled, "phi")
+    odd = copy.deepcopy(llama)
+    odd.model.layers[0].self_attn.other = odd.model.layers[0].self_attn.k_proj
+    del odd.model.layers[0].self_attn.k_proj
+    with pytest.raises(UserError, match="projections"):
+        check_policy(policy_of("lorc"), odd, "odd")
+
+
+def test_a_cache_of_a_policy_is_not_used_otherwise(llama: Any) -> None:
+    """By generate(), with its masks, beams and left-padded batches, or by what takes tokens back."""
+    with pytest.raises(UserError, match="left-padded"), torch.inference_mode():
+        llama.generate(text(8), past_key_values=PolicedCache(), max_new_tokens=2)
+    cache = PolicedCache()
+    with pytest.raises(UserError, match="cropped"):
+        cache.crop(-1)
+    with pytest.raises(UserError, match="beams"):
+        cache.reorder_cache(torch.zeros(1, dtype=torch.long))
+    with pytest.raises(UserError, match="cropped"):
+        EvictingCache().crop(-1)
+
+
+def test_a_prefix_may_be_compressed_block_by_block(llama: nn.Module) -> None:
+    """``prefill=blocks``: there are never more entries than the budget and a block; at once there are all of them."""
+    ids = text()
+    once, blocks = (policy_of("keydiff", "0.6", step="8", prefill=how) for how in ("once", "blocks"))
+    at_once, in_blocks = read(llama, once, ids, 32)[1], read(llama, blocks, ids)[1]
+    assert at_once.peak == LENGTH
+    assert in_blocks.peak <= LENGTH - LENGTH * 3 // 5 + 9
+    assert not torch.equal(at_once.cache.layers[0].positions, in_blocks.cache.layers[0].positions)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, DynamicLayer
 
+from kvbench.errors import UserError
 from kvbench.models.rotary import rotated
 
 ROOM = 64
@@ -156,6 +157,17 @@ class EvictingCache(Cache):  # type: ignore[misc]
         """In every layer and row, move the ``last`` entries into the ``holes`` of dead ones; ``held`` remain."""
         for layer in self.layers:
             layer.compact(last, holes, held)
+
+    def crop(self, max_length: int) -> None:
+        """Refused: a removed entry cannot return.
+
+        Raises:
+            UserError: always; assisted decoding and prompt lookup take back what they fed.
+        """
+        raise UserError(
+            f"{type(self).__name__} cannot be cropped: removed entries do not return.",
+            "Do without assisted decoding and prompt lookup.",
+        )
 
     def entries(self) -> int:
         """Entries held per layer and row."""

@@ -13,6 +13,8 @@ from torch import Tensor
 
 from kvbench.cache.evicting import EvictingCache, EvictingLayer
 from kvbench.cache.packed import Packed, Ragged
+from kvbench.errors import UserError
+from kvbench.models.attention import WATCHER
 from kvbench.models.rotary import rotated
 
 NO_HOLES = torch.empty(0, dtype=torch.long)
@@ -169,7 +171,17 @@ class PolicedCache(EvictingCache):
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
-        """Store what a layer computed; entries are returned as if nothing lay between them, if they are turned."""
+        """Store what a layer computed; entries are returned as if nothing lay between them, if they are turned.
+
+        Raises:
+            UserError: the model is called by itself, with a mask of its own.
+        """
+        if WATCHER.get() is None:
+            raise UserError(
+                f"{type(self).__name__} is filled by kvbench.policing.Policing only: rows and heads hold different "
+                "entries, which the model's own mask, left-padded batches, beams and generate() do not know.",
+                "Read texts of one length with Policing.stream, or write with PolicedContinuation.",
+            )
         while len(self.layers) <= layer_idx:
             self.layers.append(PolicedLayer())
         layer = self.layers[layer_idx]
@@ -185,6 +197,14 @@ class PolicedCache(EvictingCache):
         angle = (places - layer.positions[..., :count])[..., None] * self.speeds.to(keys.device)
         first = rotated(keys[:, :, :count], angle.cos(), angle.sin())
         return torch.cat([first, keys[:, :, count:]], -2), values
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Refused: beams that leave one another's entries behind are not followed.
+
+        Raises:
+            UserError: always.
+        """
+        raise UserError(f"{type(self).__name__} does not follow beams.", "Sample, or decode greedily.")
 
     def mean_entries(self) -> float:
         """Entries held per row and head, over layers; packed ones by the bytes that they take."""

@@ -15,6 +15,15 @@ Method = Annotated[list[str] | None, typer.Option(
 Ratio = Annotated[list[str] | None, typer.Option(
     help="Share of cache entries to remove, in [0, 1): 0.7 keeps 30 %; repeatable. [default: 0.7]",
     rich_help_panel="What to run", show_default=False)]
+BudgetTokens = Annotated[int | None, typer.Option(
+    help="Entries to keep per layer and head, whatever the length of the text, instead of a ratio.",
+    rich_help_panel="What to run")]
+BudgetBytes = Annotated[str | None, typer.Option(
+    help="Bytes of a text's cache to keep instead of a ratio, such as 64KiB; scales and windows count.",
+    rich_help_panel="What to run")]
+EqualBytes = Annotated[bool, typer.Option(
+    "--equal-bytes", help="Ratios are of bytes: kivi takes the bits that meet them, scales and windows counted.",
+    rich_help_panel="What to run")]
 Task = Annotated[list[str] | None, typer.Option(
     help="Task, or a task file of your own; repeatable. [default: minidocs, recall and minidocs-gen]",
     rich_help_panel="What to run", show_default=False)]

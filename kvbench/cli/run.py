@@ -24,6 +24,9 @@ def run(
     protocol: options.Protocol = None,
     execution: options.Execution = "streamed",
     limit: options.Limit = None,
+    budget_tokens: options.BudgetTokens = None,
+    budget_bytes: options.BudgetBytes = None,
+    equal_bytes: options.EqualBytes = False,
     scorer: options.Scorer = None,
     mauve_features: options.MauveFeatures = None,
     metric: options.Metric = None,
@@ -62,6 +65,7 @@ def run(
     """
     from rich.console import Console
 
+    from kvbench.asked import parse_budget
     from kvbench.config import load_settings
     from kvbench.execution.runner import Conduct, execute
     from kvbench.execution.similarity import measure_similarity
@@ -81,6 +85,7 @@ def run(
         dtype=options.checked_dtype(dtype or settings.dtype),
         threads=options.checked_threads(threads, settings.threads), scorer=scorer, mauve_features=mauve_features,
         metrics=tuple(dict.fromkeys(metric or ())),
+        budget=parse_budget(budget_tokens, budget_bytes, equal_bytes, ratio or ()),
     )
     plan = build_plan(request)
     if dry_run:

@@ -65,6 +65,9 @@ def sweep(
     keep_going: Annotated[bool | None, typer.Option(
         "--keep-going/--fail-fast", help="After a failure, measure the other cells, or stop. [default: keep-going]",
         show_default=False, rich_help_panel="Who does it")] = None,
+    budget_tokens: options.BudgetTokens = None,
+    budget_bytes: options.BudgetBytes = None,
+    equal_bytes: options.EqualBytes = False,
     scorer: options.Scorer = None,
     mauve_features: options.MauveFeatures = None,
     metric: options.Metric = None,
@@ -98,6 +101,7 @@ def sweep(
     """
     from rich.console import Console
 
+    from kvbench.asked import parse_budget
     from kvbench.config import load_settings
     from kvbench.errors import UserError, unknown
     from kvbench.execution.executors import EXECUTORS
@@ -126,6 +130,7 @@ def sweep(
         dtype=options.checked_dtype(dtype or settings.dtype),
         threads=options.checked_threads(threads, settings.threads), scorer=scorer, mauve_features=mauve_features,
         metrics=tuple(dict.fromkeys(metric or ())),
+        budget=parse_budget(budget_tokens, budget_bytes, equal_bytes, ratio or ()),
     )
     found = build_sweep(request, models, seeds)
     if dry_run:

@@ -33,10 +33,12 @@ from kvbench.execution.work import Work, batches, cut_task, together, tokens_of
 from kvbench.execution.writing import write_window
 from kvbench.methods import Layout, Method, Structure, make_layout, make_method
 from kvbench.methods.example import Mask, example_mask
+from kvbench.methods.shape import CacheShape
 from kvbench.models.adapter import Adapter
 from kvbench.models.loading import load_model
 from kvbench.models.references import ModelReference
 from kvbench.models.rotary import frequencies, has_rotary
+from kvbench.policies import check_policy
 from kvbench.protocols.cut import Cut, Piece
 from kvbench.protocols.score import BatchScore, Reference, score_batch
 from kvbench.protocols.score_policy import score_policed
@@ -116,16 +118,20 @@ class Worker:
     def _check_cell(self, cell: Cell, longest: int, pieces: Sequence[Piece], in_chunks: bool) -> None:
         method = self.runners[cell.key].method
         method.check(longest, in_chunks)
-        if method.unrotates or (method.policy is not None and method.policy.turned > 0):
-            speeds = frequencies(self.loaded.model)
-            if speeds is None and method.policy is not None:
-                raise UserError(
-                    f"{cell.model} has learned positions, which cannot be counted anew in the cache.",
-                    "Use --set positions=absolute.",
-                )
+        if method.policy is not None:
+            check_policy(method.policy, self.loaded.model, cell.model)
+        for context in {piece.context for piece in pieces}:
+            self.fitted(method, context).check(context, in_chunks)
+        if method.unrotates:
+            frequencies(self.loaded.model)
         for piece in pieces:
-            layout = make_layout(method, piece.planned, cell.seed, 0, piece.structure)
+            layout = make_layout(self.fitted(method, piece.context), piece.planned, cell.seed, 0, piece.structure)
             self._check_positions(cell, layout, len(piece.ids) - piece.planned)
+
+    def fitted(self, method: Method, context: int) -> Method:
+        """The method for texts of that many tokens, its budget turned into what it works with."""
+        like = next(self.loaded.model.parameters())
+        return method.fitted(context, CacheShape.of(self.loaded.model.config, like.element_size()))
 
     def _check_positions(self, cell: Cell, layout: Layout, more: int) -> None:
         """Learned positions end with the model's context; rotary ones go on."""
@@ -218,7 +224,7 @@ class Worker:
                 pieces = [batch[row] for row in rows]
                 started = time.perf_counter()
                 theirs, chunk = reference.rows(rows) if reference else None, int(cell.options["chunk"])
-                policy = runner.method.policy
+                policy = self.fitted(runner.method, pieces[0].context).policy
                 if policy is not None:
                     score = score_policed(self.loaded.model, policy, pieces, theirs, chunk, cell.seed)
                 else:
@@ -242,7 +248,7 @@ class Worker:
             self.say("failed", **dataclasses.asdict(failure))
 
     def layout(self, runner: Runner, piece: Piece) -> Layout:
-        method = runner.method
+        method = self.fitted(runner.method, piece.context)
         which = piece.layout if method.seeded else 0
         key = (piece.planned, runner.cell.seed, method.ratio, method.name, which, piece.structure)
         if key not in self.layouts:

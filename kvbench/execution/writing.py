@@ -16,6 +16,7 @@ from kvbench.decoding import Continuation, Sampling
 from kvbench.execution.work import together
 from kvbench.judges.encoder import packed
 from kvbench.methods import Layout
+from kvbench.methods.policy import Policy
 from kvbench.models.loading import Loaded, end_tokens
 from kvbench.policing import PolicedContinuation, Policing
 from kvbench.protocols.cut import Cut, Piece
@@ -101,7 +102,8 @@ def _continued(
     groups: dict[str, str], started: float,
 ) -> list[GenerationRecord]:
     loaded = worker.loaded
-    texts, held, peak, sizes, before = written_ids(loaded, runner, writing, pieces, layout)
+    policy = worker.fitted(runner.method, pieces[0].context).policy
+    texts, held, peak, sizes, before = written_ids(loaded, runner, writing, pieces, layout, policy)
     seconds = (time.perf_counter() - started) / len(pieces)
     visible, queries = _visibility(before, pieces[0], texts)
     names = [
@@ -128,7 +130,7 @@ def _continued(
 
 
 def written_ids(
-    loaded: Loaded, runner: Runner, writing: Writing, pieces: list[Piece], layout: Layout
+    loaded: Loaded, runner: Runner, writing: Writing, pieces: list[Piece], layout: Layout, policy: Policy | None
 ) -> tuple[list[list[tuple[int, ...]]], int, int, tuple[int, int, int], Tensor]:
     """What is written after each piece's prefix.
 
@@ -142,7 +144,6 @@ def written_ids(
     drawn = torch.stack([torch.from_numpy(uniforms(piece, writing, runner.cell.seed)) for piece in pieces])
     ends = end_tokens(loaded)
     settings = (prefix, drawn, layout, Sampling(writing.top_p, writing.temperature), ends, writing.chunk)
-    policy = runner.method.policy
     if policy is None:
         text = Continuation(*settings, evicts=runner.cell.execution == "streamed")
     else:

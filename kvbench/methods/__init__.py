@@ -24,6 +24,7 @@ from kvbench.methods.keydiff import KeyDiff
 from kvbench.methods.knorm import Knorm
 from kvbench.methods.lagkv import LagKv
 from kvbench.methods.layout import RUNNING, Layout, Structure
+from kvbench.methods.lorc import Lorc
 from kvbench.methods.memory import CcmConcat, CcmMerge, Gist, MeanPool, Pic
 from kvbench.methods.merging import Cam, D2o
 from kvbench.methods.quantising import Fp8, Kivi
@@ -44,6 +45,7 @@ _OWN: tuple[type[Method], ...] = (
     LocalTuned, ScatteredTuned, SinksTuned, Adapted,
     StreamingLlm, Random, Knorm, KeyDiff, LagKv, Tova, H2o, SnapKv, PyramidKv, ChunkKv, AdaKv, ExpectedAttention,
     Cascading, Cam, D2o, Kivi, Fp8, Think, RefreshKv,
+    Lorc,
 )
 GROUP = "kvbench.methods"
 """The entry points that methods of other packages are found by."""
@@ -95,8 +97,11 @@ def make_method(name: str, ratio: Fraction, options: dict[str, str] | None = Non
     if name not in METHODS:
         raise unknown("method", name, METHODS)
     kind = METHODS[name]
-    mine = {k: v for k, v in (options or {}).items() if k in kind.known}
-    return kind(ratio if kind.takes_ratio else Fraction(0), mine)
+    given = options or {}
+    mine = {k: v for k, v in given.items() if k in kind.known}
+    budget = {f"budget_{unit}": int(given.get(f"budget_{unit}", 0)) for unit in kind.takes_budget}
+    with_ratio = kind.takes_ratio or kind.uses_ratio(mine, in_chunks=False)
+    return kind(ratio if with_ratio else Fraction(0), mine, **budget)
 
 
 def layout_id(document: str, block: int) -> int:

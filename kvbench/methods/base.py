@@ -202,6 +202,12 @@ class Method(ABC):
         return {name: self.option(name) for name in self.known}
 
     @property
+    def budget_given(self) -> dict[str, str]:
+        """The budget as options of a cell, if there is one."""
+        given = {"budget_tokens": self.budget_tokens, "budget_bytes": self.budget_bytes}
+        return {name: str(value) for name, value in given.items() if value}
+
+    @property
     def by_text(self) -> bool:
         """Whether the layout depends on the words of the text, so that every piece has its own."""
         return False

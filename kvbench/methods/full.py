@@ -22,6 +22,7 @@ class Full(Method):
     name = "full"
     summary = "the whole cache, nothing removed"
     takes_ratio = False
+    takes_budget = ()
     compresses = False
 
     def layout(self, n: int, rng: np.random.Generator, text: Structure = RUNNING) -> Layout:
@@ -39,6 +40,7 @@ class NoContext(Method):
     name = "none"
     summary = f"no context beyond the current disjoint chunk of {NONE_CHUNK} tokens"
     takes_ratio = False
+    takes_budget = ()
     compresses = False
 
     def layout(self, n: int, rng: np.random.Generator, text: Structure = RUNNING) -> Layout:

@@ -163,6 +163,7 @@ class CcmMerge(Chunked):
     summary = "a few trained memory entries in all, merged after every chunk"
     paper = "arXiv 2312.03414"
     takes_ratio = False
+    takes_budget = ()
     needs_adapter = True
     trainable = ("gated", "plain", "full")
     known = {

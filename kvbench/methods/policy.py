@@ -7,11 +7,12 @@ half precision ties decide the set. Entries are attended first and removed after
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from kvbench.errors import UserError
 from kvbench.methods.base import Method, Option, kept
@@ -131,6 +132,10 @@ class Policy(Method):
     def held_after(self, read: int) -> int:
         """Entries of a layer, on average: a share of what was read, or a constant number where one is given."""
         return min(read, self.budget_tokens) if self.budget_tokens else kept(read, self.ratio)
+
+    def on(self, model: nn.Module) -> AbstractContextManager[None]:
+        """Entered around the model's forward passes, for policies that change what it computes."""
+        return nullcontext()
 
     def run_length(self, read: int) -> int:
         """How many tokens are fed at a time where entries are removed on the way."""

@@ -83,8 +83,8 @@ def attention(
 
 
 def _watched(watcher: Watcher, module: Any, query: Tensor, key: Tensor, value: Tensor, **extra: Any) -> Tensor:
-    if extra.get("softcap") is not None:
-        raise RuntimeError(f"{type(module).__name__} caps its attention, which policies cannot follow")
+    if extra.get("softcap") is not None or extra.get("s_aux") is not None:
+        raise RuntimeError(f"{type(module).__name__} caps its attention or adds to it, which policies cannot follow")
     mask = watcher.mask(int(module.layer_idx), query.shape[2], key.shape[2], query.device)
     if mask is not None and mask.dim() == 4 and mask.shape[1] not in (1, query.shape[1]):
         mask = mask.repeat_interleave(query.shape[1] // mask.shape[1], dim=1)

@@ -44,7 +44,7 @@ def frequencies(model: nn.Module) -> Tensor | None:
     if not fixed or half_turn is None or half_turn(probe).tolist() != [-3.0, -4.0, 1.0, 2.0]:
         raise UserError(
             f"{type(model).__name__} turns its keys in a way that cannot be undone here ({kind} rotary embedding).",
-            "Use --set merge_at=rotated, or positions=absolute.",
+            "Use --set merge_at=rotated or positions=absolute, or a method that does not count positions anew.",
         )
     speeds = found[0].inv_freq
     assert isinstance(speeds, Tensor)

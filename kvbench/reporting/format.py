@@ -8,6 +8,7 @@ from rich import box
 from rich.table import Table
 
 from kvbench.store.records import Row
+from kvbench.units import bytes_of
 
 WIDTH = 140
 """Width of tables where the output is not a terminal."""
@@ -75,6 +76,15 @@ def p_of(row: Row) -> str:
     if row.p_value is None:
         return "-"
     return "<.001" if row.p_value < 0.001 else f"{row.p_value:.3f}".lstrip("0")
+
+
+def asked_of(row: Row) -> str:
+    """What was asked for: a ratio, or a budget."""
+    if row.params.get("budget_tokens"):
+        return f"{row.params['budget_tokens']} kept"
+    if row.params.get("budget_bytes"):
+        return bytes_of(float(row.params["budget_bytes"]))
+    return number_of(row.ratio_asked, None)
 
 
 def number_of(value: float | None, digits: int | None) -> str:

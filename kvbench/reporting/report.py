@@ -57,6 +57,7 @@ def write_report(runs: Sequence[Path], out: Path, metrics: Sequence[str] = ()) -
     folders = [RunFolder(run) for run in runs]
     found = [compute_results(folder) for folder in folders]
     rows = [row for results in found for row in results.rows]
+    _check_budgets(rows)
     failures = tuple(failure for results in found for failure in results.failures)
     results = Results(str(out), all(each.ok for each in found), failures, tuple(rows))
     try:
@@ -68,6 +69,21 @@ def write_report(runs: Sequence[Path], out: Path, metrics: Sequence[str] = ()) -
     except OSError as error:
         raise UserError(f"The folder {out} cannot be written: {error.strerror}.") from error
     return Report(results, tuple(figures), tuple(tables), page)
+
+
+def _check_budgets(rows: Sequence[Row]) -> None:
+    """A method has one line in a table: at one budget, or once per ratio.
+
+    Raises:
+        UserError: several budgets.
+    """
+    budgets = {row.params.get("budget_tokens") or row.params.get("budget_bytes") for row in rows} - {None}
+    if len(budgets) > 1:
+        shown = ", ".join(sorted(map(str, budgets)))
+        raise UserError(
+            f"These runs were measured at {len(budgets)} budgets ({shown}), and a table holds one.",
+            "Report them one by one.",
+        )
 
 
 def write_figures(

@@ -11,6 +11,7 @@ from rich.text import Text
 
 from kvbench.reporting.format import (
     WIDTH,
+    asked_of,
     by_setting,
     cells_of,
     delta_of,
@@ -62,10 +63,10 @@ def _lm_table(rows: list[Row]) -> Table:
     for name in ("ppl\n[95 % CI]", "diff to full\n[95 % CI]", "p", "recovery", "KL"):
         table.add_column(name, justify="right")
     _memory_columns(table)
-    for (method, ratio), metrics in cells_of(rows).items():
+    for (method, _), metrics in cells_of(rows).items():
         ppl = metrics["ppl"]
         table.add_row(
-            *_head(method, ratio, ppl), value_of(ppl, 2), delta_of(ppl, 2), p_of(ppl),
+            *_head(method, ppl), value_of(ppl, 2), delta_of(ppl, 2), p_of(ppl),
             _plain(metrics.get("recovery"), 2), _plain(metrics.get("kl"), 3), *_memory(metrics),
             style=style_of(method),
         )
@@ -77,10 +78,10 @@ def _recall_table(rows: list[Row]) -> Table:
     for name in ("accuracy\n[95 % CI]", "diff to full\n[95 % CI]", "p", "nll of answer\n[95 % CI]"):
         table.add_column(name, justify="right")
     _memory_columns(table)
-    for (method, ratio), metrics in cells_of(rows).items():
+    for (method, _), metrics in cells_of(rows).items():
         accuracy = metrics["accuracy"]
         table.add_row(
-            *_head(method, ratio, accuracy), value_of(accuracy, 2), delta_of(accuracy, 2), p_of(accuracy),
+            *_head(method, accuracy), value_of(accuracy, 2), delta_of(accuracy, 2), p_of(accuracy),
             value_of(metrics["answer_nll"], 2), *_memory(metrics), style=style_of(method),
         )
     return table
@@ -110,8 +111,8 @@ def _memory_columns(table: Table) -> None:
         table.add_column(name, justify="right")
 
 
-def _head(method: str, ratio: float | None, row: Row) -> tuple[str, str, str, str]:
-    return method, number_of(ratio, None), number_of(row.ratio_realised, 3), number_of(row.ratio_mean, 3)
+def _head(method: str, row: Row) -> tuple[str, str, str, str]:
+    return method, asked_of(row), number_of(row.ratio_realised, 3), number_of(row.ratio_mean, 3)
 
 
 def _memory(metrics: dict[str, Row]) -> tuple[str, str, str]:

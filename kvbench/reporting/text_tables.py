@@ -5,7 +5,7 @@ from __future__ import annotations
 from rich.table import Table
 from rich.text import Text
 
-from kvbench.reporting.format import cells_of, new_table, number_of, style_of, value_of
+from kvbench.reporting.format import asked_of, cells_of, new_table, number_of, style_of, value_of
 from kvbench.store.records import Row
 from kvbench.units import bytes_of
 
@@ -49,11 +49,11 @@ def _table(rows: list[Row], title: str, names: tuple[str, ...]) -> Table | Text:
     for name in names:
         heading = "KV held\n(of full)" if name == "kv_bytes_physical" else f"{_COLUMNS[name][0]}\n[95 % CI]"
         table.add_column(heading, justify="right")
-    for (method, ratio), metrics in cells_of(rows).items():
+    for (method, _), metrics in cells_of(rows).items():
         first = next(iter(metrics.values()))
         cells = [_cell(name, metrics) for name in names]
         realised = number_of(first.ratio_realised, 3)
-        table.add_row(method, number_of(ratio, None), realised, *cells, style=style_of(method))
+        table.add_row(method, asked_of(first), realised, *cells, style=style_of(method))
     return table
 
 

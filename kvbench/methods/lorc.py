@@ -1,0 +1,36 @@
+"""LoRC (arXiv 2410.03111): projections of keys and values of low rank. Its quality only: nothing is removed here."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+
+from torch import nn
+
+from kvbench.methods.policy import Policy
+from kvbench.methods.shape import CacheShape
+from kvbench.models.lowrank import low_rank
+
+
+@dataclass(frozen=True)
+class Lorc(Policy):
+    """Computes keys and values by weights of low rank, so that a cache could hold fewer numbers per entry.
+
+    The ratio is what such a cache would remove: of the d numbers of all heads it would hold kept(d, r), the rank.
+    Here entries are stored whole, and the table shows no saving: with rotary positions the keys would have to be
+    expanded and rotated anew at every step. Departure: the same rank in every layer, where the published
+    method gives shallow layers more, by the condition numbers of those behind them.
+    """
+
+    name = "lorc"
+    summary = "keys and values by weights of low rank: the quality of it, nothing is removed yet"
+    paper = "arXiv 2410.03111"
+    takes_budget = ()
+
+    def budget(self, read: int, total: int, layer: int, layers: int) -> int:
+        return read
+
+    def on(self, model: nn.Module) -> AbstractContextManager[None]:
+        shape = CacheShape.of(model.config, 1)
+        size = shape.heads * shape.width
+        return low_rank(model, max(1, size - int(self.ratio * size)))

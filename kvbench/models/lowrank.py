@@ -1,0 +1,92 @@
+"""Projections of keys and values replaced by low-rank ones, for as long as a model is used so."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+
+from kvbench.errors import UserError
+from kvbench.methods.shape import CacheShape
+
+_FOUND: WeakKeyDictionary[nn.Module, list[Part]] = WeakKeyDictionary()
+
+
+@dataclass(frozen=True)
+class Part:
+    """The columns of a projection's output that are keys, or values.
+
+    Attributes:
+        module: the projection.
+        columns: int64 ``[heads * width]``.
+        basis: left singular vectors of the weights, by singular value ``[heads * width, heads * width]``.
+        bias: ``[heads * width]``; None if there is none.
+    """
+
+    module: nn.Module
+    columns: Tensor
+    basis: Tensor
+    bias: Tensor | None
+
+    def reduced(self, output: Tensor, rank: int) -> Tensor:
+        """The output, as if the weights of these columns had the rank: the best approximation of theirs."""
+        mine = output[..., self.columns]
+        mine = mine if self.bias is None else mine - self.bias
+        basis = self.basis[:, :rank]
+        low = mine @ basis @ basis.T
+        low = low if self.bias is None else low + self.bias
+        return output.index_copy(-1, self.columns, low)
+
+
+@contextmanager
+def low_rank(model: nn.Module, rank: int) -> Iterator[None]:
+    """Keys and values of that rank, of all heads of a layer together.
+
+    Raises:
+        UserError: a model whose projections are not known.
+    """
+    if model not in _FOUND:
+        _FOUND[model] = list(_parts(model))
+
+    with ExitStack() as stack:
+        for part in _FOUND[model]:
+            def hook(module: nn.Module, inputs: Any, output: Tensor, part: Part = part) -> Tensor:
+                return part.reduced(output, rank)
+
+            stack.callback(part.module.register_forward_hook(hook).remove)
+        yield
+
+
+def _parts(model: nn.Module) -> Iterator[Part]:
+    config: Any = model.config
+    shape = CacheShape.of(config, 1)
+    wide, query = shape.heads * shape.width, int(config.num_attention_heads) * shape.width
+    whole = torch.arange(wide)
+    in_heads = torch.arange(shape.heads)[:, None] * 3 * shape.width + torch.arange(shape.width)
+    known = {
+        "k_proj": (whole,), "v_proj": (whole,), "c_attn": (query + whole, query + wide + whole),
+        "qkv_proj": (query + whole, query + wide + whole),
+        "query_key_value": ((in_heads + shape.width).flatten(), (in_heads + 2 * shape.width).flatten()),
+    }
+    count = 0
+    for name, module in model.named_modules():
+        for columns in known.get(name.rpartition(".")[2], ()):
+            count += 1
+            yield _part(module, columns)
+    if count != 2 * shape.layers:
+        raise UserError(
+            f"The projections of keys and values of {type(model).__name__} are not known.",
+            "Measure lorc on a model such as Llama, Qwen, GPT-NeoX, OPT or GPT-2.",
+        )
+
+
+def _part(module: Any, columns: Tensor) -> Part:
+    weight = module.weight if isinstance(module, nn.Linear) else module.weight.T
+    columns = columns.to(weight.device)
+    basis = torch.linalg.svd(weight[columns].float(), full_matrices=False).U.to(weight.dtype)
+    return Part(module, columns, basis, None if module.bias is None else module.bias[columns])
