@@ -13,12 +13,12 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from kvbench.cache.policed import PolicedCache
+from kvbench.cache.policed import PolicedCache, PolicedLayer
 from kvbench.decoding import Continuation
 from kvbench.methods.policy import Policy, View
 from kvbench.models.attention import WATCHER
 from kvbench.models.rotary import frequencies
-from kvbench.observing import attended, with_moments, with_queries
+from kvbench.observing import QUERIES_AT_ONCE, attended, with_moments, with_queries
 from kvbench.runtime import Reader, Scored
 
 
@@ -112,12 +112,13 @@ class Policing:
         with self.beside():
             chosen: dict[int, Tensor] = {}
             for number in range(len(self.cache.layers)):
-                self._remove(number, chosen)
+                self.remove_from(number, chosen)
 
-    def _remove(self, number: int, chosen: dict[int, Tensor]) -> None:
+    def remove_from(self, number: int, chosen: dict[int, Tensor]) -> None:
         """In one layer; ``chosen`` by the layers before it."""
         policy, layers = self.policy, self.cache.layers
         layer = layers[number]
+        self._observe(layer, None)
         keep = policy.budget(self.read, self.total, number, len(layers))
         if layer.entries() > keep:
             view = self._view(number)
@@ -155,20 +156,36 @@ class Policing:
         return there if causal is None else there & causal
 
     def watch(self, layer: int, query: Tensor, keys: Tensor, scaling: float) -> None:
-        """Keep the last queries, add up what they attend, or take their moments."""
+        """Set the queries aside: they are looked at together, once there are many, or before entries are removed."""
         policy, stored = self.policy, self.cache.layers[layer]
         stored.scaling = scaling
-        with self.beside():
-            if policy.looks_at:
-                stored.queries = with_queries(stored.queries, query, policy.looks_at)
-            if policy.sums:
-                if policy.decay != 1:
-                    stored.sums *= policy.decay ** query.shape[2]
-                stored.sums += attended(query, keys, scaling, stored.positions, policy.decay)
-            if policy.takes_moments:
-                stored.moments = with_moments(
-                    stored.moments, query, self.cache.read, policy.number("sinks"), self.speeds
-                )
+        if policy.looks_at or policy.sums or policy.takes_moments:
+            stored.pending.append(query)
+            if sum(pending.shape[2] for pending in stored.pending) >= QUERIES_AT_ONCE:
+                with self.beside():
+                    self._observe(stored, keys)
+
+    def _observe(self, layer: PolicedLayer, keys: Tensor | None) -> None:
+        """Keep the last of the pending queries, add up what they attend, or take their moments.
+
+        Args:
+            keys: as they were attended last; None to turn them again.
+        """
+        if not layer.pending:
+            return
+        policy = self.policy
+        query = torch.cat(layer.pending, 2) if len(layer.pending) > 1 else layer.pending[0]
+        layer.pending = []
+        if policy.looks_at:
+            layer.queries = with_queries(layer.queries, query, policy.looks_at)
+        if policy.sums:
+            keys = self.cache.turn(layer, layer.present()[0]) if keys is None else keys
+            if policy.decay != 1:
+                layer.sums.mul_(policy.decay ** query.shape[2])
+            layer.sums.add_(attended(query, keys, layer.scaling, layer.positions, policy.decay))
+        if policy.takes_moments:
+            first = layer.read - query.shape[2]
+            layer.moments = with_moments(layer.moments, query, first, policy.number("sinks"), self.speeds)
 
 
 @dataclass

@@ -325,6 +325,17 @@ def test_sums_are_those_of_a_plain_loop(llama: nn.Module) -> None:
     (["--method", "tova", "--task", "online"], "comes in chunks"),
     (["--method", "snapkv", "--set", "window=0"], "window=0"),
     (["--method", "h2o", "--set", "prefill=twice"], "prefill"),
+    (["--method", "think", "--ratio", "0.6"], "keys are half of it"),
+    (["--method", "tova", "--budget-tokens", "64", "--ratio", "0.5"], "--budget-tokens and --ratio both say"),
+    (["--method", "tova", "--budget-tokens", "64", "--budget-bytes", "9KB"], "--budget-bytes both say"),
+    (["--method", "tova", "--budget-bytes", "9KB", "--equal-bytes"], "--equal-bytes both say"),
+    (["--method", "tova", "--budget-tokens", "0"], "below 1"),
+    (["--method", "tova", "--budget-bytes", "lots"], "--budget-bytes lots: not a size"),
+    (["--method", "kivi", "--budget-tokens", "64"], "kivi cannot be given a budget in tokens. It takes one in bytes"),
+    (["--method", "fp8", "--budget-bytes", "9KB"], "fp8 cannot be given a budget in bytes. Leave it out"),
+    (["--method", "refreshkv", "--equal-bytes"], "refreshkv cannot be set to a number of bytes"),
+    (["--method", "ccm-concat", "--task", "online", "--budget-tokens", "9"], "no budget of its own"),
+    (["--method", "kivi", "--set", "bits=3"], "bits"),
 ])
 def test_what_cannot_be_done_is_a_sentence(words: list[str], message: str, called: Callable[..., Any]) -> None:
     found = called(["run", *words])
@@ -333,10 +344,15 @@ def test_what_cannot_be_done_is_a_sentence(words: list[str], message: str, calle
     assert "Traceback" not in found.err
 
 
-def test_policies_are_not_profiled(called: Callable[..., Any]) -> None:
-    found = called(["profile", "--method", "tova"])
+@pytest.mark.parametrize(("words", "message"), [
+    (["--method", "snapkv", "--budget-bytes", "100KB"], "the 33 entries that snapkv needs. Give at least 202752"),
+    (["--method", "kivi", "--equal-bytes", "--ratio", "0.95"], "kivi cannot remove 0.95 of the bytes of 512 entries"),
+])
+def test_budgets_below_what_a_method_needs(words: list[str], message: str, called: Callable[..., Any]) -> None:
+    """Known once texts are cut for the model, and before anything is written."""
+    found = called(["run", "--task", "minidocs", "--limit", "1", "--no-baselines", *words])
     assert found.code == 2
-    assert "not profiled yet" in found.err
+    assert message in found.err
 
 
 @pytest.mark.heavy

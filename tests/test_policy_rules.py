@@ -24,6 +24,7 @@ from kvbench.methods.policy import View
 from kvbench.methods.quantising import Kivi
 from kvbench.methods.random_policy import drawn
 from kvbench.methods.shape import CacheShape
+from kvbench.methods.snapkv import SnapKv
 from kvbench.methods.think import Think
 from kvbench.models.attention import WATCHER
 from kvbench.models.lowrank import low_rank
@@ -308,6 +309,8 @@ def test_budgets_become_ratios() -> None:
         assert method.ratio == Fraction(70, 100)
         assert [method.budget(n, 100, 0, 2) for n in (10, 50, 100, 300)] == [10, 30, 30, 30]
     assert type(entries)(budget_tokens=300).fitted(100, SHAPE).ratio == 0
+    with pytest.raises(UserError, match="--budget-tokens 8 is below the 9 entries that snapkv needs"):
+        SnapKv(options={"window": "8"}, budget_tokens=8).fitted(100, SHAPE)
 
 
 def test_bits_are_the_most_that_fit() -> None:

@@ -7,15 +7,18 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.nn.utils.rnn import pad_sequence
 
 
 class Packed(ABC):
     """Some of a layer's entries, older than those that are held as they are."""
 
     @abstractmethod
-    def unpack(self) -> tuple[Tensor, Tensor]:
-        """Keys and values ``[batch, heads, entries, width]``, made for one forward pass."""
+    def unpack(self, room: int = 0) -> tuple[Tensor, Tensor]:
+        """Keys and values ``[batch, heads, entries + room, width]``, made for one forward pass.
+
+        Args:
+            room: places behind the entries, to be written by the caller.
+        """
 
     @abstractmethod
     def tensors(self) -> list[Tensor]:
@@ -51,15 +54,18 @@ class Ragged(Packed):
         places = entries[there]
         return cls(keys[rows, heads, places], values[rows, heads, places], there.sum(-1))
 
-    def unpack(self) -> tuple[Tensor, Tensor]:
+    def unpack(self, room: int = 0) -> tuple[Tensor, Tensor]:
         """Padded in front with zeros, so that the last entries of all heads stand side by side."""
-        keys, values = (self._padded(tensor) for tensor in (self.keys, self.values))
-        return keys, values
-
-    def _padded(self, flat: Tensor) -> Tensor:
-        parts = torch.split(flat, self.counts.flatten().tolist())
-        padded: Tensor = pad_sequence(list(parts), batch_first=True, padding_side="left")
-        return padded.reshape(*self.counts.shape, *padded.shape[1:])
+        counts = self.counts.flatten().tolist()
+        longest = max(counts)
+        unpacked = []
+        for flat in (self.keys, self.values):
+            padded = flat.new_empty(len(counts), longest + room, flat.shape[-1])
+            for row, part in zip(padded, torch.split(flat, counts), strict=True):
+                row[: longest - len(part)] = 0
+                row[longest - len(part) : longest] = part
+            unpacked.append(padded.view(*self.counts.shape, longest + room, flat.shape[-1]))
+        return unpacked[0], unpacked[1]
 
     def tensors(self) -> list[Tensor]:
         return [self.keys, self.values]
@@ -71,3 +77,13 @@ class Ragged(Packed):
         entries = places.masked_fill(places < longest - self.counts[..., None], -1)
         again = [tensor.repeat_interleave(repeats, dim=0) for tensor in (keys, values, entries)]
         return Ragged.of(*again)
+
+
+def with_room(tensor: Tensor, room: int) -> Tensor:
+    """The entries, copied to where there is room behind them."""
+    if not room:
+        return tensor
+    batch, heads, entries, width = tensor.shape
+    wide = tensor.new_empty(batch, heads, entries + room, width)
+    wide[:, :, :entries] = tensor
+    return wide

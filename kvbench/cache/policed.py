@@ -25,76 +25,105 @@ class PolicedLayer(EvictingLayer):
 
     Attributes:
         packed: the older entries, in other forms.
-        positions: int64 ``[batch, heads, entries]``, the place of each entry in the text, packed ones first;
-            ascending, after -1 where a head has fewer entries than another.
-        sums: float32 ``[batch, heads, entries]``, attention that each entry has received, where it is recorded.
-        queries: the last queries ``[batch, query heads, w, width]``, where they are; None before any.
-        moments: of the queries so far, where they are taken: how many, their sum ``[batch, query heads, width]`` and
-            the sum of their outer products.
+        pending: queries ``[batch, query heads, q, width]`` of the last tokens, which have not been looked at yet.
+        queries: the last queries ``[batch, query heads, w, width]``, where they are kept; None before any.
+        moments: of the queries, where they are taken: how many, their sum ``[batch, query heads, width]`` and the sum
+            of their outer products.
         scaling: of the layer's attention.
-        focus: copies of the entries that are attended until the next look at all of them, with their positions, and
-            how many entries there were then; None if all are attended.
+        focus: copies of the entries that are attended until the next look at all, and of those since; None if all
+            are attended.
         is_ragged: whether some heads have fewer entries than others.
     """
 
     def __init__(self) -> None:
         super().__init__()
         self.packed: tuple[Packed, ...] = ()
-        self.positions = torch.empty(0, dtype=torch.long)
-        self.sums = torch.empty(0)
+        self.pending: list[Tensor] = []
         self.queries: Tensor | None = None
         self.moments: tuple[int, Tensor, Tensor] | None = None
         self.scaling = 1.0
-        self.focus: tuple[Tensor, Tensor, Tensor, int] | None = None
+        self.focus: EvictingLayer | None = None
         self.is_ragged = False
+        self.read = self._packed_entries = 0
+        self._positions = torch.empty(0, dtype=torch.long)
+        self._sums = torch.empty(0)
+        self._focused = torch.empty(0, dtype=torch.long)
 
     @property
     def held(self) -> int:
         """Entries of the head that has the most."""
-        return int(self.positions.shape[-1])
+        return self._packed_entries + (int(self.keys.shape[-2]) if self.is_initialized else 0)
 
     @property
     def first_plain(self) -> int:
         """The first entry that is not packed."""
-        return self.held - int(self.keys.shape[-2])
+        return self._packed_entries
+
+    @property
+    def positions(self) -> Tensor:
+        """int64 ``[batch, heads, entries]``, the place of each entry in the text, packed ones first; ascending, after
+        -1 where a head has fewer entries than another. Written down when they are asked for: the newest are the last
+        tokens."""
+        missing = self.held - self._positions.shape[-1]
+        if missing or self._positions.dim() == 1:
+            shape = (*self.keys.shape[:2], missing)
+            new = torch.arange(self.read - missing, self.read, device=self.keys.device).expand(shape)
+            self._positions = new if self._positions.dim() == 1 else torch.cat([self._positions, new], -1)
+        return self._positions
+
+    @property
+    def sums(self) -> Tensor:
+        """float32 ``[batch, heads, entries]``, attention that each entry has received, where it is recorded."""
+        missing = self.held - self._sums.shape[-1]
+        if missing or self._sums.dim() == 1:
+            new = torch.zeros(*self.keys.shape[:2], missing, device=self.keys.device)
+            self._sums = new if self._sums.dim() == 1 else torch.cat([self._sums, new], -1)
+        return self._sums
 
     def extend(self, keys: Tensor, values: Tensor, read: int) -> None:
         """Store the entries of the tokens from ``read`` on."""
-        new = torch.arange(read, read + keys.shape[-2], device=keys.device).expand(keys.shape[:-1])
-        if not self.is_initialized:
-            self.positions, self.sums = new[..., :0], new.float()[..., :0]
         self.append(keys, values, NO_HOLES)
-        self.positions = torch.cat([self.positions, new], -1)
-        self.sums = torch.cat([self.sums, torch.zeros_like(new, dtype=torch.float32)], -1)
+        if self.focus is not None:
+            self.focus.append(keys, values, NO_HOLES)
+        self.read = read + keys.shape[-2]
 
     def present(self) -> tuple[Tensor, Tensor]:
         """Keys and values of all entries."""
         if not self.packed:
             return self.keys, self.values
-        parts = [*(packed.unpack() for packed in self.packed), (self.keys, self.values)]
-        keys, values = (torch.cat(tensors, -2) for tensors in zip(*parts, strict=True))
+        plain = int(self.keys.shape[-2])
+        *first, last = self.packed
+        keys, values = last.unpack(plain)
+        if plain:
+            keys[:, :, -plain:], values[:, :, -plain:] = self.keys, self.values
+        if first:
+            parts = [*(packed.unpack() for packed in first), (keys, values)]
+            keys, values = (torch.cat(tensors, -2) for tensors in zip(*parts, strict=True))
         return keys, values
 
     def attended(self) -> tuple[Tensor, Tensor]:
         """Keys and values of the entries in focus, and of those that came after."""
-        if self.focus is None:
-            return self.present()
-        keys, values, _, then = self.focus
-        since = then - self.first_plain
-        return torch.cat([keys, self.keys[:, :, since:]], -2), torch.cat([values, self.values[:, :, since:]], -2)
+        return self.present() if self.focus is None else (self.focus.keys, self.focus.values)
+
+    @property
+    def attends(self) -> int:
+        """Entries that are attended."""
+        return self.held if self.focus is None else int(self.focus.keys.shape[-2])
 
     def seen(self) -> Tensor:
-        """The positions of the entries that will be attended, int64 ``[batch, heads, entries]``."""
+        """The positions of the entries that are attended, int64 ``[batch, heads, entries]``."""
         if self.focus is None:
             return self.positions
-        return torch.cat([self.focus[2], self.positions[..., self.focus[3] :]], -1)
+        since = self.attends - self._focused.shape[-1]
+        return torch.cat([self._focused, self.positions[..., self.held - since :]], -1)
 
     def look_at(self, entries: Tensor) -> None:
         """Attend only these entries from now on, and those to come; all of them stay."""
         keys, values = self.present()
-        wide = entries[..., None].expand(*entries.shape, keys.shape[-1])
-        tall = entries[..., None].expand(*entries.shape, values.shape[-1])
-        self.focus = keys.gather(-2, wide), values.gather(-2, tall), self.positions.gather(-1, entries), self.held
+        wide, tall = (entries[..., None].expand(*entries.shape, t.shape[-1]) for t in (keys, values))
+        self.focus = EvictingLayer()
+        self.focus.append(keys.gather(-2, wide), values.gather(-2, tall), NO_HOLES)
+        self._focused = self.positions.gather(-1, entries)
 
     def choose(self, entries: Tensor, present: tuple[Tensor, Tensor]) -> None:
         """Keep only these entries of ``present``, copied, so that the rest is freed.
@@ -104,8 +133,10 @@ class PolicedLayer(EvictingLayer):
             present: keys and values of all entries, as they shall be stored.
         """
         keys, values = present
+        positions, sums = self.positions, self.sums
         at, none = entries.clamp(min=0), entries < 0
         self.is_ragged = bool(none.any())
+        self._packed_entries = int(entries.shape[-1]) if self.is_ragged else 0
         if self.is_ragged:
             self.packed = (Ragged.of(keys, values, entries),)
             self.replace(keys[:, :, :0].clone(), values[:, :, :0].clone())
@@ -113,16 +144,17 @@ class PolicedLayer(EvictingLayer):
             self.packed = ()
             wide, tall = (at[..., None].expand(*at.shape, t.shape[-1]) for t in (keys, values))
             self.replace(keys.gather(-2, wide), values.gather(-2, tall))
-        self.positions = self.positions.gather(-1, at).masked_fill(none, -1)
-        self.sums = self.sums.gather(-1, at).masked_fill(none, 0)
+        self._positions = positions.gather(-1, at).masked_fill(none, -1)
+        self._sums = sums.gather(-1, at).masked_fill(none, 0)
 
     def pack(self, packed: Packed, count: int) -> None:
         """The first ``count`` of the entries that are held as they are are now ``packed``."""
         self.packed = packed.after(self.packed)
+        self._packed_entries += count
         self.replace(self.keys[:, :, count:].clone(), self.values[:, :, count:].clone())
 
     def tensors(self) -> list[Tensor]:
-        copies = [] if self.focus is None else [*self.focus[:2]]
+        copies = [] if self.focus is None else [self.focus.keys, self.focus.values]
         return [self.keys, self.values, *(t for packed in self.packed for t in packed.tensors()), *copies]
 
     def entry_bytes(self) -> int:
@@ -137,18 +169,19 @@ class PolicedLayer(EvictingLayer):
         return float(self.keys.shape[-2]) + taken / self.entry_bytes()
 
     def batch_repeat_interleave(self, repeats: int) -> None:
-        super().batch_repeat_interleave(repeats)
-
         def more(tensor: Tensor) -> Tensor:
             return tensor.repeat_interleave(repeats, dim=0)
 
         self.packed = tuple(packed.repeated(repeats) for packed in self.packed)
-        self.positions, self.sums = more(self.positions), more(self.sums)
+        self._positions, self._sums = more(self.positions), more(self.sums)
+        self.pending = [more(query) for query in self.pending]
         self.queries = None if self.queries is None else more(self.queries)
         if self.moments is not None:
             self.moments = self.moments[0], more(self.moments[1]), more(self.moments[2])
         if self.focus is not None:
-            self.focus = more(self.focus[0]), more(self.focus[1]), more(self.focus[2]), self.focus[3]
+            self.focus.batch_repeat_interleave(repeats)
+            self._focused = more(self._focused)
+        super().batch_repeat_interleave(repeats)
 
 
 class PolicedCache(EvictingCache):
@@ -185,18 +218,21 @@ class PolicedCache(EvictingCache):
         while len(self.layers) <= layer_idx:
             self.layers.append(PolicedLayer())
         layer = self.layers[layer_idx]
-        before = layer.held
         layer.extend(key_states, value_states, self.read)
         keys, values = layer.present() if self.looks else layer.attended()
-        count = min(self.turned, before)
-        if not count or self.speeds is None or self.read == before:
-            return keys, values
+        return self.turn(layer, keys), values
+
+    def turn(self, layer: PolicedLayer, keys: Tensor) -> Tensor:
+        """The keys of a layer as they are attended: as if nothing lay between them, if they are turned."""
+        count, gap = min(self.turned, layer.held), layer.read - layer.held
+        if not count or self.speeds is None or gap == 0:
+            return keys
         # Rotations are relative: turning an entry on by the gap behind it is the same as counting all others back.
         # It is turned anew from what is stored, for rounding would add up.
-        places = torch.arange(self.read - before, self.read - before + count, device=keys.device)
-        angle = (places - layer.positions[..., :count])[..., None] * self.speeds.to(keys.device)
+        angle = (torch.arange(gap, gap + count, device=keys.device) - layer.positions[..., :count])[..., None]
+        angle = angle * self.speeds.to(keys.device)
         first = rotated(keys[:, :, :count], angle.cos(), angle.sin())
-        return torch.cat([first, keys[:, :, count:]], -2), values
+        return torch.cat([first, keys[:, :, count:]], -2)
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Refused: beams that leave one another's entries behind are not followed.
@@ -212,7 +248,7 @@ class PolicedCache(EvictingCache):
 
     def mean_seen(self) -> float:
         """Entries that the next forward pass will attend, per row and head, over layers."""
-        found = [layer.entries() if layer.focus is None else layer.seen().shape[-1] for layer in self.layers]
+        found = [layer.entries() if layer.focus is None else layer.attends for layer in self.layers]
         return sum(found) / max(1, len(found))
 
     def most_entries(self) -> int:

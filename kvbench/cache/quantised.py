@@ -9,7 +9,7 @@ from functools import reduce
 import torch
 from torch import Tensor
 
-from kvbench.cache.packed import Packed
+from kvbench.cache.packed import Packed, with_room
 
 
 @dataclass(frozen=True)
@@ -44,9 +44,8 @@ class Codes:
 
     def numbers(self, dtype: torch.dtype) -> Tensor:
         """``[..., n]``, as near as the codes are."""
-        codes = _split(self.packed, self.bits)
-        grouped = codes.reshape(*self.least.shape, -1).float()
-        numbers: Tensor = grouped * self.step.float()[..., None] + self.least.float()[..., None]
+        grouped = _split(self.packed, self.bits).reshape(*self.least.shape, -1)
+        numbers = grouped.mul_(self.step.float()[..., None]).add_(self.least.float()[..., None])
         return numbers.flatten(-2).to(dtype)
 
     def tensors(self) -> list[Tensor]:
@@ -70,11 +69,12 @@ def _joined(codes: Tensor, bits: int) -> Tensor:
 
 
 def _split(packed: Tensor, bits: int) -> Tensor:
+    """The codes as float32 ``[..., n]``."""
     per_byte = 8 // bits
-    if per_byte == 1:
-        return packed
-    parts = [(packed >> (bits * place)) & (2**bits - 1) for place in range(per_byte)]
-    return torch.stack(parts, -1).flatten(-2)
+    codes = torch.empty(*packed.shape, per_byte, device=packed.device)
+    for place in range(per_byte):
+        codes[..., place] = (packed >> (bits * place)) & (2**bits - 1)
+    return codes.flatten(-2)
 
 
 @dataclass(frozen=True)
@@ -100,8 +100,11 @@ class Quantised(Packed):
             Codes.of(keys.transpose(-1, -2), bits, group), Codes.of(values, bits, channels), keys.dtype,
         )
 
-    def unpack(self) -> tuple[Tensor, Tensor]:
-        return self.keys.numbers(self.dtype).transpose(-1, -2), self.values.numbers(self.dtype)
+    def unpack(self, room: int = 0) -> tuple[Tensor, Tensor]:
+        return (
+            with_room(self.keys.numbers(self.dtype).transpose(-1, -2), room),
+            with_room(self.values.numbers(self.dtype), room),
+        )
 
     def tensors(self) -> list[Tensor]:
         return [*self.keys.tensors(), *self.values.tensors()]
@@ -149,9 +152,11 @@ class Float8(Packed):
         ]
         return cls(small[0], small[1], scales, keys.dtype)
 
-    def unpack(self) -> tuple[Tensor, Tensor]:
+    def unpack(self, room: int = 0) -> tuple[Tensor, Tensor]:
+        # Looked up: conversions from this format one by one are slow on a CPU.
+        numbers = torch.arange(256, dtype=torch.uint8, device=self.keys.device).view(self.keys.dtype).float()
         keys, values = (
-            (tensor.float() * scale).to(self.dtype)
+            with_room((numbers[tensor.view(torch.uint8).int()] * scale).to(self.dtype), room)
             for tensor, scale in zip((self.keys, self.values), self.scales, strict=True)
         )
         return keys, values

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from kvbench.cache.packed import Packed
+from kvbench.cache.packed import Packed, with_room
 
 
 @dataclass(frozen=True)
@@ -35,10 +35,12 @@ class Thinned(Packed):
         index = channels[:, :, None].expand(*keys.shape[:3], channels.shape[-1])
         return cls(keys.gather(-1, index), values.clone(), channels.to(torch.int16), keys.shape[-1])
 
-    def unpack(self) -> tuple[Tensor, Tensor]:
+    def unpack(self, room: int = 0) -> tuple[Tensor, Tensor]:
         index = self.channels.long()[:, :, None].expand(self.keys.shape)
-        whole = self.keys.new_zeros(*self.keys.shape[:3], self.width)
-        return whole.scatter_(-1, index, self.keys), self.values
+        batch, heads, entries, _ = self.keys.shape
+        whole = self.keys.new_zeros(batch, heads, entries + room, self.width)
+        whole[:, :, :entries].scatter_(-1, index, self.keys)
+        return whole, with_room(self.values, room)
 
     def tensors(self) -> list[Tensor]:
         return [self.keys, self.values, self.channels]

@@ -71,20 +71,24 @@ class D2o(H2o):
 
     def merged(self, view: View, entries: Tensor) -> tuple[Tensor, Tensor]:
         lost = _lost(view, entries)
-        wide = entries[..., None].expand(*entries.shape, view.keys.shape[-1])
+        count = view.entries - entries.shape[-1]
+        gone = lost.int().sort(dim=-1, descending=True, stable=True).indices[..., :count]
         keys = functional.normalize(view.keys.float(), dim=-1)
-        cosine, nearest = (keys @ keys.gather(-2, wide).transpose(-1, -2)).max(-1)
-        count = lost.sum(-1, keepdim=True).clamp(min=1)
-        threshold = (cosine * lost).sum(-1, keepdim=True) / count
-        weight = cosine * (lost & (cosine >= threshold))
+        cosine, nearest = (_at(keys, gone) @ _at(keys, entries).transpose(-1, -2)).max(-1)
+        weight = cosine * (cosine >= cosine.mean(-1, keepdim=True))
         target = entries.gather(-1, nearest)
-        one = torch.ones_like(weight).scatter_add_(-1, target, (weight > 0).float())
+        one = torch.ones_like(view.sums).scatter_add_(-1, target, (weight > 0).float())
         merged = []
         for tensor in (view.keys, view.values):
             index = target[..., None].expand(*target.shape, tensor.shape[-1])
-            total = tensor.float().scatter_add(-2, index, tensor.float() * weight[..., None])
+            total = tensor.float().scatter_add(-2, index, _at(tensor, gone).float() * weight[..., None])
             merged.append((total / one[..., None]).to(tensor.dtype))
         return merged[0], merged[1]
+
+
+def _at(tensor: Tensor, entries: Tensor) -> Tensor:
+    """``[batch, heads, n, width]`` of these entries."""
+    return tensor.gather(-2, entries[..., None].expand(*entries.shape, tensor.shape[-1]))
 
 
 def _lost(view: View, entries: Tensor) -> Tensor:

@@ -14,14 +14,18 @@ from torch import nn
 
 from kvbench.errors import UserError
 from kvbench.methods import Layout, Method, Structure, make_layout, make_method
+from kvbench.methods.policy import Policy
+from kvbench.methods.shape import CacheShape
 from kvbench.models.adapter import Adapter, AdapterCard
 from kvbench.models.device import pick_device
 from kvbench.models.loading import context_of, load_model, window_of
 from kvbench.models.references import resolve_model
 from kvbench.models.rotary import has_rotary
 from kvbench.models.shapes import is_shape, make_shape, random_model
+from kvbench.policies import check_policy
 from kvbench.profiling.memory import Sizes, free_bytes, sizes_of
 from kvbench.profiling.plan import RANDOM
+from kvbench.profiling.policed import PolicedRequest
 from kvbench.profiling.subject import EvictingRequest, Request, StockRequest
 from kvbench.store.profile_records import AGAIN, FULL, STOCK
 from kvbench.store.records import Cell
@@ -47,6 +51,7 @@ class Bench:
     notes: tuple[str, ...] = ()
     _adapters: dict[str, Adapter | None] = field(default_factory=dict)
     _layouts: dict[str, Layout] = field(default_factory=dict)
+    _policies: dict[str, Policy | None] = field(default_factory=dict)
 
     def adapter_of(self, cell: Cell) -> Adapter | None:
         """The cell's adapter, loaded or made of random numbers; None if the method has none."""
@@ -72,6 +77,21 @@ class Bench:
             _ = self._layouts[cell.key].last_query  # planned once, before anything is timed
         return self._layouts[cell.key]
 
+    def policy_of(self, cell: Cell) -> Policy | None:
+        """The cell's policy, fitted to its prompt; None if it has a layout instead.
+
+        Raises:
+            UserError: it cannot be used on this model, or at this length.
+        """
+        if cell.key not in self._policies:
+            shape = CacheShape.of(self.model.config, torch.empty(0, dtype=self.dtype).element_size())
+            length = int(cell.options["seq_len"])
+            policy = None if cell.method == STOCK else method_of(cell).fitted(length, shape).policy
+            if policy is not None:
+                check_policy(policy, self.model, cell.model)
+            self._policies[cell.key] = policy
+        return self._policies[cell.key]
+
     def request(
         self, cell: Cell, seed: int, beside: Callable[[], AbstractContextManager[object]] = nullcontext
     ) -> Request:
@@ -82,7 +102,11 @@ class Bench:
         prompt = torch.randint(self.vocabulary, shape, generator=generator).to(self.device)
         if cell.method == STOCK:
             return StockRequest(self.model, prompt, int(options["new_tokens"]))
-        layout = self.layout_of(cell)
+        layout, policy = self.layout_of(cell), self.policy_of(cell)
+        if policy is not None:
+            return PolicedRequest(
+                self.model, policy, prompt, layout, int(options["new_tokens"]), cell.seed, beside
+            )
         # The whole prompt at once is what the full cache is fastest with.
         chunk = len(layout) if layout.is_plain else int(options["chunk"])
         return EvictingRequest(
@@ -101,6 +125,13 @@ class Bench:
         """About the least bytes that the cell takes, weights included."""
         prompt, new = int(cell.options["seq_len"]), int(cell.options["new_tokens"])
         layout = self.layout_of(cell)
+        policy = self.policy_of(cell)
+        if policy is not None:
+            is_read = cell.options["fill"] != "synthetic"
+            once = is_read and policy.option("prefill") == "once"
+            held = prompt if once or policy.keeps_all else policy.budget(prompt, prompt, 0, 1)
+            fed = prompt if once else policy.run_length(0) if is_read else 1
+            return self.sizes.needed(int(cell.options["batch_size"]), 0 if policy.packs else held, fed)
         whole = layout.is_plain
         chunk = prompt if whole else min(int(cell.options["chunk"]), len(layout))
         entries = prompt + new if whole else len(layout.held_after(int(layout.raw_slots[prompt - 1]) + 1))

@@ -108,11 +108,6 @@ def build_profile_plan(request: ProfileRequest) -> ProfilePlan:
     for method, _ in wanted:
         for key in method.known:
             method.option(key)
-        if method.is_policy:
-            raise UserError(
-                f"{method.name} chooses from what was computed, and policies are not profiled yet.",
-                "Measure its quality with 'kvbench run'; profile sinks at the same ratio for the memory it holds.",
-            )
         for length in request.seq_lens:
             method.check(length, in_chunks=False)
             make_layout(method, length + request.new_tokens, request.seed, 0, Structure(prefix=length))
@@ -132,7 +127,7 @@ def build_profile_plan(request: ProfileRequest) -> ProfilePlan:
             model=request.model, revision=request.revision, model_hash=model.fingerprint if model else "",
             dtype="float32" if request.dtype == "auto" and request.device == "cpu" else request.dtype,
             device=request.device, method=name,
-            ratio_asked=ratio_text(method.ratio) if method.uses_ratio(request.options, False) else None,
+            ratio_asked=ratio_text(method.ratio) if method.uses_ratio(method.options, False) else None,
             role=role, task=PROFILE, task_version=1, data_hash="random ids", protocol=PROFILE, execution="streamed",
             options={
                 "seq_len": str(length), "batch_size": str(batch), "new_tokens": str(request.new_tokens),

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from kvbench.cache.evicting import EvictingCache, storage_bytes
 from kvbench.decoding import Continuation, Sampling
 from kvbench.methods import Layout
+from kvbench.methods.shape import CacheShape
 from kvbench.models.adapter import Adapter
 from kvbench.runtime import Reader
 
@@ -41,15 +42,12 @@ class Request(Protocol):
     def peak(self) -> int:
         """The most entries there ever were."""
 
+    @property
+    def live_bytes(self) -> int:
+        """Bytes of what is alive."""
+
     def tensors(self) -> list[Tensor]:
         """All that the cache holds."""
-
-
-def kv_shape(config: Any) -> tuple[int, int, int]:
-    """Layers, heads of keys and values, and width of a head."""
-    heads = int(config.num_attention_heads)
-    width = getattr(config, "head_dim", None) or config.hidden_size // heads
-    return int(config.num_hidden_layers), int(getattr(config, "num_key_value_heads", None) or heads), int(width)
 
 
 def random_entries(
@@ -59,16 +57,16 @@ def random_entries(
 
     All rows of the batch are alike, which changes nothing for time and saves most of the drawing.
     """
-    layers, heads, width = kv_shape(model.config)
     like = next(model.parameters())
+    shape = CacheShape.of(model.config, like.element_size())
     generator = torch.Generator(like.device).manual_seed(seed)
-    for _ in range(layers):
-        drawn = torch.empty(2, 1, heads, entries, width, dtype=like.dtype, device=like.device)
+    for _ in range(shape.layers):
+        drawn = torch.empty(2, 1, shape.heads, entries, shape.width, dtype=like.dtype, device=like.device)
         keys, values = drawn.normal_(generator=generator).expand(-1, batch, -1, -1, -1)
         yield keys.clone(memory_format=torch.contiguous_format), values.clone(memory_format=torch.contiguous_format)
 
 
-def _random_logits(model: nn.Module, batch: int, seed: int) -> Tensor:
+def random_logits(model: nn.Module, batch: int, seed: int) -> Tensor:
     like = next(model.parameters())
     generator = torch.Generator(like.device).manual_seed(seed)
     size = int(model.config.vocab_size)  # type: ignore[union-attr, arg-type]
@@ -113,7 +111,7 @@ class EvictingRequest:
             cache.update(keys, values, place)
         self.text.assume(cache)
         self.reader.trace.held = self.reader.trace.peak = self.text.left
-        return _random_logits(self.model, len(self.prompt), seed)
+        return random_logits(self.model, len(self.prompt), seed)
 
     def write(self, logits: Tensor) -> Iterator[Tensor]:
         return self.text.write(self.reader, logits)
@@ -129,6 +127,10 @@ class EvictingRequest:
     @property
     def peak(self) -> int:
         return self.reader.trace.peak
+
+    @property
+    def live_bytes(self) -> int:
+        return self.held * self.text.cache.entry_bytes()
 
     def tensors(self) -> list[Tensor]:
         return self.text.cache.tensors()
@@ -154,7 +156,7 @@ class StockRequest:
         batch, length = self.prompt.shape
         for place, (keys, values) in enumerate(random_entries(self.model, batch, length, seed)):
             self.cache.update(keys, values, place)
-        return _random_logits(self.model, batch, seed)
+        return random_logits(self.model, batch, seed)
 
     def write(self, logits: Tensor) -> Iterator[Tensor]:
         for step in range(self.new_tokens):
@@ -174,12 +176,14 @@ class StockRequest:
 
     held = peak = entries
 
+    @property
+    def live_bytes(self) -> int:
+        return sum(t.numel() * t.element_size() for t in self.tensors())
+
     def tensors(self) -> list[Tensor]:
         return [t for layer in self.cache.layers for t in (layer.keys, layer.values)]
 
 
 def cache_bytes(request: Request) -> tuple[int, int]:
     """Bytes of the live entries, and of the distinct storages that hold the cache."""
-    tensors = request.tensors()
-    per_entry = sum(t.element_size() * t.shape[0] * t.shape[1] * t.shape[-1] for t in tensors)
-    return request.held * per_entry, storage_bytes(tensors)
+    return request.live_bytes, storage_bytes(request.tensors())
