@@ -164,7 +164,7 @@ def build_plan(request: Request, omit: bool = False) -> Plan:
                 options={**options, **method.resolved, **method.budget_given},
                 adapter=None if adapter is None else str(adapter),
                 adapter_hash=None if adapter is None else fingerprint(adapter),
-                position_rule=method.position_rule, **measured,
+                position_rule=method.position_rule, removes=method.removes, **measured,
             ))
     content = hashlib.sha256(json.dumps(sorted(c.key for c in cells)).encode()).hexdigest()[:10]
     asked = "+".join(dict.fromkeys(request.methods))[:40]

@@ -49,7 +49,7 @@ def _methods() -> list[dict[str, str]]:
         {
             "name": name, "holds": kind.summary, "paper": kind.paper or "-",
             "needs": f"adapter ({', '.join(kind.trainable)})" if kind.needs_adapter else "-",
-            "ratio": "yes" if kind.takes_ratio else "-", "removal": "real",
+            "ratio": "yes" if kind.takes_ratio else "-", "removal": "real" if kind.removes else "none",
             "options": " ".join(f"{key}={option.default}" for key, option in kind.known.items()) or "-",
         }
         for name, kind in METHODS.items()

@@ -109,6 +109,7 @@ class Method(ABC):
     needs_adapter: ClassVar[bool] = False
     seeded: ClassVar[bool] = False
     is_policy: ClassVar[bool] = False
+    removes: ClassVar[bool] = True
     position_rule: ClassVar[str] = "absolute"
     known: ClassVar[dict[str, Option]] = {}
     trainable: ClassVar[tuple[str, ...]] = ()

@@ -26,6 +26,7 @@ class Lorc(Policy):
     summary = "keys and values by weights of low rank: the quality of it, nothing is removed yet"
     paper = "arXiv 2410.03111"
     takes_budget = ()
+    removes = False
 
     def budget(self, read: int, total: int, layer: int, layers: int) -> int:
         return read

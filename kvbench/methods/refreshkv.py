@@ -26,6 +26,7 @@ class RefreshKv(Policy):
     window = 1
     takes_budget = ("tokens",)
     keeps_all = True
+    removes = False
     known = Policy.known | {"kernel": Option("5", least=1)}
 
     def run_length(self, read: int) -> int:

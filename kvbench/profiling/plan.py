@@ -137,7 +137,7 @@ def build_profile_plan(request: ProfileRequest) -> ProfilePlan:
             },
             adapter=(str(folder) if folder else RANDOM) if method.needs_adapter else None,
             adapter_hash=fingerprint(folder) if folder else None, seed=request.seed,
-            position_rule=method.position_rule,
+            position_rule=method.position_rule, removes=method.removes,
         )
 
     controls = [(METHODS[FULL](), "control", name) for name in (AGAIN, STOCK)]

@@ -65,7 +65,7 @@ def _rows(
             task=cell.task, protocol=cell.protocol, model=cell.model, method=cell.method,
             ratio_asked=None if cell.ratio_asked is None else float(cell.ratio_asked),
             ratio_realised=None, ratio_mean=None, entries_peak=None,
-            removal="real" if cell.execution == "streamed" else "masked",
+            removal=cell.removal,
             params={
                 "seq_len": info["seq_len"], "batch_size": None, "new_tokens": None, "step": None,
                 "bin": f"{axis}={start}", "position_rule": cell.position_rule, **cell.options,

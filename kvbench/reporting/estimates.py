@@ -183,7 +183,7 @@ def row_of(
         ratio_asked=None if cell.ratio_asked is None else float(cell.ratio_asked),
         ratio_realised=1 - totals["held"] / totals["raw"] if totals["raw"] else None,
         ratio_mean=1 - totals["visible"] / totals["queries"] if totals["queries"] else None,
-        entries_peak=part.peak or None, removal="real" if cell.execution == "streamed" else "masked",
+        entries_peak=part.peak or None, removal=cell.removal,
         params=params, groups=len(part.groups), metric=name, value=_finite(value),
         ci_low=_finite(interval[0]), ci_high=_finite(interval[1]),
         n=int(totals["pieces"]) if unit == "sequence" else part.n, unit=unit,

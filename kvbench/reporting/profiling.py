@@ -274,7 +274,7 @@ def _plain_row(
         ratio_asked=None if cell.ratio_asked is None else float(cell.ratio_asked),
         ratio_realised=1 - first.held / first.raw if first else None,
         ratio_mean=1 - entries / average if entries is not None else None,
-        entries_peak=part.memory.entries_peak if part and part.memory else None, removal="real", params=params,
+        entries_peak=part.memory.entries_peak if part and part.memory else None, removal=cell.removal, params=params,
         groups=groups, metric=name, value=_finite(value), ci_low=_finite(interval[0]), ci_high=_finite(interval[1]),
         n=n, unit=unit, delta=_finite(delta), delta_ci_low=_finite(delta_interval[0]),
         delta_ci_high=_finite(delta_interval[1]), p_value=p_value, baseline=baseline, seed=cell.seed,

@@ -26,6 +26,7 @@ class Cell:
         options: resolved options of method and protocol.
         adapter: folder of the adapter, None if the method has none.
         adapter_hash: of the adapter's files.
+        removes: the method makes the cache smaller; otherwise it saves computation, or shows quality only.
     """
 
     model: str
@@ -46,15 +47,21 @@ class Cell:
     adapter_hash: str | None
     seed: int
     position_rule: str = "absolute"
+    removes: bool = True
 
     @cached_property
     def key(self) -> str:
         """Content key: equal for equal measurements, whatever the command or the limit."""
         content = dataclasses.asdict(self)
-        for name in ("role", "adapter"):
+        for name in ("role", "adapter", "removes"):
             content.pop(name)
         text = json.dumps(content, sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+    @property
+    def removal(self) -> str:
+        """``real``, ``masked`` where entries are only hidden, or ``none`` for methods that remove nothing."""
+        return ("real" if self.execution == "streamed" else "masked") if self.removes else "none"
 
     @property
     def setting(self) -> str:
