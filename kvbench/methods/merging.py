@@ -20,7 +20,9 @@ class Cam(Policy):
 
     A removed entry is merged with the probability a / b, at most 1, where a is the attention that it received per
     query that could see it, and b the mean of the same over the ``spread`` oldest recent entries; its value, divided
-    by ``spread``, is added to each of theirs. The published code masks what it removes and frees nothing.
+    by ``spread``, is added to each of theirs. A prefix that is compressed at once is not merged, since the values of
+    hundreds of entries would add up in a few: the method merges as text goes on. The published code masks what it
+    removes and frees nothing.
     """
 
     name = "cam"
@@ -40,7 +42,7 @@ class Cam(Policy):
         lost = _lost(view, entries)
         sinks = self.number("sinks")
         target = entries[..., sinks : sinks + self.number("spread")]
-        if not target.shape[-1]:
+        if not target.shape[-1] or view.entries - entries.shape[-1] > self.number("step"):
             return view.keys, view.values
         attention = view.sums / (view.read - view.positions)
         usual = attention.gather(-1, target).mean(-1, keepdim=True)

@@ -100,20 +100,31 @@ def position_figure(rows: list[Row], folder: Path) -> list[Path]:
 
 
 def _as_delta(row: Row) -> Row:
+    """The row as its difference to the full cache, which itself is 0 away."""
     return replace(row, value=row.delta, ci_low=row.delta_ci_low, ci_high=row.delta_ci_high)
 
 
+MANY = 12
+"""Methods above which those that are never on the front are drawn in grey."""
+_BEHIND: dict[str, Any] = {
+    "color": "0.7", "linewidth": 0.8, "markersize": 3.5, "label": "others, never on the front", "linestyle": "-",
+}
+
+
 def pareto_figure(rows: list[Row], folder: Path) -> list[Path]:
-    """Quality against bytes, all methods and ratios, with the front of those that nothing beats in both."""
-    quality = {"ppl": "perplexity", "accuracy": "recall accuracy", "gen_ppl": "perplexity of the written text"}
+    """Quality against bytes, all methods and ratios, with the front of those that nothing beats in both.
+
+    Perplexity is drawn as the paired difference to the full cache: documents differ far more than methods do.
+    """
+    quality = {"ppl": "perplexity above that of the full cache (paired)", "accuracy": "recall accuracy"}
     whole = [r for r in rows if r.params.get("bin") is None and r.value is not None]
     kept = {_cell(r): r.value or 0.0 for r in whole if r.metric == "kv_bytes_physical"}
     full = {_cell(r): r.value or 0.0 for r in whole if r.metric == "kv_bytes_full"}
     by_recall = {r.task for r in whole if r.metric == "answer_nll"}
-    chosen = [
-        r for r in whole if r.metric == ("accuracy" if r.task in by_recall else "ppl") and full.get(_cell(r))
-        and kept.get(_cell(r)) and r.method not in ("none",)
-    ]
+    compared = [r for r in whole if r.metric == ("accuracy" if r.task in by_recall else "ppl") and full.get(_cell(r))]
+    compared = [r if r.metric == "accuracy" else _as_delta(r) for r in compared]
+    floors = {_cell(r)[:4]: r.value or 0.0 for r in compared if r.method == "none" and r.metric == "ppl"}
+    chosen = [r for r in compared if kept.get(_cell(r)) and r.method != "none"]
 
     def panel(place: Axes, mine: list[Row]) -> None:
         best = max if mine[0].metric == "accuracy" else min
@@ -125,11 +136,21 @@ def pareto_figure(rows: list[Row], folder: Path) -> list[Path]:
         ends = [*front, (max(x for x, _ in points), front[-1][1])]
         place.step([x for x, _ in ends], [y for _, y in ends], where="post", color="0.6", linewidth=5, alpha=0.4,
                    label="front", zorder=0)
-        for method in methods_of(mine):
+        methods = methods_of(mine)
+        leading = {r.method for r in mine if (100 * kept[_cell(r)] / full[_cell(r)], r.value or 0.0) in front}
+        for method in methods:
             own = sorted((r for r in mine if r.method == method), key=lambda r: kept[_cell(r)])
-            curve(place, method, [100 * kept[_cell(r)] / full[_cell(r)] for r in own], own)
-        if mine[0].metric != "accuracy":
-            log_scale(place, [r.value for r in mine])
+            shares = [100 * kept[_cell(r)] / full[_cell(r)] for r in own]
+            if len(methods) <= MANY or method in leading or method == "full":
+                curve(place, method, shares, own)
+            else:
+                place.plot(shares, [r.value or 0.0 for r in own], **style_of(method) | _BEHIND)
+        top = 1.25 * floors.get(_cell(mine[0])[:4], float("inf"))
+        beyond = sorted({r.method for r in mine if (r.value or 0.0) > top})
+        if beyond:  # far worse than seeing nothing: named, and left out
+            place.set_ylim(min([-0.05 * top, *(r.ci_low or 0.0 for r in mine)]), top)
+            said = f"above: {', '.join(beyond)}"
+            place.text(0.99, 0.98, said, transform=place.transAxes, ha="right", va="top", fontsize=7)
         place.set_xlabel("bytes of cache held, % of full (measured)")
         place.set_ylabel(quality[mine[0].metric])
 

@@ -21,6 +21,7 @@ from kvbench.reporting.mask_figure import mask_figure
 from kvbench.reporting.page import write_page
 from kvbench.reporting.parallel import in_parallel
 from kvbench.reporting.profile_figures import profile_figures
+from kvbench.reporting.recall_figure import recall_figure
 from kvbench.reporting.results import compute_results
 from kvbench.store.folder import RESULTS, RunFolder, write_atomic
 from kvbench.store.records import Results, Row
@@ -94,7 +95,8 @@ def write_figures(
     tasks: list[Callable[[], list[Path]]] = [
         *(partial(removal_figure, rows, name, out, _LABELS.get(name, name)) for name in metrics or DRAWN),
         *(partial(draw, rows, out) for draw in (
-            pareto_figure, asked_figures, position_figure, distance_figure, memory_figure, profile_figures
+            pareto_figure, asked_figures, position_figure, distance_figure, recall_figure, memory_figure,
+            profile_figures,
         )),
         partial(mask_figure, masks, _to_show(list(masks)), out),
     ]

@@ -1,0 +1,113 @@
+"""Reading a prompt and compressing it, against kvpress, which runs in an environment of its own.
+
+    python -m venv /tmp/kvpress && /tmp/kvpress/bin/pip install torch==2.13.0 kvpress==0.5.5
+    python -m benchmarks.kvpress /tmp/kvpress/bin/python
+
+Both have the same weights, prompt lengths, kernel (SDPA) and threads, and take turns in one run: while one works, the
+other waits for its standard input.
+"""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from contextlib import nullcontext
+from fractions import Fraction
+from functools import partial
+from itertools import count
+
+import torch
+
+from benchmarks.pairs import compare_times
+from kvbench.methods import Structure, make_layout, make_method
+from kvbench.methods.policy import Policy
+from kvbench.models.loading import load_model
+from kvbench.models.references import resolve_model
+from kvbench.profiling.clock import WallClock
+from kvbench.profiling.passes import time_request
+from kvbench.profiling.policed import PolicedRequest
+
+RATIO, NEW = "0.7", 2
+THEIRS = """
+import sys, time
+import torch
+from transformers import AutoModelForCausalLM, DynamicCache
+import kvpress
+presses = {"snapkv": kvpress.SnapKVPress(float(sys.argv[2]), window_size=32, kernel_size=5),
+           "knorm": kvpress.KnormPress(float(sys.argv[2]))}
+model = AutoModelForCausalLM.from_pretrained(sys.argv[1], attn_implementation="sdpa", dtype=torch.float32).eval()
+torch.set_num_threads(int(sys.argv[3]))
+print("ready", flush=True)
+for line in sys.stdin:
+    name, length, seed = line.split()
+    ids = torch.randint(4096, (1, int(length)), generator=torch.Generator().manual_seed(int(seed)))
+    cache = DynamicCache()
+    with torch.inference_mode():
+        started = time.perf_counter()
+        with presses[name](model):
+            model(ids, past_key_values=cache, logits_to_keep=1)
+        seconds = time.perf_counter() - started
+    print(seconds, cache.layers[0].keys.shape[2], flush=True)
+"""
+
+
+class Rival:
+    """The process of the other environment."""
+
+    def __init__(self, python: str, folder: str) -> None:
+        command = [python, "-c", THEIRS, folder, RATIO, str(torch.get_num_threads())]
+        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        self._line()
+
+    def _line(self) -> list[str]:
+        assert self.process.stdout is not None
+        line = self.process.stdout.readline().split()
+        if not line:
+            raise SystemExit("kvpress ended; its message is above")
+        return line
+
+    def read(self, name: str, length: int, seed: int) -> tuple[float, int]:
+        """Seconds, and entries that are left."""
+        assert self.process.stdin is not None
+        self.process.stdin.write(f"{name} {length} {seed}\n")
+        self.process.stdin.flush()
+        seconds, entries = self._line()
+        return float(seconds), int(entries)
+
+
+def read(model: torch.nn.Module, policy: Policy, length: int, seed: int) -> tuple[float, int]:
+    """Our seconds, and entries that are left."""
+    layout = make_layout(policy, length + NEW, 0, 0, Structure(prefix=length))
+    ids = torch.randint(4096, (1, length), generator=torch.Generator().manual_seed(seed))
+    found = time_request(
+        lambda _: PolicedRequest(model, policy, ids, layout, NEW, 0, nullcontext), WallClock(), torch.device("cpu"),
+        None,
+    )
+    return found.timeline.prefilled - found.timeline.started, found.held
+
+
+def main() -> None:
+    """Print a line per method and length: their time over ours, medians of paired ratios."""
+    reference = resolve_model("kvbench-tiny")
+    model = load_model(reference, "cpu", "float32").model
+    rival = Rival(sys.argv[1], reference.location)
+    print(f"reading a prompt and compressing it at {RATIO}, rival: kvpress 0.5.5 in an environment of its own")
+    for name in ("snapkv", "knorm"):
+        method = make_method(name, Fraction(RATIO))
+        policy = method.policy
+        assert policy is not None
+        for length in (1024, 4096):
+            ours = partial(read, model, policy, length)
+            if abs(ours(0)[1] - rival.read(name, length, 0)[1]) > 1:
+                raise SystemExit(f"{name} leaves another number of entries there: it is not the same work")
+            mine, theirs = count(1), count(1)
+            compare_times(
+                f"{name}, {length} tokens", lambda ours=ours, seeds=mine: ours(next(seeds))[0],  # type: ignore[misc]
+                lambda name=name, length=length, seeds=theirs: (  # type: ignore[misc]
+                    rival.read(name, length, next(seeds))[0]
+                ), 1.0, repeats=11,
+            )
+
+
+if __name__ == "__main__":
+    main()

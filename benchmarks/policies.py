@@ -1,0 +1,61 @@
+"""What a policy costs while it writes: tokens after a cache of 4096, at 0.7, against the full cache in the same loop.
+
+Run: python -m benchmarks.policies
+"""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+from fractions import Fraction
+
+import torch
+
+from benchmarks.pairs import compare_times
+from kvbench.methods import METHODS, Method, Structure, make_layout, make_method
+from kvbench.models.loading import load_model
+from kvbench.models.references import resolve_model
+from kvbench.profiling.clock import WallClock
+from kvbench.profiling.passes import time_request
+from kvbench.profiling.policed import PolicedRequest
+from kvbench.profiling.subject import EvictingRequest, Request
+
+LENGTH, NEW, BATCH = 4096, 64, 1
+REACHES = {"think": "0.3"}
+"""Ratios of those that cannot remove 0.7."""
+
+
+class Writing:
+    """Requests of a method on the embedded model, from a random cache."""
+
+    def __init__(self, model: torch.nn.Module, method: Method) -> None:
+        self.model, self.method, self.seed = model, method, 0
+        self.layout = make_layout(method, LENGTH + NEW, 0, 0, Structure(prefix=LENGTH))
+        self.prompt = torch.randint(4096, (BATCH, LENGTH), generator=torch.Generator().manual_seed(0))
+
+    def _request(self) -> Request:
+        policy = self.method.policy
+        if policy is None:
+            return EvictingRequest(
+                self.model, None, self.prompt, self.layout, NEW, len(self.layout), nullcontext
+            )
+        return PolicedRequest(self.model, policy, self.prompt, self.layout, NEW, 0, nullcontext)
+
+    def seconds(self) -> float:
+        """Per token."""
+        self.seed += 1
+        return time_request(lambda _: self._request(), WallClock(), torch.device("cpu"), self.seed).timeline.tpot_s
+
+
+def main() -> None:
+    """Print a line per policy: the full cache's time over the policy's, medians of paired ratios."""
+    model = load_model(resolve_model("kvbench-tiny"), "cpu", "float32").model
+    full = Writing(model, make_method("full", Fraction(0)))
+    print(f"writing {NEW} tokens after {LENGTH} at 0.7, removed every 16; rival: the full cache, the same loop")
+    for name, kind in METHODS.items():
+        if kind.is_policy:
+            mine = Writing(model, make_method(name, Fraction(REACHES.get(name, "0.7"))))
+            compare_times(name, mine.seconds, full.seconds, 0.9, repeats=9)
+
+
+if __name__ == "__main__":
+    main()
