@@ -26,7 +26,7 @@ def attended(query: Tensor, keys: Tensor, scaling: float, positions: Tensor, dec
     batch, heads, entries, width = keys.shape
     count = query.shape[2]
     grouped = query.reshape(batch, heads, -1, count, width).float()
-    spread = keys.float()[:, :, None].transpose(-1, -2)
+    spread = keys.float().transpose(-1, -2)
     total = torch.zeros(batch, heads, entries, device=keys.device)
     place = torch.arange(entries, device=keys.device)
     none = (positions < 0)[:, :, None, None]
@@ -34,7 +34,8 @@ def attended(query: Tensor, keys: Tensor, scaling: float, positions: Tensor, dec
         part = grouped[:, :, :, start : start + QUERIES_AT_ONCE]
         own = torch.arange(start, start + part.shape[3], device=keys.device)
         hidden = (place > own[:, None] + entries - count) | none
-        weights = (part @ spread * scaling).masked_fill(hidden, float("-inf")).softmax(-1).sum(2)
+        logits = (part.flatten(2, 3) @ spread).mul_(scaling).view(*part.shape[:4], entries)
+        weights = logits.masked_fill_(hidden, float("-inf")).softmax(-1).sum(2)
         if decay != 1:
             weights *= decay ** (count - 1 - own)[:, None]
         total += weights.sum(2)

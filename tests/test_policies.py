@@ -10,6 +10,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import Tensor, nn
 from transformers import DynamicCache
 
@@ -277,6 +279,20 @@ def test_scores_that_tie_keep_the_later() -> None:
     scores = torch.tensor([[[1.0, 2.0, 2.0, 2.0, 0.0]]])
     assert highest(scores, 2).tolist() == [[[2, 3]]]
     assert highest(torch.zeros(1, 1, 5), 3).tolist() == [[[2, 3, 4]]]
+
+
+@given(st.integers(1, 30), st.integers(1, 5), st.integers(0, 99))
+@settings(max_examples=100, deadline=None)
+def test_the_highest_are_those_of_a_sort(length: int, values: int, seed: int) -> None:
+    """With many that tie, and some that are infinite."""
+    generator = torch.Generator().manual_seed(seed)
+    scores = torch.randint(values, (2, 3, length), generator=generator).float()
+    scores[scores == values - 1] = float("inf")
+    scores[..., : length // 3] = float("-inf")
+    keep = 1 + seed % length
+    wanted = [[sorted(sorted(range(length), key=lambda i: (row[i], i))[-keep:]) for row in part]
+              for part in scores.tolist()]
+    assert highest(scores, keep).tolist() == wanted
 
 
 def test_layers_get_more_the_earlier_they_are() -> None:

@@ -277,8 +277,11 @@ def test_channels_that_are_gone_are_those_used_least(llama: nn.Module) -> None:
 
 
 def test_channels_meet_the_bytes(llama: nn.Module) -> None:
-    _, run = read(llama, policy_of("think"), text(), 32)
-    assert run.cache.mean_entries() / LENGTH == pytest.approx(0.7, abs=0.05)
+    policy = policy_of("think").fitted(LENGTH, CacheShape(1, 2, 16, 4)).policy
+    assert policy is not None
+    for chunk in (32, None):  # at once, and step by step
+        _, run = read(llama, policy, text(), chunk)
+        assert run.cache.mean_entries() / LENGTH == pytest.approx(0.7, abs=0.05)
 
 
 def test_layers_take_over_the_choice_of_others(llama: nn.Module) -> None:

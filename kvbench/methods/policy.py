@@ -67,12 +67,13 @@ class View:
         assert self.queries is not None, "the policy has a window"
         batch, heads, _, width = self.keys.shape
         queries = self.queries[:, :, -last:]
-        grouped = queries.reshape(batch, heads, -1, queries.shape[2], width).float()
-        logits = grouped @ self.keys.float()[:, :, None].transpose(-1, -2) * self.scaling
+        grouped = queries.reshape(batch, heads, -1, width).float()  # not spread over the group: keys would be copied
+        logits = (grouped @ self.keys.float().transpose(-1, -2)).mul_(self.scaling)
+        logits = logits.view(batch, heads, -1, queries.shape[2], self.entries)
         places = torch.arange(self.read - queries.shape[2], self.read, device=logits.device)
         positions = self.positions[:, :, None, None, :]
         hidden = (positions > places[:, None]) | (positions < 0)
-        return logits.masked_fill(hidden, float("-inf")).softmax(-1)
+        return logits.masked_fill_(hidden, float("-inf")).softmax(-1)
 
 
 class Policy(Method):
@@ -183,8 +184,14 @@ class Policy(Method):
 
 def highest(scores: Tensor, keep: int) -> Tensor:
     """The places of the ``keep`` highest scores, ascending; of equal ones the last."""
-    backwards = scores.flip(-1).sort(dim=-1, descending=True, stable=True).indices[..., :keep]
-    return (scores.shape[-1] - 1 - backwards).sort(-1).values
+    least = scores.kthvalue(scores.shape[-1] - keep + 1, dim=-1, keepdim=True).values
+    chosen = scores >= least
+    if int(chosen.sum()) > keep * scores[..., 0].numel():  # more are equal to the least than there is place for
+        above = scores > least
+        place = keep - above.sum(-1, keepdim=True)
+        last = (scores == least).flip(-1).cumsum(-1).flip(-1) <= place
+        chosen = above | (chosen & last)
+    return chosen.nonzero()[:, -1].view(*scores.shape[:-1], keep)
 
 
 def protect_last(scores: Tensor, count: int) -> Tensor:

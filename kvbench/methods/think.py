@@ -20,8 +20,9 @@ class Think(Policy):
     The ratio is that of the bytes of the whole cache, so that 0.25 removes about half of the channels of the keys.
     The last ``recent`` entries stay whole; of older ones, a channel's energy is the mean of its squares over the
     last ``window`` queries, of all query heads of the head, times that over the keys. Entries lose channels once, as
-    they leave the recent ones, at least ``group`` of them together. What is removed is freed; kvpress sets it to
-    zero.
+    they leave the recent ones, at least ``group`` of them together. ``channels`` is how many each key keeps; 0, the
+    default, lets the ratio say it, for the whole text with its recent entries. What is removed is freed; kvpress
+    sets it to zero.
     """
 
     name = "think"
@@ -31,6 +32,7 @@ class Think(Policy):
     packs = True
     known = Policy.known | {
         "window": Option("32", least=1), "recent": Option("32"), "group": Option("32", least=1),
+        "channels": Option("0"),
     }
 
     @property
@@ -50,8 +52,8 @@ class Think(Policy):
 
     def packed(self, view: View, earlier: tuple[Packed, ...]) -> tuple[Packed, int] | None:
         count, width = view.entries - self.number("recent"), view.keys.shape[-1]
-        left = self._left(view.read, width)
-        if count < self.number("group") or left == width:
+        left = self.number("channels") or self._left(view.read, width)
+        if count < self.number("group") or left >= width:
             return None
         assert view.queries is not None, "it looks at queries"
         keys, values = (t[:, :, :count] for t in (view.keys, view.values))
@@ -62,15 +64,16 @@ class Think(Policy):
 
     def fitted(self, n: int, shape: CacheShape) -> Think:
         asked = replace(self, ratio=self.ratio_of_bytes(n, shape), budget_bytes=0)
-        if asked.ratio and asked._left(n, shape.width) < 1:
+        if not self.number("channels") and asked.ratio * n * 2 >= max(0, n - self.number("recent")):
             raise UserError(
                 f"think cannot remove {float(asked.ratio):.3g} of the bytes of {n} entries: "
                 f"{self.number('recent')} of them stay whole, and keys are half of the others.",
                 "Ask for less, or use a smaller --set recent=.",
             )
-        return asked
+        given = self.number("channels") or asked._left(n, shape.width)
+        return replace(asked, options={**self.options, "channels": str(given)})
 
     def _left(self, n: int, width: int) -> int:
         """Channels that the keys of older entries keep, so that the bytes of the whole cache are met."""
         old = n - self.number("recent")
-        return width if old <= 0 else width - round(2 * width * self.ratio * n / old)
+        return width if old <= 0 else max(1, width - round(2 * width * self.ratio * n / old))
