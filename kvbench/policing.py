@@ -146,14 +146,14 @@ class Policing:
 
     def mask(self, layer: int, queries: int, keys: int, device: torch.device) -> Tensor | None:
         """All that is held, causally."""
-        stored = self.cache.layers[layer]
-        causal = None
-        if queries not in (1, keys) or (stored.is_ragged and queries > 1):
-            causal = torch.ones(queries, keys, dtype=torch.bool, device=device).tril(keys - queries)
-        if not stored.is_ragged:
-            return causal
-        there = (stored.positions >= 0)[:, :, None]
-        return there if causal is None else there & causal
+        if queries in (1, keys):
+            return None
+        return torch.ones(queries, keys, dtype=torch.bool, device=device).tril(keys - queries)
+
+    def attend(self, layer: int, query: Tensor, scaling: float | None) -> Tensor | None:
+        """Head by head, where heads hold different numbers of entries."""
+        ragged = self.cache.layers[layer].ragged
+        return None if ragged is None else ragged.attention(query, scaling)
 
     def watch(self, layer: int, query: Tensor, keys: Tensor, scaling: float) -> None:
         """Set the queries aside: they are looked at together, once there are many, or before entries are removed."""

@@ -89,6 +89,9 @@ class Replayed:
     def mask(self, layer: int, *_: Any) -> Tensor:
         return self.masks[layer]
 
+    def attend(self, *_: Any) -> None:
+        pass
+
     def watch(self, *_: Any) -> None:
         pass
 

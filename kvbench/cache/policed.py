@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from kvbench.cache.evicting import EvictingCache, EvictingLayer
-from kvbench.cache.packed import Packed, Ragged
+from kvbench.cache.packed import Packed
+from kvbench.cache.ragged import Ragged
 from kvbench.errors import UserError
 from kvbench.models.attention import WATCHER
 from kvbench.models.rotary import rotated
@@ -32,7 +33,7 @@ class PolicedLayer(EvictingLayer):
         scaling: of the layer's attention.
         focus: copies of the entries that are attended until the next look at all, and of those since; None if all
             are attended.
-        is_ragged: whether some heads have fewer entries than others.
+        ragged: all entries, where some heads have fewer than others; None where all have as many.
     """
 
     def __init__(self) -> None:
@@ -43,7 +44,7 @@ class PolicedLayer(EvictingLayer):
         self.moments: tuple[int, Tensor, Tensor] | None = None
         self.scaling = 1.0
         self.focus: EvictingLayer | None = None
-        self.is_ragged = False
+        self.ragged: Ragged | None = None
         self.read = self._packed_entries = 0
         self._positions = torch.empty(0, dtype=torch.long)
         self._sums = torch.empty(0)
@@ -52,6 +53,8 @@ class PolicedLayer(EvictingLayer):
     @property
     def held(self) -> int:
         """Entries of the head that has the most."""
+        if self.ragged is not None:
+            return self.ragged.longest
         return self._packed_entries + (int(self.keys.shape[-2]) if self.is_initialized else 0)
 
     @property
@@ -85,6 +88,8 @@ class PolicedLayer(EvictingLayer):
         if not self.is_initialized and all(t.untyped_storage().nbytes() == t.nbytes for t in (keys, values)):
             self.lazy_initialization(keys, values)  # nobody else's: a prompt is held as it was computed
             self.replace(keys, values)
+        elif self.ragged is not None:
+            self.ragged.append(keys, values)
         else:
             self.append(keys, values, NO_HOLES)
         if self.focus is not None:
@@ -93,6 +98,8 @@ class PolicedLayer(EvictingLayer):
 
     def present(self) -> tuple[Tensor, Tensor]:
         """Keys and values of all entries."""
+        if self.ragged is not None:
+            return self.ragged.unpack()
         if not self.packed:
             return self.keys, self.values
         plain = int(self.keys.shape[-2])
@@ -138,13 +145,11 @@ class PolicedLayer(EvictingLayer):
         keys, values = present
         positions, sums = self.positions, self.sums
         at, none = entries.clamp(min=0), entries < 0
-        self.is_ragged = bool(none.any())
-        self._packed_entries = int(entries.shape[-1]) if self.is_ragged else 0
-        if self.is_ragged:
-            self.packed = (Ragged.of(keys, values, entries),)
+        self.packed, self._packed_entries, self.ragged = (), 0, None
+        if bool(none.any()):
+            self.ragged = Ragged.of(keys, values, entries)
             self.replace(keys[:, :, :0].clone(), values[:, :, :0].clone())
         else:
-            self.packed = ()
             self.replace(taken(keys, at), taken(values, at))
         self._positions = positions.gather(-1, at).masked_fill(none, -1)
         self._sums = sums.gather(-1, at).masked_fill(none, 0)
@@ -157,7 +162,11 @@ class PolicedLayer(EvictingLayer):
 
     def tensors(self) -> list[Tensor]:
         copies = [] if self.focus is None else [self.focus.keys, self.focus.values]
-        return [self.keys, self.values, *(t for packed in self.packed for t in packed.tensors()), *copies]
+        return [self.keys, self.values, *self._packed_tensors(), *copies]
+
+    def _packed_tensors(self) -> list[Tensor]:
+        forms = self.packed if self.ragged is None else (self.ragged,)
+        return [tensor for form in forms for tensor in form.tensors()]
 
     def entry_bytes(self) -> int:
         """Bytes of an entry that is held as it is, in all rows and heads."""
@@ -165,9 +174,10 @@ class PolicedLayer(EvictingLayer):
 
     def entries(self) -> float:
         """Entries held per row and head; packed ones by the bytes that they take."""
-        if not self.packed:
+        packed = self._packed_tensors()
+        if not packed:
             return self.held
-        taken = sum(t.numel() * t.element_size() for packed in self.packed for t in packed.tensors())
+        taken = sum(t.numel() * t.element_size() for t in packed)
         return float(self.keys.shape[-2]) + taken / self.entry_bytes()
 
     def batch_repeat_interleave(self, repeats: int) -> None:
@@ -175,6 +185,7 @@ class PolicedLayer(EvictingLayer):
             return tensor.repeat_interleave(repeats, dim=0)
 
         self.packed = tuple(packed.repeated(repeats) for packed in self.packed)
+        self.ragged = None if self.ragged is None else self.ragged.repeated(repeats)
         self._positions, self._sums = more(self.positions), more(self.sums)
         self.pending = [more(query) for query in self.pending]
         self.queries = None if self.queries is None else more(self.queries)
@@ -229,6 +240,8 @@ class PolicedCache(EvictingCache):
             self.layers.append(PolicedLayer())
         layer = self.layers[layer_idx]
         layer.extend(key_states, value_states, self.read)
+        if layer.ragged is not None:  # attended head by head: see Policing.attend
+            return key_states, value_states
         keys, values = layer.present() if self.looks else layer.attended()
         return self.turn(layer, keys), values
 

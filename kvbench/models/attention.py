@@ -33,6 +33,9 @@ class Watcher(Protocol):
     def mask(self, layer: int, queries: int, keys: int, device: torch.device) -> Tensor | None:
         """bool ``[queries, keys]`` or ``[batch, heads or query heads, queries, keys]``; None for all, causally."""
 
+    def attend(self, layer: int, query: Tensor, scaling: float | None) -> Tensor | None:
+        """The output ``[batch, query heads, q, width]``, where the watcher attends by itself; None otherwise."""
+
     def watch(self, layer: int, query: Tensor, keys: Tensor, scaling: float) -> None:
         """Rotated queries ``[batch, query heads, q, d]`` of a layer, and the keys that they attended."""
 
@@ -85,16 +88,21 @@ def attention(
 def _watched(watcher: Watcher, module: Any, query: Tensor, key: Tensor, value: Tensor, **extra: Any) -> Tensor:
     if extra.get("softcap") is not None or extra.get("s_aux") is not None:
         raise RuntimeError(f"{type(module).__name__} caps its attention or adds to it, which policies cannot follow")
-    mask = watcher.mask(int(module.layer_idx), query.shape[2], key.shape[2], query.device)
+    scaling, number = extra.get("scaling"), int(module.layer_idx)
+    out = watcher.attend(number, query, scaling)
+    if out is None:
+        out = _masked(watcher.mask(number, query.shape[2], key.shape[2], query.device), query, key, value, scaling)
+    watcher.watch(number, query, key, query.shape[-1] ** -0.5 if scaling is None else scaling)
+    return out.transpose(1, 2).contiguous()
+
+
+def _masked(mask: Tensor | None, query: Tensor, key: Tensor, value: Tensor, scaling: float | None) -> Tensor:
     if mask is not None and mask.dim() == 4 and mask.shape[1] not in (1, query.shape[1]):
         mask = mask.repeat_interleave(query.shape[1] // mask.shape[1], dim=1)
-    scaling = extra.get("scaling")
-    out = functional.scaled_dot_product_attention(
+    return functional.scaled_dot_product_attention(
         query, key, value, attn_mask=mask, scale=scaling, enable_gqa=query.shape[1] != key.shape[1],
         is_causal=mask is None and query.shape[2] > 1,
     )
-    watcher.watch(int(module.layer_idx), query, key, query.shape[-1] ** -0.5 if scaling is None else scaling)
-    return out.transpose(1, 2).contiguous()
 
 
 def register() -> str:
