@@ -326,6 +326,10 @@ def test_bits_are_the_most_that_fit() -> None:
     assert [bits(p) for p in (10, 71, 72, 84, 85, 90)] == ["8", "8", "4", "4", "2", "2"]
     with pytest.raises(UserError, match="with 2 bits"):
         bits(91)
+    for percent in (10, 30, 50, 72, 80, 86):
+        fitted = Kivi(Fraction(percent, 100), {"fit": "bytes", "residual": "0"}).fitted(333, SHAPE)
+        taken = fitted._entries(333, int(fitted.option("bits")), SHAPE)
+        assert 0 <= Fraction(100 - percent, 100) * 333 - taken < 32
     with pytest.raises(UserError, match="keys are half"):
         Think(Fraction(49, 100)).fitted(100, SHAPE)
     budget = Kivi(options={"residual": "0"}, budget_bytes=20 * SHAPE.entry_bytes)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from fractions import Fraction
+from math import ceil
 
 from kvbench.cache.packed import Packed
 from kvbench.cache.quantised import Float8, Quantised
@@ -23,8 +24,8 @@ class Kivi(Policy):
     The most recent entries stay as they are, at least ``residual`` of them; what is older is quantised in whole
     groups of ``group``, once. Departures: keys and values leave the residual together, where the published code lets
     values go one by one; where a head is no multiple of the group, its channels are one group. What is stored is
-    unpacked for one layer and forward pass at a time. ``fit=bytes`` lets a ratio choose the bits: the most with which
-    the cache takes no more than that share of the full one.
+    unpacked for one layer and forward pass at a time. ``fit=bytes`` lets a ratio choose: the most bits with which
+    the cache takes no more than that share of the full one, and the longest residual that then has place.
     """
 
     name = "kivi"
@@ -65,7 +66,8 @@ class Kivi(Policy):
         for bits in BITS:
             shares[bits] = self._entries(n, int(bits), shape)
             if shares[bits] <= wanted:
-                return replace(self, options={**self.options, "bits": bits})
+                residual = str(n - self._least_quantised(n, int(bits), shape, wanted))
+                return replace(self, options={**self.options, "bits": bits, "residual": residual})
         least = 1 - min(shares.values()) / n
         raise UserError(
             f"kivi cannot remove {float(asked):.3g} of the bytes of {n} entries: with 2 bits, scales and "
@@ -75,11 +77,20 @@ class Kivi(Policy):
 
     def _entries(self, n: int, bits: int, shape: CacheShape) -> Fraction:
         """Entries held as they are that would take as many bytes."""
-        group, count = self.number("group"), self._quantised(n)
+        count = self._quantised(n)
+        return n - count + count * self._share(bits, shape)
+
+    def _share(self, bits: int, shape: CacheShape) -> Fraction:
+        """Of the bytes of an entry, what is left when it has been quantised."""
+        group = self.number("group")
         channels = group if shape.width % group == 0 else shape.width
         scale = Fraction(4, group) + Fraction(4, channels)  # a least value and a step, of two bytes each
-        share = (Fraction(2 * bits, 8) + scale) / (2 * shape.itemsize)
-        return n - count + count * share
+        return (Fraction(2 * bits, 8) + scale) / (2 * shape.itemsize)
+
+    def _least_quantised(self, n: int, bits: int, shape: CacheShape, wanted: Fraction) -> int:
+        """The fewest entries, in whole groups, with which the cache takes no more than is wanted."""
+        group = self.number("group")
+        return max(0, ceil((n - wanted) / (1 - self._share(bits, shape)) / group) * group)
 
 
 @dataclass(frozen=True)
