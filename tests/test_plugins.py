@@ -80,10 +80,10 @@ def test_the_example_passes_the_proof(place: tuple[Path, dict[str, str]]) -> Non
 def test_the_example_of_a_policy_removes_what_it_masks(llama: nn.Module) -> None:
     space: dict[str, Any] = {"__name__": "example"}
     exec(re.findall(r"```python\n(.*?)```", PAGE, flags=re.S)[1], space)
-    policy = space["LargeValues"](Fraction(1, 2))
+    policy = space["LargeValues"](Fraction(1, 2), {"step": "7"})
     ids = text()
-    logits, run = read(llama, policy, ids, 7)
-    assert float((logits - masked(llama, run, ids, 7)).abs().max()) < 1e-5
+    logits, run = read(llama, policy, ids)
+    assert float((logits - masked(llama, run, ids)).abs().max()) < 1e-5
     first = run.cache.layers[0]
     whole = Policing(llama, space["LargeValues"](Fraction(0)), ids.shape[1], (3, 5))
     with torch.inference_mode():

@@ -47,6 +47,7 @@ GRID = (
 TWO_REPEATS = ("profile", "--method", "sinks", "--seq-len", "64", *QUICK, "--repeats", "2")
 
 
+@pytest.mark.long
 def test_a_child_that_is_killed_for_memory_takes_one_cell_with_it(
     called: Call, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -99,6 +100,7 @@ def test_killed_and_run_again_it_ends_as_if_nothing_had_happened(work: Path) -> 
         assert before[cell.key] <= set(folder.measurements(cell))
 
 
+@pytest.mark.long
 def test_the_largest_batch_is_searched_for_and_timed(work: Path) -> None:
     """The fewer bytes a method keeps, the more rows fit; probes and timings are continued from disk."""
     arguments = (
