@@ -43,6 +43,11 @@ class Kivi(Policy):
     def uses_ratio(cls, options: Mapping[str, str], in_chunks: bool) -> bool:
         return options.get("fit") == "bytes"
 
+    @property
+    def resolved(self) -> dict[str, str]:
+        by_bytes = self.option("fit") == "bytes" or bool(self.budget_bytes)
+        return {name: value for name, value in super().resolved.items() if not (by_bytes and name == "bits")}
+
     def budget(self, read: int, total: int, layer: int, layers: int) -> int:
         return read
 
