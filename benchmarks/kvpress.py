@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import time
 from contextlib import nullcontext
 from fractions import Fraction
 from functools import partial
@@ -28,6 +29,8 @@ from kvbench.profiling.passes import time_request
 from kvbench.profiling.policed import PolicedRequest
 
 RATIO, NEW = "0.7", 2
+PAUSE = 0.3
+"""Seconds before each turn, in which the threads of the other process stop waiting actively."""
 THEIRS = """
 import sys, time
 import torch
@@ -69,6 +72,7 @@ class Rival:
     def read(self, name: str, length: int, seed: int) -> tuple[float, int]:
         """Seconds, and entries that are left."""
         assert self.process.stdin is not None
+        time.sleep(PAUSE)
         self.process.stdin.write(f"{name} {length} {seed}\n")
         self.process.stdin.flush()
         seconds, entries = self._line()
@@ -79,6 +83,7 @@ def read(model: torch.nn.Module, policy: Policy, length: int, seed: int) -> tupl
     """Our seconds, and entries that are left."""
     layout = make_layout(policy, length + NEW, 0, 0, Structure(prefix=length))
     ids = torch.randint(4096, (1, length), generator=torch.Generator().manual_seed(seed))
+    time.sleep(PAUSE)
     found = time_request(
         lambda _: PolicedRequest(model, policy, ids, layout, NEW, 0, nullcontext), WallClock(), torch.device("cpu"),
         None,
@@ -105,7 +110,7 @@ def main() -> None:
                 f"{name}, {length} tokens", lambda ours=ours, seeds=mine: ours(next(seeds))[0],  # type: ignore[misc]
                 lambda name=name, length=length, seeds=theirs: (  # type: ignore[misc]
                     rival.read(name, length, next(seeds))[0]
-                ), 1.0, repeats=11,
+                ), 1.0, repeats=25,
             )
 
 

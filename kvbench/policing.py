@@ -138,8 +138,10 @@ class Policing:
         """A layer's entries from the ``first`` on, which is 0 or the first that is not packed."""
         layer = self.cache.layers[number]
         keys, values = (layer.keys, layer.values) if first else layer.present()
+        none = torch.zeros((), device=keys.device).expand(keys.shape[:3])
+        sums = layer.sums[..., first:] if self.policy.sums else none
         return View(
-            keys, values, layer.positions[..., first:], layer.sums[..., first:], layer.queries, layer.scaling,
+            keys, values, layer.positions[..., first:], sums, layer.queries, layer.scaling,
             self.read, number, len(self.cache.layers), torch.tensor(list(self.lots), device=keys.device), self.seed,
             layer.moments, self.speeds,
         )

@@ -143,7 +143,7 @@ class PolicedLayer(EvictingLayer):
             present: keys and values of all entries, as they shall be stored.
         """
         keys, values = present
-        positions, sums = self.positions, self.sums
+        positions, sums = self.positions, self.sums if self._sums.dim() > 1 else None
         at, none = entries.clamp(min=0), entries < 0
         self.packed, self._packed_entries, self.ragged = (), 0, None
         if bool(none.any()):
@@ -151,8 +151,9 @@ class PolicedLayer(EvictingLayer):
             self.replace(keys[:, :, :0].clone(), values[:, :, :0].clone())
         else:
             self.replace(taken(keys, at), taken(values, at))
-        self._positions = positions.gather(-1, at).masked_fill(none, -1)
-        self._sums = sums.gather(-1, at).masked_fill(none, 0)
+        self._positions = positions.gather(-1, at).masked_fill_(none, -1)
+        if sums is not None:
+            self._sums = sums.gather(-1, at).masked_fill_(none, 0)
 
     def pack(self, packed: Packed, count: int) -> None:
         """The first ``count`` of the entries that are held as they are are now ``packed``."""
@@ -186,7 +187,9 @@ class PolicedLayer(EvictingLayer):
 
         self.packed = tuple(packed.repeated(repeats) for packed in self.packed)
         self.ragged = None if self.ragged is None else self.ragged.repeated(repeats)
-        self._positions, self._sums = more(self.positions), more(self.sums)
+        self._positions = more(self.positions)
+        if self._sums.dim() > 1:
+            self._sums = more(self.sums)
         self.pending = [more(query) for query in self.pending]
         self.queries = None if self.queries is None else more(self.queries)
         if self.moments is not None:
