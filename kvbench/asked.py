@@ -97,6 +97,9 @@ def _methods(
     name: str, ratios: Sequence[Fraction], budget: Budget, options: dict[str, str], in_chunks: bool
 ) -> list[Method]:
     kind, given = METHODS[name], {**options, **budget.options}
+    if budget.is_constant and "budget" in options:
+        given = f"--budget-{'tokens' if budget.tokens else 'bytes'}"
+        raise UserError(f"{given} and --set budget={options['budget']} both say what is kept.", "Leave one of them out.")
     if budget.is_constant and name not in CONTROLS:
         unit = "tokens" if budget.tokens else "bytes"
         if unit not in kind.takes_budget:

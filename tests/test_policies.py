@@ -278,6 +278,23 @@ def test_texts_are_written_under_a_mask_of_what_was_kept(llama: nn.Module, name:
     assert policy.keeps_all or reader.trace.held < 40
 
 
+@pytest.mark.parametrize("name", POLICIES)
+def test_a_text_that_is_continued_twice_is_the_same_text(llama: nn.Module, name: str) -> None:
+    """Each row of the cache repeated, in whatever form it is held: the same logits, also after more has gone."""
+    ids, policy = text(), policy_of(name, step="4")
+    (_, one), (_, other) = (read(llama, policy, ids[:, :80]) for _ in range(2))
+    other.cache.batch_repeat_interleave(2)
+    other.lots = [lot for lot in other.lots for _ in range(2)]
+    with torch.inference_mode():
+        for token in range(80, 92):
+            single = one.feed(ids[:, token : token + 1])
+            double = other.feed(ids[:, token : token + 1].repeat_interleave(2, 0))
+            assert float((double - single.repeat_interleave(2, 0)).abs().max()) < 1e-5
+            for run in (one, other):
+                if run.is_due:
+                    run.remove()
+
+
 def test_scores_that_tie_keep_the_later() -> None:
     scores = torch.tensor([[[1.0, 2.0, 2.0, 2.0, 0.0]]])
     assert highest(scores, 2).tolist() == [[[2, 3]]]
@@ -349,6 +366,7 @@ def test_sums_are_those_of_a_plain_loop(llama: nn.Module) -> None:
     (["--method", "tova", "--budget-tokens", "64", "--budget-bytes", "9KB"], "--budget-bytes both say"),
     (["--method", "tova", "--budget-bytes", "9KB", "--equal-bytes"], "--equal-bytes both say"),
     (["--method", "tova", "--budget-tokens", "0"], "below 1"),
+    (["--method", "sinks", "--budget-tokens", "64", "--set", "budget=160"], "budget=160 both say what"),
     (["--method", "tova", "--budget-bytes", "lots"], "--budget-bytes lots: not a size"),
     (["--method", "kivi", "--budget-tokens", "64"], "kivi cannot be given a budget in tokens. It takes one in bytes"),
     (["--method", "fp8", "--budget-bytes", "9KB"], "fp8 cannot be given a budget in bytes. Leave it out"),
