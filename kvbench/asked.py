@@ -99,7 +99,8 @@ def _methods(
     kind, given = METHODS[name], {**options, **budget.options}
     if budget.is_constant and "budget" in options:
         given = f"--budget-{'tokens' if budget.tokens else 'bytes'}"
-        raise UserError(f"{given} and --set budget={options['budget']} both say what is kept.", "Leave one of them out.")
+        other = f"--set budget={options['budget']}"
+        raise UserError(f"{given} and {other} both say what is kept.", "Leave one of them out.")
     if budget.is_constant and name not in CONTROLS:
         unit = "tokens" if budget.tokens else "bytes"
         if unit not in kind.takes_budget:
