@@ -24,9 +24,8 @@ lint: $(STAMP)
 # The gallery, reports/reference: half an hour or more on two cores. It goes on where it was interrupted.
 figures: $(STAMP)
 	$(BIN)/kvbench sweep reports/gallery.toml --out reports/gallery-sweep
-	$(BIN)/kvbench sweep reports/gallery-writing.toml --out reports/gallery-writing
 	$(BIN)/kvbench profile --config reports/gallery.toml --out reports/gallery-profile
-	$(BIN)/kvbench report reports/gallery-sweep reports/gallery-writing reports/gallery-profile --out reports/reference
+	$(BIN)/kvbench report reports/gallery-sweep reports/gallery-profile --out reports/reference
 
 bench: $(STAMP)
 	$(BIN)/python -m benchmarks.throughput
