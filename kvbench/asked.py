@@ -90,6 +90,7 @@ def entries_of(
     return [
         (method, role, None) for name, role in wanted
         for method in _methods(name, ratios, budget, options, in_chunks)
+        if role != "baseline" or not budget.tokens or budget.tokens >= method.minimum
     ]
 
 
@@ -98,9 +99,9 @@ def _methods(
 ) -> list[Method]:
     kind, given = METHODS[name], {**options, **budget.options}
     if budget.is_constant and "budget" in options:
-        given = f"--budget-{'tokens' if budget.tokens else 'bytes'}"
+        said = f"--budget-{'tokens' if budget.tokens else 'bytes'}"
         other = f"--set budget={options['budget']}"
-        raise UserError(f"{given} and {other} both say what is kept.", "Leave one of them out.")
+        raise UserError(f"{said} and {other} both say what is kept.", "Leave one of them out.")
     if budget.is_constant and name not in CONTROLS:
         unit = "tokens" if budget.tokens else "bytes"
         if unit not in kind.takes_budget:

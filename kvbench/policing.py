@@ -120,7 +120,7 @@ class Policing:
         layer = layers[number]
         self._observe(layer, None)
         keep = policy.budget(self.read, self.total, number, len(layers))
-        if layer.entries() > keep:
+        if (layer.held if policy.packs else layer.entries()) > keep:
             view = self._view(number)
             entries = chosen.get(policy.follows(number))
             if entries is None:

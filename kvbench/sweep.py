@@ -41,7 +41,7 @@ def build_sweep(request: Request, models: Sequence[str], seeds: Sequence[int]) -
     content = _hash(sorted(cell.key for cell in cells))
     ground = sorted({(
         cell.model_hash, cell.task, cell.data_hash, cell.protocol, cell.dtype, cell.execution,
-        *request.budget.options.values(),
+        *(f"{name}={value}" for name, value in request.budget.options.items()),
     ) for cell in cells})
     tasks = "+".join(dict.fromkeys(cell.task for cell in cells))[:60]
     folder = request.out or request.reports / f"sweep-{tasks}-{_hash(ground)}"

@@ -373,6 +373,9 @@ def test_sums_are_those_of_a_plain_loop(llama: nn.Module) -> None:
     (["--method", "refreshkv", "--equal-bytes"], "refreshkv cannot be set to a number of bytes"),
     (["--method", "ccm-concat", "--task", "online", "--budget-tokens", "9"], "no budget of its own"),
     (["--method", "kivi", "--set", "bits=3"], "bits"),
+    (["--method", "kivi", "--set", "group=6"], "Give a multiple of 4"),
+    (["--method", "snapkv", "--set", "kernel=4"], "no middle"),
+    (["--method", "sinks", "--budget-tokens", "3"], "below the 5 entries that sinks needs"),
 ])
 def test_what_cannot_be_done_is_a_sentence(words: list[str], message: str, called: Callable[..., Any]) -> None:
     found = called(["run", *words])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 from fractions import Fraction
 from typing import Any
 
@@ -302,6 +303,25 @@ def test_little_is_attended_between_two_looks(llama: nn.Module) -> None:
     assert run.cache.physical_bytes() > LENGTH * run.cache.entry_bytes()
 
 
+@pytest.mark.parametrize("name", ["cam", "d2o", "expected-attention", "lagkv", "streaming-llm", "cascading"])
+def test_sinks_stay_however_little_may_be_held(llama: nn.Module, name: str) -> None:
+    """From the first removal on, when less than the sinks would be the share of what was read."""
+    for ratio, step in (("0.9", "1"), ("0.5", "1"), ("0.8", "4")):
+        _, run = read(llama, policy_of(name, ratio, step=step), text())
+        for layer in run.cache.layers:
+            assert layer.positions[..., :4].tolist() == [[[0, 1, 2, 3]] * 2] * 2
+
+
+@pytest.mark.parametrize(("floor", "even"), [(4, 25), (15, 20), (35, 20), (100, 7)])
+def test_every_head_gets_its_floor(floor: int, even: int) -> None:
+    """Of an even share, in whole numbers, though the other head has all of the highest scores."""
+    policy, seen = policy_of("adakv", floor=str(floor), window="4", kernel="1"), view(64)
+    loud = dataclasses.replace(seen, keys=seen.keys * torch.tensor([1.0, 30.0])[:, None, None])
+    counts = (policy.chosen(loud, even + 4) >= 0).sum(-1)
+    assert bool((counts >= 4 + floor * even // 100).all())
+    assert counts.sum(-1).tolist() == [2 * (even + 4)] * 2
+
+
 SHAPE = CacheShape(2, 2, 32, 4)
 
 
@@ -332,6 +352,10 @@ def test_bits_are_the_most_that_fit() -> None:
         assert 0 <= Fraction(100 - percent, 100) * 333 - taken < 32
     with pytest.raises(UserError, match="keys are half"):
         Think(Fraction(49, 100)).fitted(100, SHAPE)
+    half = CacheShape(2, 2, 32, 2)
+    whole = Kivi(options={"group": "4"}, budget_bytes=1 << 40).fitted(100, half)
+    assert whole.option("bits") == "8"
+    assert whole.number("residual") == 100
     budget = Kivi(options={"residual": "0"}, budget_bytes=20 * SHAPE.entry_bytes)
     assert budget.fitted(100, SHAPE).option("bits") == "4"
 

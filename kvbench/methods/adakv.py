@@ -36,10 +36,10 @@ class AdaKv(SnapKv):
         open_ = there & ~recent
         worth = self._worth(view).masked_fill(~open_, float("-inf"))
         even, heads = keep - window, worth.shape[1]
-        share = self.number("floor") / 100
+        share = self.number("floor")
         have = open_.sum(-1)
         best = _best(worth.flatten(1), heads * even).view_as(worth)
-        caps = ((1 - share) * best.sum(-1) + share * even).floor().long()
+        caps = ((100 - share) * best.sum(-1) + share * even) // 100
         given = _ranks(worth) < torch.minimum(caps, have)[..., None]
         last = _best(worth.masked_fill(given, float("inf")).flatten(1), heads * even).view_as(worth)
         return _places((last | recent) & there)

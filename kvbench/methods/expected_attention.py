@@ -33,6 +33,8 @@ class ExpectedAttention(Policy):
     def minimum(self) -> int:
         return self.number("sinks") + 1
 
+    floor = minimum
+
     def scores(self, view: View) -> Tensor:
         sinks = self.number("sinks")
         norms = view.values.float().norm(dim=-1)

@@ -22,5 +22,9 @@ class H2o(Policy):
     paper = "arXiv 2306.14048"
     sums = True
 
+    def recent(self, read: int) -> int:
+        """Recent entries that stay."""
+        return self.held_after(read) // 2
+
     def scores(self, view: View) -> Tensor:
-        return protect_last(view.sums, self.held_after(view.read) // 2)
+        return protect_last(view.sums, self.recent(view.read))

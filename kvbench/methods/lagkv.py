@@ -27,6 +27,12 @@ class LagKv(Policy):
     paper = "arXiv 2504.04704"
     known = Policy.known | {"sinks": Option("4"), "lag": Option("32", least=2)}
 
+    @property
+    def minimum(self) -> int:
+        return self.number("sinks") + 1
+
+    floor = minimum
+
     def scores(self, view: View) -> Tensor:
         sinks, lag, n = self.number("sinks"), self.number("lag"), view.entries
         windows = max(0, n - sinks) // lag

@@ -20,9 +20,9 @@ class Cam(Policy):
 
     A removed entry is merged with the probability a / b, at most 1, where a is the attention that it received per
     query that could see it, and b the mean of the same over the ``spread`` oldest recent entries; its value, divided
-    by ``spread``, is added to each of theirs. A prefix that is compressed at once is not merged, since the values of
-    hundreds of entries would add up in a few: the method merges as text goes on. The published code masks what it
-    removes and frees nothing.
+    by how many they are, is added to each of theirs. A prefix that is compressed at once is not merged, since the
+    values of hundreds of entries would add up in a few: the method merges as text goes on. The published code masks
+    what it removes and frees nothing.
     """
 
     name = "cam"
@@ -34,6 +34,8 @@ class Cam(Policy):
     @property
     def minimum(self) -> int:
         return self.number("sinks") + 1
+
+    floor = minimum
 
     def scores(self, view: View) -> Tensor:
         return protect_first(view.positions.float(), view.positions, self.number("sinks"))
@@ -47,7 +49,7 @@ class Cam(Policy):
         attention = view.sums / (view.read - view.positions)
         usual = attention.gather(-1, target).mean(-1, keepdim=True)
         merges = lost & (drawn(view) < attention / usual)
-        total = (view.values.float() * merges[..., None]).sum(-2, keepdim=True) / self.number("spread")
+        total = (view.values.float() * merges[..., None]).sum(-2, keepdim=True) / target.shape[-1]
         index = target[..., None].expand(*target.shape, view.values.shape[-1])
         added = torch.zeros_like(view.values).scatter_(-2, index, total.to(view.values.dtype).expand(index.shape))
         return view.keys, view.values + added
@@ -67,6 +69,15 @@ class D2o(H2o):
     summary = "as h2o; what is removed is merged into the entry with the key most like its own"
     paper = "arXiv 2406.13035"
     known = H2o.known | {"sinks": Option("4")}
+
+    @property
+    def minimum(self) -> int:
+        return self.number("sinks") + 1
+
+    floor = minimum
+
+    def recent(self, read: int) -> int:
+        return min(super().recent(read), max(0, self.held_after(read) - self.number("sinks")))
 
     def scores(self, view: View) -> Tensor:
         return protect_first(super().scores(view), view.positions, self.number("sinks"))

@@ -128,7 +128,12 @@ class Policy(Method):
 
     def budget(self, read: int, total: int, layer: int, layers: int) -> int:
         """Entries that a layer holds after ``read`` of ``total`` tokens."""
-        return self.held_after(read)
+        return min(read, max(self.floor, self.held_after(read)))
+
+    @property
+    def floor(self) -> int:
+        """Entries that are held however little has been read: a sink that has once been removed does not return."""
+        return 1
 
     def held_after(self, read: int) -> int:
         """Entries of a layer, on average: a share of what was read, or a constant number where one is given."""
@@ -203,3 +208,13 @@ def protect_last(scores: Tensor, count: int) -> Tensor:
 def protect_first(scores: Tensor, positions: Tensor, count: int) -> Tensor:
     """Scores with the first ``count`` tokens of the text beyond all others, where they are still held."""
     return scores.masked_fill(positions < count, float("inf"))
+
+
+def check_kernel(policy: Policy) -> None:
+    """See that smoothing has a middle.
+
+    Raises:
+        UserError: it spans an even number of places.
+    """
+    if policy.number("kernel") % 2 == 0:
+        raise UserError(f"--set kernel={policy.option('kernel')} has no middle.", "Give an odd number of places.")

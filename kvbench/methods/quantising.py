@@ -48,6 +48,12 @@ class Kivi(Policy):
         by_bytes = self.option("fit") == "bytes" or bool(self.budget_bytes)
         return {name: value for name, value in super().resolved.items() if not (by_bytes and name == "bits")}
 
+    def check(self, longest: int, in_chunks: bool) -> None:
+        super().check(longest, in_chunks)
+        if self.number("group") % 4:
+            raise UserError(f"--set group={self.option('group')}: codes of 2 bits fill bytes in fours.",
+                            "Give a multiple of 4.")
+
     def budget(self, read: int, total: int, layer: int, layers: int) -> int:
         return read
 
@@ -63,6 +69,8 @@ class Kivi(Policy):
         return max(0, plain - self.number("residual")) // group * group
 
     def fitted(self, n: int, shape: CacheShape) -> Kivi:
+        if shape.width % 4:
+            raise UserError(f"kivi cannot pack heads of {shape.width} numbers: codes of 2 bits fill bytes in fours.")
         if self.option("fit") == "bits" and not self.budget_bytes:
             return self
         asked = self.ratio_of_bytes(n, shape)
@@ -70,7 +78,7 @@ class Kivi(Policy):
         shares = {}
         for bits in BITS:
             shares[bits] = self._entries(n, int(bits), shape)
-            if shares[bits] <= wanted:
+            if shares[bits] <= wanted and (wanted >= n or self._share(int(bits), shape) < 1):
                 residual = str(n - self._least_quantised(n, int(bits), shape, wanted))
                 return replace(self, options={**self.options, "bits": bits, "residual": residual})
         least = 1 - min(shares.values()) / n
@@ -95,6 +103,8 @@ class Kivi(Policy):
     def _least_quantised(self, n: int, bits: int, shape: CacheShape, wanted: Fraction) -> int:
         """The fewest entries, in whole groups, with which the cache takes no more than is wanted."""
         group = self.number("group")
+        if wanted >= n:
+            return 0
         return max(0, ceil((n - wanted) / (1 - self._share(bits, shape)) / group) * group)
 
 

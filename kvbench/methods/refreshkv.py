@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from kvbench.methods.base import Option
-from kvbench.methods.policy import Policy, View, protect_last
+from kvbench.methods.policy import Policy, View, check_kernel, protect_last
 
 
 @dataclass(frozen=True)
@@ -28,6 +28,10 @@ class RefreshKv(Policy):
     keeps_all = True
     removes = False
     known = Policy.known | {"kernel": Option("5", least=1)}
+
+    def check(self, longest: int, in_chunks: bool) -> None:
+        super().check(longest, in_chunks)
+        check_kernel(self)
 
     def run_length(self, read: int) -> int:
         step = self.number("step")

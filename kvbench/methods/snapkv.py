@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from kvbench.methods.base import Option
-from kvbench.methods.policy import Policy, View, protect_last
+from kvbench.methods.policy import Policy, View, check_kernel, protect_last
 
 POOLS: dict[str, Callable[..., Tensor]] = {"mean": functional.avg_pool1d, "max": functional.max_pool1d}
 
@@ -38,6 +38,10 @@ class SnapKv(Policy):
     @property
     def minimum(self) -> int:
         return self.looks_at + 1
+
+    def check(self, longest: int, in_chunks: bool) -> None:
+        super().check(longest, in_chunks)
+        check_kernel(self)
 
     def scores(self, view: View) -> Tensor:
         return protect_last(self._worth(view), self.looks_at)

@@ -86,6 +86,10 @@ class Sinks(Method):
         return options.get("budget", "0") == "0"
 
     @property
+    def minimum(self) -> int:
+        return SINKS + 1
+
+    @property
     def resolved(self) -> dict[str, str]:
         return super().resolved if self.number("budget") else {}
 

@@ -35,12 +35,14 @@ class Part:
 
     def reduced(self, output: Tensor, rank: int) -> Tensor:
         """The output, as if the weights of these columns had the rank: the best approximation of theirs."""
-        mine = output[..., self.columns]
+        if rank >= len(self.columns):
+            return output
+        mine = output[..., self.columns].float()
         mine = mine if self.bias is None else mine - self.bias
         basis = self.basis[:, :rank]
         low = mine @ basis @ basis.T
         low = low if self.bias is None else low + self.bias
-        return output.index_copy(-1, self.columns, low)
+        return output.index_copy(-1, self.columns, low.to(output.dtype))
 
 
 @contextmanager
@@ -88,5 +90,5 @@ def _parts(model: nn.Module) -> Iterator[Part]:
 def _part(module: Any, columns: Tensor) -> Part:
     weight = module.weight if isinstance(module, nn.Linear) else module.weight.T
     columns = columns.to(weight.device)
-    basis = torch.linalg.svd(weight[columns].float(), full_matrices=False).U.to(weight.dtype)
+    basis = torch.linalg.svd(weight[columns].float(), full_matrices=False).U
     return Part(module, columns, basis, None if module.bias is None else module.bias[columns])

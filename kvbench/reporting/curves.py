@@ -122,8 +122,11 @@ def pareto_figure(rows: list[Row], folder: Path) -> list[Path]:
     full = {_cell(r): r.value or 0.0 for r in whole if r.metric == "kv_bytes_full"}
     by_recall = {r.task for r in whole if r.metric == "answer_nll"}
     compared = [r for r in whole if r.metric == ("accuracy" if r.task in by_recall else "ppl") and full.get(_cell(r))]
-    compared = [r if r.metric == "accuracy" else _as_delta(r) for r in compared]
-    floors = {_cell(r)[:4]: r.value or 0.0 for r in compared if r.method == "none" and r.metric == "ppl"}
+    compared = [r if r.metric == "accuracy" else _as_delta(r) for r in compared
+                if r.metric == "accuracy" or r.delta is not None or r.method == "full"]
+    floors = {
+        _cell(r)[:4]: r.value for r in compared if r.method == "none" and r.metric == "ppl" and (r.value or 0.0) > 0
+    }
     chosen = [r for r in compared if kept.get(_cell(r)) and r.method != "none"]
 
     def panel(place: Axes, mine: list[Row]) -> None:
@@ -145,7 +148,7 @@ def pareto_figure(rows: list[Row], folder: Path) -> list[Path]:
                 curve(place, method, shares, own)
             else:
                 place.plot(shares, [r.value or 0.0 for r in own], **style_of(method) | _BEHIND)
-        top = 1.25 * floors.get(_cell(mine[0])[:4], float("inf"))
+        top = 1.25 * (floors.get(_cell(mine[0])[:4]) or float("inf"))
         beyond = sorted({r.method for r in mine if (r.value or 0.0) > top})
         if beyond:  # far worse than seeing nothing: named, and left out
             place.set_ylim(min([-0.05 * top, *(r.ci_low or 0.0 for r in mine)]), top)

@@ -78,9 +78,10 @@ def _check_budgets(rows: Sequence[Row]) -> None:
     Raises:
         UserError: several budgets.
     """
-    budgets = {row.params.get("budget_tokens") or row.params.get("budget_bytes") for row in rows} - {None}
+    units = ("budget_tokens", "budget_bytes")
+    budgets = {f"{unit}={row.params[unit]}" for row in rows for unit in units if row.params.get(unit)}
     if len(budgets) > 1:
-        shown = ", ".join(sorted(map(str, budgets)))
+        shown = ", ".join(sorted(budgets))
         raise UserError(
             f"These runs were measured at {len(budgets)} budgets ({shown}), and a table holds one.",
             "Report them one by one.",
