@@ -127,7 +127,7 @@ def possible(
     for entry in entries:
         method = entry[0]
         try:
-            if budget.equal and method.compresses and method.name != "none" and "bytes" not in method.takes_budget:
+            if budget.equal and method.compresses and "bytes" not in method.takes_budget:
                 raise UserError(
                     f"{method.name} cannot be set to a number of bytes, as --equal-bytes asks.", "Leave it out."
                 )

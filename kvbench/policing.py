@@ -120,7 +120,7 @@ class Policing:
         layer = layers[number]
         self._observe(layer, None)
         keep = policy.budget(self.read, self.total, number, len(layers))
-        if (layer.held if policy.packs else layer.entries()) > keep:
+        if not policy.packs and layer.entries() > keep:
             view = self._view(number)
             entries = chosen.get(policy.follows(number))
             if entries is None:
@@ -187,7 +187,7 @@ class Policing:
             layer.sums.add_(attended(query, keys, layer.scaling, layer.positions, policy.decay))
         if policy.takes_moments:
             first = layer.read - query.shape[2]
-            layer.moments = with_moments(layer.moments, query, first, policy.number("sinks"), self.speeds)
+            layer.moments = with_moments(layer.moments, query, first, policy.sinks, self.speeds)
 
 
 @dataclass

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 
+import torch
 from torch import Tensor
 
 
@@ -39,3 +40,11 @@ def with_room(tensor: Tensor, room: int) -> Tensor:
     wide = tensor.new_empty(batch, heads, entries + room, width)
     wide[:, :, :entries] = tensor
     return wide
+
+
+def taken(tensor: Tensor, entries: Tensor) -> Tensor:
+    """``[batch, heads, kept, width]`` of ``[batch, heads, entries, width]``: whole rows are copied, which is faster
+    than to gather number by number."""
+    rows = torch.arange(tensor.shape[0], device=tensor.device)[:, None, None]
+    heads = torch.arange(tensor.shape[1], device=tensor.device)[:, None]
+    return tensor[rows, heads, entries].contiguous()

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from kvbench.cache.evicting import EvictingCache, EvictingLayer
-from kvbench.cache.packed import Packed
+from kvbench.cache.packed import Packed, taken
 from kvbench.cache.ragged import Ragged
 from kvbench.errors import UserError
 from kvbench.models.attention import WATCHER
@@ -166,8 +166,9 @@ class PolicedLayer(EvictingLayer):
         return [self.keys, self.values, *self._packed_tensors(), *copies]
 
     def _packed_tensors(self) -> list[Tensor]:
-        forms = self.packed if self.ragged is None else (self.ragged,)
-        return [tensor for form in forms for tensor in form.tensors()]
+        if self.ragged is not None:
+            return self.ragged.tensors()
+        return [tensor for packed in self.packed for tensor in packed.tensors()]
 
     def entry_bytes(self) -> int:
         """Bytes of an entry that is held as it is, in all rows and heads."""
@@ -198,14 +199,6 @@ class PolicedLayer(EvictingLayer):
             self.focus.batch_repeat_interleave(repeats)
             self._focused = more(self._focused)
         super().batch_repeat_interleave(repeats)
-
-
-def taken(tensor: Tensor, entries: Tensor) -> Tensor:
-    """``[batch, heads, kept, width]`` of ``[batch, heads, entries, width]``: whole rows are copied, which is faster
-    than to gather number by number."""
-    rows = torch.arange(tensor.shape[0], device=tensor.device)[:, None, None]
-    heads = torch.arange(tensor.shape[1], device=tensor.device)[:, None]
-    return tensor[rows, heads, entries].contiguous()
 
 
 class PolicedCache(EvictingCache):

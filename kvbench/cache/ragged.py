@@ -8,13 +8,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from kvbench.cache.packed import Packed
-
 ROOM = 32
 """Where entries are added, a head has room for one in this many more."""
 
 
-class Ragged(Packed):
+class Ragged:
     """As many entries per row and head as each was given; nothing is padded while it is stored, or attended.
 
     Attributes:
@@ -81,13 +79,13 @@ class Ragged(Packed):
             )
         return out
 
-    def unpack(self, room: int = 0) -> tuple[Tensor, Tensor]:
+    def unpack(self) -> tuple[Tensor, Tensor]:
         """Padded in front with zeros, so that the last entries of all heads stand side by side."""
-        shape = len(self.counts), self.longest + room
+        shape = len(self.counts), self.longest
         unpacked = [flat.new_zeros(*shape, flat.shape[-1]) for flat in (self.keys, self.values)]
         for place, part in enumerate(self.parts()):
             for padded, flat in zip(unpacked, part, strict=True):
-                padded[place, self.longest - len(flat) : self.longest] = flat
+                padded[place, self.longest - len(flat) :] = flat
         keys, values = (padded.view(-1, self.heads, *padded.shape[1:]) for padded in unpacked)
         return keys, values
 

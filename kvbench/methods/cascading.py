@@ -36,7 +36,7 @@ class Cascading(Policy):
 
     @property
     def minimum(self) -> int:
-        return self.number("sinks") + self.number("caches")
+        return self.sinks + self.number("caches")
 
     @property
     def turned(self) -> int:
@@ -54,7 +54,7 @@ class Cascading(Policy):
 
     def _dropped(self, alive: Tensor, sums: Tensor, push: int, keep: int) -> Tensor:
         """The place ``[batch, heads, 1]`` in ``alive`` of the entry that a new token, the ``push``-th, pushes out."""
-        sinks, caches = self.number("sinks"), self.number("caches")
+        sinks, caches = self.sinks, self.number("caches")
         taking = min(caches, (push & -push).bit_length())  # sub-caches that take a token now, the newest first
         if taking == caches:
             return alive.new_full((*alive.shape[:2], 1), sinks)

@@ -29,17 +29,10 @@ class ExpectedAttention(Policy):
     takes_moments = True
     known = Policy.known | {"sinks": Option("4", least=1), "future": Option("512", least=1)}
 
-    @property
-    def minimum(self) -> int:
-        return self.number("sinks") + 1
-
-    floor = minimum
-
     def scores(self, view: View) -> Tensor:
-        sinks = self.number("sinks")
         norms = view.values.float().norm(dim=-1)
         if view.moments is None or view.moments[0] == 0:  # nothing has been read behind the sinks
-            return protect_first(norms, view.positions, sinks)
+            return protect_first(norms, view.positions, self.sinks)
         mean, covariance = self._turned(view)
         batch, heads, _, width = view.keys.shape
         keys = view.keys.float()[:, :, None]
@@ -47,9 +40,9 @@ class ExpectedAttention(Policy):
         covariance = covariance.reshape(batch, heads, -1, width, width)
         logits = (keys @ mean)[..., 0] * view.scaling
         logits = logits + ((keys @ covariance) * keys).sum(-1) * (view.scaling**2 / 2)
-        first = (view.positions < sinks)[:, :, None]
+        first = (view.positions < self.sinks)[:, :, None]
         expected = logits.masked_fill(first, float("-inf")).softmax(-1).mean(2)
-        return protect_first(expected * norms, view.positions, sinks)
+        return protect_first(expected * norms, view.positions, self.sinks)
 
     def _turned(self, view: View) -> tuple[Tensor, Tensor]:
         """Mean ``[batch, query heads, width]`` and covariance of the queries, at the average of the coming places."""

@@ -27,14 +27,8 @@ class LagKv(Policy):
     paper = "arXiv 2504.04704"
     known = Policy.known | {"sinks": Option("4"), "lag": Option("32", least=2)}
 
-    @property
-    def minimum(self) -> int:
-        return self.number("sinks") + 1
-
-    floor = minimum
-
     def scores(self, view: View) -> Tensor:
-        sinks, lag, n = self.number("sinks"), self.number("lag"), view.entries
+        sinks, lag, n = self.sinks, self.number("lag"), view.entries
         windows = max(0, n - sinks) // lag
         recent = torch.arange(n, device=view.keys.device).float()
         scores = (2 + recent).expand(view.keys.shape[:3]).clone()  # beyond all ranks; the later the more

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from kvbench.cache.packed import taken
 from kvbench.methods.base import Option
 from kvbench.methods.h2o import H2o
 from kvbench.methods.policy import Policy, View, protect_first
@@ -31,19 +32,9 @@ class Cam(Policy):
     sums = True
     known = Policy.known | {"sinks": Option("4", least=1), "spread": Option("32", least=1)}
 
-    @property
-    def minimum(self) -> int:
-        return self.number("sinks") + 1
-
-    floor = minimum
-
-    def scores(self, view: View) -> Tensor:
-        return protect_first(view.positions.float(), view.positions, self.number("sinks"))
-
     def merged(self, view: View, entries: Tensor) -> tuple[Tensor, Tensor]:
         lost = _lost(view, entries)
-        sinks = self.number("sinks")
-        target = entries[..., sinks : sinks + self.number("spread")]
+        target = entries[..., self.sinks : self.sinks + self.number("spread")]
         if not target.shape[-1] or view.entries - entries.shape[-1] > self.number("step"):
             return view.keys, view.values
         attention = view.sums / (view.read - view.positions)
@@ -70,38 +61,27 @@ class D2o(H2o):
     paper = "arXiv 2406.13035"
     known = H2o.known | {"sinks": Option("4")}
 
-    @property
-    def minimum(self) -> int:
-        return self.number("sinks") + 1
-
-    floor = minimum
-
     def recent(self, read: int) -> int:
-        return min(super().recent(read), max(0, self.held_after(read) - self.number("sinks")))
+        return min(super().recent(read), max(0, self.held_after(read) - self.sinks))
 
     def scores(self, view: View) -> Tensor:
-        return protect_first(super().scores(view), view.positions, self.number("sinks"))
+        return protect_first(super().scores(view), view.positions, self.sinks)
 
     def merged(self, view: View, entries: Tensor) -> tuple[Tensor, Tensor]:
         lost = _lost(view, entries)
         count = view.entries - entries.shape[-1]
         gone = lost.int().sort(dim=-1, descending=True, stable=True).indices[..., :count]
         keys = functional.normalize(view.keys.float(), dim=-1)
-        cosine, nearest = (_at(keys, gone) @ _at(keys, entries).transpose(-1, -2)).max(-1)
+        cosine, nearest = (taken(keys, gone) @ taken(keys, entries).transpose(-1, -2)).max(-1)
         weight = cosine * (cosine >= cosine.mean(-1, keepdim=True))
         target = entries.gather(-1, nearest)
         one = torch.ones_like(view.sums).scatter_add_(-1, target, (weight > 0).float())
         merged = []
         for tensor in (view.keys, view.values):
             index = target[..., None].expand(*target.shape, tensor.shape[-1])
-            total = tensor.float().scatter_add(-2, index, _at(tensor, gone).float() * weight[..., None])
+            total = tensor.float().scatter_add(-2, index, taken(tensor, gone).float() * weight[..., None])
             merged.append((total / one[..., None]).to(tensor.dtype))
         return merged[0], merged[1]
-
-
-def _at(tensor: Tensor, entries: Tensor) -> Tensor:
-    """``[batch, heads, n, width]`` of these entries."""
-    return tensor.gather(-2, entries[..., None].expand(*entries.shape, tensor.shape[-1]))
 
 
 def _lost(view: View, entries: Tensor) -> Tensor:

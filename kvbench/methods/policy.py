@@ -80,12 +80,12 @@ class Policy(Method):
     """A method that scores entries.
 
     Attributes:
-        window: queries that it looks at.
+        window: queries that it looks at, unless it has an option of that name.
         sums: whether attention is summed over all queries; ``decay``: what is left of it after each further one.
         takes_moments: whether queries are averaged.
         shares_heads: all heads of a layer keep the same entries.
         keeps_all: what is not chosen stays, unattended until the next look at everything.
-        packs: what stays is stored in another form.
+        packs: nothing is removed, and older entries are stored in another form.
     """
 
     is_policy: ClassVar[bool] = True
@@ -124,16 +124,23 @@ class Policy(Method):
     @property
     def looks_at(self) -> int:
         """Queries that have to be kept for it."""
-        return self.window
-
-    def budget(self, read: int, total: int, layer: int, layers: int) -> int:
-        """Entries that a layer holds after ``read`` of ``total`` tokens."""
-        return min(read, max(self.floor, self.held_after(read)))
+        return self.number("window") if "window" in self.known else self.window
 
     @property
-    def floor(self) -> int:
-        """Entries that are held however little has been read: a sink that has once been removed does not return."""
-        return 1
+    def sinks(self) -> int:
+        """First tokens of the text that stay."""
+        return self.number("sinks") if "sinks" in self.known else 0
+
+    @property
+    def minimum(self) -> int:
+        return self.sinks + 1
+
+    def budget(self, read: int, total: int, layer: int, layers: int) -> int:
+        """Entries that a layer holds after ``read`` of ``total`` tokens.
+
+        However little has been read, sinks are held: one that has once been removed does not return.
+        """
+        return read if self.packs else min(read, max(self.sinks + 1, self.held_after(read)))
 
     def held_after(self, read: int) -> int:
         """Entries of a layer, on average: a share of what was read, or a constant number where one is given."""
@@ -162,9 +169,9 @@ class Policy(Method):
     def scores(self, view: View) -> Tensor:
         """float ``[batch, heads, entries]``: how much each entry is worth keeping; infinite for what must stay.
 
-        By default the later is worth more.
+        By default the later is worth more, behind the sinks.
         """
-        return view.positions.float()
+        return protect_first(view.positions.float(), view.positions, self.sinks)
 
     def chosen(self, view: View, keep: int) -> Tensor:
         """int64 ``[batch, heads, keep]``, ascending: the entries that stay."""

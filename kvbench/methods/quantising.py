@@ -25,7 +25,8 @@ class Kivi(Policy):
     groups of ``group``, once. Departures: keys and values leave the residual together, where the published code lets
     values go one by one; where a head is no multiple of the group, its channels are one group. What is stored is
     unpacked for one layer and forward pass at a time. ``fit=bytes`` lets a ratio choose: the most bits with which
-    the cache takes no more than that share of the full one, and the longest residual that then has place.
+    the cache takes no more than that share of the full one, and the longest residual that then has place (at least
+    the one that was given).
     """
 
     name = "kivi"
@@ -44,18 +45,20 @@ class Kivi(Policy):
         return options.get("fit") == "bytes"
 
     @property
+    def by_bytes(self) -> bool:
+        return self.option("fit") == "bytes" or bool(self.budget_bytes)
+
+    @property
     def resolved(self) -> dict[str, str]:
-        by_bytes = self.option("fit") == "bytes" or bool(self.budget_bytes)
-        return {name: value for name, value in super().resolved.items() if not (by_bytes and name == "bits")}
+        """Without what is chosen text by text, unless it was given."""
+        chosen = {"bits", "residual"} - set(self.options) if self.by_bytes else ()
+        return {name: value for name, value in super().resolved.items() if name not in chosen}
 
     def check(self, longest: int, in_chunks: bool) -> None:
         super().check(longest, in_chunks)
         if self.number("group") % 4:
             raise UserError(f"--set group={self.option('group')}: codes of 2 bits fill bytes in fours.",
                             "Give a multiple of 4.")
-
-    def budget(self, read: int, total: int, layer: int, layers: int) -> int:
-        return read
 
     def packed(self, view: View, earlier: tuple[Packed, ...]) -> tuple[Packed, int] | None:
         count = self._quantised(view.entries)
@@ -71,21 +74,24 @@ class Kivi(Policy):
     def fitted(self, n: int, shape: CacheShape) -> Kivi:
         if shape.width % 4:
             raise UserError(f"kivi cannot pack heads of {shape.width} numbers: codes of 2 bits fill bytes in fours.")
-        if self.option("fit") == "bits" and not self.budget_bytes:
+        if not self.by_bytes:
             return self
+        if "residual" not in self.options:
+            return replace(self, options={**self.options, "residual": "0"}).fitted(n, shape)
         asked = self.ratio_of_bytes(n, shape)
         wanted = (1 - asked) * n
         shares = {}
-        for bits in BITS:
+        for bits in BITS if "bits" not in self.options else (self.option("bits"),):
             shares[bits] = self._entries(n, int(bits), shape)
             if shares[bits] <= wanted and (wanted >= n or self._share(int(bits), shape) < 1):
                 residual = str(n - self._least_quantised(n, int(bits), shape, wanted))
                 return replace(self, options={**self.options, "bits": bits, "residual": residual})
         least = 1 - min(shares.values()) / n
         raise UserError(
-            f"kivi cannot remove {float(asked):.3g} of the bytes of {n} entries: with 2 bits, scales and "
+            f"kivi cannot remove {float(asked):.3g} of the bytes of {n} entries: with "
+            f"{min(shares, key=int)} bits, scales and "
             f"{n - self._quantised(n)} entries as they are it removes {float(least):.2f}.",
-            "Ask for less, or use a smaller --set residual=.",
+            "Ask for less, or leave out --set residual= and bits=.",
         )
 
     def _entries(self, n: int, bits: int, shape: CacheShape) -> Fraction:
@@ -120,9 +126,6 @@ class Fp8(Policy):
     takes_ratio = False
     takes_budget = ()
     packs = True
-
-    def budget(self, read: int, total: int, layer: int, layers: int) -> int:
-        return read
 
     def packed(self, view: View, earlier: tuple[Packed, ...]) -> tuple[Packed, int] | None:
         if view.entries == 0:

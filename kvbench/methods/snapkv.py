@@ -32,10 +32,6 @@ class SnapKv(Policy):
     }
 
     @property
-    def looks_at(self) -> int:
-        return self.number("window")
-
-    @property
     def minimum(self) -> int:
         return self.looks_at + 1
 

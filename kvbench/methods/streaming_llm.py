@@ -4,10 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from torch import Tensor
-
 from kvbench.methods.base import Option, kept
-from kvbench.methods.policy import Policy, View, protect_first
+from kvbench.methods.policy import Policy
 
 
 @dataclass(frozen=True)
@@ -26,14 +24,7 @@ class StreamingLlm(Policy):
 
     @property
     def turned(self) -> int:
-        return self.number("sinks") if self.option("positions") == "cache" else 0
-
-    @property
-    def minimum(self) -> int:
-        return self.number("sinks") + 1
+        return self.sinks if self.option("positions") == "cache" else 0
 
     def budget(self, read: int, total: int, layer: int, layers: int) -> int:
         return max(self.minimum, self.budget_tokens or kept(total, self.ratio))
-
-    def scores(self, view: View) -> Tensor:
-        return protect_first(view.positions.float(), view.positions, self.number("sinks"))

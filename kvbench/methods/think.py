@@ -35,10 +35,6 @@ class Think(Policy):
         "channels": Option("0"),
     }
 
-    @property
-    def looks_at(self) -> int:
-        return self.number("window")
-
     def check(self, longest: int, in_chunks: bool) -> None:
         super().check(longest, in_chunks)
         if self.ratio >= Fraction(1, 2):
@@ -46,9 +42,6 @@ class Think(Policy):
                 f"think cannot remove {ratio_text(self.ratio)} of the cache: keys are half of it.",
                 "Give a --ratio below 0.5.",
             )
-
-    def budget(self, read: int, total: int, layer: int, layers: int) -> int:
-        return read
 
     def packed(self, view: View, earlier: tuple[Packed, ...]) -> tuple[Packed, int] | None:
         count, width = view.entries - self.number("recent"), view.keys.shape[-1]
