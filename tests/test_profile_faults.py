@@ -21,7 +21,7 @@ from rich.progress import Progress
 from kvbench.errors import UserError
 from kvbench.models.references import resolve_model
 from kvbench.models.shapes import is_shape
-from kvbench.profiling import runner
+from kvbench.profiling import measuring
 from kvbench.profiling.job import ProfileJob
 from kvbench.profiling.plan import ProfilePlan, ProfileRequest, at_batch, build_profile_plan
 from kvbench.profiling.worker import Worker
@@ -198,13 +198,13 @@ def test_rows_of_a_profile_by_hand(tmp_path: Path) -> None:
 
 def test_a_profile_is_not_continued_on_another_machine(tmp_path: Path) -> None:
     here = {"device": "cpu", "device_name": None, "dtype": "float32", "threads": 2}
-    run = runner._Run(
+    run = measuring.Run(
         build(), RunFolder(tmp_path), [], Console(), False, Progress(), 0, machine={**here, "threads": 1}  # type: ignore[arg-type]
     )
     with pytest.raises(UserError, match="measured with threads 1, and here it is 2"):
-        runner._check_machine(run, here)
+        measuring._check_machine(run, here)
     run.machine = here
-    runner._check_machine(run, here)
+    measuring._check_machine(run, here)
 
 
 def build(**settings: Any) -> ProfilePlan:

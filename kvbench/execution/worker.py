@@ -168,8 +168,7 @@ class Worker:
         for key, runner in self.runners.items():
             cell = runner.cell
             name = f"{cell.method} {cell.ratio_asked or ''}".strip()
-            is_able = key not in {failure.cell for failure in self.unable}
-            if name not in found and is_able and not runner.method.budget_given:  # a budget is of other lengths
+            if name not in found and key not in {failure.cell for failure in self.unable}:
                 mask = example_mask(runner.method, cell.seed)
                 if mask is not None:
                     found[name] = mask

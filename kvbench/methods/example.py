@@ -24,8 +24,8 @@ class Mask(TypedDict):
 
 
 def example_mask(method: Method, seed: int) -> Mask | None:
-    """The mask of a method over a short running text; None if it cannot be used on one."""
-    if method.policy is not None:
+    """The mask of a method over a short running text; None if it cannot be used on one, or has a budget for longer."""
+    if method.policy is not None or method.budget_given:
         return None
     text = RUNNING
     if method.by_text:  # lines of twelve words, a token each
