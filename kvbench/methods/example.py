@@ -24,7 +24,7 @@ class Mask(TypedDict):
 
 
 def example_mask(method: Method, seed: int) -> Mask | None:
-    """The mask of a method over a short running text; None if it cannot be used on one, or has a budget for longer."""
+    """The mask of a method over a short text; None if it cannot be used on one, or has a budget for longer ones."""
     if method.policy is not None or method.budget_given:
         return None
     text = RUNNING
