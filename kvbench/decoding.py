@@ -107,7 +107,7 @@ class Continuation:
         for start in range(0, stop, self.chunk):
             end = min(start + self.chunk, stop)
             here = wanted[None] if start <= int(wanted) < end else wanted.new_empty(0)
-            found = reader.feed(reader.embed(self.prefix, self.layout, slice(start, end)), self._flow, here)
+            found = reader.feed(reader.inputs(self.prefix, self.layout, slice(start, end)), self._flow, here)
             logits = found if len(here) else logits
         assert logits is not None, "the prefix has at least one token"
         return logits[:, 0]
@@ -158,20 +158,21 @@ class Continuation:
     def _step(self, reader: Reader, ids: Tensor, token: int) -> Tensor:
         """Feed a token of every row, and the special tokens up to the next one."""
         fed, stop = self._flow.fed, self._turn(token)
-        inputs = reader.model.get_input_embeddings()(ids[:, None])  # type: ignore[operator]
+        inputs = ids[:, None]
         if stop - fed > 1:
             assert reader.adapter is not None or self.layout.mixture is not None
             inputs = self._with_special(reader, inputs, fed, stop)
         return reader.feed(inputs, self._flow, self.layout.read_slots[token][None])[:, 0]
 
-    def _with_special(self, reader: Reader, inputs: Tensor, fed: int, stop: int) -> Tensor:
-        row = self.layout.tokens.row[fed:stop].to(inputs.device, non_blocking=True)
-        if reader.adapter is None:  # addresses of mixed entries: nothing computed at them is read
-            table = inputs.new_zeros(int(row.max()) + 1, inputs.shape[-1])
-        else:
-            table = reader.adapter.rows.to(inputs.dtype)
-        special = table[row.clamp(min=0)].expand(inputs.shape[0], -1, -1)
-        return torch.where((row < 0)[None, :, None], inputs, special)
+    def _with_special(self, reader: Reader, ids: Tensor, fed: int, stop: int) -> Tensor:
+        """Ids ``[rows, 1]`` with the special tokens up to ``stop``: addresses as ids, which are not read, others as
+        embeddings."""
+        if reader.adapter is None:
+            return ids.expand(-1, stop - fed)
+        row = self.layout.tokens.row[fed:stop].to(ids.device, non_blocking=True)
+        text: Tensor = reader.model.get_input_embeddings()(ids)  # type: ignore[operator]
+        special = reader.adapter.rows.to(text.dtype)[row.clamp(min=0)].expand(len(ids), -1, -1)
+        return torch.where((row < 0)[None, :, None], text, special)
 
     def _turn(self, token: int) -> int:
         """One past the last slot that is fed with a text token: what opens a span waits for its text."""

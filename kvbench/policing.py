@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from kvbench.cache.policed import PolicedCache, PolicedLayer
+from kvbench.cache.policed import PolicedCache
 from kvbench.decoding import Continuation
 from kvbench.methods.policy import Policy, View
 from kvbench.models.attention import WATCHER
@@ -48,7 +48,7 @@ class Policing:
 
     def __post_init__(self) -> None:
         needs_speeds = self.policy.turned or self.policy.takes_moments
-        self.speeds = frequencies(self.model) if needs_speeds else None
+        self.speeds = (frequencies(self.model) if needs_speeds else None) or ()
         self.cache = PolicedCache(self.policy.turned, self.speeds)
         self.read = self.since = 0
 
@@ -118,7 +118,7 @@ class Policing:
         """In one layer; ``chosen`` by the layers before it."""
         policy, layers = self.policy, self.cache.layers
         layer = layers[number]
-        self._observe(layer, None)
+        self._observe(number, None)
         keep = policy.budget(self.read, self.total, number, len(layers))
         if not policy.packs and layer.entries() > keep:
             view = self._view(number)
@@ -143,7 +143,7 @@ class Policing:
         return View(
             keys, values, layer.positions[..., first:], sums, layer.queries, layer.scaling,
             self.read, number, len(self.cache.layers), torch.tensor(list(self.lots), device=keys.device), self.seed,
-            layer.moments, self.speeds,
+            layer.moments, self.speeds[number] if self.speeds else None,
         )
 
     def mask(self, layer: int, queries: int, keys: int, device: torch.device) -> Tensor | None:
@@ -165,29 +165,30 @@ class Policing:
             stored.pending.append(query)
             if sum(pending.shape[2] for pending in stored.pending) >= QUERIES_AT_ONCE:
                 with self.beside():
-                    self._observe(stored, keys)
+                    self._observe(layer, keys)
 
-    def _observe(self, layer: PolicedLayer, keys: Tensor | None) -> None:
+    def _observe(self, number: int, keys: Tensor | None) -> None:
         """Keep the last of the pending queries, add up what they attend, or take their moments.
 
         Args:
             keys: as they were attended last; None to turn them again.
         """
+        policy, layer = self.policy, self.cache.layers[number]
         if not layer.pending:
             return
-        policy = self.policy
         query = torch.cat(layer.pending, 2) if len(layer.pending) > 1 else layer.pending[0]
         layer.pending = []
         if policy.looks_at:
             layer.queries = with_queries(layer.queries, query, policy.looks_at)
         if policy.sums:
-            keys = self.cache.turn(layer, layer.present()[0]) if keys is None else keys
+            keys = self.cache.turn(number, layer.present()[0]) if keys is None else keys
             if policy.decay != 1:
                 layer.sums.mul_(policy.decay ** query.shape[2])
             layer.sums.add_(attended(query, keys, layer.scaling, layer.positions, policy.decay))
         if policy.takes_moments:
             first = layer.read - query.shape[2]
-            layer.moments = with_moments(layer.moments, query, first, policy.sinks, self.speeds)
+            speeds = self.speeds[number] if self.speeds else None
+            layer.moments = with_moments(layer.moments, query, first, policy.sinks, speeds)
 
 
 @dataclass

@@ -137,23 +137,24 @@ class Reader:
         with self.adapter.closed(self.model):
             yield
 
-    def embed(self, ids: Tensor, layout: Layout, slots: slice = slice(None)) -> Tensor:
-        """Input embeddings ``[batch, slots, width]`` of text ids ``[batch, n]`` under a layout.
+    def inputs(self, ids: Tensor, layout: Layout, slots: slice = slice(None)) -> Tensor:
+        """What is fed of text ids ``[batch, n]`` under a layout: ids, or embeddings where an adapter has rows of its own.
+
+        Text is fed by its ids, since some models take more from them than embeddings (tables by layer, routes).
 
         Args:
             slots: which of the fed sequence; the text among them must be in ``ids``.
+
+        Returns:
+            int64 ``[batch, slots]``, or embeddings ``[batch, slots, width]``.
         """
         source = _sent(layout.source[slots], ids.device)
-        places = source.clamp(max=ids.shape[1] - 1)
-        text: Tensor = self.model.get_input_embeddings()(ids[:, places])  # type: ignore[operator]
-        if len(layout) == layout.n_raw:
-            return text
-        if self.adapter is not None:
-            rows = self.adapter.rows.to(text.dtype)
-        else:  # the other tokens are addresses, and nothing that is computed at them is read
-            rows = text.new_zeros(int(layout.tokens.row.max()) + 1, text.shape[-1])
-        special = rows[(source - layout.n_raw).clamp(min=0)]
-        return torch.where((source < layout.n_raw)[:, None], text, special)
+        text = ids[:, source.clamp(max=ids.shape[1] - 1)]
+        if self.adapter is None or len(layout) == layout.n_raw:
+            return text  # any other tokens are addresses, and nothing that is computed at them is read
+        embedded: Tensor = self.model.get_input_embeddings()(text)  # type: ignore[operator]
+        special = self.adapter.rows.to(embedded.dtype)[(source - layout.n_raw).clamp(min=0)]
+        return torch.where((source < layout.n_raw)[:, None], embedded, special)
 
     def one_pass(
         self, ids: Tensor, layout: Layout, keep: slice = slice(None), cache: EvictingCache | None = None
@@ -166,7 +167,7 @@ class Reader:
             cache.mixing = self._mixing(layout, 0, torch.arange(len(layout)), device)
         mask = None if layout.is_plain else layout.mask[None, None].to(device)
         return self._forward(
-            self.embed(ids, layout), mask, layout.position.to(device),
+            self.inputs(ids, layout), mask, layout.position.to(device),
             layout.read_slots[keep].to(device), cache,
         )
 
@@ -178,7 +179,7 @@ class Reader:
         Args:
             first: text token from which on logits are wanted; before it none are computed.
         """
-        inputs, flow = self.embed(ids, layout), Flow(layout, cache)
+        inputs, flow = self.inputs(ids, layout), Flow(layout, cache)
         wanted = layout.read_slots[first:]
         token = first
         for start in range(0, len(layout), chunk):
@@ -193,7 +194,7 @@ class Reader:
         """Feed the next slots of a layout; dead entries leave the cache afterwards.
 
         Args:
-            inputs: embeddings ``[batch, m, width]`` of the slots from ``flow.fed`` on.
+            inputs: ids ``[batch, m]`` or embeddings ``[batch, m, width]`` of the slots from ``flow.fed`` on.
             wanted: int64, the slots among them whose logits are wanted.
 
         Returns:
@@ -241,9 +242,8 @@ class Reader:
         self._open_gate(torch.empty(0, dtype=torch.long, device=ids.device))
         cache.mixing = None
         self.trace.peak = max(self.trace.peak, held + m)
-        inputs = self.model.get_input_embeddings()(ids)  # type: ignore[operator]
         places = torch.arange(position, position + m, device=ids.device)
-        return self._forward(inputs, mask, places, torch.arange(m, device=ids.device), cache)
+        return self._forward(ids, mask, places, torch.arange(m, device=ids.device), cache)
 
     def _mixing(self, layout: Layout, first: int, present: Tensor, device: torch.device) -> Mixing | None:
         """What the forward pass of the slots from ``first`` on has to mix, given what is present."""
@@ -253,12 +253,14 @@ class Reader:
         places, weights = mixture.among(first, present)
         if len(places) == 0:
             return None
-        turn = None
+        turns: tuple[tuple[Tensor, Tensor] | None, ...] = ()
         speeds = frequencies(self.model) if mixture.unrotated else None
         if speeds is not None:
-            angles = _sent(layout.position[present], device)[:, None] * _sent(speeds, device)
-            turn = (angles.cos(), angles.sin())
-        return Mixing(_sent(places, device), _sent(weights, device), turn)
+            position = _sent(layout.position[present], device)[:, None]
+            known = {id(speed): position * _sent(speed, device) for speed in speeds if speed is not None}
+            turned = {key: (angles.cos(), angles.sin()) for key, angles in known.items()}
+            turns = tuple(turned.get(id(speed)) for speed in speeds)
+        return Mixing(_sent(places, device), _sent(weights, device), turns)
 
     def _open_gate(self, special: Tensor) -> None:
         if self.adapter is not None:
@@ -269,8 +271,9 @@ class Reader:
         cache: EvictingCache | None,
     ) -> Tensor:
         extra: dict[str, Any] = {} if cache is None else {"past_key_values": cache}
+        extra["inputs_embeds" if inputs.is_floating_point() else "input_ids"] = inputs
         out = self.model(
-            inputs_embeds=inputs, attention_mask=mask, position_ids=position[None],
+            attention_mask=mask, position_ids=position[None],
             use_cache=cache is not None, logits_to_keep=keep, **extra,
         )
         logits: Tensor = out.logits

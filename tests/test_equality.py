@@ -178,7 +178,7 @@ def test_what_follows_a_context_is_masked_by_hand(llama: nn.Module) -> None:
         assert run.adapter is not None
         run.adapter.open_gate(layout.special_slots)
         embeddings = llama.get_input_embeddings()(text[:, context:])
-        inputs = torch.cat([run.embed(text[:, :context], layout), embeddings], 1)
+        inputs = torch.cat([run.inputs(text[:, :context], layout), embeddings], 1)
         position = torch.cat([layout.position, torch.arange(context, context + more)])
         out = llama(inputs_embeds=inputs, attention_mask=mask[None, None], position_ids=position[None])
     assert (together - out.logits[:, size:]).abs().max() < TOLERANCE

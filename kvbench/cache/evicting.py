@@ -34,20 +34,21 @@ class Mixing:
     Attributes:
         places: int64 ``[m]`` among all entries, stored and new.
         weights: ``[m, entries]``.
-        turn: cosine and sine ``[entries, d / 2]`` of every entry's rotation, if keys are averaged
-            without it.
+        turns: cosine and sine ``[entries, d / 2]`` of every entry's rotation by layer, if keys are averaged
+            without it; None for layers that turn nothing.
     """
 
     places: Tensor
     weights: Tensor
-    turn: tuple[Tensor, Tensor] | None = None
+    turns: tuple[tuple[Tensor, Tensor] | None, ...] = ()
 
-    def applied(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        """Keys and values ``[batch, heads, entries, width]`` with the mixed entries in place."""
-        plain = keys if self.turn is None else rotated(keys, self.turn[0], -self.turn[1])
+    def applied(self, keys: Tensor, values: Tensor, layer: int) -> tuple[Tensor, Tensor]:
+        """Keys and values ``[batch, heads, entries, width]`` of a layer, with the mixed entries in place."""
+        turn = self.turns[layer] if self.turns else None
+        plain = keys if turn is None else rotated(keys, turn[0], -turn[1])
         mixed = self.weights.to(plain.dtype) @ plain
-        if self.turn is not None:
-            mixed = rotated(mixed, self.turn[0][self.places], self.turn[1][self.places])
+        if turn is not None:
+            mixed = rotated(mixed, turn[0][self.places], turn[1][self.places])
         sums = self.weights.to(values.dtype) @ values
         return (
             keys.index_copy(-2, self.places, mixed.to(keys.dtype)),
@@ -145,7 +146,7 @@ class EvictingCache(Cache):  # type: ignore[misc]
         layer = self.layers[layer_idx]
         layer.append(key_states, value_states, self.holes)
         if self.mixing is not None:
-            layer.replace(*self.mixing.applied(layer.keys, layer.values))
+            layer.replace(*self.mixing.applied(layer.keys, layer.values, layer_idx))
         return layer.keys, layer.values
 
     def keep(self, entries: Tensor) -> None:

@@ -6,6 +6,7 @@ channels, as many per head as each was given); those are unpacked for the one fo
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -208,13 +209,13 @@ class PolicedCache(EvictingCache):
         read: text tokens read before the coming forward pass.
         turned: of the first entries, how many are read at their place in the cache instead of that in the text, as
             in StreamingLLM, where the others are at their place anyway.
-        speeds: angle per position of each pair of coordinates, for these.
+        speeds: angle per position of each pair of coordinates by layer, for these; None where a layer turns nothing.
         looks: whether the coming forward pass attends all entries, where layers have some in focus.
     """
 
     layers: list[PolicedLayer]
 
-    def __init__(self, turned: int = 0, speeds: Tensor | None = None) -> None:
+    def __init__(self, turned: int = 0, speeds: Sequence[Tensor | None] = ()) -> None:
         super().__init__()
         self.read, self.turned, self.speeds, self.looks = 0, turned, speeds, False
 
@@ -239,17 +240,18 @@ class PolicedCache(EvictingCache):
         if layer.ragged is not None:  # attended head by head: see Policing.attend
             return key_states, value_states
         keys, values = layer.present() if self.looks else layer.attended()
-        return self.turn(layer, keys), values
+        return self.turn(layer_idx, keys), values
 
-    def turn(self, layer: PolicedLayer, keys: Tensor) -> Tensor:
+    def turn(self, number: int, keys: Tensor) -> Tensor:
         """The keys of a layer as they are attended: as if nothing lay between them, if they are turned."""
+        layer, speeds = self.layers[number], self.speeds[number] if self.speeds else None
         count, gap = min(self.turned, layer.held), layer.read - layer.held
-        if not count or self.speeds is None or gap == 0:
+        if not count or speeds is None or gap == 0:
             return keys
         # Rotations are relative: turning an entry on by the gap behind it is the same as counting all others back.
         # It is turned anew from what is stored, for rounding would add up.
         angle = (torch.arange(gap, gap + count, device=keys.device) - layer.positions[..., :count])[..., None]
-        angle = angle * self.speeds.to(keys.device)
+        angle = angle * speeds.to(keys.device)
         first = rotated(keys[:, :, :count], angle.cos(), angle.sin())
         return torch.cat([first, keys[:, :, count:]], -2)
 

@@ -8,8 +8,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from kvbench.methods.policy import Policy
-from kvbench.methods.shape import CacheShape
-from kvbench.models.lowrank import low_rank
+from kvbench.models.lowrank import columns_of, low_rank
 
 
 @dataclass(frozen=True)
@@ -32,6 +31,5 @@ class Lorc(Policy):
         return read
 
     def on(self, model: nn.Module) -> AbstractContextManager[None]:
-        shape = CacheShape.of(model.config, 1)
-        size = shape.heads * shape.width
+        size = columns_of(model)
         return low_rank(model, max(1, size - int(self.ratio * size)))

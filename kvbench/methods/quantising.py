@@ -72,8 +72,9 @@ class Kivi(Policy):
         return max(0, plain - self.number("residual")) // group * group
 
     def fitted(self, n: int, shape: CacheShape) -> Kivi:
-        if shape.width % 4:
-            raise UserError(f"kivi cannot pack heads of {shape.width} numbers: codes of 2 bits fill bytes in fours.")
+        odd = [width for width in sorted(shape.widths) if width % 4]
+        if odd:
+            raise UserError(f"kivi cannot pack heads of {odd[0]} numbers: codes of 2 bits fill bytes in fours.")
         if not self.by_bytes:
             return self
         if "residual" not in self.options:
@@ -101,10 +102,12 @@ class Kivi(Policy):
 
     def _share(self, bits: int, shape: CacheShape) -> Fraction:
         """Of the bytes of an entry, what is left when it has been quantised."""
-        group = self.number("group")
-        channels = group if shape.width % group == 0 else shape.width
-        scale = Fraction(4, group) + Fraction(4, channels)  # a least value and a step, of two bytes each
-        return (Fraction(2 * bits, 8) + scale) / (2 * shape.itemsize)
+        group, taken = self.number("group"), Fraction(0)
+        for heads, keys, values in shape.layers:
+            channels = group if values % group == 0 else values
+            scales = Fraction(4 * keys, group) + Fraction(4 * values, channels)  # a least value and a step each
+            taken += heads * (Fraction((keys + values) * bits, 8) + scales)
+        return taken / shape.entry_bytes
 
     def _least_quantised(self, n: int, bits: int, shape: CacheShape, wanted: Fraction) -> int:
         """The fewest entries, in whole groups, with which the cache takes no more than is wanted."""

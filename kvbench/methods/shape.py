@@ -1,34 +1,42 @@
-"""The shape of a model's cache, which turns bytes into entries."""
+"""What a model puts into its cache, which turns bytes into entries."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import NamedTuple
+
+
+class LayerShape(NamedTuple):
+    """Of one layer: its heads, and the numbers in a key and in a value."""
+
+    heads: int
+    keys: int
+    values: int
 
 
 @dataclass(frozen=True)
 class CacheShape:
-    """Of keys and values together.
+    """Of keys and values, as they are cached.
 
     Attributes:
-        layers, heads, width: of the cache.
+        layers: of the cache.
         itemsize: bytes of a number.
     """
 
-    layers: int
-    heads: int
-    width: int
+    layers: tuple[LayerShape, ...]
     itemsize: int
 
     @classmethod
-    def of(cls, config: Any, itemsize: int) -> CacheShape:
-        """Of a model with that configuration."""
-        heads = int(config.num_attention_heads)
-        width = getattr(config, "head_dim", None) or config.hidden_size // heads
-        grouped = int(getattr(config, "num_key_value_heads", None) or heads)
-        return cls(int(config.num_hidden_layers), grouped, int(width), itemsize)
+    def even(cls, layers: int, heads: int, width: int, itemsize: int) -> CacheShape:
+        """Of layers that are all alike, with keys and values of one width."""
+        return cls((LayerShape(heads, width, width),) * layers, itemsize)
 
     @property
     def entry_bytes(self) -> int:
         """Bytes of one entry of one text in all layers."""
-        return 2 * self.layers * self.heads * self.width * self.itemsize
+        return sum(heads * (keys + values) for heads, keys, values in self.layers) * self.itemsize
+
+    @property
+    def widths(self) -> set[int]:
+        """The numbers that keys and values have."""
+        return {width for layer in self.layers for width in (layer.keys, layer.values)}

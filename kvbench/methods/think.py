@@ -56,6 +56,11 @@ class Think(Policy):
         return Thinned.of(keys, values, highest(energy, left)), count
 
     def fitted(self, n: int, shape: CacheShape) -> Think:
+        if len(shape.widths) > 1:
+            raise UserError(
+                "think takes keys to be half of the cache, and this model's keys and values have "
+                f"{' and '.join(map(str, sorted(shape.widths)))} numbers.", "Use another method.",
+            )
         asked = replace(self, ratio=self.ratio_of_bytes(n, shape), budget_bytes=0)
         if not self.number("channels") and asked.ratio * n * 2 >= max(0, n - self.number("recent")):
             raise UserError(
@@ -63,7 +68,7 @@ class Think(Policy):
                 f"{self.number('recent')} of them stay whole, and keys are half of the others.",
                 "Ask for less, or use a smaller --set recent=.",
             )
-        given = self.number("channels") or asked._left(n, shape.width)
+        given = self.number("channels") or asked._left(n, min(shape.widths))
         return replace(asked, options={**self.options, "channels": str(given)})
 
     def _left(self, n: int, width: int) -> int:

@@ -5,22 +5,25 @@ scoring, the queries are fed in a few runs, each with the keys up to its end onl
 most of that back with the stock kernel. For training on a CPU the kernel is called in float32,
 whose backward pass is faster there than that of bfloat16. Where transformers would copy keys and
 values for every query head, because there is a mask, the CPU's kernel groups the heads itself.
-Without a mask and without gradients this is SDPA, untouched.
+Without a mask and without gradients this is SDPA, untouched. Models that cap the logits of their attention, or
+let learned sinks take part in it, which SDPA knows nothing of, are computed here as they are meant.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextvars import ContextVar
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.masking_utils import sdpa_mask
+from transformers.masking_utils import causal_mask_function, sdpa_mask
 
-NAME = "kvbench_sdpa"
+NAME = "kvbench"
+"""Not to contain "sdpa": transformers would refuse models that cap their logits, which are computed here."""
 RUNS = 4
 """Runs of queries; r of them do (r + 1) / 2r of the full square."""
 SHORTEST = 128
@@ -45,6 +48,24 @@ WATCHER: ContextVar[Watcher | None] = ContextVar("watcher", default=None)
 that hold different numbers of entries have no mask in common."""
 
 
+class Attended(NamedTuple):
+    """What a layer attended: rotated ``query`` ``[batch, query heads, q, d]``, ``key`` and ``value``
+    ``[batch, heads, entries, width]``, and the names of what else took part."""
+
+    layer: int | None
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    beside: tuple[str, ...]
+
+
+LISTENER: ContextVar[Callable[[Attended], None] | None] = ContextVar("listener", default=None)
+"""Is told of every call of the attention."""
+
+MASKS: ContextVar[list[Callable[..., Any]] | None] = ContextVar("masks", default=None)
+"""Collects the rules ``(row, head, query, key) -> bool`` by which the model itself makes its masks."""
+
+
 def attention(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **extra: Any
 ) -> tuple[Tensor, None]:
@@ -53,9 +74,16 @@ def attention(
     Returns:
         Output ``[batch, q, heads, d]``, and no weights.
     """
+    softcap, sinks = extra.get("softcap"), extra.get("s_aux")
+    listener = LISTENER.get()
+    if listener is not None:
+        beside = [name for name, term in (("softcap", softcap), ("s_aux", sinks)) if term is not None]
+        listener(Attended(getattr(module, "layer_idx", None), query, key, value, tuple(beside)))
     watcher = WATCHER.get()
     if watcher is not None:
         return _watched(watcher, module, query, key, value, **extra), None
+    if softcap is not None or sinks is not None:
+        return _exact(query, key, value, attention_mask, extra.get("scaling"), softcap, sinks), None
     if torch.is_grad_enabled() and query.device.type == "cpu":
         with torch.autocast("cpu", enabled=False):
             out, _ = sdpa_attention_forward(
@@ -66,7 +94,7 @@ def attention(
     if attention_mask is None or attention_mask.dtype != torch.bool:
         out, _ = sdpa_attention_forward(module, query, key, value, attention_mask, **extra)
         return out, None
-    if 1 < q < SHORTEST and query.device.type == "cpu" and extra.get("softcap") is None:
+    if 1 < q < SHORTEST and query.device.type == "cpu":
         grouped = functional.scaled_dot_product_attention(
             query, key, value, attn_mask=attention_mask, scale=extra.get("scaling"), enable_gqa=True
         )
@@ -83,6 +111,47 @@ def attention(
         )
         parts.append(part)
     return torch.cat(parts, dim=1), None
+
+
+def _exact(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scaling: float | None, softcap: float | None,
+    sinks: Tensor | None,
+) -> Tensor:
+    """Attention ``[batch, q, heads, width]`` with logits capped at ``softcap``, and one more logit per head, a sink
+    ``[heads]`` of no value, in the softmax."""
+    batch, heads, count, width = query.shape
+    group = heads // key.shape[1]
+    scale = width**-0.5 if scaling is None else scaling
+    keys, values = (tensor.repeat_interleave(group, dim=1) for tensor in (key, value))
+    out = query.new_empty(batch, count, heads, value.shape[-1])
+    places = torch.arange(key.shape[2], device=query.device)
+    for start in range(0, count, SHORTEST):
+        rows = slice(start, min(start + SHORTEST, count))
+        logits = (query[:, :, rows] @ keys.transpose(-1, -2)).float() * scale
+        if softcap is not None:
+            logits = softcap * torch.tanh(logits / softcap)
+        if mask is None:
+            last = torch.arange(count, device=query.device)[rows, None] + len(places) - count
+            logits = logits.masked_fill(places > last, float("-inf"))
+        elif mask.dtype == torch.bool:
+            logits = logits.masked_fill(~mask[:, :, rows], float("-inf"))
+        else:
+            logits = logits + mask[:, :, rows]
+        if sinks is not None:
+            beside = sinks.float().view(1, -1, 1, 1).expand(batch, heads, logits.shape[2], 1)
+            logits = torch.cat([logits, beside], -1)
+        weights = logits.softmax(-1)[..., : len(places)].to(value.dtype)
+        out[:, rows] = (weights @ values).transpose(1, 2)
+    return out
+
+
+def _mask(*args: Any, mask_function: Callable[..., Any] = causal_mask_function, **kwargs: Any) -> Tensor | None:
+    """SDPA's own mask function; notes by what rule the model makes its mask."""
+    rules = MASKS.get()
+    if rules is not None:
+        rules.append(mask_function)
+    mask: Tensor | None = sdpa_mask(*args, mask_function=mask_function, **kwargs)
+    return mask
 
 
 def _watched(watcher: Watcher, module: Any, query: Tensor, key: Tensor, value: Tensor, **extra: Any) -> Tensor:
@@ -106,7 +175,7 @@ def _masked(mask: Tensor | None, query: Tensor, key: Tensor, value: Tensor, scal
 
 
 def register() -> str:
-    """Make the attention known to transformers, with SDPA's own mask function; returns its name."""
+    """Make the attention known to transformers, with SDPA's own masks; returns its name."""
     AttentionInterface.register(NAME, attention)
-    AttentionMaskInterface.register(NAME, sdpa_mask)
+    AttentionMaskInterface.register(NAME, _mask)
     return NAME

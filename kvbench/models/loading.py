@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import json
+import re
 from typing import Any, NamedTuple
 
 import torch
+from safetensors import SafetensorError
 from torch import nn
 
 from kvbench.errors import UserError
 from kvbench.models.attention import register
 from kvbench.models.device import pick_device
 from kvbench.models.references import ModelReference
+from kvbench.models.rotary import by_length
 
 
 class Loaded(NamedTuple):
@@ -25,7 +29,7 @@ class Loaded(NamedTuple):
 def load_model(reference: ModelReference, device: str, dtype: str) -> Loaded:
     """Load weights (safetensors, or ``weights_only`` otherwise; never remote code) and tokenizer.
 
-    The kernel is always SDPA (see :mod:`kvbench.models.attention`): eager attention silently adds
+    The attention is always that of :mod:`kvbench.models.attention`: eager attention silently adds
     boolean masks to the logits.
 
     Raises:
@@ -67,11 +71,18 @@ def load_model(reference: ModelReference, device: str, dtype: str) -> Loaded:
             "Choose a decoder-only transformer such as Llama, Qwen, GPT-NeoX, OPT or GPT-2.",
         )
     model.eval().requires_grad_(False).to(where)
-    return Loaded(model, tokenizer, context_of(config), int(config.vocab_size))
+    by_length(model)  # rotations that keep a state are looked at while they are new
+    return Loaded(model, tokenizer, context_of(config), int(text_config(config).vocab_size))
+
+
+def text_config(config: Any) -> Any:
+    """The part of a configuration that is about text: all of it, unless the model also reads other things."""
+    return config.get_text_config(decoder=True)
 
 
 def context_of(config: Any) -> int:
     """Positions that the model was made for."""
+    config = text_config(config)
     for name in ("max_position_embeddings", "n_positions"):
         if isinstance(getattr(config, name, None), int):
             return int(getattr(config, name))
@@ -92,17 +103,9 @@ def end_tokens(loaded: Loaded) -> tuple[int, ...]:
     return tuple(dict.fromkeys(int(i) for i in found))
 
 
-def window_of(config: Any) -> int | None:
-    """Width of the model's own sliding window, if one is in use."""
-    if getattr(config, "use_sliding_window", True) is False:
-        return None
-    window = getattr(config, "sliding_window", None)
-    return int(window) if isinstance(window, int) else None
-
-
 def _check_kind(reference: ModelReference, config: Any) -> None:
     if getattr(config, "is_encoder_decoder", False) or not any(
-        hasattr(config, name) for name in ("num_attention_heads", "n_head")
+        hasattr(text_config(config), name) for name in ("num_attention_heads", "n_head")
     ):
         raise UserError(
             f"{reference.name} ({config.model_type}) is not a decoder-only transformer with a KV cache.",
@@ -112,10 +115,21 @@ def _check_kind(reference: ModelReference, config: Any) -> None:
 
 def _load_error(reference: ModelReference, error: Exception) -> UserError:
     reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+    if "Unrecognized configuration class" in reason or "does not recognize this architecture" in reason:
+        import transformers
+
+        kind = re.search(r"configurations?\.\w+\.(\w+)|type `(\w+)`", reason)
+        named = next((name for name in kind.groups() if name), "of this kind") if kind else "of this kind"
+        return UserError(
+            f"transformers {transformers.__version__} has no causal language model for {reference.name} ({named}).",
+            "Choose a causal language model, or install a version of transformers that knows this one.",
+        )
     if reference.fingerprint:
+        is_damage = isinstance(error, (OSError, SafetensorError, UnicodeError, json.JSONDecodeError, EOFError))
         return UserError(
             f"The model in {reference.location} cannot be loaded: {reason}",
-            "Its files may be damaged or incomplete; copy or download them again.",
+            "Its files may be damaged or incomplete; copy or download them again." if is_damage else
+            "Its configuration asks for something that cannot be had here.",
         )
     return UserError(
         f"The model {reference.name!r} is not a local folder and cannot be had from the Hugging "

@@ -11,8 +11,8 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
+from kvbench.cache.shape import cache_shape
 from kvbench.errors import UserError
-from kvbench.methods.shape import CacheShape
 
 _FOUND: WeakKeyDictionary[nn.Module, list[Part]] = WeakKeyDictionary()
 
@@ -64,23 +64,39 @@ def low_rank(model: nn.Module, rank: int) -> Iterator[None]:
         yield
 
 
+def columns_of(model: nn.Module) -> int:
+    """Numbers in the keys of all heads of a layer, and as many in the values.
+
+    Raises:
+        UserError: layers differ, or keys from values.
+    """
+    shape = cache_shape(model)
+    if len(set(shape.layers)) > 1 or len(shape.widths) > 1:
+        raise UserError(
+            f"The keys and values of {type(model).__name__} are not of one width in all layers.",
+            "Measure lorc on a model such as Llama, Qwen, GPT-NeoX, OPT or GPT-2.",
+        )
+    return shape.layers[0].heads * shape.layers[0].keys
+
+
 def _parts(model: nn.Module) -> Iterator[Part]:
     config: Any = model.config
-    shape = CacheShape.of(config, 1)
-    wide, query = shape.heads * shape.width, int(config.num_attention_heads) * shape.width
+    wide = columns_of(model)
+    layers, heads, width = cache_shape(model).layers, *cache_shape(model).layers[0][:2]
+    query = int(config.num_attention_heads) * width
     whole = torch.arange(wide)
-    in_heads = torch.arange(shape.heads)[:, None] * 3 * shape.width + torch.arange(shape.width)
+    in_heads = torch.arange(heads)[:, None] * 3 * width + torch.arange(width)
     known = {
         "k_proj": (whole,), "v_proj": (whole,), "c_attn": (query + whole, query + wide + whole),
         "qkv_proj": (query + whole, query + wide + whole),
-        "query_key_value": ((in_heads + shape.width).flatten(), (in_heads + 2 * shape.width).flatten()),
+        "query_key_value": ((in_heads + width).flatten(), (in_heads + 2 * width).flatten()),
     }
     count = 0
     for name, module in model.named_modules():
         for columns in known.get(name.rpartition(".")[2], ()):
             count += 1
             yield _part(module, columns)
-    if count != 2 * shape.layers:
+    if count != 2 * len(layers):
         raise UserError(
             f"The projections of keys and values of {type(model).__name__} are not known.",
             "Measure lorc on a model such as Llama, Qwen, GPT-NeoX, OPT or GPT-2.",

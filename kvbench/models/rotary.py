@@ -1,13 +1,46 @@
-"""Rotary position embeddings, as far as entries of the cache have to be turned again."""
+"""Rotary position embeddings: what each layer turns, and turning entries of the cache again.
+
+Layers are asked, not configurations: a token that is read alone at two places gives the same hidden states wherever
+it stands, so that what differs between its keys is the rotation of that layer, or none.
+"""
 
 from __future__ import annotations
 
-import sys
+import copy
+import inspect
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
+from typing import Any, NamedTuple
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 
 from kvbench.errors import UserError
+from kvbench.models.attention import LISTENER, Attended
+from kvbench.models.gated import swapped
+
+FAR = 1 << 20
+"""A place beyond every length at which a rotation could change."""
+_ELSEWHERE = 11
+"""Where a token is read a second time, to see what its place changes."""
+
+_PRISTINE: WeakKeyDictionary[nn.Module, dict[str, nn.Module]] = WeakKeyDictionary()
+_FOUND: WeakKeyDictionary[nn.Module, Turned] = WeakKeyDictionary()
+
+
+class Turned(NamedTuple):
+    """What places do to a model's queries and keys.
+
+    Attributes:
+        layers: the buffer with the rotation's frequencies, by layer; "" where nothing is turned, None where queries
+            or keys are changed in a way that is not known.
+        learned: places are part of what is read (a table of positions), and not only of queries and keys.
+    """
+
+    layers: tuple[str | None, ...]
+    learned: bool
 
 
 def rotated(x: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
@@ -27,25 +60,178 @@ def has_rotary(model: nn.Module) -> bool:
     return any(name.endswith("inv_freq") for name, _ in model.named_buffers())
 
 
-def frequencies(model: nn.Module) -> Tensor | None:
-    """Angle per position of each pair of coordinates ``[d / 2]``; None without rotary embeddings.
+def frequencies(model: nn.Module) -> tuple[Tensor | None, ...] | None:
+    """Angle per position of each pair of coordinates ``[d / 2]``, by layer; None for layers that turn nothing.
+
+    None for models whose positions are learnt.
 
     Raises:
-        UserError: rotations that depend on the length of the text or on the layer, or another order
-            of coordinates.
+        UserError: layers that turn queries or keys in another way.
     """
-    found = [m for m in model.modules() if isinstance(getattr(m, "inv_freq", None), Tensor)]
-    if not found and not has_rotary(model):
+    found = turned(model)
+    if found.learned:
         return None
-    kind = getattr(found[0], "rope_type", "default") if found else "several kinds of"
-    half_turn = getattr(sys.modules[type(model).__module__], "rotate_half", None)
-    probe = torch.tensor([1.0, 2.0, 3.0, 4.0])
-    fixed = bool(found) and kind not in ("dynamic", "longrope")
-    if not fixed or half_turn is None or half_turn(probe).tolist() != [-3.0, -4.0, 1.0, 2.0]:
+    if None in found.layers:
         raise UserError(
-            f"{type(model).__name__} turns its keys in a way that cannot be undone here ({kind} rotary embedding).",
+            f"{type(model).__name__} turns its keys in a way that cannot be undone here "
+            f"(layer {found.layers.index(None)}).",
             "Use --set merge_at=rotated or positions=absolute, or a method that does not count positions anew.",
         )
-    speeds = found[0].inv_freq
-    assert isinstance(speeds, Tensor)
-    return speeds.float()
+    buffers = dict(model.named_buffers())
+    return tuple(buffers[name].float() if name else None for name in found.layers)
+
+
+def turned(model: nn.Module) -> Turned:
+    """What places do to the queries and keys of every layer: one forward pass of one token, at two places."""
+    if model not in _FOUND:
+        _FOUND[model] = _asked(model)
+    return _FOUND[model]
+
+
+@torch.inference_mode()
+def _asked(model: nn.Module) -> Turned:
+    calls: list[Attended] = []
+    device = next(model.parameters()).device
+    places = torch.tensor([[0], [_ELSEWHERE]], device=device)
+    token = LISTENER.set(calls.append)
+    try:
+        logits = model(
+            input_ids=torch.ones_like(places), position_ids=places, use_cache=False,
+        ).logits.float()
+    finally:
+        LISTENER.reset(token)
+    near = 0.05 if next(model.parameters()).dtype != torch.float32 else 1e-4
+    learned = not torch.allclose(logits[0], logits[1], rtol=near, atol=near * float(logits.abs().max()))
+    buffers = {name: tensor for name, tensor in model.named_buffers() if _is_speed(name, tensor)}
+    if [call.layer for call in calls] != list(range(len(calls))):
+        return Turned((None,) * max(1, len(calls)), learned)
+    return Turned(tuple(None if learned else _rotation_of(call, buffers, near) for call in calls), learned)
+
+
+def _is_speed(name: str, tensor: Tensor) -> bool:
+    return name.endswith("inv_freq") and "original" not in name and tensor.dim() == 1
+
+
+def _rotation_of(call: Attended, buffers: dict[str, Tensor], near: float) -> str | None:
+    """The frequencies that turn a token's query and key from the first place to the other; "" if nothing does."""
+    pairs = [(tensor[0].float(), tensor[1].float()) for tensor in (call.query, call.key)]
+    for name in ("", *buffers):
+        if all(_apart(_moved(here, buffers.get(name)), there) < near for here, there in pairs):
+            return name
+    return None
+
+
+def _moved(x: Tensor, speeds: Tensor | None) -> Tensor:
+    if speeds is None or 2 * len(speeds) > x.shape[-1]:
+        return x
+    angle = _ELSEWHERE * speeds.float()[None]
+    return rotated(x, angle.cos(), angle.sin())
+
+
+def _apart(one: Tensor, other: Tensor) -> float:
+    """How far apart, relative to the size of the numbers."""
+    return float((one - other).abs().max() / other.abs().max().clamp(min=1e-12))
+
+
+def by_length(model: nn.Module) -> dict[str, nn.Module]:
+    """The rotary embeddings that depend on how long the text is, by path, as they were when first looked at.
+
+    They are asked: what they give for the same places, in a short text and in one that goes on for long. Some keep a
+    state between calls, so that a copy is what is asked and returned; models are to be looked at when they are new.
+    """
+    if model not in _PRISTINE:
+        found = {
+            path: module for path, module in model.named_modules()
+            if any(_is_speed(name, tensor) for name, tensor in module.named_buffers(recurse=False))
+        }
+        with torch.inference_mode(False):  # tensors that are made in it cannot be written to outside
+            _PRISTINE[model] = {path: copy.deepcopy(module) for path, module in found.items() if _depends(module)}
+    return _PRISTINE[model]
+
+
+def _depends(module: nn.Module) -> bool:
+    for layer_type in _layer_types(module):
+        short, long = ([0, 1, 2], [0, 1, 2, FAR])
+        try:
+            one, other = (_table(copy.deepcopy(module), places, layer_type) for places in (short, long))
+        except (TypeError, AttributeError, KeyError, RuntimeError, ValueError):
+            return False  # called in another way: what it does at length is seen where texts are compared
+        if any(not torch.equal(a[:, :3], b[:, :3]) for a, b in zip(one, other, strict=True)):
+            return True
+    return False
+
+
+def _layer_types(module: nn.Module) -> tuple[str | None, ...]:
+    """The kinds of layers that a rotary embedding serves by name; None where it serves all alike."""
+    kind: Any = getattr(module, "rope_type", None)
+    return tuple(kind) if isinstance(kind, dict) else (None,)
+
+
+def _table(module: nn.Module, places: list[int], layer_type: str | None) -> tuple[Tensor, Tensor]:
+    """Cosine and sine at some places of a text."""
+    device = next(module.buffers()).device
+    more = {} if layer_type is None else {"layer_type": layer_type}
+    ids = torch.tensor([places], device=device)
+    cosine, sine = module(torch.zeros(1, 1, 1, device=device), ids, **more)
+    return cosine, sine
+
+
+@contextmanager
+def fixed_rotations(model: nn.Module, length: int) -> Iterator[None]:
+    """The model as it reads a text of ``length`` tokens in one pass, for the length of the block.
+
+    Where rotations depend on the length of the text (LongRoPE, dynamic NTK), entries that were stored early would
+    otherwise not be what one pass over the whole text computes.
+
+    Raises:
+        UserError: rotations that depend on the length and cannot be fixed.
+    """
+    pristine = by_length(model)
+    if not pristine:
+        yield
+        return
+    with swapped(model, {path: _fixed(module, length, model) for path, module in pristine.items()}):
+        yield
+
+
+@contextmanager
+def fresh_rotations(model: nn.Module) -> Iterator[None]:
+    """The model as if it had read nothing yet, for the length of the block: some rotations remember the longest text."""
+    with torch.inference_mode(False):
+        copies = {path: copy.deepcopy(module) for path, module in by_length(model).items()}
+    device = next(model.parameters()).device
+    with swapped(model, {path: module.to(device) for path, module in copies.items()}):
+        yield
+
+
+def _fixed(pristine: nn.Module, length: int, model: nn.Module) -> nn.Module:
+    with torch.inference_mode(False):
+        module: Any = copy.deepcopy(pristine).to(next(model.parameters()).device)
+    plain = inspect.unwrap(type(module).forward)  # without transformers' decorator, which updates and then calls it
+    if plain is type(module).forward:
+        raise UserError(
+            f"The rotations of {type(model).__name__} depend on the length of the text, and cannot be fixed.",
+            "Choose another model.",
+        )
+    with torch.inference_mode(False), torch.no_grad():
+        for layer_type in _layer_types(module):
+            _table(module, [0, length - 1], layer_type)
+    module.forward = partial(torch.no_grad()(plain), module)
+    return module  # type: ignore[no-any-return]
+
+
+def rotation_mark(model: nn.Module) -> str:
+    """How rotations enter the signature of a number; empty where all layers turn alike, at any length."""
+    kinds = {
+        kind for module in by_length(model).values()
+        for kind in _kinds_of(module)
+    }
+    if kinds:
+        return f"|rope:{'+'.join(sorted(kinds))} by length of the text"
+    found = turned(model)
+    return "|rope:by layer" if not found.learned and len(set(found.layers)) > 1 else ""
+
+
+def _kinds_of(module: nn.Module) -> set[str]:
+    kind: Any = getattr(module, "rope_type", "unknown")
+    return {str(name) for name in (kind.values() if isinstance(kind, dict) else (kind,))}

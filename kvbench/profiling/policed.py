@@ -10,9 +10,11 @@ import torch
 from torch import Tensor, nn
 
 from kvbench.cache.policed import PolicedLayer
+from kvbench.cache.shape import cache_shape
 from kvbench.decoding import Sampling
 from kvbench.methods import Layout
 from kvbench.methods.policy import Policy
+from kvbench.models.loading import text_config
 from kvbench.policing import PolicedContinuation, Policing
 from kvbench.profiling.subject import random_entries, random_logits
 from kvbench.runtime import Reader
@@ -50,13 +52,13 @@ class PolicedRequest:
         """Random entries for the whole prompt, layer by layer, of which the policy keeps its own."""
         batch, length = self.prompt.shape
         generator = torch.Generator(self.prompt.device).manual_seed(seed)
-        config: Any = self.model.config
+        heads = int(text_config(self.model.config).num_attention_heads)
         self.run.read, chosen = length, dict[int, Tensor]()
-        self.run.cache.layers = [PolicedLayer() for _ in range(int(config.num_hidden_layers))]
+        self.run.cache.layers = [PolicedLayer() for _ in cache_shape(self.model).layers]
         for number, (keys, values) in enumerate(random_entries(self.model, batch, length, seed)):
             layer = self.run.cache.layers[number]
             layer.extend(keys, values, 0)
-            shape = (batch, int(config.num_attention_heads), max(1, self.policy.looks_at), keys.shape[-1])
+            shape = (batch, heads, max(1, self.policy.looks_at), keys.shape[-1])
             queries = torch.empty(shape, dtype=keys.dtype, device=keys.device).normal_(generator=generator)
             layer.scaling = float(keys.shape[-1]) ** -0.5
             if self.policy.looks_at:

@@ -11,10 +11,11 @@ import torch
 from torch import Tensor, nn
 
 from kvbench.cache.evicting import EvictingCache, storage_bytes
+from kvbench.cache.shape import cache_shape
 from kvbench.decoding import Continuation, Sampling
 from kvbench.methods import Layout
-from kvbench.methods.shape import CacheShape
 from kvbench.models.adapter import Adapter
+from kvbench.models.loading import text_config
 from kvbench.runtime import Reader
 
 
@@ -58,18 +59,20 @@ def random_entries(
     All rows of the batch are alike, which changes nothing for time and saves most of the drawing.
     """
     like = next(model.parameters())
-    shape = CacheShape.of(model.config, like.element_size())
     generator = torch.Generator(like.device).manual_seed(seed)
-    for _ in range(shape.layers):
-        drawn = torch.empty(2, 1, shape.heads, entries, shape.width, dtype=like.dtype, device=like.device)
-        keys, values = drawn.normal_(generator=generator).expand(-1, batch, -1, -1, -1)
-        yield keys.clone(memory_format=torch.contiguous_format), values.clone(memory_format=torch.contiguous_format)
+    for heads, *widths in cache_shape(model).layers:
+        keys, values = (
+            torch.empty(1, heads, entries, width, dtype=like.dtype, device=like.device).normal_(generator=generator)
+            .expand(batch, -1, -1, -1).clone(memory_format=torch.contiguous_format)
+            for width in widths
+        )
+        yield keys, values
 
 
 def random_logits(model: nn.Module, batch: int, seed: int) -> Tensor:
     like = next(model.parameters())
     generator = torch.Generator(like.device).manual_seed(seed)
-    size = int(model.config.vocab_size)  # type: ignore[union-attr, arg-type]
+    size = int(text_config(model.config).vocab_size)
     return torch.empty(batch, size, dtype=like.dtype, device=like.device).normal_(generator=generator)
 
 

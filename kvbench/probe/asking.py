@@ -1,0 +1,315 @@
+"""The probe: a few short forward passes, in which the model is asked and nothing is taken from its configuration."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from fractions import Fraction
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from kvbench.cache.evicting import EvictingCache
+from kvbench.cache.policed import PolicedCache
+from kvbench.errors import UserError
+from kvbench.methods import make_layout, make_method
+from kvbench.methods.policy import Policy
+from kvbench.models.attention import LISTENER, MASKS, NAME, Attended
+from kvbench.models.loading import context_of, text_config
+from kvbench.models.rotary import fixed_rotations, fresh_rotations, rotation_mark, turned
+from kvbench.policing import Policing
+from kvbench.probe.facts import ModelFacts
+from kvbench.runtime import Reader
+
+LENGTH, CHUNK = 48, 7
+"""Tokens that are read, and how many at a time where entries are stored."""
+
+TOLERANCES = {torch.float32: 1e-4, torch.bfloat16: 0.1, torch.float16: 0.02}
+"""How far two ways to the same number may lie apart, in nats per token, by the precision of the weights."""
+
+LONGEST = 1 << 20
+"""Texts beyond which no bound of a layer's sight is looked for."""
+
+Faults = (RuntimeError, ValueError, IndexError, TypeError, KeyError, AttributeError, AssertionError, NotImplementedError)
+"""What a model may raise when it is used in a way that it was not made for."""
+
+
+class _FoundError(Exception):
+    """The probe has come to an end: the model cannot be measured."""
+
+
+def examine(model: nn.Module, ids: Tensor) -> ModelFacts:
+    """Ask a model what it is.
+
+    Args:
+        ids: int64 ``[1, n]``, some text of the model's own vocabulary; n at most its context.
+    """
+    started, facts = time.perf_counter(), ModelFacts(type(model).__name__)
+    with torch.inference_mode():
+        try:
+            facts = _Probe(model, ids).carried_out(facts)
+        except _FoundError as found:
+            facts = replace(facts, refusal=str(found))
+    return replace(facts, seconds=round(time.perf_counter() - started, 3))
+
+
+def apart(model: nn.Module, ids: Tensor, length: int | None = None) -> float:
+    """Nats per token between the model's own forward pass over a text and what is read with every entry stored.
+
+    Args:
+        length: of the text, for rotations that depend on it; that of ``ids`` if None.
+    """
+    with torch.inference_mode(), fixed_rotations(model, length or ids.shape[1]):
+        streamed = _nll_streamed(model, ids, 64)
+    with torch.inference_mode(), fresh_rotations(model):
+        return _distance(_nll(_own(model, ids), ids), streamed)
+
+
+class _Probe:
+    def __init__(self, model: nn.Module, ids: Tensor) -> None:
+        self.model, self.ids, self.length = model, ids, ids.shape[1]
+        self.tolerance = TOLERANCES.get(next(model.parameters()).dtype, 0.1)
+        self.worst = 0.0
+
+    def carried_out(self, facts: ModelFacts) -> ModelFacts:
+        """All questions, the ones that rule a model out first.
+
+        Raises:
+            _FoundError: it is ruled out.
+        """
+        model, ids = self.model, self.ids
+        own = self._own_nll()
+        self._check_causal(own)
+        rules: list[Callable[..., Any]] = []
+        calls: list[Attended] = []
+        with _collected(MASKS, rules), _heard(calls.append):
+            mine = self._tried(lambda: _nll(_own(model, ids), ids), "its own forward pass")
+        self._check("its attention, computed by PyTorch, is not that of its own code", own, mine)
+        window = sight_of(rules, max(LONGEST, context_of(model.config)))
+        if window is not None and window < self.length:
+            return replace(facts, window=window, window_setting=setting_of(model.config, window))
+        with fixed_rotations(model, self.length):
+            streamed = self._tried(lambda: _nll_streamed(model, ids, CHUNK), "reading it with stored entries")
+            self._check("what it predicts with stored entries is not what it predicts in one pass", own, streamed)
+            self._check_masks()
+            by_embeddings = self._by_embeddings()
+            policy_refusal = self._policies(own, calls)
+        found = turned(model)
+        return replace(
+            facts, window=window, window_setting=setting_of(model.config, window), policy_refusal=policy_refusal,
+            needs_ids=by_embeddings is None or _distance(own, by_embeddings) > self.tolerance,
+            is_turned=None not in found.layers, learned=found.learned, mark=rotation_mark(model),
+            apart=self.worst,
+        )
+
+    def _own_nll(self) -> Tensor:
+        """By the model's own code, nothing stored."""
+        with _eager(self.model):
+            return self._tried(lambda: _nll(_own(self.model, self.ids), self.ids), "its own forward pass")
+
+    def _check_causal(self, own: Tensor) -> None:
+        other, half = self.ids.clone(), self.length // 2
+        other[:, half:] = other[:, half:].flip(1).roll(1, 1)
+        with _eager(self.model):
+            changed = _nll(_own(self.model, other), self.ids)
+        if _distance(own[:, : half - 1], changed[:, : half - 1]) > self.tolerance:
+            why = " (is_decoder: false)" if getattr(self.model.config, "is_decoder", True) is False else ""
+            raise _FoundError(
+                f"{type(self.model).__name__} attends tokens that come later{why}: it is no causal language model, and "
+                "has no perplexity."
+            )
+
+    def _check_masks(self) -> None:
+        """A window, masked in one pass and really removed."""
+        layout = make_layout(make_method("window", Fraction(1, 2)), self.length, 0, 0)
+        reader = Reader(self.model)
+        masked = self._tried(lambda: _nll(reader.one_pass(self.ids, layout), self.ids), "reading it under a mask")
+        parts = [part.logits for part in reader.stream(self.ids, layout, EvictingCache(), CHUNK)]
+        self._check("it does not attend under the masks that it is given", masked, _nll(torch.cat(parts, 1), self.ids))
+
+    def _by_embeddings(self) -> Tensor | None:
+        """With nothing but the embeddings of the tokens; None where that cannot be had."""
+        embedded = self.model.get_input_embeddings()(self.ids)  # type: ignore[operator]
+        try:
+            return _nll(self.model(inputs_embeds=embedded, use_cache=False).logits, self.ids)
+        except Faults:
+            return None
+
+    def _policies(self, own: Tensor, calls: list[Attended]) -> str:
+        """Why policies cannot be used on the model: whether what is cached is what is attended, once in every layer."""
+        name = type(self.model).__name__
+        beside = {term for call in calls for term in call.beside}
+        if "softcap" in beside:
+            return f"{name} caps the logits of its attention, and a policy would be given others."
+        if "s_aux" in beside:
+            return f"{name} attends learned sinks beside its entries, which a policy does not know."
+        policy = make_method("knorm", Fraction(0)).policy
+        assert isinstance(policy, Policy)
+        run, cache = Policing(self.model, policy, self.length, (0,)), _Noting()
+        run.cache, heard = cache, list[Attended]()
+        try:
+            with _heard(heard.append):
+                logits = [part.logits for part in run.stream(self.ids)]
+        except (*Faults, UserError) as error:
+            return f"{name} cannot be read under a policy ({_sentence(error)})."
+        why = _uncached(cache, heard)
+        if why:
+            return f"In {name}, {why}, and a policy would choose by something else than what is attended."
+        if _distance(own, _nll(torch.cat(logits, 1), self.ids)) > self.tolerance:
+            return f"{name} predicts something else under a policy that removes nothing."
+        return ""
+
+    def _tried(self, run: Callable[[], Tensor], what: str) -> Tensor:
+        try:
+            found = run()
+        except Faults as error:
+            raise _FoundError(
+                f"{what} fails in {type(self.model).__name__}{rests_on(self.model)}: {_sentence(error)}."
+            ) from error
+        if not bool(torch.isfinite(found).all()):
+            raise _FoundError(f"{what} gives predictions that are not finite (overflow, or damaged weights).")
+        return found
+
+    def _check(self, what: str, one: Tensor, other: Tensor) -> None:
+        distance = _distance(one, other)
+        if distance > self.tolerance:
+            raise _FoundError(
+                f"{what} ({distance:.2g} nats per token apart), by {type(self.model).__name__}{rests_on(self.model)}."
+            )
+        self.worst = max(self.worst, distance)
+
+
+class _Noting(PolicedCache):
+    """Notes what every layer was given to attend."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.given: list[tuple[int, Tensor, Tensor]] = []
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        keys, values = super().update(key_states, value_states, layer_idx, *args, **kwargs)
+        self.given.append((layer_idx, keys, values))
+        return keys, values
+
+
+def _uncached(cache: _Noting, heard: list[Attended]) -> str:
+    """In what way what is attended is not what is cached; empty if it is."""
+    cached, attended = ([call[0] for call in calls] for calls in (cache.given, heard))
+    if cached != attended:
+        layer = next((i for i, pair in enumerate(zip(cached, attended, strict=False)) if pair[0] != pair[1]), 0)
+        many = len(attended) / max(1, len(cached))
+        return f"attention is computed {many:.3g} times for every time that a layer stores entries (from call {layer})"
+    for (layer, keys, values), call in zip(cache.given, heard, strict=True):
+        for what, one, other in (("keys", keys, call.key), ("values", values, call.value)):
+            if one.shape != other.shape or not torch.equal(one, other):
+                return f"layer {layer} caches other {what} than it attends"
+    return ""
+
+
+def sight_of(rules: list[Callable[..., Any]], longest: int) -> int | None:
+    """The longest text whose last token sees all of it by every rule; None if that of ``longest`` tokens does.
+
+    Args:
+        rules: ``(row, head, query, key) -> bool``, as transformers makes masks by.
+    """
+    found = [bound for rule in rules if (bound := _bound(rule, longest)) is not None]
+    return min(found, default=None)
+
+
+def _bound(rule: Callable[..., Any], longest: int) -> int | None:
+    def sees_all(length: int) -> bool:
+        zero, last = torch.zeros(1, dtype=torch.long), torch.tensor([length - 1])
+        return bool(torch.as_tensor(rule(zero, zero, last, torch.arange(length))).all())
+
+    try:
+        if sees_all(longest):
+            return None
+        low, high = 0, longest
+        while high - low > 1:
+            middle = (low + high) // 2
+            low, high = (middle, high) if sees_all(middle) else (low, middle)
+        return low
+    except Faults:
+        return None  # a rule that is made for one text only: seen where texts are compared
+
+
+def setting_of(config: Any, value: int | None) -> str:
+    """What a configuration calls a number."""
+    content = {**config.to_dict(), **text_config(config).to_dict()}
+    names = [name for name, found in content.items() if found == value and value is not None and not isinstance(found, bool)]
+    return next((name for name in names if "window" in name or "chunk" in name), names[0] if names else "a window of")
+
+
+def rests_on(model: nn.Module) -> str:
+    """What in a model is likely to be the cause, in brackets."""
+    config: Any = text_config(model.config)
+    kinds = {str(kind) for kind in getattr(config, "layer_types", None) or () if "full" not in str(kind)}
+    parts = {
+        type(module).__name__ for module in model.modules()
+        if any(word in type(module).__name__ for word in ("Mamba", "Conv1d", "Recurrent", "Linear", "SSM", "Rwkv"))
+        and type(module) is not nn.Linear and "Rotary" not in type(module).__name__
+    }
+    named = sorted(kinds) or sorted(part for part in parts if part not in ("Conv1D", "GatedLinear"))
+    return f" (it has {', '.join(named)})" if named else ""
+
+
+def _sentence(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
+
+
+def _own(model: nn.Module, ids: Tensor) -> Tensor:
+    logits: Tensor = model(input_ids=ids, use_cache=False).logits
+    return logits
+
+
+def _nll(logits: Tensor, ids: Tensor) -> Tensor:
+    """float32 ``[1, n - 1]``, of every token but the first."""
+    log_p = logits[:, : ids.shape[1] - 1].float().log_softmax(-1)
+    return -log_p.gather(-1, ids[:, 1:, None])[..., 0]
+
+
+def _nll_streamed(model: nn.Module, ids: Tensor, chunk: int) -> Tensor:
+    layout = make_layout(make_method("full", Fraction(0)), ids.shape[1], 0, 0)
+    parts = []
+    for part in Reader(model).stream(ids, layout, EvictingCache(), chunk):
+        targets = ids[:, part.start + 1 : part.stop + 1]
+        log_p = part.logits[:, : targets.shape[1]].float().log_softmax(-1)
+        parts.append(-log_p.gather(-1, targets[..., None])[..., 0])
+    return torch.cat(parts, 1)
+
+
+def _distance(one: Tensor, other: Tensor) -> float:
+    return float((one - other).abs().mean())
+
+
+@contextmanager
+def _eager(model: Any) -> Iterator[None]:
+    """The model with its own attention, in plain PyTorch."""
+    model.set_attn_implementation("eager")
+    try:
+        yield
+    finally:
+        model.set_attn_implementation(NAME)
+
+
+@contextmanager
+def _heard(listen: Callable[[Attended], None]) -> Iterator[None]:
+    token = LISTENER.set(listen)
+    try:
+        yield
+    finally:
+        LISTENER.reset(token)
+
+
+@contextmanager
+def _collected(variable: Any, into: list[Any]) -> Iterator[None]:
+    token = variable.set(into)
+    try:
+        yield
+    finally:
+        variable.reset(token)
