@@ -112,7 +112,7 @@ def _check_kind(reference: ModelReference, config: Any) -> None:
 
 def _load_error(reference: ModelReference, error: Exception) -> UserError:
     reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-    if reference.fingerprint:
+    if reference.is_folder:
         return UserError(
             f"The model in {reference.location} cannot be loaded: {reason}",
             "Its files may be damaged or incomplete; copy or download them again.",
