@@ -94,7 +94,7 @@ def _counted(folder: Path) -> dict[str, Path]:
     if _says_nothing(_json(folder / "generation_config.json"), config):
         names.discard("generation_config.json")
     names |= {str(config["transformers_weights"])} if "transformers_weights" in config else set()
-    for index in [name for name in names if name.endswith(".index.json")]:  # its parts may lie in folders of their own
+    for index in [name for name in names if name.endswith(".index.json")]:  # its parts may lie deeper
         parts = _json(folder / index).get("weight_map")
         names |= {str(part) for part in parts.values()} if isinstance(parts, dict) else set()
     return {name: folder / name for name in names if (folder / name).is_file()}

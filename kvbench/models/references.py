@@ -110,7 +110,8 @@ def _commit(name: str, revision: str | None) -> str | None:
         return None
     if _on_hub(name, "adapter_config.json", commit) is not None:
         raise UserError(
-            f"{name} on the hub is an adapter of another model.", "Merge it into its base model, and give that folder."
+            f"{name} on the hub is an adapter of another model.",
+            "Merge it into its base model, and give the folder of the result.",
         )
     return commit
 
@@ -118,9 +119,11 @@ def _commit(name: str, revision: str | None) -> str | None:
 def _on_hub(name: str, file: str, revision: str | None) -> Path | None:
     """A file of a model on the hub, downloaded or from the hub's cache; None where it cannot be had."""
     from huggingface_hub import hf_hub_download
-    from huggingface_hub.utils import disable_progress_bars
+    from huggingface_hub.utils import logging
+    from huggingface_hub.utils.tqdm import disable_progress_bars
 
     disable_progress_bars()
+    logging.set_verbosity_error()  # type: ignore[no-untyped-call]  # what is wrong is said once, by what loads it
     try:
         return Path(hf_hub_download(name, file, revision=revision))
     except Exception:  # the library raises a different type for each way to be missing, or offline

@@ -12,7 +12,7 @@ from kvbench.store.folder import write_atomic
 
 
 def cache_folder() -> Path:
-    """``$KVBENCH_CACHE``, else ``kvbench`` in ``$XDG_CACHE_HOME``, else ``~/.cache/kvbench``; it may not be there yet.
+    """``$KVBENCH_CACHE``, else ``kvbench`` in ``$XDG_CACHE_HOME``, else ``~/.cache/kvbench``; it may not exist yet.
 
     Raises:
         RuntimeError: the user has no home.
