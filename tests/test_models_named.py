@@ -124,6 +124,15 @@ def test_a_model_that_cannot_be_had_is_named_by_what_was_asked_for(hub: Path) ->
         load_model(resolve_model("org/name"), "cpu", "auto")
 
 
+def test_nothing_is_measured_of_a_commit_that_nobody_knows(hub: Path, texts: Path) -> None:
+    """The hub was away while the command was planned, and is there when the model is loaded."""
+    plan = plan_of("org/late", data=texts)
+    assert {cell.model_hash for cell in plan.cells} == {""}
+    hub.rename(hub.with_name("models--org--late"))
+    with pytest.raises(UserError, match="has not said which commit org/late is"):
+        Worker(job_of(plan), StringIO()).prepare()
+
+
 def test_an_adapter_on_the_hub_is_no_model(hub: Path) -> None:
     """Its base model would be loaded from elsewhere, from a branch that may move."""
     (hub / "snapshots" / FIRST / "adapter_config.json").write_text('{"base_model_name_or_path": "other/base"}')

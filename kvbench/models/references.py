@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 from importlib.resources import files
@@ -56,11 +57,16 @@ class ModelReference:
         return former_fingerprint(Path(self.location))
 
     def check_unchanged(self) -> None:
-        """See that a folder's files are those of the fingerprint still. A commit on the hub is fixed.
+        """See, once it is loaded, that it is what the fingerprint says: a folder may change, a commit cannot.
 
         Raises:
-            UserError: they have changed meanwhile.
+            UserError: they have changed meanwhile, or nobody knows which commit was loaded.
         """
+        if not self.fingerprint:
+            raise UserError(
+                f"The Hugging Face hub can be reached only now, and has not said which commit {self.name} is.",
+                "Run the same command again.",
+            )
         if self.is_folder:
             check_unchanged(Path(self.location), self.fingerprint)
 
@@ -104,11 +110,8 @@ def _commit(name: str, revision: str | None) -> str | None:
     Raises:
         UserError: it is an adapter, whose base model no commit of its own fixes.
     """
-    config = _on_hub(name, "config.json", revision)
-    commit = config.parent.name if config is not None else ""
-    if not _COMMIT.match(commit):
-        return None
-    if _on_hub(name, "adapter_config.json", commit) is not None:
+    commit = _commit_with(name, "config.json", revision)
+    if commit is not None and _commit_with(name, "adapter_config.json", commit) is not None:
         raise UserError(
             f"{name} on the hub is an adapter of another model.",
             "Merge it into its base model, and give the folder of the result.",
@@ -116,18 +119,18 @@ def _commit(name: str, revision: str | None) -> str | None:
     return commit
 
 
-def _on_hub(name: str, file: str, revision: str | None) -> Path | None:
-    """A file of a model on the hub, downloaded or from the hub's cache; None where it cannot be had."""
-    from huggingface_hub import hf_hub_download
-    from huggingface_hub.utils import logging
-    from huggingface_hub.utils.tqdm import disable_progress_bars
+def _commit_with(name: str, file: str, revision: str | None) -> str | None:
+    """The commit of a revision, if the hub or else its cache has the file in it. What is fixed is not asked twice."""
+    from huggingface_hub import get_hf_file_metadata, hf_hub_url, try_to_load_from_cache
 
-    disable_progress_bars()
-    logging.set_verbosity_error()  # type: ignore[no-untyped-call]  # what is wrong is said once, by what loads it
-    try:
-        return Path(hf_hub_download(name, file, revision=revision))
-    except Exception:  # the library raises a different type for each way to be missing, or offline
-        return None
+    is_fixed = revision is not None and _COMMIT.match(revision) is not None
+    with suppress(Exception):  # the library raises a different type for each way to be wrong
+        kept = try_to_load_from_cache(name, file, revision=revision)  # a path, None, or a mark that it does not exist
+        if kept is None or not is_fixed:
+            with suppress(Exception):  # or to be missing, or offline
+                return get_hf_file_metadata(hf_hub_url(name, file, revision=revision)).commit_hash
+        return Path(kept).parent.name if isinstance(kept, str) else None
+    return None
 
 
 def given_adapter(name: str) -> Path:

@@ -77,6 +77,7 @@ def run_adapter_training(request: AdapterRequest, follow: Follow) -> Path:
     if request.threads:
         torch.set_num_threads(request.threads)
     model, tokenizer, context, _ = load_model(reference, team.device(request.device), "float32")
+    reference.check_unchanged()
     if plan.length > context:
         raise UserError(
             f"--length {plan.length} does not fit {request.model}: its context is {context} tokens.",
