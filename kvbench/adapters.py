@@ -69,10 +69,11 @@ class Adapters:
     def _check(self, folder: Path, card: AdapterCard, method: Method) -> None:
         model = self.model
         known = bool(model.fingerprint and card.base_hash)
-        if card.base_hash != model.fingerprint if known else card.base_model != model.short_name:
+        if not (model.has_fingerprint(card.base_hash) if known else card.base_model == model.short_name):
             raise UserError(
                 f"The adapter in {folder} was trained on another base model "
                 f"({card.base_model}, {card.base_hash}), not on {model.name} ({model.fingerprint}).",
+                f"Use --revision {card.base_hash}." if known and card.base_model == model.name and model.revision else
                 f"Train one: kvbench train --method {method.name} --model {model.name} "
                 f"--data TEXTS.jsonl --out ADAPTER.",
             )

@@ -17,7 +17,8 @@ from kvbench.errors import UserError, unknown
 from kvbench.execution.job import ENCODER, ITSELF, NOTHING, SENTENCES, Judging
 from kvbench.methods import METHODS, Method, parse_ratio, ratio_text
 from kvbench.metrics import GENERATION_NAMES, NEED_ENCODER, NEED_SCORER
-from kvbench.models.references import ModelReference, fingerprint, resolve_model
+from kvbench.models.fingerprint import fingerprint
+from kvbench.models.references import ModelReference, resolve_model
 from kvbench.protocols.protocol import OPTIONS, PROTOCOLS, RECALL_OPTIONS, protocol_options
 from kvbench.store.records import HUMAN, Cell
 
@@ -146,7 +147,7 @@ def build_plan(request: Request, omit: bool = False) -> Plan:
         options = protocol_options(protocols[name], _options_of(task, protocols[name]), request.options)
         in_chunks = task.kind == "online"
         measured: dict[str, Any] = {
-            "model": model.name, "revision": request.revision, "model_hash": model.fingerprint,
+            "model": model.name, "revision": model.revision, "model_hash": model.fingerprint,
             "dtype": _dtype(request), "device": request.device, "task": task.name, "task_version": task.version,
             "data_hash": corpora[name].hash, "protocol": protocols[name], "execution": request.execution,
             "seed": request.seed,
@@ -210,22 +211,21 @@ def _judging(request: Request, writes: bool) -> tuple[Judging, dict[str, str]]:
         raise UserError("--mauve-features is for mauve, and --metric leaves it out.", "Add --metric mauve.")
     scorer = (request.scorer or ITSELF) if set(NEED_SCORER) & set(wanted) else NOTHING
     features = request.mauve_features or (SENTENCES if "mauve" in wanted else NOTHING)
+    models = {name: resolve_model(name) for name in (scorer, features) if name not in (NOTHING, ITSELF, SENTENCES)}
     judging = Judging(
         scorer, bool(set(NEED_ENCODER) & set(wanted)) or features == SENTENCES, features,
-        "mauve" in request.metrics or request.mauve_features is not None,
+        "mauve" in request.metrics or request.mauve_features is not None, models,
     )
+    named = {name: _named(model) for name, model in models.items()}
     return judging, {
-        "scorer": _named(judging.scorer), "encoder": ENCODER if judging.encoder else NOTHING,
-        "mauve_features": ENCODER if features == SENTENCES else _named(features),
+        "scorer": named.get(scorer, scorer), "encoder": ENCODER if judging.encoder else NOTHING,
+        "mauve_features": ENCODER if features == SENTENCES else named.get(features, features),
     }
 
 
-def _named(model: str) -> str:
+def _named(model: ModelReference) -> str:
     """A judging model by its name and fingerprint."""
-    if model in (NOTHING, ITSELF):
-        return model
-    reference = resolve_model(model)
-    return f"{reference.short_name}@{reference.fingerprint}" if reference.fingerprint else reference.short_name
+    return f"{model.short_name}@{model.fingerprint}" if model.fingerprint else model.short_name
 
 
 def _dtype(request: Request) -> str:

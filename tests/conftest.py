@@ -99,6 +99,12 @@ def adapter_for(model: nn.Module, method: Method, gate: str | None = None) -> Ad
     return small_adapter(model, gate or method.trainable[0], method.n_rows)
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """What commands keep between them is not the user's, here or in processes that tests start."""
+    os.environ["KVBENCH_CACHE"] = str(tmp_path_factory.mktemp("cache"))
+
+
 @pytest.fixture(scope="session", params=FAMILIES)
 def family(request: pytest.FixtureRequest) -> str:
     return str(request.param)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import itertools
 import math
+import os
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -213,6 +215,28 @@ def test_an_encoder_with_other_weights_is_refused(tmp_path: Path, monkeypatch: p
     monkeypatch.setattr(encoder_module, "PACKAGE", "no_such_package")
     with pytest.raises(UserError, match="not installed"):
         encoder_module.encoder_folder()
+
+
+def test_every_file_of_the_encoder_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another tokenizer or another pooling would be another metric, with the same weights."""
+    real = encoder_module.encoder_folder()
+    package = tmp_path / "changed_encoder"
+    package.mkdir()
+    (package / "__init__.py").write_text("")
+    shutil.copytree(real, package / "model", copy_function=os.symlink)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(encoder_module, "PACKAGE", "changed_encoder")
+    assert encoder_module.encoder_folder() == package / "model"
+    for name in ("config.json", "tokenizer.json", "vocab.txt", "1_Pooling/config.json", "sentence_bert_config.json"):
+        path = package / "model" / name
+        path.unlink()
+        path.write_text((real / name).read_text() + " ")
+        with pytest.raises(UserError, match=f"{name} has SHA-256"):
+            encoder_module.encoder_folder()
+        path.unlink()
+        with pytest.raises(UserError, match=f"{name} is not there"):
+            encoder_module.encoder_folder()
+        path.symlink_to(real / name)
 
 
 def test_last_states_for_mauve(llama_4096: nn.Module, tiny_tokenizer: Any) -> None:

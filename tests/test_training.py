@@ -28,7 +28,7 @@ from kvbench.models.adapter import WEIGHTS, Adapter, AdapterCard, read_card
 from kvbench.runtime import Reader
 from kvbench.training.adapter_training import AdapterPlan, step_layout, step_loss, text_loss, train_adapter
 from kvbench.training.base_training import BasePlan, new_model, train_base, train_tokenizer
-from kvbench.training.loop import CHECKPOINT, rate_factor
+from kvbench.training.loop import CHECKPOINT, rate_factor, restore_checkpoint, save_checkpoint
 from kvbench.training.mixture import Mixture
 from tests.conftest import VOCABULARY, Outcome, small_model
 
@@ -111,6 +111,21 @@ def test_checkpoint_of_another_plan_is_refused(tmp_path: Path) -> None:
     (tmp_path / CHECKPOINT).write_bytes(b"not a checkpoint")
     with pytest.raises(UserError, match="damaged"):
         trained(PLAN, tmp_path)
+
+
+@pytest.mark.parametrize("plan", [PLAN, BasePlan()])
+def test_a_checkpoint_is_continued_with_the_same_model_and_texts_only(tmp_path: Path, plan: Any) -> None:
+    known = [name for name in ("base_hash", "tokenizer", "data") if hasattr(plan, name)]
+    made = replace(plan, **dict.fromkeys(known, "a"))
+    save_checkpoint(tmp_path, made, 2, {})
+    assert restore_checkpoint(tmp_path, made, {}) == 2
+    for name in known:
+        with pytest.raises(UserError, match="other settings"):
+            restore_checkpoint(tmp_path, replace(made, **{name: "b"}), {})
+    state = torch.load(tmp_path / CHECKPOINT, weights_only=True)
+    del state["plan"]["data"]  # as an older version wrote it
+    torch.save(state, tmp_path / CHECKPOINT)
+    assert restore_checkpoint(tmp_path, replace(made, data="b"), {}) == 2
 
 
 def test_ratios_and_spans_are_drawn_anew_every_step() -> None:

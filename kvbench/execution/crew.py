@@ -8,9 +8,8 @@ import time
 from typing import Any
 
 from kvbench.execution.child import Child
-from kvbench.execution.job import ITSELF, NOTHING, SENTENCES, Job, Judging
+from kvbench.execution.job import Job, Judging
 from kvbench.execution.parts import Part
-from kvbench.models.references import resolve_model
 from kvbench.plan import Plan
 
 SMALL_MODEL_BYTES = 256 << 20
@@ -92,8 +91,7 @@ def crew_of(plan: Plan, most: int, omit: bool, events: Events) -> list[Hand]:
 
 def _has_large_judge(judging: Judging) -> bool:
     """Whether every child would load a model of its own that is large, or of unknown size."""
-    names = {judging.scorer, judging.features} - {NOTHING, ITSELF, SENTENCES}
-    return any(not 0 < resolve_model(name).weight_bytes <= SMALL_MODEL_BYTES for name in names)
+    return any(not 0 < model.weight_bytes <= SMALL_MODEL_BYTES for model in judging.models.values())
 
 
 def _cuda() -> bool:

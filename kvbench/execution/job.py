@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from dataclasses import dataclass
-from typing import ClassVar
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
 
+from kvbench.models.references import ModelReference
 from kvbench.store.records import Cell
 
 NOTHING, ITSELF, SENTENCES = "none", "itself", "encoder"
@@ -24,12 +25,19 @@ class Judging:
         features: what MAUVE compares: ``encoder`` (those vectors), or the name of a causal language
             model whose last states it takes; ``none`` for no MAUVE.
         mauve_asked: it was asked for by name, so that too few documents are an error.
+        models: the language models among them, by name: those that the cells' options name.
     """
 
     scorer: str = NOTHING
     encoder: bool = False
     features: str = NOTHING
     mauve_asked: bool = False
+    models: dict[str, ModelReference] = field(default_factory=dict)
+
+    @classmethod
+    def load(cls, raw: dict[str, Any]) -> Judging:
+        """From what ``dataclasses.asdict`` made of it."""
+        return cls(**{**raw, "models": {name: ModelReference(**model) for name, model in raw["models"].items()}})
 
 
 @dataclass(frozen=True)
@@ -65,7 +73,7 @@ class Job:
     def from_json(cls, text: str) -> Job:
         raw = json.loads(text)
         raw["cells"] = tuple(Cell(**cell) for cell in raw["cells"])
-        raw["judging"] = Judging(**raw["judging"])
+        raw["judging"] = Judging.load(raw["judging"])
         return cls(**raw)
 
 

@@ -12,7 +12,7 @@ from kvbench.judges.encoder import Encoder, SentenceEncoder, StateEncoder, packe
 from kvbench.judges.fluency import Scorer
 from kvbench.metrics.mauve import LEAST_TEXTS
 from kvbench.models.loading import Loaded, load_model
-from kvbench.models.references import resolve_model
+from kvbench.models.references import ModelReference
 from kvbench.store.records import Output
 
 
@@ -51,7 +51,7 @@ def load_judges(judging: Judging, loaded: Loaded, device: str, dtype: str) -> Ju
     if judging.scorer == ITSELF:
         scorer = Scorer(loaded.model, loaded.tokenizer, loaded.context)
     elif judging.scorer != NOTHING:
-        other = _load("--scorer", judging.scorer, device, dtype)
+        other = _load("--scorer", judging.models[judging.scorer], device, dtype)
         scorer = Scorer(other.model, other.tokenizer, other.context)
     encoder: Encoder | None = None
     if judging.encoder:
@@ -59,16 +59,18 @@ def load_judges(judging: Judging, loaded: Loaded, device: str, dtype: str) -> Ju
     features: Encoder | None = None
     if judging.features not in (NOTHING, SENTENCES):
         if judging.features != judging.scorer:
-            other = _load("--mauve-features", judging.features, device, dtype)
+            other = _load("--mauve-features", judging.models[judging.features], device, dtype)
         features = StateEncoder(other.model, other.tokenizer, other.context)
     return Judges(scorer, encoder, features)
 
 
-def _load(option: str, name: str, device: str, dtype: str) -> Loaded:
+def _load(option: str, model: ModelReference, device: str, dtype: str) -> Loaded:
     try:
-        return load_model(resolve_model(name), device, dtype)
+        loaded = load_model(model, device, dtype)
+        model.check_unchanged()
     except UserError as error:
-        raise UserError(f"{option} {name}: {error.message}", error.hint) from error
+        raise UserError(f"{option} {model.name}: {error.message}", error.hint) from error
+    return loaded
 
 
 def check_mauve(judging: Judging, work: Work) -> None:

@@ -56,13 +56,18 @@ def cut_task(job: Job, name: str, loaded: Loaded) -> Work:
     """Cut the documents of a task for a model.
 
     Raises:
-        UserError: the lengths do not fit the model, or no document is long enough.
+        UserError: the lengths do not fit the model, no document is long enough, or the texts have changed.
     """
     cells = tuple(cell for cell in job.cells if cell.task == name)
     first = cells[0]
     task = load_task(job.task_files[name])
     data = Path(job.data) if job.data else None
     corpus = load_corpus(task, data)
+    if corpus.hash != first.data_hash:
+        raise UserError(
+            f"The texts of task {name!r} ({corpus.source}) have changed since this command began.",
+            "Run it again once they are complete; what was measured before is kept apart.",
+        )
     limit = job.limit or None
     tokenizer = make_tokenizer(loaded.tokenizer, first.options["bos"])
     writing = None

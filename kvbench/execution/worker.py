@@ -35,6 +35,7 @@ from kvbench.methods import Layout, Method, Structure, make_layout, make_method
 from kvbench.methods.example import Mask, example_mask
 from kvbench.methods.shape import CacheShape
 from kvbench.models.adapter import Adapter
+from kvbench.models.fingerprint import check_unchanged
 from kvbench.models.loading import load_model
 from kvbench.models.references import ModelReference
 from kvbench.models.rotary import frequencies, has_rotary
@@ -83,10 +84,12 @@ class Worker:
         cell = job.cells[0]
         reference = ModelReference(cell.model, job.location, cell.revision, cell.model_hash)
         self.loaded = load_model(reference, cell.device, cell.dtype)
+        reference.check_unchanged()
         self.adapters: dict[str, Adapter] = {}
         for cell in job.cells:
             if cell.adapter is not None and cell.adapter not in self.adapters:
                 adapter = Adapter.load(Path(cell.adapter), self.loaded.model)
+                check_unchanged(Path(cell.adapter), cell.adapter_hash or "")
                 parameter = next(self.loaded.model.parameters())
                 self.adapters[cell.adapter] = adapter.to(parameter.device, parameter.dtype)
         names = dict.fromkeys(cell.task for cell in job.cells)

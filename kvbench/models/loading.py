@@ -124,7 +124,7 @@ def _load_error(reference: ModelReference, error: Exception) -> UserError:
             f"transformers {transformers.__version__} has no causal language model for {reference.name} ({named}).",
             "Choose a causal language model, or install a version of transformers that knows this one.",
         )
-    if reference.fingerprint:
+    if reference.is_folder:
         is_damage = isinstance(error, (OSError, SafetensorError, UnicodeError, json.JSONDecodeError, EOFError))
         return UserError(
             f"The model in {reference.location} cannot be loaded: {reason}",

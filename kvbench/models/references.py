@@ -1,21 +1,22 @@
-"""Where a model is, decided without PyTorch: embedded, a folder, or the hub; and its fingerprint."""
+"""Where a model is, decided without PyTorch: embedded, a folder, or a commit on the hub."""
 
 from __future__ import annotations
 
-import hashlib
 import json
 import re
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
+from functools import cached_property
 from importlib.resources import files
 from pathlib import Path
 
 from kvbench.config import DEFAULT_MODEL
 from kvbench.errors import UserError
+from kvbench.models.fingerprint import check_unchanged, fingerprint, former_fingerprint
 
 _HUB_ID = re.compile(r"^[\w.-]+(/[\w.-]+)?$")
-_WHOLE, _EDGE = 64 << 20, 1 << 20
-_SMALL_FILES = {"config.json", "tokenizer.json", "tokenizer_config.json", "adapter_config.json", "card.json"}
+_COMMIT = re.compile(r"^[0-9a-f]{40}$")
 
 
 @dataclass(frozen=True)
@@ -25,8 +26,9 @@ class ModelReference:
     Attributes:
         name: as the user gave it.
         location: what ``from_pretrained`` takes: a folder or a hub id.
-        revision: branch, tag or commit on the hub.
-        fingerprint: of the files in the folder; empty for the hub.
+        revision: the commit on the hub; as it was asked for (a branch, a tag, None) where neither the hub nor its
+            cache could say which commit that is; None for a folder.
+        fingerprint: of the files in the folder, or the commit on the hub; empty where that is not known.
         weight_bytes: size of the weight files; 0 for the hub.
     """
 
@@ -37,9 +39,36 @@ class ModelReference:
     weight_bytes: int = 0
 
     @property
+    def is_folder(self) -> bool:
+        """It is on this machine, and not on the hub."""
+        return bool(self.fingerprint) and self.revision is None
+
+    @property
     def short_name(self) -> str:
         """The hub id, or the last part of a path."""
-        return Path(self.location).name if self.fingerprint else self.name
+        return Path(self.location).name if self.is_folder else self.name
+
+    def has_fingerprint(self, written: str) -> bool:
+        """Whether a fingerprint that was written down is this model's: by today's rule, or by that of kvbench 0.1."""
+        return written == self.fingerprint or (self.is_folder and written == self._former)
+
+    @cached_property
+    def _former(self) -> str:
+        return former_fingerprint(Path(self.location))
+
+    def check_unchanged(self) -> None:
+        """See, once it is loaded, that it is what the fingerprint says: a folder may change, a commit cannot.
+
+        Raises:
+            UserError: they have changed meanwhile, or nobody knows which commit was loaded.
+        """
+        if not self.fingerprint:
+            raise UserError(
+                f"The Hugging Face hub can be reached only now, and has not said which commit {self.name} is.",
+                "Run the same command again.",
+            )
+        if self.is_folder:
+            check_unchanged(Path(self.location), self.fingerprint)
 
 
 def assets() -> Path:
@@ -50,7 +79,7 @@ def resolve_model(name: str, revision: str | None = None) -> ModelReference:
     """Find out where a model is.
 
     Raises:
-        UserError: a path that is not there, or a name that can be neither a path nor a hub id.
+        UserError: a path that is not there or cannot be read, or a name that can be neither a path nor a hub id.
     """
     folder = assets() / DEFAULT_MODEL if name == DEFAULT_MODEL else Path(name).expanduser()
     if folder.is_dir() and revision is not None:
@@ -69,25 +98,39 @@ def resolve_model(name: str, revision: str | None = None) -> ModelReference:
         raise UserError(
             f"There is no model folder {name}.", f"Give a folder, a hub id, or {DEFAULT_MODEL!r}."
         )
-    return ModelReference(name, name, revision, "")
+    commit = _commit(name, revision)
+    return ModelReference(name, name, commit or revision, commit or "")
 
 
-def fingerprint(folder: Path) -> str:
-    """Hash of a model or adapter folder: settings, tokenizer, weights.
+def _commit(name: str, revision: str | None) -> str | None:
+    """The commit that a branch or tag of a model on the hub stands for now, or stood for when it was last there.
 
-    Of weight files over 64 MiB only the beginning, the last MiB and the size are read, which keeps
-    this instant for large models.
+    None where neither the hub nor its cache knows the model: loading it says why.
+
+    Raises:
+        UserError: it is an adapter, whose base model no commit of its own fixes.
     """
-    digest = hashlib.sha256()
-    for path in sorted(folder.iterdir()):
-        if path.suffix in {".safetensors", ".bin"} or path.name in _SMALL_FILES:
-            digest.update(f"{path.name}\0{path.stat().st_size}\0".encode())
-            with path.open("rb") as file:
-                digest.update(file.read(_WHOLE))
-                if path.stat().st_size > _WHOLE:
-                    file.seek(-_EDGE, 2)
-                    digest.update(file.read(_EDGE))
-    return digest.hexdigest()[:16]
+    commit = _commit_with(name, "config.json", revision)
+    if commit is not None and _commit_with(name, "adapter_config.json", commit) is not None:
+        raise UserError(
+            f"{name} on the hub is an adapter of another model.",
+            "Merge it into its base model, and give the folder of the result.",
+        )
+    return commit
+
+
+def _commit_with(name: str, file: str, revision: str | None) -> str | None:
+    """The commit of a revision, if the hub or else its cache has the file in it. What is fixed is not asked twice."""
+    from huggingface_hub import get_hf_file_metadata, hf_hub_url, try_to_load_from_cache
+
+    is_fixed = revision is not None and _COMMIT.match(revision) is not None
+    with suppress(Exception):  # the library raises a different type for each way to be wrong
+        kept = try_to_load_from_cache(name, file, revision=revision)  # a path, None, or a mark that it does not exist
+        if kept is None or not is_fixed:
+            with suppress(Exception):  # or to be missing, or offline
+                return get_hf_file_metadata(hf_hub_url(name, file, revision=revision)).commit_hash
+        return Path(kept).parent.name if isinstance(kept, str) else None
+    return None
 
 
 def given_adapter(name: str) -> Path:
@@ -116,7 +159,7 @@ def find_adapter(method: str, model: ModelReference, options: Mapping[str, str])
     found: list[tuple[bool, Path]] = []
     for card in sorted((assets() / "adapters").glob("*/card.json")):
         made_for = json.loads(card.read_text(encoding="utf-8"))
-        if (made_for["method"], made_for["base_hash"]) == (method, model.fingerprint):
+        if made_for["method"] == method and model.has_fingerprint(made_for["base_hash"]):
             trained = made_for.get("options", {})
             found.append((all(trained.get(k) == v for k, v in options.items()), card.parent))
     if found:

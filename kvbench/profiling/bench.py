@@ -18,8 +18,9 @@ from kvbench.methods.policy import Policy
 from kvbench.methods.shape import CacheShape
 from kvbench.models.adapter import Adapter, AdapterCard
 from kvbench.models.device import pick_device
+from kvbench.models.fingerprint import check_unchanged
 from kvbench.models.loading import context_of, load_model, window_of
-from kvbench.models.references import resolve_model
+from kvbench.models.references import ModelReference
 from kvbench.models.rotary import has_rotary
 from kvbench.models.shapes import is_shape, make_shape, random_model
 from kvbench.policies import check_policy
@@ -65,6 +66,7 @@ class Bench:
                 adapter = Adapter.fresh(card, self.model)
             else:
                 adapter = Adapter.load(Path(cell.adapter), self.model)
+                check_unchanged(Path(cell.adapter), cell.adapter_hash or "")
             self._adapters[cell.key] = adapter.eval().requires_grad_(False).to(self.device, self.dtype)
         return self._adapters[cell.key]
 
@@ -177,7 +179,9 @@ def make_bench(location: str, cell: Cell, positions: int) -> Bench:
             notes += (f"beyond the context of {shape.context}",)
         model = random_model(shape.config, device, dtype, cell.seed)
         return Bench(device, dtype, model, sizes, int(shape.config.vocab_size), notes)
-    loaded = load_model(resolve_model(location, cell.revision), cell.device, cell.dtype)
+    reference = ModelReference(cell.model, location, cell.revision, cell.model_hash)
+    loaded = load_model(reference, cell.device, cell.dtype)
+    reference.check_unchanged()
     config: Any = loaded.model.config
     notes = ()
     window = window_of(config)

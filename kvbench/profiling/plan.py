@@ -14,7 +14,8 @@ from pathlib import Path
 from kvbench.adapters import Adapters
 from kvbench.errors import UserError, unknown
 from kvbench.methods import METHODS, Method, Structure, make_layout, make_method, parse_ratio, ratio_text
-from kvbench.models.references import ModelReference, find_adapter, fingerprint, resolve_model
+from kvbench.models.fingerprint import fingerprint
+from kvbench.models.references import ModelReference, find_adapter, resolve_model
 from kvbench.models.shapes import check_shape, is_shape
 from kvbench.store.profile_records import AGAIN, FULL, STOCK
 from kvbench.store.records import Cell
@@ -124,7 +125,8 @@ def build_profile_plan(request: ProfileRequest) -> ProfilePlan:
     def cell(method: Method, role: str, name: str, length: int, batch: int, **more: str) -> Cell:
         folder = folders.get(method.name)
         return Cell(
-            model=request.model, revision=request.revision, model_hash=model.fingerprint if model else "",
+            model=request.model, revision=model.revision if model else None,
+            model_hash=model.fingerprint if model else "",
             dtype="float32" if request.dtype == "auto" and request.device == "cpu" else request.dtype,
             device=request.device, method=name,
             ratio_asked=ratio_text(method.ratio) if method.uses_ratio(method.options, False) else None,

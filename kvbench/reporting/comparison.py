@@ -9,6 +9,7 @@ from typing import Any
 
 from kvbench import metrics
 from kvbench.errors import UserError, unknown
+from kvbench.execution.job import ITSELF
 from kvbench.reporting.distance import is_of_curve
 from kvbench.reporting.generation import decoded_rows
 from kvbench.reporting.results import scored_rows
@@ -174,7 +175,11 @@ def _check(one: dict[str, Any], other: dict[str, Any], a: Cell, b: Cell) -> None
 
 
 def _compared(first: Side, second: Side, a: Cell, b: Cell, info: dict[str, Any]) -> Pair:
-    names = tuple(f"{_short(c)} ({s.folder.path.name})" for s, c in ((first, a), (second, b)))
+    # The same name does not make the same model.
+    which = [f", {c.model}@{c.model_hash[:8] or 'unknown'}" if a.model_hash != b.model_hash else "" for c in (a, b)]
+    names = tuple(
+        f"{_short(c)} ({s.folder.path.name}{w})" for s, c, w in zip((first, second), (a, b), which, strict=True)
+    )
     # Rows are paired with whatever stands in the place of the full cache.
     standing = replace(a, method="full", role="control", options={**a.options, "side": "first"})
     if info["kind"] == "generation":
@@ -195,9 +200,15 @@ def _compared(first: Side, second: Side, a: Cell, b: Cell, info: dict[str, Any])
     shown = tuple(
         replace(r, method=b.method, baseline=names[0]) for r in rows
         if not is_first[id(r)] and r.delta is not None and r.metric not in _BYTES
-        and not is_of_curve(r)
+        and not is_of_curve(r) and (r.metric not in metrics.NEED_SCORER or _scorer(a) == _scorer(b))
     )
     return Pair((names[0], names[1]), at, shown)
+
+
+def _scorer(cell: Cell) -> str | None:
+    """What judged the cell's texts: two models that judge themselves are two scorers."""
+    scorer = cell.options.get("scorer")
+    return f"{cell.model}@{cell.model_hash}" if scorer == ITSELF else scorer
 
 
 def _complete(info: dict[str, Any], records: dict[str, Any], side: Side, cell: Cell) -> None:

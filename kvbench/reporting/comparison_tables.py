@@ -6,6 +6,7 @@ from rich import box
 from rich.table import Table
 from rich.text import Text
 
+from kvbench.metrics import NEED_SCORER
 from kvbench.reporting.comparison import SIGNIFICANT, Pair
 from kvbench.reporting.format import delta_of, p_of, value_of
 from kvbench.store.records import Row
@@ -17,6 +18,9 @@ _SMALL = ("rouge1", "rouge2", "rougeL", "semantic", "prefix_coherence", "kl", "n
 def comparison_tables(pairs: list[Pair]) -> list[Table | Text]:
     """One table for each pair of cells on a task."""
     tables: list[Table | Text] = [_table(pair) for pair in pairs]
+    left_out = {name for pair in pairs for name, _ in pair.first if name not in {row.metric for row in pair.rows}}
+    if judged := [name for name in NEED_SCORER if name in left_out]:
+        tables.append(Text(f"{', '.join(judged)}: left out, since different models have judged."))
     return [*tables, Text(
         "difference: second less first, paired by document [95 % CI]; p: Holm-adjusted within each metric over all "
         f"tables. yes: p < {SIGNIFICANT}; -: there is no test for this metric.", style="dim",

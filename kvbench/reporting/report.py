@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -57,7 +57,7 @@ def write_report(runs: Sequence[Path], out: Path, metrics: Sequence[str] = ()) -
     """
     folders = [RunFolder(run) for run in runs]
     found = [compute_results(folder) for folder in folders]
-    rows = [row for results in found for row in results.rows]
+    rows = _told_apart(folders, found)
     _check_budgets(rows)
     failures = tuple(failure for results in found for failure in results.failures)
     results = Results(str(out), all(each.ok for each in found), failures, tuple(rows))
@@ -70,6 +70,20 @@ def write_report(runs: Sequence[Path], out: Path, metrics: Sequence[str] = ()) -
     except OSError as error:
         raise UserError(f"The folder {out} cannot be written: {error.strerror}.") from error
     return Report(results, tuple(figures), tuple(tables), page)
+
+
+def _told_apart(folders: Sequence[RunFolder], results: Sequence[Results]) -> list[Row]:
+    """The rows of all runs. Models of one name that have not the same files are named with their fingerprints, so
+    that no table or curve takes their numbers together."""
+    hashes: dict[str, set[str]] = {}
+    for cell in (cell for folder in folders for cell in folder.cells()):
+        hashes.setdefault(cell.model, set()).add(cell.model_hash)
+    rows: list[Row] = []
+    for folder, found in zip(folders, results, strict=True):
+        mine = {cell.model: cell.model_hash for cell in folder.cells()}
+        names = {name: f"{name}@{mine[name][:8] or 'unknown'}" for name in mine if len(hashes[name]) > 1}
+        rows += [replace(row, model=names.get(row.model, row.model)) for row in found.rows]
+    return rows
 
 
 def _check_budgets(rows: Sequence[Row]) -> None:

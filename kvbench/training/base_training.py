@@ -24,7 +24,7 @@ END, UNUSED = "</s>", "<unused>"
 
 @dataclass(frozen=True)
 class BasePlan:
-    """All that decides the trained weights, besides the data.
+    """All that decides the trained weights.
 
     Attributes:
         steps: optimiser steps.
@@ -33,6 +33,8 @@ class BasePlan:
         lr: peak rate of both optimisers.
         hidden, layers, heads, kv_heads, feed_forward: the Llama's shape (heads of 64).
         vocabulary: entries of the tokenizer.
+        tokenizer, data: fingerprints of the tokenizer's folder (``trained`` if it is made of the data) and of the
+            data files.
     """
 
     steps: int = 5256
@@ -49,6 +51,8 @@ class BasePlan:
     feed_forward: int = 704
     vocabulary: int = 4096
     autocast: str = "bfloat16"
+    tokenizer: str = ""
+    data: str = ""
 
 
 def train_tokenizer(texts: Iterable[str], vocabulary: int, context: int) -> Any:

@@ -24,6 +24,11 @@ class Stream:
     ids: np.ndarray
     sources: tuple[dict[str, str], ...]
 
+    @property
+    def hash(self) -> str:
+        """Of the contents of all files, in order."""
+        return hashlib.sha256("".join(source["sha256"] for source in self.sources).encode()).hexdigest()[:16]
+
 
 def load_stream(paths: Sequence[Path], tokenizer: Any, least: int) -> Stream:
     """Read and tokenise files in order, up to :data:`STREAM_TOKENS`.

@@ -53,6 +53,8 @@ def save_checkpoint(out: Path, plan: Any, step: int, parts: Mapping[str, Statefu
 def restore_checkpoint(out: Path, plan: Any, parts: Mapping[str, Stateful]) -> int:
     """Load the state of an interrupted training of the same plan.
 
+    What an older checkpoint does not know is not compared.
+
     Returns:
         Steps done; 0 if there is no checkpoint.
 
@@ -66,7 +68,8 @@ def restore_checkpoint(out: Path, plan: Any, parts: Mapping[str, Stateful]) -> i
         state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # the unpickler raises many types
         raise UserError(f"{path} is damaged: {error}.", "Pass --fresh to start anew.") from error
-    if state["plan"] != dataclasses.asdict(plan):
+    known = {name: value for name, value in state["plan"].items() if value != ""}
+    if known != {name: value for name, value in dataclasses.asdict(plan).items() if name in known}:
         raise UserError(
             f"{path} is the checkpoint of a training with other settings.",
             "Repeat those settings to continue it, choose another --out, or pass --fresh.",

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import json
 import math
 import time
@@ -20,6 +19,7 @@ from kvbench.errors import UserError, unknown
 from kvbench.methods import METHODS, make_method
 from kvbench.models.adapter import Adapter, AdapterCard
 from kvbench.models.device import pick_device
+from kvbench.models.fingerprint import fingerprint
 from kvbench.models.loading import load_model
 from kvbench.models.references import resolve_model
 from kvbench.models.rotary import has_rotary
@@ -77,6 +77,7 @@ def run_adapter_training(request: AdapterRequest, follow: Follow) -> Path:
     if request.threads:
         torch.set_num_threads(request.threads)
     model, tokenizer, context, _ = load_model(reference, team.device(request.device), "float32")
+    reference.check_unchanged()
     if plan.length > context:
         raise UserError(
             f"--length {plan.length} does not fit {request.model}: its context is {context} tokens.",
@@ -90,8 +91,7 @@ def run_adapter_training(request: AdapterRequest, follow: Follow) -> Path:
             f"Use --length {context - method.places_after} or less.",
         )
     stream = load_stream(request.data, tokenizer, 2 * plan.length)
-    data_hash = hashlib.sha256("".join(source["sha256"] for source in stream.sources).encode()).hexdigest()[:16]
-    plan = replace(plan, base_hash=reference.fingerprint, data=data_hash)
+    plan = replace(plan, base_hash=reference.fingerprint, data=stream.hash)
     held = HeldOut.from_file(request.held_out, tokenizer, plan.length) if request.held_out else None
     card = AdapterCard(
         method=plan.method, gate=plan.adapter, rank=plan.rank, alpha=float(plan.rank),
@@ -170,6 +170,8 @@ def run_base_training(
         texts = (row["text"] for row in read_rows(data[0]))
         tokenizer = train_tokenizer(_at_most(texts, 25_000_000), plan.vocabulary, plan.length)
     stream = load_stream(data, tokenizer, 2 * plan.length)
+    known = fingerprint(tokenizer_folder) if tokenizer_folder is not None else "trained"
+    plan = replace(plan, tokenizer=known, data=stream.hash)
     model = new_model(plan, len(tokenizer), tokenizer.eos_token_id).to(where)
     mixture = Mixture(stream.ids, lambda text: _encode(tokenizer, text), plan.length, plan.seed)
     _make(out, fresh)

@@ -1,0 +1,40 @@
+"""What kvbench keeps between commands to be quick: JSON files in a folder of the user's, which may be deleted."""
+
+from __future__ import annotations
+
+import json
+import os
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from kvbench.store.folder import write_atomic
+
+
+def cache_folder() -> Path:
+    """``$KVBENCH_CACHE``, else ``kvbench`` in ``$XDG_CACHE_HOME``, else ``~/.cache/kvbench``; it may not exist yet.
+
+    Raises:
+        RuntimeError: the user has no home.
+    """
+    own, shared = os.environ.get("KVBENCH_CACHE"), os.environ.get("XDG_CACHE_HOME")
+    if own:
+        return Path(own).expanduser()
+    return (Path(shared) if shared else Path.home() / ".cache") / "kvbench"
+
+
+def read_cache(name: str) -> dict[str, Any]:
+    """A file of the cache; empty where it is missing, damaged or not readable."""
+    try:
+        found = json.loads((cache_folder() / name).read_text(encoding="utf-8"))
+    except (OSError, RuntimeError, ValueError):  # RecursionError, no home: RuntimeError
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def write_cache(name: str, content: dict[str, Any]) -> None:
+    """Replace a file of the cache, whole or not at all; where that cannot be done, nothing is kept."""
+    with suppress(OSError, RuntimeError):
+        folder = cache_folder()
+        folder.mkdir(parents=True, exist_ok=True)
+        write_atomic(folder / name, json.dumps(content) + "\n")
