@@ -138,7 +138,7 @@ class Reader:
             yield
 
     def inputs(self, ids: Tensor, layout: Layout, slots: slice = slice(None)) -> Tensor:
-        """What is fed of text ids ``[batch, n]`` under a layout: ids, or embeddings where an adapter has rows of its own.
+        """What is fed of text ``[batch, n]`` under a layout: ids, or embeddings where an adapter has rows of its own.
 
         Text is fed by its ids, since some models take more from them than embeddings (tables by layer, routes).
 

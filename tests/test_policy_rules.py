@@ -19,13 +19,13 @@ from kvbench.cache.packed import Packed
 from kvbench.cache.policed import PolicedCache
 from kvbench.cache.quantised import Codes, Float8, Quantised
 from kvbench.cache.ragged import Ragged
+from kvbench.cache.shape import CacheShape
 from kvbench.cache.thinned import Thinned
 from kvbench.errors import UserError
 from kvbench.methods.cascading import Cascading
 from kvbench.methods.policy import View
 from kvbench.methods.quantising import Kivi
 from kvbench.methods.random_policy import drawn
-from kvbench.methods.shape import CacheShape
 from kvbench.methods.snapkv import SnapKv
 from kvbench.methods.think import Think
 from kvbench.models.attention import WATCHER
@@ -238,7 +238,7 @@ def test_few_bits_take_few_bytes(llama: nn.Module, bits: str, most: float) -> No
     of_values = 2 * 2 * packed * (width * int(bits) // 8 + width // 8 * 4)
     assert sum(t.nbytes for p in layer.packed for t in p.tensors()) == of_keys + of_values
     fitted = Kivi(Fraction(1, 5), {"fit": "bytes", "residual": "16", "group": "8"})
-    shape = CacheShape(1, 2, width, 4)
+    shape = CacheShape.even(1, 2, width, 4)
     assert float(fitted._entries(LENGTH, int(bits), shape)) == pytest.approx(layer.entries())
 
 
@@ -279,7 +279,7 @@ def test_channels_that_are_gone_are_those_used_least(llama: nn.Module) -> None:
 
 
 def test_channels_meet_the_bytes(llama: nn.Module) -> None:
-    policy = policy_of("think").fitted(LENGTH, CacheShape(1, 2, 16, 4)).policy
+    policy = policy_of("think").fitted(LENGTH, CacheShape.even(1, 2, 16, 4)).policy
     assert policy is not None
     for chunk in (32, None):  # at once, and step by step
         _, run = read(llama, policy, text(), chunk)
@@ -322,7 +322,7 @@ def test_every_head_gets_its_floor(floor: int, even: int) -> None:
     assert counts.sum(-1).tolist() == [2 * (even + 4)] * 2
 
 
-SHAPE = CacheShape(2, 2, 32, 4)
+SHAPE = CacheShape.even(2, 2, 32, 4)
 
 
 def test_budgets_become_ratios() -> None:
@@ -352,7 +352,7 @@ def test_bits_are_the_most_that_fit() -> None:
         assert 0 <= Fraction(100 - percent, 100) * 333 - taken < 32
     with pytest.raises(UserError, match="keys are half"):
         Think(Fraction(49, 100)).fitted(100, SHAPE)
-    half = CacheShape(2, 2, 32, 2)
+    half = CacheShape.even(2, 2, 32, 2)
     whole = Kivi(options={"group": "4"}, budget_bytes=1 << 40).fitted(100, half)
     assert whole.option("bits") == "8"
     assert whole.number("residual") == 100

@@ -1,14 +1,52 @@
-"""The shape of what a model caches, seen rather than worked out from its configuration."""
+"""What a model puts into its cache: seen, and not worked out from a configuration. It turns bytes into entries."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from typing import NamedTuple
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import nn
 
 from kvbench.cache.evicting import EvictingCache
-from kvbench.methods.shape import CacheShape, LayerShape
+
+
+class LayerShape(NamedTuple):
+    """Of one layer: its heads, and the numbers in a key and in a value."""
+
+    heads: int
+    keys: int
+    values: int
+
+
+@dataclass(frozen=True)
+class CacheShape:
+    """Of keys and values, as they are cached.
+
+    Attributes:
+        layers: of the cache.
+        itemsize: bytes of a number.
+    """
+
+    layers: tuple[LayerShape, ...]
+    itemsize: int
+
+    @classmethod
+    def even(cls, layers: int, heads: int, width: int, itemsize: int) -> CacheShape:
+        """Of layers that are all alike, with keys and values of one width."""
+        return cls((LayerShape(heads, width, width),) * layers, itemsize)
+
+    @property
+    def entry_bytes(self) -> int:
+        """Bytes of one entry of one text in all layers."""
+        return sum(heads * (keys + values) for heads, keys, values in self.layers) * self.itemsize
+
+    @property
+    def widths(self) -> set[int]:
+        """The numbers that keys and values have."""
+        return {width for layer in self.layers for width in (layer.keys, layer.values)}
+
 
 _SEEN: WeakKeyDictionary[nn.Module, CacheShape] = WeakKeyDictionary()
 

@@ -45,7 +45,8 @@ def measured(
     folder.check(content, fresh or shared)
     with nullcontext() if shared else locked(path):
         manifest = folder.manifest() if not fresh and (path / RUN).exists() else {}
-        if manifest.get("finished") and (manifest.get("limit"), manifest["content"]) == (limit, content):
+        same = manifest.get("finished") and (manifest.get("limit"), manifest["content"]) == (limit, content)
+        if same and folder.knows_models():
             console.print(f"Already measured ({manifest['finished']}); --fresh measures again.")
             return compute_results(folder, only)
         try:

@@ -12,16 +12,24 @@ from kvbench.corpora.documents import Document, load_corpus
 from kvbench.corpora.tasks import load_task
 from kvbench.errors import UserError
 from kvbench.methods import Layout, make_layout, make_method
+from kvbench.methods.policy import Policy
 from kvbench.models.loading import Loaded, load_model
 from kvbench.models.references import resolve_model
+from kvbench.probe.asking import LENGTH, examine
+from kvbench.probe.facts import ModelFacts
+from kvbench.probe.kept import sample, tolerance
 from kvbench.protocols.cut import Piece, Tokenizer, cut_blocks, make_tokenizer
 from kvbench.protocols.score import BatchScore, score_batch
+from kvbench.protocols.score_policy import score_policed
 
 BLOCK, BLOCKS = 256, 6
 """Tokens of a block, or the model's context if that is less, and how many are read."""
 
-TOLERANCES = {torch.float32: 1e-4, torch.bfloat16: 0.1, torch.float16: 0.02}
-"""How far two ways to the same number may lie apart, in nats per token, by the precision of the weights."""
+def policy_of(method: str, ratio: str) -> Policy:
+    """With windows that suit a block."""
+    policy = make_method(method, Fraction(ratio), {"window": "8", "positions": "absolute"}).policy
+    assert policy is not None, "it is one"
+    return policy
 
 
 @dataclass(frozen=True)
@@ -32,6 +40,7 @@ class Subject:
         documents: with their text, for the check of the cut.
         pieces: blocks of equal length, each of another document.
         tolerance: nats per token.
+        facts: what a probe of the model has shown, just now.
     """
 
     loaded: Loaded
@@ -39,6 +48,7 @@ class Subject:
     documents: tuple[Document, ...]
     pieces: tuple[Piece, ...]
     tolerance: float
+    facts: ModelFacts
 
     @property
     def device(self) -> torch.device:
@@ -60,6 +70,12 @@ class Subject:
         )
         return score
 
+    def score_policy(self, method: str, ratio: str, pieces: list[Piece] | None = None) -> BatchScore:
+        """Score blocks (all of them by default) under a policy, what it removes really removed."""
+        return score_policed(
+            self.loaded.model, policy_of(method, ratio), list(pieces or self.pieces), None, self.block, 0
+        )
+
     def ids(self) -> Tensor:
         return torch.tensor([piece.ids for piece in self.pieces], device=self.device)
 
@@ -71,12 +87,14 @@ def make_subject(model: str, revision: str | None, device: str, dtype: str) -> S
         UserError: it cannot be loaded, or its context is too short for any check.
     """
     loaded = load_model(resolve_model(model, revision), device, dtype)
+    facts = examine(loaded.model, sample(loaded, LENGTH))
+    facts.check(model)
     where = next(loaded.model.parameters()).device
     if where.type == "cuda":
         torch.cuda.set_device(where)  # events are recorded on the current device
     documents = load_corpus(load_task("minidocs"), None).documents
     tokenizer = make_tokenizer(loaded.tokenizer, "auto")
-    block = min(BLOCK, loaded.context)
+    block = min(BLOCK, loaded.context, facts.window or BLOCK)
     pieces = []
     for document in documents:
         found = [piece for piece in cut_blocks(document, tokenizer, block).pieces if len(piece.ids) == block]
@@ -88,5 +106,4 @@ def make_subject(model: str, revision: str | None, device: str, dtype: str) -> S
             f"{model} reads so few or so many tokens at a time ({block}) that the embedded documents give no block.",
             "Examine another model.",
         )
-    weights = next(loaded.model.parameters()).dtype
-    return Subject(loaded, tokenizer, documents, tuple(pieces), TOLERANCES.get(weights, 0.1))
+    return Subject(loaded, tokenizer, documents, tuple(pieces), tolerance(loaded), facts)

@@ -13,6 +13,7 @@ from kvbench.judges.fluency import Scorer
 from kvbench.metrics.mauve import LEAST_TEXTS
 from kvbench.models.loading import Loaded, load_model
 from kvbench.models.references import ModelReference
+from kvbench.probe.kept import probed
 from kvbench.store.records import Output
 
 
@@ -52,6 +53,9 @@ def load_judges(judging: Judging, loaded: Loaded, device: str, dtype: str) -> Ju
         scorer = Scorer(loaded.model, loaded.tokenizer, loaded.context)
     elif judging.scorer != NOTHING:
         other = _load("--scorer", judging.models[judging.scorer], device, dtype)
+        facts = probed(other, judging.models[judging.scorer].fingerprint)
+        if not facts.is_causal:
+            raise UserError(f"--scorer {judging.scorer}: {facts.refusal}", "Choose a causal language model.")
         scorer = Scorer(other.model, other.tokenizer, other.context)
     encoder: Encoder | None = None
     if judging.encoder:

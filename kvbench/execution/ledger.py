@@ -27,6 +27,7 @@ class Ledger:
         content: hash of what is asked for.
         cells: of all plans, by key.
         tasks: setting -> what a child said of the task under it.
+        probes: model -> what a probe of it has shown.
         failed: keys of the cells that are left alone from now on.
         opened: whether anything has been written.
     """
@@ -39,6 +40,7 @@ class Ledger:
     cells: dict[str, Cell] = field(init=False)
     recorded: Recorded = field(init=False)
     tasks: dict[str, dict[str, Any]] = field(default_factory=dict)
+    probes: dict[str, dict[str, Any]] = field(default_factory=dict)
     failed: set[str] = field(default_factory=set)
     opened: bool = False
 
@@ -46,7 +48,9 @@ class Ledger:
         self.cells = {cell.key: cell for plan in self.plans for cell in plan.cells}
         self.recorded = Recorded(self.folder)
 
-    def open(self, plan: Plan, tasks: dict[str, Any], masks: dict[str, Any]) -> list[Failure]:
+    def open(
+        self, plan: Plan, tasks: dict[str, Any], masks: dict[str, Any], probe: dict[str, Any]
+    ) -> list[Failure]:
         """Write ``run.json`` and the cells' folders: from here on there is something to continue.
 
         Returns:
@@ -60,12 +64,15 @@ class Ledger:
                 folder.clear()
             settings = {cell.task: cell.setting for cell in plan.cells}
             self.tasks |= {settings[name]: info for name, info in tasks.items()}
+            self.probes[plan.model.name] = probe
+            earlier = folder.manifest()["tasks"] if (folder.path / RUN).exists() else {}
             self.describe()
             folder.keep_masks(masks)
             self.opened = True
             for cell in plan.cells:
                 try:
-                    folder.open_cell(cell)
+                    made = earlier.get(cell.setting, {}).get("signature")
+                    folder.open_cell(cell, self.tasks[cell.setting]["signature"], made)
                 except UserError as damage:
                     damaged.append(Failure(cell.key, f"{cell.label}: {damage.message}", damage.hint))
         return damaged
@@ -77,7 +84,8 @@ class Ledger:
         manifest = self.folder.manifest()
         settings = {cell.setting for cell in plan.cells}
         is_mine = (manifest["content"], manifest["limit"]) == (self.content, plan.request.limit)
-        if not is_mine or not settings <= set(manifest["tasks"]):
+        known = manifest.get("probes", {}).get(plan.model.name)
+        if not is_mine or known is None or not settings <= set(manifest["tasks"]):
             return False
         tasks = {setting: manifest["tasks"][setting] for setting in settings}
         for cell in plan.cells:
@@ -88,6 +96,7 @@ class Ledger:
             if missing or self.folder.failure(cell) is not None:
                 return False
         self.tasks |= tasks
+        self.probes[plan.model.name] = known
         self.opened = True
         return True
 
@@ -130,7 +139,8 @@ class Ledger:
                 "started": earlier["started"] if earlier.get("content") == self.content else now,
                 "command": self.command, "limit": plans[0].request.limit, "finished": None,
                 "sources": {name: corpus.source for plan in plans for name, corpus in plan.corpora.items()},
-                "tasks": {**(earlier["tasks"] if same else {}), **self.tasks}, "environment": describe(),
+                "tasks": {**(earlier["tasks"] if same else {}), **self.tasks},
+                "probes": {**(earlier.get("probes", {}) if same else {}), **self.probes}, "environment": describe(),
                 "cells": [dataclasses.asdict(cell) for cell in self.cells.values()],
             }
             write_atomic(folder.path / RUN, json.dumps(manifest, indent=1, ensure_ascii=False) + "\n")

@@ -185,7 +185,7 @@ def _begin(run: _Run, crew: _Crew, hand: Hand, ready: dict[str, Any]) -> None:
     if crew.parts is not None:
         _assign(run, crew, hand)
     elif all(other.is_ready for other in crew.hands):
-        damaged = run.ledger.open(crew.plan, ready["tasks"], ready["masks"])
+        damaged = run.ledger.open(crew.plan, ready["tasks"], ready["masks"], ready["probe"])
         for unable in ready["unable"]:  # known beforehand, and no reason to stop
             run.ledger.fail(Failure(**unable))
             _tell(run, Failure(**unable))

@@ -15,7 +15,8 @@ from kvbench.corpora.tasks import Task, load_task
 from kvbench.errors import UserError
 from kvbench.execution.job import Job
 from kvbench.methods import Method, make_method
-from kvbench.models.loading import Loaded, window_of
+from kvbench.models.loading import Loaded
+from kvbench.probe.facts import ModelFacts
 from kvbench.protocols.cut import (
     MIN_TOKENS,
     Cut,
@@ -52,7 +53,7 @@ class Work:
     writing: Writing | None = None
 
 
-def cut_task(job: Job, name: str, loaded: Loaded) -> Work:
+def cut_task(job: Job, name: str, loaded: Loaded, facts: ModelFacts) -> Work:
     """Cut the documents of a task for a model.
 
     Raises:
@@ -99,20 +100,23 @@ def cut_task(job: Job, name: str, loaded: Loaded) -> Work:
             "Give longer documents, or smaller --set prefix= and --set new_tokens=." if writing
             else "Give longer documents, or another --protocol.",
         )
-    window = window_of(loaded.model.config)
     longest = max(len(piece.ids) for _, cut in cuts for piece in cut.pieces)
-    if window is not None and window < longest:
-        raise UserError(
-            f"{first.model} attends within a sliding window of {window} tokens, shorter than "
-            f"the {longest} tokens of a sequence: its full cache is already compressed.",
-            f"Keep sequences within {window} tokens, by smaller --set prefix= and --set new_tokens=." if writing
-            else f"Keep sequences within {window} tokens, such as --set block={window}.",
-        )
+    facts.check_length(
+        first.model, longest,
+        f"Keep sequences within {facts.window} tokens, by smaller --set prefix= and --set new_tokens=." if writing
+        else f"Keep sequences within {facts.window} tokens, such as --set block={facts.window}.",
+    )
     settings = (first.execution, tokenizer.bos is not None, _tokenizer_hash(loaded))
     signature = writing.signature(*settings) if writing else protocol.signature(
         *settings, task.trials.signature() if task.trials else None
     )
-    return Work(task, protocol, tuple(cuts), skipped, cells, signature, writing)
+    return Work(task, protocol, tuple(cuts), skipped, cells, with_mark(signature, facts.mark), writing)
+
+
+def with_mark(signature: str, mark: str) -> str:
+    """A signature with what is special about its model, before its version."""
+    head, version, number = signature.rpartition("|v:")
+    return f"{head}{mark}{version}{number}"
 
 
 def _cut_all(

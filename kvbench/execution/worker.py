@@ -24,6 +24,7 @@ from typing import IO, Any
 
 import torch
 
+from kvbench.cache.shape import cache_shape
 from kvbench.corpora.documents import Document
 from kvbench.errors import UserError
 from kvbench.execution.job import Job, Order
@@ -33,13 +34,14 @@ from kvbench.execution.work import Work, batches, cut_task, together, tokens_of
 from kvbench.execution.writing import write_window
 from kvbench.methods import Layout, Method, Structure, make_layout, make_method
 from kvbench.methods.example import Mask, example_mask
-from kvbench.methods.shape import CacheShape
 from kvbench.models.adapter import Adapter
 from kvbench.models.fingerprint import check_unchanged
 from kvbench.models.loading import load_model
 from kvbench.models.references import ModelReference
 from kvbench.models.rotary import frequencies, has_rotary
 from kvbench.policies import check_policy
+from kvbench.probe.asking import rests_on
+from kvbench.probe.kept import apart_at, probed, tolerance
 from kvbench.protocols.cut import Cut, Piece
 from kvbench.protocols.score import BatchScore, Reference, score_batch
 from kvbench.protocols.score_policy import score_policed
@@ -85,6 +87,8 @@ class Worker:
         reference = ModelReference(cell.model, job.location, cell.revision, cell.model_hash)
         self.loaded = load_model(reference, cell.device, cell.dtype)
         reference.check_unchanged()
+        self.facts = probed(self.loaded, cell.model_hash)
+        self.facts.check(cell.model)
         self.adapters: dict[str, Adapter] = {}
         for cell in job.cells:
             if cell.adapter is not None and cell.adapter not in self.adapters:
@@ -93,10 +97,11 @@ class Worker:
                 parameter = next(self.loaded.model.parameters())
                 self.adapters[cell.adapter] = adapter.to(parameter.device, parameter.dtype)
         names = dict.fromkeys(cell.task for cell in job.cells)
-        self.works = [cut_task(job, name, self.loaded) for name in names]
+        self.works = [cut_task(job, name, self.loaded, self.facts) for name in names]
         self.runners = {cell.key: self._runner(cell) for cell in job.cells if cell.method != HUMAN}
         for work in self.works:
             self._check_reach(work)
+        self._check_at_length(cell)
         self.judges = load_judges(job.judging, self.loaded, cell.device, cell.dtype)
         for work in self.works:
             if work.writing is not None:
@@ -122,7 +127,9 @@ class Worker:
         method = self.runners[cell.key].method
         method.check(longest, in_chunks)
         if method.policy is not None:
-            check_policy(method.policy, self.loaded.model, cell.model)
+            check_policy(method.policy, self.loaded.model, cell.model, self.facts)
+        if method.n_rows:
+            self.facts.check_embeddings(cell.model, method.name)
         for context in {piece.context for piece in pieces}:
             self.fitted(method, context).check(context, in_chunks)
         if method.unrotates:
@@ -133,8 +140,23 @@ class Worker:
 
     def fitted(self, method: Method, context: int) -> Method:
         """The method for texts of that many tokens, its budget turned into what it works with."""
-        like = next(self.loaded.model.parameters())
-        return method.fitted(context, CacheShape.of(self.loaded.model.config, like.element_size()))
+        return method.fitted(context, cache_shape(self.loaded.model))
+
+    def _check_at_length(self, cell: Cell) -> None:
+        """See that texts as long as the longest are read as the model itself reads them.
+
+        Raises:
+            UserError: they are not.
+        """
+        longest = max(len(piece.ids) for work in self.works for _, cut in work.documents for piece in cut.pieces)
+        self.compared = apart_at(self.loaded, cell.model_hash, min(longest, self.loaded.context))
+        length, found = self.compared
+        if not found <= tolerance(self.loaded):
+            raise UserError(
+                f"{cell.model}: {self.facts.kind} predicts a text of {length} tokens otherwise with stored entries "
+                f"than in one pass ({found:.2g} nats per token apart){rests_on(self.loaded.model)}.",
+                "Measure it on shorter texts, or choose another model.",
+            )
 
     def _check_positions(self, cell: Cell, layout: Layout, more: int) -> None:
         """Learned positions end with the model's context; rotary ones go on."""
@@ -162,7 +184,8 @@ class Worker:
                 "tokens": tokens_of(cut for _, cut in work.documents),
             }
             for work in self.works
-        }, unable=[dataclasses.asdict(failure) for failure in self.unable], masks=self._masks())
+        }, unable=[dataclasses.asdict(failure) for failure in self.unable], masks=self._masks(),
+            probe={**self.facts.as_dict(), "compared_tokens": self.compared[0], "compared_apart": self.compared[1]})
 
     def _masks(self) -> dict[str, Mask]:
         """Pictures of the methods on a short text, by ``Cell.label``'s method and ratio; where one has no mask

@@ -18,6 +18,7 @@ from kvbench.judges.encoder import packed
 from kvbench.methods import Layout
 from kvbench.methods.policy import Policy
 from kvbench.models.loading import Loaded, end_tokens
+from kvbench.models.rotary import fixed_rotations
 from kvbench.policing import PolicedContinuation, Policing
 from kvbench.protocols.cut import Cut, Piece
 from kvbench.protocols.generate import Writing, uniforms
@@ -103,7 +104,8 @@ def _continued(
 ) -> list[GenerationRecord]:
     loaded = worker.loaded
     policy = worker.fitted(runner.method, pieces[0].context).policy
-    texts, held, peak, sizes, before = written_ids(loaded, runner, writing, pieces, layout, policy)
+    with fixed_rotations(loaded.model, len(pieces[0].ids)):
+        texts, held, peak, sizes, before = written_ids(loaded, runner, writing, pieces, layout, policy)
     seconds = (time.perf_counter() - started) / len(pieces)
     visible, queries = _visibility(before, pieces[0], texts)
     names = [

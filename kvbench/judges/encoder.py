@@ -14,6 +14,7 @@ import torch
 from numpy.typing import NDArray
 
 from kvbench.errors import UserError
+from kvbench.models.rotary import fixed_rotations
 from kvbench.store.hashes import file_hashes
 
 Array = NDArray[np.float32]
@@ -125,7 +126,7 @@ class StateEncoder:
         for text in texts:
             ids = self.tokenizer(text, add_special_tokens=False).input_ids[: self.context]
             ids = ids or [self.tokenizer.eos_token_id or 0]
-            with torch.inference_mode():
+            with torch.inference_mode(), fixed_rotations(self.model, len(ids)):
                 out = self.model(
                     torch.tensor([ids], device=device), output_hidden_states=True, use_cache=False, logits_to_keep=1
                 )

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
+from kvbench.models.rotary import by_length, fixed_rotations
 from kvbench.protocols.cut import make_tokenizer
 
 ROWS = 16
@@ -56,9 +57,20 @@ class Scorer:
                 rows.append((i, [*lead, *known[prefix][-room:]], ids))
         found = [Fluency(0.0, 0)] * len(pairs)
         rows.sort(key=lambda row: (len(row[1]), len(row[2])))
-        for start in range(0, len(rows), ROWS):
-            self._score(rows[start : start + ROWS], found)
+        for alike in self._alike(rows):
+            for start in range(0, len(alike), ROWS):
+                with fixed_rotations(self.model, len(alike[0][1]) + len(alike[0][2])):
+                    self._score(alike[start : start + ROWS], found)
         return found
+
+    def _alike(self, rows: list[tuple[int, list[int], list[int]]]) -> list[list[tuple[int, list[int], list[int]]]]:
+        """Rows that can be scored side by side: texts of one length, where rotations depend on it."""
+        if not by_length(self.model):
+            return [rows] if rows else []
+        whole: dict[int, list[tuple[int, list[int], list[int]]]] = {}
+        for row in rows:
+            whole.setdefault(len(row[1]) + len(row[2]), []).append(row)
+        return list(whole.values())
 
     def _score(self, rows: list[tuple[int, list[int], list[int]]], found: list[Fluency]) -> None:
         """Rows are filled up on the right, where causal attention does not look."""

@@ -15,8 +15,8 @@ from kvbench.methods.layout import RUNNING, Layout, Structure
 if TYPE_CHECKING:
     import numpy as np
 
+    from kvbench.cache.shape import CacheShape
     from kvbench.methods.policy import Policy
-    from kvbench.methods.shape import CacheShape
 
 
 TRAINED_PERCENT = (5, 95)

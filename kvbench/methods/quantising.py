@@ -9,10 +9,10 @@ from math import ceil
 
 from kvbench.cache.packed import Packed
 from kvbench.cache.quantised import Float8, Quantised
+from kvbench.cache.shape import CacheShape
 from kvbench.errors import UserError
 from kvbench.methods.base import Option
 from kvbench.methods.policy import Policy, View
-from kvbench.methods.shape import CacheShape
 
 BITS = ("8", "4", "2")
 

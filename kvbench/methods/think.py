@@ -6,11 +6,11 @@ from dataclasses import dataclass, replace
 from fractions import Fraction
 
 from kvbench.cache.packed import Packed
+from kvbench.cache.shape import CacheShape
 from kvbench.cache.thinned import Thinned
 from kvbench.errors import UserError
 from kvbench.methods.base import Option, ratio_text
 from kvbench.methods.policy import Policy, View, highest
-from kvbench.methods.shape import CacheShape
 
 
 @dataclass(frozen=True)

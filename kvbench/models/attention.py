@@ -91,15 +91,13 @@ def attention(
             )
         return out, None
     q, k = query.shape[2], key.shape[2]
-    if attention_mask is None or attention_mask.dtype != torch.bool:
-        out, _ = sdpa_attention_forward(module, query, key, value, attention_mask, **extra)
-        return out, None
-    if 1 < q < SHORTEST and query.device.type == "cpu":
+    is_dense = attention_mask is not None and attention_mask.dtype == torch.bool
+    if is_dense and 1 < q < SHORTEST and query.device.type == "cpu":
         grouped = functional.scaled_dot_product_attention(
             query, key, value, attn_mask=attention_mask, scale=extra.get("scaling"), enable_gqa=True
         )
         return grouped.transpose(1, 2).contiguous(), None
-    if q != k or q < SHORTEST:
+    if attention_mask is None or not is_dense or q != k or q < SHORTEST:
         out, _ = sdpa_attention_forward(module, query, key, value, attention_mask, **extra)
         return out, None
     parts = []

@@ -196,7 +196,7 @@ def fixed_rotations(model: nn.Module, length: int) -> Iterator[None]:
 
 @contextmanager
 def fresh_rotations(model: nn.Module) -> Iterator[None]:
-    """The model as if it had read nothing yet, for the length of the block: some rotations remember the longest text."""
+    """The model as if it had read nothing yet, for the length of the block: some rotations remember long texts."""
     with torch.inference_mode(False):
         copies = {path: copy.deepcopy(module) for path, module in by_length(model).items()}
     device = next(model.parameters()).device

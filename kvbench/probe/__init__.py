@@ -1,1 +1,1 @@
-"""What a short probe of the model itself shows: whether both executions give what the model means, and of what kind it is."""
+"""What a short probe of a model shows: of what kind it is, and whether both executions give what it means."""

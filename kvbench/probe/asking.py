@@ -33,12 +33,16 @@ TOLERANCES = {torch.float32: 1e-4, torch.bfloat16: 0.1, torch.float16: 0.02}
 LONGEST = 1 << 20
 """Texts beyond which no bound of a layer's sight is looked for."""
 
-Faults = (RuntimeError, ValueError, IndexError, TypeError, KeyError, AttributeError, AssertionError, NotImplementedError)
+Faults = (RuntimeError, ValueError, LookupError, TypeError, AttributeError, AssertionError)
 """What a model may raise when it is used in a way that it was not made for."""
 
 
 class _FoundError(Exception):
     """The probe has come to an end: the model cannot be measured."""
+
+
+class _NotCausalError(_FoundError):
+    """Its tokens attend what comes later."""
 
 
 def examine(model: nn.Module, ids: Tensor) -> ModelFacts:
@@ -52,7 +56,7 @@ def examine(model: nn.Module, ids: Tensor) -> ModelFacts:
         try:
             facts = _Probe(model, ids).carried_out(facts)
         except _FoundError as found:
-            facts = replace(facts, refusal=str(found))
+            facts = replace(facts, refusal=str(found), is_causal=not isinstance(found, _NotCausalError))
     return replace(facts, seconds=round(time.perf_counter() - started, 3))
 
 
@@ -98,11 +102,11 @@ class _Probe:
             by_embeddings = self._by_embeddings()
             policy_refusal = self._policies(own, calls)
         found = turned(model)
+        needs_ids = by_embeddings is None or _distance(own, by_embeddings) > self.tolerance
         return replace(
             facts, window=window, window_setting=setting_of(model.config, window), policy_refusal=policy_refusal,
-            needs_ids=by_embeddings is None or _distance(own, by_embeddings) > self.tolerance,
-            is_turned=None not in found.layers, learned=found.learned, mark=rotation_mark(model),
-            apart=self.worst,
+            needs_ids=needs_ids, is_turned=None not in found.layers, learned=found.learned,
+            mark=rotation_mark(model) + "|input:ids" * needs_ids, apart=self.worst,
         )
 
     def _own_nll(self) -> Tensor:
@@ -117,9 +121,9 @@ class _Probe:
             changed = _nll(_own(self.model, other), self.ids)
         if _distance(own[:, : half - 1], changed[:, : half - 1]) > self.tolerance:
             why = " (is_decoder: false)" if getattr(self.model.config, "is_decoder", True) is False else ""
-            raise _FoundError(
-                f"{type(self.model).__name__} attends tokens that come later{why}: it is no causal language model, and "
-                "has no perplexity."
+            raise _NotCausalError(
+                f"{type(self.model).__name__} attends tokens that come later{why}: it is no causal language model, "
+                "and has no perplexity."
             )
 
     def _check_masks(self) -> None:
@@ -128,7 +132,8 @@ class _Probe:
         reader = Reader(self.model)
         masked = self._tried(lambda: _nll(reader.one_pass(self.ids, layout), self.ids), "reading it under a mask")
         parts = [part.logits for part in reader.stream(self.ids, layout, EvictingCache(), CHUNK)]
-        self._check("it does not attend under the masks that it is given", masked, _nll(torch.cat(parts, 1), self.ids))
+        removed = _nll(torch.cat(parts, 1), self.ids)
+        self._check("it does not attend under the masks that it is given", masked, removed)
 
     def _by_embeddings(self) -> Tensor | None:
         """With nothing but the embeddings of the tokens; None where that cannot be had."""
@@ -139,7 +144,7 @@ class _Probe:
             return None
 
     def _policies(self, own: Tensor, calls: list[Attended]) -> str:
-        """Why policies cannot be used on the model: whether what is cached is what is attended, once in every layer."""
+        """Why policies cannot be used on it: whether what is cached is what is attended, once in every layer."""
         name = type(self.model).__name__
         beside = {term for call in calls for term in call.beside}
         if "softcap" in beside:
@@ -203,7 +208,7 @@ def _uncached(cache: _Noting, heard: list[Attended]) -> str:
     if cached != attended:
         layer = next((i for i, pair in enumerate(zip(cached, attended, strict=False)) if pair[0] != pair[1]), 0)
         many = len(attended) / max(1, len(cached))
-        return f"attention is computed {many:.3g} times for every time that a layer stores entries (from call {layer})"
+        return f"attention is computed {many:.3g} times for each time that a layer stores entries (from call {layer})"
     for (layer, keys, values), call in zip(cache.given, heard, strict=True):
         for what, one, other in (("keys", keys, call.key), ("values", values, call.value)):
             if one.shape != other.shape or not torch.equal(one, other):
@@ -241,7 +246,7 @@ def _bound(rule: Callable[..., Any], longest: int) -> int | None:
 def setting_of(config: Any, value: int | None) -> str:
     """What a configuration calls a number."""
     content = {**config.to_dict(), **text_config(config).to_dict()}
-    names = [name for name, found in content.items() if found == value and value is not None and not isinstance(found, bool)]
+    names = [name for name, found in content.items() if type(found) is int and found == value]
     return next((name for name in names if "window" in name or "chunk" in name), names[0] if names else "a window of")
 
 

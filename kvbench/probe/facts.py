@@ -18,6 +18,7 @@ class ModelFacts:
     Attributes:
         kind: class of the model.
         refusal: why no number of this model would be right, as a sentence; empty if numbers are.
+        is_causal: no token attends those that come later.
         policy_refusal: why policies cannot be used on it, likewise.
         window: the longest text that every layer attends whole; None if there is no such bound.
         window_setting: what the configuration calls it, such as ``sliding_window``.
@@ -31,6 +32,7 @@ class ModelFacts:
 
     kind: str
     refusal: str = ""
+    is_causal: bool = True
     policy_refusal: str = ""
     window: int | None = None
     window_setting: str = "window"

@@ -7,24 +7,25 @@ from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass, field
 from fractions import Fraction
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import nn
 
+from kvbench.cache.shape import cache_shape
 from kvbench.errors import UserError
 from kvbench.methods import Layout, Method, Structure, make_layout, make_method
 from kvbench.methods.policy import Policy
-from kvbench.methods.shape import CacheShape
 from kvbench.models.adapter import Adapter, AdapterCard
 from kvbench.models.device import pick_device
 from kvbench.models.fingerprint import check_unchanged
-from kvbench.models.loading import context_of, load_model, window_of
+from kvbench.models.loading import load_model
 from kvbench.models.references import ModelReference
-from kvbench.models.rotary import has_rotary
+from kvbench.models.rotary import fixed_rotations, has_rotary
 from kvbench.models.shapes import is_shape, make_shape, random_model
 from kvbench.policies import check_policy
-from kvbench.profiling.memory import Sizes, free_bytes, sizes_of
+from kvbench.probe.facts import ModelFacts
+from kvbench.probe.kept import probed
+from kvbench.profiling.memory import Sizes, free_bytes, sizes_of, sizes_of_model
 from kvbench.profiling.plan import RANDOM
 from kvbench.profiling.policed import PolicedRequest
 from kvbench.profiling.subject import EvictingRequest, Request, StockRequest
@@ -42,6 +43,7 @@ class Bench:
 
     Attributes:
         notes: what was changed in the model, in words, for the rows.
+        facts: what a probe of the model has shown; shapes are of kinds that are known.
     """
 
     device: torch.device
@@ -49,7 +51,8 @@ class Bench:
     model: nn.Module
     sizes: Sizes
     vocabulary: int
-    notes: tuple[str, ...] = ()
+    notes: tuple[str, ...]
+    facts: ModelFacts
     _adapters: dict[str, Adapter | None] = field(default_factory=dict)
     _layouts: dict[str, Layout] = field(default_factory=dict)
     _policies: dict[str, Policy | None] = field(default_factory=dict)
@@ -60,6 +63,8 @@ class Bench:
             return None
         if cell.key not in self._adapters:
             method = method_of(cell)
+            if method.n_rows:
+                self.facts.check_embeddings(cell.model, method.name)
             if cell.adapter == RANDOM:
                 torch.manual_seed(cell.seed)
                 card = AdapterCard(cell.method, method.trainable[0], RANK, float(RANK), method.n_rows, "random", "")
@@ -86,11 +91,10 @@ class Bench:
             UserError: it cannot be used on this model, or at this length.
         """
         if cell.key not in self._policies:
-            shape = CacheShape.of(self.model.config, torch.empty(0, dtype=self.dtype).element_size())
             length = int(cell.options["seq_len"])
-            policy = None if cell.method == STOCK else method_of(cell).fitted(length, shape).policy
+            policy = None if cell.method == STOCK else method_of(cell).fitted(length, cache_shape(self.model)).policy
             if policy is not None:
-                check_policy(policy, self.model, cell.model)
+                check_policy(policy, self.model, cell.model, self.facts)
             self._policies[cell.key] = policy
         return self._policies[cell.key]
 
@@ -116,8 +120,10 @@ class Bench:
         )
 
     def ready(self, cell: Cell) -> ExitStack:
-        """The model with the cell's adapter applied, until the stack is closed."""
+        """The model as it reads texts of the cell's length, with its adapter applied, until the stack is closed."""
         stack = ExitStack()
+        length = int(cell.options["seq_len"]) + int(cell.options["new_tokens"])
+        stack.enter_context(fixed_rotations(self.model, length))
         adapter = self.adapter_of(cell)
         if adapter is not None:
             stack.enter_context(adapter.applied(self.model))
@@ -178,29 +184,27 @@ def make_bench(location: str, cell: Cell, positions: int) -> Bench:
         elif positions > shape.context:
             notes += (f"beyond the context of {shape.context}",)
         model = random_model(shape.config, device, dtype, cell.seed)
-        return Bench(device, dtype, model, sizes, int(shape.config.vocab_size), notes)
+        facts = ModelFacts(type(model).__name__)
+        return Bench(device, dtype, model, sizes, int(shape.config.vocab_size), notes, facts)
     reference = ModelReference(cell.model, location, cell.revision, cell.model_hash)
     loaded = load_model(reference, cell.device, cell.dtype)
     reference.check_unchanged()
-    config: Any = loaded.model.config
+    facts = probed(loaded, reference.fingerprint)
+    facts.check(cell.model)
+    shorter = f"Use --seq-len {max(32, (facts.window or 0) - int(cell.options['new_tokens']))} or less."
+    facts.check_length(cell.model, positions, shorter)
     notes = ()
-    window = window_of(config)
-    if window is not None and window < positions:
-        raise UserError(
-            f"{cell.model} attends within a sliding window of {window} tokens, shorter than texts of {positions}: "
-            "its full cache is already compressed.",
-            f"Use --seq-len {max(32, window - int(cell.options['new_tokens']))} or less.",
-        )
     if positions > loaded.context:
         if not has_rotary(loaded.model):
             raise UserError(
-                f"Texts of {positions} tokens do not fit {cell.model}: it has learnt {context_of(config)} positions.",
+                f"Texts of {positions} tokens do not fit {cell.model}: it has learnt {loaded.context} positions.",
                 f"Use --seq-len {max(32, loaded.context - int(cell.options['new_tokens']))} or less, or time its "
                 "shape with random weights, such as --model shape:gpt2.",
             )
         notes = (f"beyond the context of {loaded.context}: time and memory only",)
     dtype = next(loaded.model.parameters()).dtype
-    return Bench(device, dtype, loaded.model, sizes_of(config, dtype), loaded.vocabulary, notes)
+    sizes = sizes_of_model(loaded.model, loaded.vocabulary)
+    return Bench(device, dtype, loaded.model, sizes, loaded.vocabulary, notes, facts)
 
 
 def _dtype(name: str, default: torch.dtype) -> torch.dtype:

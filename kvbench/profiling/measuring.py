@@ -186,13 +186,14 @@ def _write(run: Run) -> None:
     earlier = run.folder.manifest() if path.exists() else {}
     now = datetime.now(UTC).isoformat(timespec="seconds")
     threads = f"|threads:{about['threads']}" if about["device"] == "cpu" else ""
+    kernel = f"sdpa{about.get('mark', '')}"
     manifest = {
         "schema": 1, "content": run.plan.content, "started": earlier.get("started", now), "command": run.command,
         "limit": request.repeats, "finished": None, "sources": {PROFILE: "random token ids"},
         "tasks": {run.plan.cells[0].setting: {
             "kind": PROFILE, "repeats": request.repeats, "notes": about["notes"], "device": about["device"],
             "documents": [], "budget": run.plan.budget or about["device_bytes"],
-            "signature": f"profile|{request.fill}|{about['dtype']}|{about['device']}{threads}|sdpa|v:1",
+            "signature": f"profile|{request.fill}|{about['dtype']}|{about['device']}{threads}|{kernel}|v:1",
         }},
         "machine": about, "environment": describe(),
         "cells": [dataclasses.asdict(cell) for cell in run.cells.values()],

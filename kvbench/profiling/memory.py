@@ -20,6 +20,8 @@ import torch
 from torch import nn
 
 from kvbench.cache.evicting import storage_bytes
+from kvbench.cache.shape import cache_shape
+from kvbench.models.loading import text_config
 
 _WRITES = "kvbench: writing begins"
 _CGROUPS = Path("/sys/fs/cgroup")
@@ -168,7 +170,7 @@ class Sizes:
 
 
 def sizes_of(config: Any, dtype: torch.dtype) -> Sizes:
-    """The sizes of a causal language model of that configuration; nothing is allocated."""
+    """The sizes of a causal language model in a published shape; nothing is allocated."""
     from transformers import AutoModelForCausalLM
 
     with torch.device("meta"):
@@ -179,8 +181,17 @@ def sizes_of(config: Any, dtype: torch.dtype) -> Sizes:
     width = getattr(config, "head_dim", None) or config.hidden_size // heads
     shared = getattr(config, "num_key_value_heads", None) or heads
     entry = config.num_hidden_layers * 2 * shared * width * number
+    return Sizes(sum(tensors.values()) * number, entry, _wide(config), int(config.vocab_size), number)
+
+
+def sizes_of_model(model: nn.Module, vocabulary: int) -> Sizes:
+    """The sizes of a model that is loaded, by what it holds and what it caches."""
+    number = next(model.parameters()).element_size()
+    return Sizes(weights_bytes(model), cache_shape(model).entry_bytes, _wide(model.config), vocabulary, number)
+
+
+def _wide(config: Any) -> int:
+    config = text_config(config)
     named = [getattr(config, name, None) for name in ("intermediate_size", "ffn_dim", "n_inner")]
-    inner = max([size for size in named if size] or [4 * config.hidden_size])
-    return Sizes(
-        sum(tensors.values()) * number, entry, 2 * config.hidden_size + inner, int(config.vocab_size), number,
-    )
+    inner = max([size for size in named if isinstance(size, int)] or [4 * config.hidden_size])
+    return int(2 * config.hidden_size + inner)

@@ -73,7 +73,8 @@ class Worker:
                 "Give a smaller budget.",
             )
         self.say(
-            "ready", notes=bench.notes, weights=bench.sizes.weights, entry=bench.sizes.entry,
+            "ready", notes=bench.notes, mark=bench.facts.mark, probe=bench.facts.as_dict(),
+            weights=bench.sizes.weights, entry=bench.sizes.entry,
             threads=torch.get_num_threads(), device=str(bench.device), dtype=str(bench.dtype).removeprefix("torch."),
             device_name=torch.cuda.get_device_name(bench.device) if bench.device.type == "cuda" else None,
             device_bytes=torch.cuda.mem_get_info(bench.device)[1] if bench.device.type == "cuda" else None,

@@ -15,6 +15,7 @@ from kvbench.cache.evicting import EvictingCache
 from kvbench.methods.layout import OPEN, RAW, Layout
 from kvbench.metrics.agreement import KL_BINS, KL_HIGH, KL_LOW
 from kvbench.models.adapter import Adapter
+from kvbench.models.rotary import fixed_rotations
 from kvbench.protocols.cut import Piece
 from kvbench.runtime import Reader, Trace
 
@@ -108,7 +109,7 @@ def score_batch(
     reader = Reader(model, adapter, Trace())
     cache = EvictingCache()
     rows = Rows(targets, first.scored, reference, keep_reference)
-    with torch.inference_mode(), reader.ready():
+    with torch.inference_mode(), fixed_rotations(model, len(first.ids)), reader.ready():
         context, wanted = ids[:, : first.context], first.scored - 1
         for start, logits in _context_logits(reader, context, layout, cache, execution, chunk, wanted):
             rows.add(start, logits)

@@ -6,6 +6,7 @@ import torch
 from torch import nn
 
 from kvbench.methods.policy import Policy
+from kvbench.models.rotary import fixed_rotations
 from kvbench.policing import Policing
 from kvbench.protocols.cut import Piece
 from kvbench.protocols.score import BatchScore, Reference, Rows
@@ -27,8 +28,8 @@ def score_policed(
     ids = torch.tensor([piece.ids for piece in pieces], device=next(model.parameters()).device)
     once = first.context < len(first.ids) and policy.option("prefill") == "once"
     rows = Rows(ids[:, first.scored :], first.scored, reference, keep=False)
-    run = Policing(model, policy, first.context, [piece.layout for piece in pieces], seed)
-    with torch.inference_mode():
+    with torch.inference_mode(), fixed_rotations(model, len(first.ids)):
+        run = Policing(model, policy, first.context, [piece.layout for piece in pieces], seed)
         for part in run.stream(ids[:, : first.context], first.scored - 1, chunk if once else None):
             rows.add(part.start, part.logits)
         held = run.cache.mean_entries()

@@ -24,8 +24,9 @@ LOCKS = ".locks"
 
 R = TypeVar("R", DocumentRecord, GenerationRecord, ProfileRecord)
 
-RUN, CELL, RECORDS, FAILURE, RESULTS, MAUVE, MASKS = (
+RUN, CELL, RECORDS, FAILURE, RESULTS, MAUVE, MASKS, SIGNATURE = (
     "run.json", "cell.json", "records.jsonl", "failure.json", "results.json", "mauve.json", "masks.json",
+    "signature.txt",
 )
 
 
@@ -122,11 +123,23 @@ class RunFolder:
             raise UserError(f"{path} is damaged: {error}.", "Run again with --fresh.") from error
         return manifest
 
+    def knows_models(self) -> bool:
+        """Whether the models of the run were probed when it was measured, or are only timed."""
+        manifest = self.manifest()
+        measured = {raw["model"] for raw in manifest["cells"] if raw["protocol"] != "profile"}
+        return measured <= set(manifest.get("probes", {}))
+
     def cell_folder(self, cell: Cell) -> Path:
         return self.path / "cells" / cell.key
 
-    def open_cell(self, cell: Cell) -> None:
+    def open_cell(self, cell: Cell, signature: str = "", earlier: str | None = None) -> None:
         """Make the cell's folder, drop an old failure, and repair a torn last line.
+
+        Records that were made under another signature say something else, and are measured again.
+
+        Args:
+            signature: that records will be made under; empty where that is not known.
+            earlier: that those were made under which do not say it themselves, if there are any.
 
         Raises:
             UserError: its records are damaged elsewhere than at their end.
@@ -137,6 +150,12 @@ class RunFolder:
             (folder / FAILURE).unlink(missing_ok=True)
             write_atomic(folder / CELL, json.dumps(dataclasses.asdict(cell), indent=1) + "\n")
             records = folder / RECORDS
+            if signature:
+                made = (folder / SIGNATURE).read_text(encoding="utf-8") if (folder / SIGNATURE).exists() else earlier
+                if made not in (None, signature):
+                    for name in (RECORDS, MAUVE):
+                        (folder / name).unlink(missing_ok=True)
+                write_atomic(folder / SIGNATURE, signature)
             if records.exists():
                 with records.open("r+b") as file:
                     _repair(file)

@@ -21,6 +21,7 @@ from torch.nn import functional
 from kvbench.methods import METHODS
 from kvbench.methods.layout import Layout, everything, plain_tokens
 from kvbench.models.adapter import Adapter
+from kvbench.models.rotary import fixed_rotations
 from kvbench.runtime import Reader
 from kvbench.training.loop import Progress, Stateful, rate_factor, restore_checkpoint, save_checkpoint
 from kvbench.training.mixture import Mixture
@@ -117,7 +118,7 @@ def train_adapter(
     parts: dict[str, Stateful] = {"adapter": adapter, "optimiser": optimiser}
     first = restore_checkpoint(out, plan, parts)
     reader = Reader(model, adapter)
-    with reader.ready():
+    with reader.ready(), fixed_rotations(model, plan.length):
         for step in range(first, plan.steps):
             torch.manual_seed(plan.seed * 1_000_003 + step)  # dropout
             for group in optimiser.param_groups:

@@ -18,6 +18,7 @@ from kvbench.corpora.tasks import RecallSpec
 from kvbench.errors import UserError
 from kvbench.methods import METHODS, make_layout, make_method
 from kvbench.models.adapter import Adapter
+from kvbench.models.rotary import fixed_rotations
 from kvbench.protocols.cut import MIN_TOKENS, Piece, Tokenizer, recall_trials
 from kvbench.runtime import Reader
 
@@ -79,7 +80,8 @@ class HeldOut:
                 for i, block in enumerate(self.blocks):
                     ids = torch.tensor([block], device=device)
                     layout = make_layout(kind, len(block), 0, i % 16)
-                    logits = reader.one_pass(ids, layout, slice(0, -1))[0].float()
+                    with fixed_rotations(model, len(block)):
+                        logits = reader.one_pass(ids, layout, slice(0, -1))[0].float()
                     nll += float(functional.cross_entropy(logits, ids[0, 1:], reduction="sum"))
                     tokens += len(block) - 1
                 correct = 0
@@ -87,9 +89,10 @@ class HeldOut:
                     ids = torch.tensor([piece.ids], device=device)
                     layout = make_layout(kind, piece.context, 0, piece.layout)
                     cache = EvictingCache()
-                    for _ in reader.stream(ids[:, : piece.context], layout, cache, len(layout)):
-                        pass
-                    logits = reader.go_on(ids[:, piece.context : -1], piece.context, cache)
+                    with fixed_rotations(model, len(piece.ids)):
+                        for _ in reader.stream(ids[:, : piece.context], layout, cache, len(layout)):
+                            pass
+                        logits = reader.go_on(ids[:, piece.context : -1], piece.context, cache)
                     answer = ids[0, piece.scored :]
                     correct += int((logits[0, -len(answer) :].argmax(-1) == answer).all())
                 found[ratio] = {"nll": round(nll / tokens, 4)}

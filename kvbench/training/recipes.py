@@ -16,13 +16,15 @@ import torch
 
 import kvbench
 from kvbench.errors import UserError, unknown
-from kvbench.methods import METHODS, make_method
+from kvbench.methods import METHODS, Method, make_method
 from kvbench.models.adapter import Adapter, AdapterCard
 from kvbench.models.device import pick_device
 from kvbench.models.fingerprint import fingerprint
-from kvbench.models.loading import load_model
+from kvbench.models.loading import Loaded, load_model
 from kvbench.models.references import resolve_model
 from kvbench.models.rotary import has_rotary
+from kvbench.probe.facts import ModelFacts
+from kvbench.probe.kept import probed
 from kvbench.training.adapter_training import AdapterPlan, train_adapter
 from kvbench.training.base_training import BasePlan, new_model, train_base, train_tokenizer
 from kvbench.training.data import load_stream
@@ -61,6 +63,30 @@ class AdapterRequest:
     fresh: bool = False
 
 
+def _check_model(name: str, loaded: Loaded, facts: ModelFacts, length: int, method: Method) -> None:
+    """See that the method can be trained on the model, on texts of that length.
+
+    Raises:
+        UserError: it cannot.
+    """
+    facts.check(name)
+    facts.check_length(name, length, f"Use --length {facts.window} or less.")
+    if method.n_rows:
+        facts.check_embeddings(name, method.name)
+    context = loaded.context
+    if length > context:
+        raise UserError(
+            f"--length {length} does not fit {name}: its context is {context} tokens.",
+            f"Use --length {context} or less.",
+        )
+    if length + method.places_after > context and not has_rotary(loaded.model):
+        raise UserError(
+            f"{name} has learned positions up to {context}, and {method.name} needs {method.places_after} "
+            "after its text.",
+            f"Use --length {context - method.places_after} or less.",
+        )
+
+
 def run_adapter_training(request: AdapterRequest, follow: Follow) -> Path:
     """Train and write an adapter.
 
@@ -76,20 +102,10 @@ def run_adapter_training(request: AdapterRequest, follow: Follow) -> Path:
     reference = resolve_model(request.model, request.revision)
     if request.threads:
         torch.set_num_threads(request.threads)
-    model, tokenizer, context, _ = load_model(reference, team.device(request.device), "float32")
+    loaded = load_model(reference, team.device(request.device), "float32")
     reference.check_unchanged()
-    if plan.length > context:
-        raise UserError(
-            f"--length {plan.length} does not fit {request.model}: its context is {context} tokens.",
-            f"Use --length {context} or less.",
-        )
-    method = make_method(plan.method, Fraction(0), plan.options)
-    if plan.length + method.places_after > context and not has_rotary(model):
-        raise UserError(
-            f"{request.model} has learned positions up to {context}, and {plan.method} needs {method.places_after} "
-            "after its text.",
-            f"Use --length {context - method.places_after} or less.",
-        )
+    model, tokenizer, method = loaded.model, loaded.tokenizer, make_method(plan.method, Fraction(0), plan.options)
+    _check_model(request.model, loaded, probed(loaded, reference.fingerprint), plan.length, method)
     stream = load_stream(request.data, tokenizer, 2 * plan.length)
     plan = replace(plan, base_hash=reference.fingerprint, data=stream.hash)
     held = HeldOut.from_file(request.held_out, tokenizer, plan.length) if request.held_out else None

@@ -1,0 +1,206 @@
+"""Checks of what is taken for granted of a model: its rotations, its bytes, and what policies see of it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import DynamicCache
+
+from kvbench.cache.shape import cache_shape
+from kvbench.doctor.checks import Check, policies
+from kvbench.doctor.subject import Subject, policy_of
+from kvbench.errors import UserError
+from kvbench.models.attention import LISTENER, NAME, WATCHER, Attended
+from kvbench.models.rotary import FAR, fixed_rotations, frequencies, fresh_rotations, rotated
+from kvbench.policing import Policing
+
+_PLACES = (3, 17)
+"""Two places that a token is read alone at."""
+
+
+def rotations_are_those_of_one_pass(subject: Subject) -> Check:
+    """What is stored while little of a long text has been read is what one pass over all of it computes."""
+    with fresh_rotations(subject.loaded.model):
+        whole = _keys_at(subject, (0, 1, 2, FAR))
+    with fixed_rotations(subject.loaded.model, FAR + 1):
+        early = _keys_at(subject, (0, 1, 2))
+    worst = max(
+        (_relative(a[:, :, :3], b[:, :, :3]) for a, b in zip(whole, early, strict=True) if a.shape[1] == b.shape[1]),
+        default=0.0,
+    ) if not subject.facts.learned else 0.0
+    return Check(
+        "rotations are those of one pass", worst <= _near(subject), f"keys differ by {worst:.1e}",
+        "Its rotations depend on how long a text is: numbers of long texts would be wrong.",
+    )
+
+
+def layers_turn_as_assumed(subject: Subject) -> Check:
+    """Every layer turns a key as those methods believe that turn keys again."""
+    name, worst = "layers turn keys as assumed", 0.0
+    try:
+        speeds = frequencies(subject.loaded.model)
+    except UserError as error:
+        return Check(name, True, f"methods that turn keys are refused: {error.message}", "")
+    if speeds is None:
+        return Check(name, True, "positions are learned: methods that turn keys are refused", "")
+    first, second = (_keys_at(subject, (place,)) for place in _PLACES)
+    for speed, here, there in zip(speeds, first, second, strict=True):
+        angle = (_PLACES[1] - _PLACES[0]) * (torch.zeros(1) if speed is None else speed)[None].to(here.device)
+        worst = max(worst, _relative(rotated(here, angle.cos(), angle.sin()), there))
+    return Check(
+        name, worst <= _near(subject), f"keys differ by {worst:.1e} after a turn",
+        "Use --set positions=absolute and merge_at=rotated on this model.",
+    )
+
+
+def bytes_are_those_cached(subject: Subject) -> Check:
+    """An entry takes as many bytes as in the cache of transformers."""
+    ids, cache = subject.ids()[:1], DynamicCache()
+    with torch.inference_mode():
+        subject.loaded.model(input_ids=ids, past_key_values=cache, use_cache=True)
+    theirs = sum(t.nbytes for layer in cache.layers for t in (layer.keys, layer.values)) / ids.shape[1]
+    ours = cache_shape(subject.loaded.model).entry_bytes
+    return Check(
+        "bytes are those cached", ours == theirs, f"{ours} bytes per entry, {theirs:g} in the cache of transformers",
+        "Budgets in bytes would be wrong on this model: use ratios.",
+    )
+
+
+def chosen_is_masked(subject: Subject) -> Check:
+    """What policies remove while they read, and one pass under a mask of what they kept, give the same."""
+    name, worst, at = "what policies chose is masked", 0.0, ""
+    for method, ratio in policies(subject):
+        removed, masked = _both_ways(subject, method, ratio)
+        apart = float((removed - masked).abs().mean())
+        worst, at = max((worst, at), (apart, f" ({method})"))
+    if subject.facts.policy_refusal:
+        return Check(name, True, f"policies are refused: {subject.facts.policy_refusal}", "")
+    return Check(
+        name, worst <= subject.tolerance, f"differs by {worst:.1e} nats{at}",
+        "Results of policies on this model must not be trusted: use methods with a layout.",
+    )
+
+
+def policies_see_attention(subject: Subject) -> Check:
+    """The attention that policies choose by is the model's own, as its plain code computes it."""
+    name = "policies see the model's attention"
+    if subject.facts.policy_refusal:
+        return Check(name, True, f"policies are refused: {subject.facts.policy_refusal}", "")
+    model, ids = subject.loaded.model, subject.ids()[:1]
+    with torch.inference_mode(), fixed_rotations(model, ids.shape[1]):
+        run = Policing(model, policy_of("h2o", "0"), ids.shape[1], (0,))
+        for _ in run.stream(ids):
+            pass
+        with _eager(model):
+            own = model(input_ids=ids, use_cache=False, output_attentions=True).attentions
+    if not own or any(weights is None for weights in own):
+        return Check(name, True, "the model does not show its attention", "")
+    worst = 0.0
+    for weights, layer in zip(own, run.cache.layers, strict=True):
+        sums = weights.float().sum(2)
+        wanted = sums.view(1, layer.sums.shape[1], -1, sums.shape[-1]).sum(2)
+        worst = max(worst, _relative(layer.sums, wanted))
+    return Check(
+        name, worst <= _near(subject), f"sums of attention differ by {worst:.1e}",
+        "Results of policies on this model must not be trusted: use methods with a layout.",
+    )
+
+
+class _Replayed:
+    """The mask of one pass over everything: for each run of tokens, what was kept then, and the run itself."""
+
+    def __init__(self, run: Policing, runs: list[tuple[int, int]], length: int) -> None:
+        assert run.kept is not None
+        self.masks = [_mask_of(run, layer, runs, length) for layer in range(len(run.cache.layers))]
+
+    def mask(self, layer: int, *_: Any) -> Tensor:
+        return self.masks[layer]
+
+    def attend(self, *_: Any) -> None:
+        """As the mask says."""
+
+    def watch(self, *_: Any) -> None:
+        """Nothing is learned."""
+
+
+def _mask_of(run: Policing, layer: int, runs: list[tuple[int, int]], length: int) -> Tensor:
+    """bool ``[batch, heads, length, length]``."""
+    assert run.kept is not None
+    batch, heads = run.kept[-1][layer].shape[:2]
+    mask = torch.zeros(batch, heads, length, length, dtype=torch.bool, device=run.kept[-1][layer].device)
+    for number, (start, stop) in enumerate(runs):
+        if number:
+            kept = run.kept[number][layer]
+            seen = torch.zeros(batch, heads, length + 1, dtype=torch.bool, device=mask.device)
+            seen.scatter_(-1, kept.masked_fill(kept < 0, length), True)
+            mask[:, :, start:stop] |= seen[:, :, None, :length]
+        mask[:, :, start:stop, start:stop] |= torch.ones(
+            stop - start, stop - start, dtype=torch.bool, device=mask.device
+        ).tril()
+    return mask
+
+
+def _both_ways(subject: Subject, method: str, ratio: str) -> tuple[Tensor, Tensor]:
+    """Nats of every token but the first, with entries removed and with them masked."""
+    model, ids, runs = subject.loaded.model, subject.ids()[:2], []
+    with torch.inference_mode(), fixed_rotations(model, ids.shape[1]):
+        run = Policing(model, policy_of(method, ratio), ids.shape[1], (3, 5), kept=[])
+        parts = []
+        for part in run.stream(ids):
+            runs.append((part.start, part.stop))
+            parts.append(part.logits)
+        token = WATCHER.set(_Replayed(run, runs, ids.shape[1]))
+        try:
+            masked = model(
+                input_ids=ids, use_cache=False,
+                attention_mask=torch.ones(1, 1, 1, 1, dtype=torch.bool, device=ids.device),
+                position_ids=torch.arange(ids.shape[1], device=ids.device)[None],
+            ).logits
+        finally:
+            WATCHER.reset(token)
+    both = (logits[:, :-1].float().log_softmax(-1) for logits in (torch.cat(parts, 1), masked))
+    removed, masked = (-log_p.gather(-1, ids[:, 1:, None]) for log_p in both)
+    return removed, masked
+
+
+def _keys_at(subject: Subject, places: tuple[int, ...]) -> list[Tensor]:
+    """Keys ``[1, heads, places, width]`` of every layer, one token read at each place; alone if there is one."""
+    model, calls = subject.loaded.model, list[Attended]()
+    device = subject.device
+    token = LISTENER.set(calls.append)
+    try:
+        with torch.inference_mode():
+            model(
+                input_ids=torch.ones(1, len(places), dtype=torch.long, device=device), use_cache=False,
+                attention_mask=torch.ones(1, 1, len(places), len(places), dtype=torch.bool, device=device).tril(),
+                position_ids=torch.tensor([places], device=device).clamp(max=_last(subject)),
+            )
+    finally:
+        LISTENER.reset(token)
+    return [call.key for call in calls]
+
+
+def _last(subject: Subject) -> int:
+    """The last place that the model can be asked about."""
+    return subject.loaded.context - 1 if subject.facts.learned else FAR
+
+
+def _near(subject: Subject) -> float:
+    return 1e-3 if subject.tolerance < 1e-3 else 0.05
+
+
+def _relative(one: Tensor, other: Tensor) -> float:
+    return float((one.float() - other.float()).abs().max() / other.float().abs().max().clamp(min=1e-12))
+
+
+@contextmanager
+def _eager(model: Any) -> Iterator[None]:
+    model.set_attn_implementation("eager")
+    try:
+        yield
+    finally:
+        model.set_attn_implementation(NAME)
