@@ -10,8 +10,10 @@ from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
 
-from kvbench.config import DEFAULT_MODEL
 from kvbench.errors import UserError
+
+DEFAULT_MODEL = "kvbench-tiny"
+"""The model that is embedded."""
 
 _HUB_ID = re.compile(r"^[\w.-]+(/[\w.-]+)?$")
 _WHOLE, _EDGE = 64 << 20, 1 << 20
