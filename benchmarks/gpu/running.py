@@ -127,7 +127,7 @@ class Runner:
         over = threading.Event()
         watchdog = threading.Thread(target=self._watch, args=(over,), daemon=True)
         watchdog.start()
-        faulthandler.dump_traceback_later(max(1.0, self.end - time.monotonic() + 2 * GRACE), exit=True)
+        faulthandler.dump_traceback_later(max(1.0, self.end - time.monotonic() + GRACE + 2), exit=True)
         try:
             yield
         finally:
