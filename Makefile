@@ -4,7 +4,7 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 
-.PHONY: run test test-heavy lint figures bench clean
+.PHONY: run test test-heavy lint figures bench gpu clean
 
 run: $(STAMP)
 	$(BIN)/kvbench run --method sentinel --ratio 0.7
@@ -34,6 +34,10 @@ bench: $(STAMP)
 	$(BIN)/python -m benchmarks.decoding
 	$(BIN)/python -m benchmarks.caches
 	$(BIN)/python -m benchmarks.policies
+
+# What a GPU does, in six minutes at most: under the python3 that is there (torch and transformers), without .venv.
+gpu:
+	$(PYTHON) -m benchmarks.gpu --device cuda --out reports/gpu
 
 $(STAMP): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)

@@ -10,9 +10,9 @@ from typing import Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from kvbench.errors import UserError
+from kvbench.models.references import DEFAULT_MODEL
 
 CONFIG_NAME = "kvbench.toml"
-DEFAULT_MODEL = "kvbench-tiny"
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 

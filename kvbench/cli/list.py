@@ -76,7 +76,7 @@ def _source(embedded: str | None, hub: str | None, synthetic: str | None) -> str
 
 
 def _models() -> list[dict[str, str]]:
-    from kvbench.config import DEFAULT_MODEL
+    from kvbench.models.references import DEFAULT_MODEL
     from kvbench.models.shapes import PREFIX, SHAPES
 
     rows = [

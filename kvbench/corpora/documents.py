@@ -12,10 +12,13 @@ from dataclasses import dataclass
 from importlib.resources import files
 from itertools import chain, zip_longest
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from kvbench.corpora.tasks import CorpusSpec, Task
 from kvbench.corpora.turns import SYNTHETIC, read_turns
 from kvbench.errors import UserError
+
+if TYPE_CHECKING:
+    from kvbench.corpora.tasks import CorpusSpec, Task
 
 _TITLE = re.compile(r"^ = [^=].*[^=] = $")
 
@@ -65,6 +68,12 @@ def load_corpus(task: Task, data: Path | None) -> Corpus:
     if not documents:
         raise UserError(f"{source} holds no text.", "Give a file with at least one document.")
     return Corpus(documents, _digest(task, documents), source)
+
+
+def embedded_documents(name: str = "minidocs.jsonl") -> tuple[Document, ...]:
+    """The rows of an embedded file as documents, without a task to cut them by."""
+    rows = read_rows(Path(str(files("kvbench").joinpath("assets", name))))
+    return tuple(Document(row["id"], row["id"], row["text"]) for row in rows)
 
 
 def _load_turns(task: Task, data: Path | None) -> Corpus:

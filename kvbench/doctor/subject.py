@@ -8,8 +8,7 @@ from fractions import Fraction
 import torch
 from torch import Tensor
 
-from kvbench.corpora.documents import Document, load_corpus
-from kvbench.corpora.tasks import load_task
+from kvbench.corpora.documents import Document, embedded_documents
 from kvbench.errors import UserError
 from kvbench.methods import Layout, make_layout, make_method
 from kvbench.methods.policy import Policy
@@ -92,7 +91,7 @@ def make_subject(model: str, revision: str | None, device: str, dtype: str) -> S
     where = next(loaded.model.parameters()).device
     if where.type == "cuda":
         torch.cuda.set_device(where)  # events are recorded on the current device
-    documents = load_corpus(load_task("minidocs"), None).documents
+    documents = embedded_documents()
     tokenizer = make_tokenizer(loaded.tokenizer, "auto")
     block = min(BLOCK, loaded.context, facts.window or BLOCK)
     pieces = []

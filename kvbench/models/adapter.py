@@ -99,7 +99,8 @@ class Adapter(nn.Module):
         embedding = model.get_input_embeddings().weight  # type: ignore[operator]
         adapter = cls(card, model, dropout)
         with torch.no_grad():
-            mean, spread = embedding.float().mean(0), embedding.float().std(0)
+            # Drawn where the rows are: the same numbers whatever device the model is on.
+            mean, spread = (t.to(adapter.rows.device) for t in (embedding.float().mean(0), embedding.float().std(0)))
             adapter.rows.copy_(mean + 0.5 * spread * torch.randn_like(adapter.rows))
         return adapter
 

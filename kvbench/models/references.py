@@ -11,9 +11,11 @@ from functools import cached_property
 from importlib.resources import files
 from pathlib import Path
 
-from kvbench.config import DEFAULT_MODEL
 from kvbench.errors import UserError
 from kvbench.models.fingerprint import check_unchanged, fingerprint, former_fingerprint
+
+DEFAULT_MODEL = "kvbench-tiny"
+"""The model that is embedded."""
 
 _HUB_ID = re.compile(r"^[\w.-]+(/[\w.-]+)?$")
 _COMMIT = re.compile(r"^[0-9a-f]{40}$")

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from kvbench.corpora.documents import Document
 from kvbench.corpora.facts import FACT_HIGH, FACT_LOW, NAMES, THINGS, fact
-from kvbench.corpora.tasks import RecallSpec
 from kvbench.errors import UserError
 from kvbench.methods import Structure, layout_id
+
+if TYPE_CHECKING:
+    from kvbench.corpora.tasks import RecallSpec
 
 MIN_TOKENS = 32
 """Shorter tails and documents are not scored; they are counted."""
