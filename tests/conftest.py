@@ -153,6 +153,25 @@ def model_folder(tmp_path_factory: pytest.TempPathFactory, tiny_tokenizer: Any) 
     return make
 
 
+@pytest.fixture(scope="session")
+def zoo_folder(tmp_path_factory: pytest.TempPathFactory, tiny_tokenizer: Any) -> Callable[..., Path]:
+    """Makes (once each) a saved small model of any type, with the tokenizer of kvbench-tiny."""
+    from tests.zoo import zoo_model
+
+    made: dict[str, Path] = {}
+
+    def make(kind: str, **more: Any) -> Path:
+        key = f"{kind} {more}"
+        if key not in made:
+            folder = tmp_path_factory.mktemp(f"zoo-{kind}")
+            zoo_model(kind, vocab_size=4096, **more).save_pretrained(folder)
+            tiny_tokenizer.save_pretrained(folder)
+            made[key] = folder
+        return made[key]
+
+    return make
+
+
 class Outcome(NamedTuple):
     code: int
     out: str

@@ -40,7 +40,6 @@ from kvbench.models.loading import load_model
 from kvbench.models.references import ModelReference
 from kvbench.models.rotary import frequencies, has_rotary
 from kvbench.policies import check_policy
-from kvbench.probe.asking import rests_on
 from kvbench.probe.kept import apart_at, probed, tolerance
 from kvbench.protocols.cut import Cut, Piece
 from kvbench.protocols.score import BatchScore, Reference, score_batch
@@ -154,7 +153,7 @@ class Worker:
         if not found <= tolerance(self.loaded):
             raise UserError(
                 f"{cell.model}: {self.facts.kind} predicts a text of {length} tokens otherwise with stored entries "
-                f"than in one pass ({found:.2g} nats per token apart){rests_on(self.loaded.model)}.",
+                f"than in one pass ({found:.2g} nats per token apart).",
                 "Measure it on shorter texts, or choose another model.",
             )
 

@@ -49,6 +49,7 @@ def load_model(reference: ModelReference, device: str, dtype: str) -> Loaded:
     try:
         config = AutoConfig.from_pretrained(reference.location, **common)
         _check_kind(reference, config)
+        _check_attention(AutoModelForCausalLM, config)
         tokenizer = AutoTokenizer.from_pretrained(reference.location, **common)
         model, info = AutoModelForCausalLM.from_pretrained(
             reference.location, config=config, dtype=weights, attn_implementation=register(),
@@ -64,11 +65,6 @@ def load_model(reference: ModelReference, device: str, dtype: str) -> Loaded:
             f"The weights of {reference.name} are incomplete: {missing[0]} "
             f"({len(missing)} in all) would be random.",
             "Download or copy the model again.",
-        )
-    if not getattr(model, "_supports_attention_backend", False):
-        raise UserError(
-            f"{type(model).__name__} cannot be given a mask or an evicting cache.",
-            "Choose a decoder-only transformer such as Llama, Qwen, GPT-NeoX, OPT or GPT-2.",
         )
     model.eval().requires_grad_(False).to(where)
     by_length(model)  # rotations that keep a state are looked at while they are new
@@ -110,6 +106,19 @@ def _check_kind(reference: ModelReference, config: Any) -> None:
         raise UserError(
             f"{reference.name} ({config.model_type}) is not a decoder-only transformer with a KV cache.",
             "Choose a causal language model such as Llama, Qwen, GPT-NeoX, OPT or GPT-2.",
+        )
+
+
+def _check_attention(auto: Any, config: Any) -> None:
+    """See that the model computes attention by transformers' interface, so that ours takes its place."""
+    kind = auto._model_mapping.get(type(config), None)
+    kind = kind[0] if isinstance(kind, (tuple, list)) else kind
+    if kind is not None and not getattr(kind, "_supports_attention_backend", False):
+        kinds = sorted({str(name) for name in getattr(text_config(config), "layer_types", None) or ()})
+        raise UserError(
+            f"{kind.__name__} computes its attention in a way of its own ({', '.join([config.model_type, *kinds])}): it "
+            "cannot be given a mask or an evicting cache.",
+            "Choose a decoder-only transformer such as Llama, Qwen, GPT-NeoX, OPT or GPT-2.",
         )
 
 

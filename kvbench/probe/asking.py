@@ -99,10 +99,9 @@ class _Probe:
             streamed = self._tried(lambda: _nll_streamed(model, ids, CHUNK), "reading it with stored entries")
             self._check("what it predicts with stored entries is not what it predicts in one pass", own, streamed)
             self._check_masks()
-            by_embeddings = self._by_embeddings()
+            needs_ids = self._needs_ids(mine)
             policy_refusal = self._policies(own, calls)
         found = turned(model)
-        needs_ids = by_embeddings is None or _distance(own, by_embeddings) > self.tolerance
         return replace(
             facts, window=window, window_setting=setting_of(model.config, window), policy_refusal=policy_refusal,
             needs_ids=needs_ids, is_turned=None not in found.layers, learned=found.learned,
@@ -120,7 +119,8 @@ class _Probe:
         with _eager(self.model):
             changed = _nll(_own(self.model, other), self.ids)
         if _distance(own[:, : half - 1], changed[:, : half - 1]) > self.tolerance:
-            why = " (is_decoder: false)" if getattr(self.model.config, "is_decoder", True) is False else ""
+            config: Any = self.model.config
+            why = " (is_decoder: false)" if vars(type(config)).get("is_decoder") is not None and not config.is_decoder else ""
             raise _NotCausalError(
                 f"{type(self.model).__name__} attends tokens that come later{why}: it is no causal language model, "
                 "and has no perplexity."
@@ -135,13 +135,14 @@ class _Probe:
         removed = _nll(torch.cat(parts, 1), self.ids)
         self._check("it does not attend under the masks that it is given", masked, removed)
 
-    def _by_embeddings(self) -> Tensor | None:
-        """With nothing but the embeddings of the tokens; None where that cannot be had."""
+    def _needs_ids(self, by_ids: Tensor) -> bool:
+        """Whether the embeddings of the tokens alone give anything else: the same kernels run, so it should be equal."""
         embedded = self.model.get_input_embeddings()(self.ids)  # type: ignore[operator]
         try:
-            return _nll(self.model(inputs_embeds=embedded, use_cache=False).logits, self.ids)
+            by_embeddings = _nll(self.model(inputs_embeds=embedded, use_cache=False).logits, self.ids)
         except Faults:
-            return None
+            return True
+        return _distance(by_ids, by_embeddings) > self.tolerance / 100
 
     def _policies(self, own: Tensor, calls: list[Attended]) -> str:
         """Why policies cannot be used on it: whether what is cached is what is attended, once in every layer."""
@@ -159,7 +160,9 @@ class _Probe:
             with _heard(heard.append):
                 logits = [part.logits for part in run.stream(self.ids)]
         except (*Faults, UserError) as error:
-            return f"{name} cannot be read under a policy ({_sentence(error)})."
+            shared = sorted({call.layer for call in calls if call.layer is not None} - {i for i, *_ in cache.given})
+            why = f"layers {', '.join(map(str, shared))} attend what others have stored" if shared else _sentence(error)
+            return f"{name} cannot be read under a policy: {why}."
         why = _uncached(cache, heard)
         if why:
             return f"In {name}, {why}, and a policy would choose by something else than what is attended."
@@ -171,20 +174,25 @@ class _Probe:
         try:
             found = run()
         except Faults as error:
-            raise _FoundError(
-                f"{what} fails in {type(self.model).__name__}{rests_on(self.model)}: {_sentence(error)}."
-            ) from error
+            raise _FoundError(self._why(f"{what} fails: {_sentence(error)}")) from error
         if not bool(torch.isfinite(found).all()):
             raise _FoundError(f"{what} gives predictions that are not finite (overflow, or damaged weights).")
         return found
 
     def _check(self, what: str, one: Tensor, other: Tensor) -> None:
         distance = _distance(one, other)
-        if distance > self.tolerance:
-            raise _FoundError(
-                f"{what} ({distance:.2g} nats per token apart), by {type(self.model).__name__}{rests_on(self.model)}."
-            )
+        if not distance <= self.tolerance:
+            raise _FoundError(self._why(f"{what} ({distance:.2g} nats per token apart)"))
         self.worst = max(self.worst, distance)
+
+    def _why(self, what: str) -> str:
+        name, others = type(self.model).__name__, other_layers(self.model)
+        if others:
+            return (
+                f"{name} keeps another state than keys and values in some of its layers ({', '.join(others)}), from "
+                "which no entry can be removed."
+            )
+        return f"in {name}, {what}."
 
 
 class _Noting(PolicedCache):
@@ -250,17 +258,15 @@ def setting_of(config: Any, value: int | None) -> str:
     return next((name for name in names if "window" in name or "chunk" in name), names[0] if names else "a window of")
 
 
-def rests_on(model: nn.Module) -> str:
-    """What in a model is likely to be the cause, in brackets."""
+def other_layers(model: nn.Module) -> list[str]:
+    """The kinds of layers that are no attention over keys and values, by what they are called."""
     config: Any = text_config(model.config)
-    kinds = {str(kind) for kind in getattr(config, "layer_types", None) or () if "full" not in str(kind)}
+    kinds = {str(kind) for kind in getattr(config, "layer_types", None) or ()}
     parts = {
         type(module).__name__ for module in model.modules()
-        if any(word in type(module).__name__ for word in ("Mamba", "Conv1d", "Recurrent", "Linear", "SSM", "Rwkv"))
-        and type(module) is not nn.Linear and "Rotary" not in type(module).__name__
+        if any(word in type(module).__name__ for word in ("Mamba", "ShortConv", "Recurrent", "SSM", "Rwkv"))
     }
-    named = sorted(kinds) or sorted(part for part in parts if part not in ("Conv1D", "GatedLinear"))
-    return f" (it has {', '.join(named)})" if named else ""
+    return (sorted(kind for kind in kinds if "attention" not in kind or "linear" in kind) or sorted(parts))[:3]
 
 
 def _sentence(error: BaseException) -> str:

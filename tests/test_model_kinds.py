@@ -1,0 +1,404 @@
+"""Models that are not what the two executions assume: the number of their own forward pass, or a refusal by name."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Iterator
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
+
+from kvbench.cache.shape import cache_shape
+from kvbench.corpora.documents import embedded_documents
+from kvbench.decoding import Continuation, Sampling
+from kvbench.errors import UserError
+from kvbench.judges.fluency import Scorer
+from kvbench.methods import Structure, make_layout, make_method
+from kvbench.models.attention import register
+from kvbench.models.rotary import fixed_rotations, frequencies, rotated
+from kvbench.policing import Policing
+from kvbench.probe.asking import examine, sight_of
+from kvbench.probe.facts import ModelFacts
+from kvbench.protocols.cut import Piece
+from kvbench.protocols.score import BatchScore, score_batch
+from kvbench.protocols.score_policy import score_policed
+from kvbench.runtime import Reader
+from tests.conftest import Outcome
+from tests.zoo import zoo_model, zoo_text
+
+Call = Callable[..., Outcome]
+N = 16
+LONG = {"rope_type": "longrope", "rope_theta": 1e4, "original_max_position_embeddings": 100, "factor": 5.0,
+        "long_factor": [1.0 + i / 7 for i in range(8)], "short_factor": [1.0] * 8}
+DYNAMIC = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}
+BY_LENGTH = {
+    "longrope": {"rope_parameters": LONG}, "dynamic": {"rope_parameters": DYNAMIC, "max_position_embeddings": 100},
+}
+"""The same Llama, with rotations that depend on how long the text is."""
+
+
+def own_nll(model: nn.Module, ids: Tensor) -> Tensor:
+    """Nats of every token but the first, by a plain loop over transformers' own forward pass."""
+    with torch.inference_mode():
+        logits = model(input_ids=ids, use_cache=False).logits[:, :-1]
+    return torch.nn.functional.cross_entropy(logits[0], ids[0, 1:], reduction="none").double()
+
+
+def piece_of(ids: Tensor, context: int | None = None, scored: int = 1) -> Piece:
+    return Piece("text", tuple(ids[0].tolist()), context or ids.shape[1], scored, 0, 3)
+
+
+def scored(model: nn.Module, ids: Tensor, method: str, ratio: str = "0", execution: str = "streamed", **options: str,
+           ) -> BatchScore:
+    made, piece = make_method(method, Fraction(ratio), options), piece_of(ids)
+    if made.policy is not None:
+        return score_policed(model, made.policy, [piece], None, 64, 0)
+    layout = make_layout(made, ids.shape[1], 0, 3)
+    return score_batch(model, None, layout, [piece], None, execution, 64)[0]
+
+
+@pytest.fixture(params=list(BY_LENGTH))
+def stretching(request: pytest.FixtureRequest) -> tuple[nn.Module, Callable[[], nn.Module]]:
+    """A model whose rotations depend on the length of the text, and a way to have it anew, nothing remembered."""
+    more = BY_LENGTH[str(request.param)]
+    return zoo_model("llama", register(), **more), lambda: zoo_model("llama", **more)
+
+
+def test_rotations_are_those_of_the_whole_text(stretching: tuple[nn.Module, Callable[[], nn.Module]]) -> None:
+    """Longer and shorter texts in any order, in both executions, under a policy: the same nats as in transformers."""
+    model, anew = stretching
+    for length in (180, 60, 100, 101, 240, 99):
+        ids = zoo_text(length, length)
+        own = own_nll(anew(), ids)
+        ways = (("full", "streamed"), ("full", "onepass"), ("h2o", "streamed"), ("sinks", "streamed"))
+        for method, execution in ways:
+            found = scored(model, ids, method, execution=execution).nll[0]
+            assert float((found - own).abs().max()) < 1e-4, (method, execution, length)
+
+
+def test_what_follows_a_prefix_has_its_rotations_too(stretching: tuple[nn.Module, Callable[[], nn.Module]]) -> None:
+    model, anew = stretching
+    ids = zoo_text(150, 2)
+    own = own_nll(anew(), ids)[79:]
+    piece = piece_of(ids, 80, 80)
+    layout = make_layout(make_method("full", Fraction(0)), 80, 0, 3)
+    policy = make_method("knorm", Fraction(0)).policy
+    assert policy is not None
+    by_layout, _ = score_batch(model, None, layout, [piece], None, "streamed", 64)
+    for found in (by_layout, score_policed(model, policy, [piece], None, 64, 0)):
+        assert float((found.nll[0] - own).abs().max()) < 1e-4
+
+
+def test_texts_are_written_with_the_rotations_of_the_whole_text(
+    stretching: tuple[nn.Module, Callable[[], nn.Module]]
+) -> None:
+    """Each word is the most probable one after all before it, in a pass that knows how long the text will be."""
+    model, anew = stretching
+    ids, new = zoo_text(90, 4), 20
+    layout = make_layout(make_method("full", Fraction(0)), 110, 0, 0, Structure(prefix=90))
+    greedy = torch.full((1, 1, new), torch.nan, dtype=torch.float64)
+    with torch.inference_mode(), fixed_rotations(model, 110):
+        text, reader = Continuation(ids, greedy, layout, Sampling()), Reader(model)
+        written = torch.stack(list(text.write(reader, text.read(reader))), 1)
+    whole, other = torch.cat([ids, written], 1), anew()
+    with torch.inference_mode():
+        wanted = other(input_ids=whole, use_cache=False).logits[0, 89:-1].argmax(-1)
+    assert torch.equal(written[0], wanted)
+
+
+def test_turned_keys_turn_by_the_rotations_of_the_whole_text() -> None:
+    model = zoo_model("llama", register(), **BY_LENGTH["longrope"])
+    speeds = []
+    for length in (50, 200):
+        with fixed_rotations(model, length):
+            found = frequencies(model)
+            assert found is not None
+            assert found[0] is not None
+            speeds.append(found[0].clone())
+    assert torch.allclose(speeds[0] / speeds[1], torch.tensor(LONG["long_factor"]))
+
+
+def test_a_scorer_does_not_depend_on_what_it_scores_beside(tiny_tokenizer: Any) -> None:
+    """Texts of different lengths side by side; each as if it were alone, and as a plain loop has it."""
+    more = {"vocab_size": 4096, "rope_parameters": {**LONG, "original_max_position_embeddings": 30}}
+    model = zoo_model("llama", register(), **more)
+    words = embedded_documents()[0].text.split()
+    pairs = [(" ".join(words[:n]), " " + " ".join(words[n : n + 8])) for n in (4, 12, 40, 41)]
+    scorer = Scorer(model, tiny_tokenizer, 512)
+    for pair, found in zip(pairs, scorer.score(pairs), strict=True):
+        whole = torch.tensor([tiny_tokenizer("".join(pair)).input_ids])
+        first = len(tiny_tokenizer(pair[0]).input_ids)
+        own = own_nll(zoo_model("llama", **more), whole)[first - 1 :]
+        assert found.nll == pytest.approx(float(own.sum()), abs=1e-3)
+
+
+@pytest.mark.parametrize("kind", ["llama", "smollm3"])
+def test_where_nothing_is_turned_positions_change_nothing(kind: str) -> None:
+    """Without rotations in any layer; with them, they do."""
+    more: dict[str, Any] = {"no_rope_layers": [0] * 4} if kind == "smollm3" else {}
+    model, ids = zoo_model(kind, register(), **more), zoo_text(120)
+    one, other = (
+        scored(model, ids, "streaming-llm", "0.8", positions=p, step="8").nll for p in ("cache", "absolute")
+    )
+    assert torch.equal(one, other) is (kind == "smollm3")
+    near, far = (scored(model, ids, "expected-attention", "0.8", future=f, step="8").nll for f in ("1", "64"))
+    assert torch.equal(near, far) is (kind == "smollm3")
+    both = [scored(model, ids, "cascading", "0.8", positions=p, step="8").nll for p in ("cache", "absolute")]
+    assert torch.equal(*both) is (kind == "smollm3")
+    pooled = [scored(model, ids, "meanpool", "0.8", merge_at=m).nll for m in ("rotated", "unrotated")]
+    assert torch.allclose(*pooled, atol=1e-5) is (kind == "smollm3")
+
+
+@pytest.mark.parametrize("kind", ["smollm3", "exaone4", "gemma3_text", "gpt_neox"])
+def test_each_layer_is_turned_by_its_own_rotation(kind: str) -> None:
+    """Keys of a token alone at one place, turned, are its keys at another, in a cache of transformers."""
+    model = zoo_model(kind, register())
+    speeds, caches = frequencies(model), [DynamicCache(), DynamicCache()]
+    with torch.inference_mode():
+        for cache, place in zip(caches, (2, 31), strict=True):
+            model(input_ids=torch.tensor([[5]]), position_ids=torch.tensor([[place]]), past_key_values=cache)
+    assert speeds is not None
+    assert kind != "smollm3" or [speed is None for speed in speeds] == [False, False, False, True]
+    for speed, here, there in zip(speeds, *(cache.layers for cache in caches), strict=True):
+        angle = 29 * (torch.zeros(1) if speed is None else speed)[None]
+        assert float((rotated(here.keys, angle.cos(), angle.sin()) - there.keys).abs().max()) < 1e-4
+
+
+def test_a_way_of_turning_that_is_not_known_is_refused() -> None:
+    """Pairs of neighbours (Cohere), queries scaled by their place (Llama 4)."""
+    for kind in ("cohere", "llama4_text"):
+        with pytest.raises(UserError, match="turns its keys in a way that cannot be undone here"):
+            frequencies(zoo_model(kind, register()))
+
+
+def test_models_that_need_ids_are_fed_ids() -> None:
+    """Embeddings per layer are looked up by id: every method that feeds text alone reads as the model does."""
+    model, ids = zoo_model("gemma3n_text", register()), zoo_text(90)
+    own, facts = own_nll(zoo_model("gemma3n_text"), ids), examine(model, zoo_text(48))
+    assert facts.needs_ids
+    assert facts.mark == "|input:ids"
+    for method, execution in (("full", "streamed"), ("full", "onepass"), ("h2o", "streamed"), ("window", "streamed")):
+        assert float((scored(model, ids, method, execution=execution).nll[0] - own).abs().max()) < 1e-4
+    with pytest.raises(UserError, match="the special tokens of sentinel have none"):
+        facts.check_embeddings("gemma3n", "sentinel")
+
+
+@pytest.mark.parametrize("kind", ["deepseek_v3", "gemma4_text", "llama"])
+def test_budgets_in_bytes_are_of_what_is_cached(kind: str) -> None:
+    """Latents, layers with heads of different width: what is held after reading takes no more than was given."""
+    more: dict[str, Any] = {"global_head_dim": 32} if kind == "gemma4_text" else {}
+    model, ids, cache = zoo_model(kind, register(), **more), zoo_text(100), DynamicCache()
+    with torch.inference_mode():
+        model(input_ids=ids, past_key_values=cache)
+    per_entry = sum(t.nbytes for layer in cache.layers for t in (layer.keys, layer.values)) / 100
+    shape = cache_shape(model)
+    assert shape.entry_bytes == per_entry
+    given = int(per_entry * 30.5)
+    made = make_method("window", Fraction(0), {"budget_bytes": str(given)}).fitted(100, shape)
+    score, _ = score_batch(model, None, make_layout(made, 100, 0, 3), [piece_of(ids)], None, "streamed", 64)
+    assert 0.9 * given < score.logical <= given
+    assert score.full == 100 * per_entry
+    for name in () if kind == "deepseek_v3" else ("knorm", "kivi"):
+        policy = make_method(name, Fraction(0), {"budget_bytes": str(given)}).fitted(100, shape).policy
+        assert policy is not None
+        assert 0.6 * given < score_policed(model, policy, [piece_of(ids)], None, 64, 0).logical <= given
+
+
+def test_attention_of_the_plain_code_is_computed_here() -> None:
+    """Capped logits and learned sinks, in blocks of queries and with stored entries, masked or not."""
+    for kind in ("gemma2", "gpt_oss"):
+        ids, model = zoo_text(120), zoo_model(kind, register())
+        own = own_nll(zoo_model(kind), ids)
+        for execution in ("streamed", "onepass"):
+            assert float((scored(model, ids, "full", execution=execution).nll[0] - own).abs().max()) < 1e-4
+        masked = scored(model, ids, "sinks", "0.6", execution="onepass").nll
+        assert float((scored(model, ids, "sinks", "0.6").nll - masked).abs().max()) < 1e-4
+
+
+def test_the_sight_of_a_layer_is_read_off_its_mask() -> None:
+    from transformers.masking_utils import causal_mask_function, chunked_causal_mask_function
+    from transformers.masking_utils import sliding_window_causal_mask_function as sliding
+
+    chunked = chunked_causal_mask_function(48, torch.zeros(1, dtype=torch.long))
+    assert sight_of([causal_mask_function], 1 << 16) is None
+    assert sight_of([causal_mask_function, sliding(100)], 1 << 16) == 100
+    assert sight_of([chunked, sliding(1000)], 1 << 16) == 48
+    assert sight_of([sliding(1 << 20)], 1 << 16) is None
+
+
+def lines(folder: Path, count: int = 3) -> Path:
+    path = folder / "texts.jsonl"
+    path.write_text("".join(json.dumps({"text": d.text}) + "\n" for d in embedded_documents()[:count]))
+    return path
+
+
+def run(called: Call, folder: Path, *more: str) -> Outcome:
+    return called(["run", "--model", folder, "--task", "minidocs", "--limit", "2", "--no-baselines", "--json",
+                   "--threads", "1", "--out", "out", *more])
+
+
+@pytest.mark.parametrize(("kind", "more", "words", "arguments"), [
+    ("llama4_text", {"attention_chunk_size": 64}, "attention_chunk_size 64", ["--method", "full"]),
+    ("mistral", {"sliding_window": 64}, "sliding_window 64", ["--method", "full"]),
+    ("bert", {"is_decoder": False}, "attends tokens that come later (is_decoder: false)", ["--method", "full"]),
+    ("diffllama", {}, "attention is computed 2 times", ["--method", "h2o"]),
+    ("lfm2", {}, "in some of its layers (conv)", ["--method", "full"]),
+    ("granitemoehybrid", {}, "in some of its layers (linear_attention)", ["--method", "full"]),
+    ("bloom", {}, "in a way of its own (bloom)", ["--method", "full"]),
+    ("cohere", {}, "turns its keys", ["--method", "streaming-llm", "--ratio", "0.5"]),
+])
+def test_what_cannot_be_right_is_refused_and_nothing_is_written(
+    called: Call, zoo_folder: Callable[..., Path], kind: str, more: dict[str, Any], words: str, arguments: list[str]
+) -> None:
+    found = run(called, zoo_folder(kind, **more), "--set", "block=256", *arguments)
+    assert found.code == 2, found.err
+    assert words in found.err
+    assert "Traceback" not in found.err
+    assert not Path("out").exists()
+
+
+def test_what_is_not_used_is_not_refused(called: Call, zoo_folder: Callable[..., Path]) -> None:
+    """A window in the configuration that no layer has; a window as long as the text; capped logits; learned sinks."""
+    for kind, more in (
+        ("qwen2", {"sliding_window": 32, "use_sliding_window": False}), ("gpt_oss", {}), ("gemma2", {}),
+        ("llama4_text", {"attention_chunk_size": 128}),
+    ):
+        folder = zoo_folder(kind, **more)
+        found = run(called, folder, "--method", "full", "--set", "block=128", "--fresh", "--out", kind)
+        assert found.code == 0, found.err
+        (row,) = [row for row in found.document["rows"] if row["metric"] == "ppl"]
+        assert row["value"] == pytest.approx(plain_perplexity(folder, 128), rel=1e-4)
+
+
+def plain_perplexity(folder: Path, block: int) -> float:
+    """By a loop over blocks of the first two embedded documents, with transformers alone."""
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    model = AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager", dtype=torch.float32).eval()
+    total, count = 0.0, 0
+    for document in embedded_documents()[:2]:
+        ids = tokenizer(document.text).input_ids
+        for start in range(0, len(ids), block):
+            part = torch.tensor([ids[start : start + block]])
+            if part.shape[1] >= 32:
+                nll = own_nll(model, part)
+                total, count = total + float(nll.sum()), count + len(nll)
+    return math.exp(total / count)
+
+
+def test_rotations_by_length_in_the_command(called: Call, zoo_folder: Callable[..., Path]) -> None:
+    """In both executions the perplexity of transformers' own forward pass; the signature says how; profiles run."""
+    folder = zoo_folder("llama", rope_parameters=LONG)
+    wanted = plain_perplexity(folder, 192)
+    for execution in ("streamed", "onepass"):
+        more = ["--set", "block=192", "--execution", execution, "--out", execution]
+        found = run(called, folder, "--method", "full", *more)
+        (row,) = [row for row in found.document["rows"] if row["metric"] == "ppl"]
+        assert row["value"] == pytest.approx(wanted, rel=1e-4)
+        assert "|rope:longrope by length of the text|" in row["signature"]
+    probe = json.loads(Path("streamed/run.json").read_text())["probes"][str(folder)]
+    assert probe["refusal"] == ""
+    assert probe["compared_tokens"] == 192
+    assert probe["compared_apart"] < 1e-4
+
+
+def test_a_model_that_was_never_probed_is_not_reprinted(called: Call, zoo_folder: Callable[..., Path]) -> None:
+    """A folder of 0.1: its records are kept where the signature is the same, and measured again where it is not."""
+    folder = zoo_folder("smollm3")
+    run(called, folder, "--method", "full", "--set", "block=64")
+    path = Path("out/run.json")
+    first = json.loads(path.read_text())
+    (records,) = Path("out").glob("cells/*/records.jsonl")
+    kept = records.read_bytes()
+    again = run(called, folder, "--method", "full", "--set", "block=64")
+    assert "Already measured" in again.err
+    old = {key: value for key, value in first.items() if key != "probes"}
+    path.write_text(json.dumps(old))
+    (records.parent / "signature.txt").unlink()
+    again = run(called, folder, "--method", "full", "--set", "block=64")
+    assert "Already measured" not in again.err
+    assert records.read_bytes() == kept
+    (task,) = old["tasks"].values()
+    task["signature"] = task["signature"].replace("|rope:by layer", "")
+    path.write_text(json.dumps(old))
+    (records.parent / "signature.txt").unlink()
+    damaged = [dict(json.loads(line), nll=1.0) for line in kept.decode().splitlines()]
+    records.write_text("".join(json.dumps(record) + "\n" for record in damaged))
+    again = run(called, folder, "--method", "full", "--set", "block=64")
+    assert again.document["rows"][0]["value"] == pytest.approx(
+        next(row["value"] for row in json.loads(Path("out/results.json").read_text())["rows"])
+    )
+    assert all(json.loads(line)["nll"] != 1.0 for line in records.read_text().splitlines())
+
+
+def test_a_model_that_also_reads_other_things_is_read_as_text(
+    called: Call, tmp_path_factory: pytest.TempPathFactory, tiny_tokenizer: Any
+) -> None:
+    """Sizes lie in ``text_config``: Gemma 3 with its tower of vision."""
+    import transformers as hf
+
+    torch.manual_seed(0)
+    config = hf.Gemma3Config(
+        text_config={"vocab_size": 4096, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2,
+                     "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16, "sliding_window": 512,
+                     "max_position_embeddings": 512, "initializer_range": 0.1},
+        vision_config={"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2,
+                       "image_size": 28, "patch_size": 14},
+        mm_tokens_per_image=4, image_token_index=4000, boi_token_index=4001, eoi_token_index=4002,
+    )
+    folder = tmp_path_factory.mktemp("gemma3")
+    hf.Gemma3ForConditionalGeneration(config).save_pretrained(folder)
+    tiny_tokenizer.save_pretrained(folder)
+    found = run(called, folder, "--method", "knorm", "--ratio", "0.5", "--set", "block=128")
+    assert found.code == 0, found.err
+    (row,) = [row for row in found.document["rows"] if (row["metric"], row["method"]) == ("ppl", "full")]
+    assert row["value"] == pytest.approx(plain_perplexity(folder, 128), rel=1e-4)
+
+
+def test_a_configuration_without_a_causal_model_is_refused_with_the_true_reason(
+    called: Call, tmp_path: Path, tiny_tokenizer: Any
+) -> None:
+    tiny_tokenizer.save_pretrained(tmp_path / "m")
+    for kind, words in (("vit", "not a decoder-only"), ("nothing-like-it", "no causal language model")):
+        (tmp_path / "m" / "config.json").write_text(json.dumps({"model_type": kind, "num_attention_heads": 2}))
+        found = run(called, tmp_path / "m", "--method", "full")
+        assert found.code == 2
+        assert words in found.err
+        assert "damaged" not in found.err
+
+
+def test_facts_are_kept_by_fingerprint_and_versions(monkeypatch: pytest.MonkeyPatch, tiny_tokenizer: Any) -> None:
+    from kvbench.models.loading import Loaded
+    from kvbench.probe import kept
+
+    loaded = Loaded(zoo_model("llama", register(), vocab_size=4096), tiny_tokenizer, 512, 4096)
+    asked: Iterator[ModelFacts] = iter([ModelFacts("first"), ModelFacts("second"), ModelFacts("third")])
+    monkeypatch.setattr(kept, "examine", lambda *_: next(asked))
+    assert [kept.probed(loaded, print_).kind for print_ in ("a", "a", "b", "a", "")] == [
+        "first", "first", "second", "first", "third",
+    ]
+    monkeypatch.setattr(kept, "PROBE", kept.PROBE + 1)
+    monkeypatch.setattr(kept, "examine", lambda *_: ModelFacts("fourth"))
+    assert kept.probed(loaded, "a").kind == "fourth"
+
+
+def test_a_policy_sees_a_layer_once(llama: nn.Module) -> None:
+    """What the probe compares is there: a cache that gives other values than it stores is found."""
+    from kvbench.probe import asking
+
+    policy = make_method("knorm", Fraction(0)).policy
+    assert policy is not None
+    cache, heard = asking._Noting(), []
+    reading = Policing(llama, policy, 40, (0,))
+    reading.cache = cache
+    with asking._heard(heard.append), torch.inference_mode():
+        list(reading.stream(zoo_text(40)))
+    assert asking._uncached(cache, heard) == ""
+    layer, keys, values = cache.given[3]
+    cache.given[3] = (layer, keys, values + 1)
+    assert asking._uncached(cache, heard) == f"layer {layer} caches other values than it attends"
