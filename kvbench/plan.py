@@ -12,6 +12,7 @@ from typing import Any
 from kvbench.adapters import Adapters, Entry
 from kvbench.asked import NO_BUDGET, Budget, entries_of, possible
 from kvbench.corpora.documents import Corpus, load_corpus
+from kvbench.corpora.rows import TEXT
 from kvbench.corpora.tasks import Task, load_task
 from kvbench.errors import UserError, unknown
 from kvbench.execution.job import ENCODER, ITSELF, NOTHING, SENTENCES, Judging
@@ -50,6 +51,7 @@ class Request:
     mauve_features: str | None = None
     metrics: tuple[str, ...] = ()
     budget: Budget = NO_BUDGET
+    column: str = TEXT
 
 
 @dataclass(frozen=True)
@@ -138,7 +140,7 @@ def build_plan(request: Request, omit: bool = False) -> Plan:
         wanted[name] = possible(entries, request.budget, in_chunks, omitted if omit else None)
     _check_execution(request, [method for entries in wanted.values() for method, _, _ in entries])
     model = resolve_model(request.model, request.revision)
-    corpora = {name: load_corpus(task, request.data) for name, task in tasks.items()}
+    corpora = {name: load_corpus(task, request.data, request.column) for name, task in tasks.items()}
     judging, judged = _judging(request, any(task.kind == "generation" for task in tasks.values()))
     adapters = Adapters(request.adapters, model)
     cells = []

@@ -7,6 +7,7 @@ import json
 from dataclasses import dataclass
 from typing import ClassVar
 
+from kvbench.corpora.rows import TEXT
 from kvbench.store.records import Cell
 
 NOTHING, ITSELF, SENTENCES = "none", "itself", "encoder"
@@ -39,7 +40,7 @@ class Job:
     Attributes:
         location: what ``from_pretrained`` takes.
         task_files: task name -> name or path that it is loaded by.
-        data: the user's own corpus, or None.
+        data: the user's own corpus, or None; ``column`` what the text is called in it, or in the hub's.
         limit: documents per task, 0 for all.
         threads: CPU threads of this child, 0 for PyTorch's choice.
         judging: what judges the texts that are written.
@@ -57,6 +58,7 @@ class Job:
     threads: int
     judging: Judging = Judging()
     omit: bool = False
+    column: str = TEXT
 
     def to_json(self) -> str:
         return json.dumps(dataclasses.asdict(self))

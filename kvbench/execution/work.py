@@ -62,7 +62,7 @@ def cut_task(job: Job, name: str, loaded: Loaded) -> Work:
     first = cells[0]
     task = load_task(job.task_files[name])
     data = Path(job.data) if job.data else None
-    corpus = load_corpus(task, data)
+    corpus = load_corpus(task, data, job.column)
     limit = job.limit or None
     tokenizer = make_tokenizer(loaded.tokenizer, first.options["bos"])
     writing = None

@@ -66,6 +66,7 @@ def load_model(reference: ModelReference, device: str, dtype: str) -> Loaded:
             f"{type(model).__name__} cannot be given a mask or an evicting cache.",
             "Choose a decoder-only transformer such as Llama, Qwen, GPT-NeoX, OPT or GPT-2.",
         )
+    _check_tokenizer(reference, model, tokenizer)
     model.eval().requires_grad_(False).to(where)
     return Loaded(model, tokenizer, context_of(config), int(config.vocab_size))
 
@@ -107,6 +108,17 @@ def _check_kind(reference: ModelReference, config: Any) -> None:
         raise UserError(
             f"{reference.name} ({config.model_type}) is not a decoder-only transformer with a KV cache.",
             "Choose a causal language model such as Llama, Qwen, GPT-NeoX, OPT or GPT-2.",
+        )
+
+
+def _check_tokenizer(reference: ModelReference, model: nn.Module, tokenizer: Any) -> None:
+    rows = model.get_input_embeddings().weight.shape[0]  # type: ignore[operator]
+    token, last = max(tokenizer.get_vocab().items(), key=lambda item: item[1], default=("", -1))
+    if last >= rows:
+        raise UserError(
+            f"The tokenizer of {reference.name} knows ids up to {last} ({token!r}), and the model's embedding has "
+            f"{rows} rows.",
+            "Give the folder of a model with the tokenizer that it was trained with.",
         )
 
 
