@@ -43,8 +43,11 @@ class Outlet(io.FileIO):
 @contextmanager
 def outlets() -> Iterator[Outlet]:
     """Standard output and error that never fail, for the length of the block; the outlet of the former."""
+    while (spare := os.open(os.devnull, os.O_RDWR)) <= 2:  # what was closed before we were started is filled, so that
+        pass  # no file of ours is taken for it
+    os.close(spare)
     before = sys.stdout, sys.stderr
-    streams = [_stream(stream) for stream in before]
+    streams = [_stream(stream, number) for number, stream in enumerate(before, start=1)]
     sys.stdout, sys.stderr = (text for text, _ in streams)
     try:
         yield streams[0][1]
@@ -54,14 +57,11 @@ def outlets() -> Iterator[Outlet]:
         sys.stdout, sys.stderr = before
 
 
-def _stream(stream: TextIO | None) -> tuple[io.TextIOWrapper, Outlet]:
-    if stream is None:  # closed before we were started
-        outlet = Outlet(os.open(os.devnull, os.O_WRONLY), "w")
-        return io.TextIOWrapper(io.BufferedWriter(outlet), encoding="utf-8", line_buffering=True), outlet
-    stream.flush()
-    outlet = Outlet(stream.fileno(), "w", closefd=False)
-    buffered = io.BufferedWriter(outlet)
-    text = io.TextIOWrapper(
-        buffered, encoding=stream.encoding, errors="backslashreplace", line_buffering=stream is sys.stderr,
-    )
+def _stream(stream: TextIO | None, number: int) -> tuple[io.TextIOWrapper, Outlet]:
+    if stream is not None:
+        stream.flush()
+        number = stream.fileno()
+    outlet = Outlet(number, "w", closefd=False)
+    encoding = "utf-8" if stream is None else stream.encoding
+    text = io.TextIOWrapper(io.BufferedWriter(outlet), encoding, errors="backslashreplace", line_buffering=True)
     return text, outlet
