@@ -23,6 +23,8 @@ from kvbench.protocols.protocol import OPTIONS, PROTOCOLS, RECALL_OPTIONS, proto
 from kvbench.store.records import HUMAN, Cell
 
 EXECUTIONS = ("streamed", "onepass")
+LONGEST_VALUE = 1000
+"""Characters of an option's value: numbers of thousands of digits are no numbers to Python."""
 
 
 @dataclass(frozen=True)
@@ -79,13 +81,15 @@ def parse_options(pairs: Sequence[str]) -> dict[str, str]:
     """``key=value`` pairs of ``--set``.
 
     Raises:
-        UserError: a pair without ``=``.
+        UserError: a pair without ``=``, or one that is longer than any option.
     """
     options = {}
     for pair in pairs:
         key, equals, value = pair.partition("=")
         if not equals or not key.strip():
             raise UserError(f"--set {pair!r} is not of the form key=value.")
+        if len(value) > LONGEST_VALUE:
+            raise UserError(f"--set {key}={value[:20]}...: a value of {len(value)} characters, which no option has.")
         options[key.strip()] = value.strip()
     return options
 

@@ -61,6 +61,7 @@ def refused(call: Call, arguments: Sequence[str | Path], *words: str) -> str:
     (["run", "--adapter", "nowhere"], ["no adapter folder nowhere", "kvbench train"]),
     (["run", "--data", "x.jsonl"], ["--data stands for the corpus of one task"]),
     (["run", "--set", "chunk"], ["not of the form key=value"]),
+    (["run", "--set", f"chunk={'7' * 5000}"], ["--set chunk=7777", "5000 characters"]),
     (["run", "--set", "chunck=3"], ["Unknown --set key 'chunck'", "Did you mean 'chunk'"]),
     (["run", "--set", "chunk=auto"], ["chunk=auto", "whole number"]),
     (["run", "--task", "minidocs", "--set", "prefix=200"], ["Unknown --set key 'prefix'"]),
