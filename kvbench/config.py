@@ -131,10 +131,10 @@ def load_settings(path: Path | None) -> Settings:
         raise UserError(f"There is no settings file {path}.", "Check --config.") from None
     except OSError as error:
         raise UserError(f"The settings file {path} cannot be read: {error.strerror}.") from error
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} is not valid TOML: {error}.") from error
     except ValidationError as error:
         raise UserError(toml_sentence(path, error)) from error
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path} is not valid TOML: {error}.") from error
 
 
 def toml_sentence(path: Path, error: ValidationError) -> str:

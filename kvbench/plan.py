@@ -12,6 +12,7 @@ from typing import Any
 from kvbench.adapters import Adapters, Entry
 from kvbench.asked import NO_BUDGET, Budget, entries_of, possible
 from kvbench.corpora.documents import Corpus, load_corpus
+from kvbench.corpora.rows import TEXT
 from kvbench.corpora.tasks import Task, load_task
 from kvbench.errors import UserError, unknown
 from kvbench.execution.job import ENCODER, ITSELF, NOTHING, SENTENCES, Judging
@@ -23,6 +24,8 @@ from kvbench.protocols.protocol import OPTIONS, PROTOCOLS, RECALL_OPTIONS, proto
 from kvbench.store.records import HUMAN, Cell
 
 EXECUTIONS = ("streamed", "onepass")
+LONGEST_VALUE = 1000
+"""Characters of an option's value: numbers of thousands of digits are no numbers to Python."""
 
 
 @dataclass(frozen=True)
@@ -51,6 +54,7 @@ class Request:
     mauve_features: str | None = None
     metrics: tuple[str, ...] = ()
     budget: Budget = NO_BUDGET
+    column: str = TEXT
 
 
 @dataclass(frozen=True)
@@ -78,13 +82,15 @@ def parse_options(pairs: Sequence[str]) -> dict[str, str]:
     """``key=value`` pairs of ``--set``.
 
     Raises:
-        UserError: a pair without ``=``.
+        UserError: a pair without ``=``, or one that is longer than any option.
     """
     options = {}
     for pair in pairs:
         key, equals, value = pair.partition("=")
         if not equals or not key.strip():
             raise UserError(f"--set {pair!r} is not of the form key=value.")
+        if len(value) > LONGEST_VALUE:
+            raise UserError(f"--set {key}={value[:20]}...: a value of {len(value)} characters, which no option has.")
         options[key.strip()] = value.strip()
     return options
 
@@ -139,7 +145,7 @@ def build_plan(request: Request, omit: bool = False) -> Plan:
         wanted[name] = possible(entries, request.budget, in_chunks, omitted if omit else None)
     _check_execution(request, [method for entries in wanted.values() for method, _, _ in entries])
     model = resolve_model(request.model, request.revision)
-    corpora = {name: load_corpus(task, request.data) for name, task in tasks.items()}
+    corpora = {name: load_corpus(task, request.data, request.column) for name, task in tasks.items()}
     judging, judged = _judging(request, any(task.kind == "generation" for task in tasks.values()))
     adapters = Adapters(request.adapters, model)
     cells = []

@@ -61,6 +61,7 @@ def refused(call: Call, arguments: Sequence[str | Path], *words: str) -> str:
     (["run", "--adapter", "nowhere"], ["no adapter folder nowhere", "kvbench train"]),
     (["run", "--data", "x.jsonl"], ["--data stands for the corpus of one task"]),
     (["run", "--set", "chunk"], ["not of the form key=value"]),
+    (["run", "--set", f"chunk={'7' * 5000}"], ["--set chunk=7777", "5000 characters"]),
     (["run", "--set", "chunck=3"], ["Unknown --set key 'chunck'", "Did you mean 'chunk'"]),
     (["run", "--set", "chunk=auto"], ["chunk=auto", "whole number"]),
     (["run", "--task", "minidocs", "--set", "prefix=200"], ["Unknown --set key 'prefix'"]),
@@ -133,8 +134,8 @@ def test_data_files(called: Call, tmp_path: Path, content: bytes, words: list[st
 def test_data_paths(called: Call, tmp_path: Path) -> None:
     task = [*RUN, "--task", "wikitext2", "--data"]
     refused(called, [*task, "nowhere.jsonl"], "no data file nowhere.jsonl")
-    (tmp_path / "data.parquet").write_text("x")
-    refused(called, [*task, "data.parquet"], "no known ending", ".jsonl")
+    (tmp_path / "data.pages").write_text("x")
+    refused(called, [*task, "data.pages"], "no known ending", ".jsonl")
     (tmp_path / "folder.jsonl").mkdir()
     refused(called, [*task, "folder.jsonl"], "cannot be read")
     (tmp_path / "torn.jsonl.gz").write_bytes(gzip.compress(b'{"text": "fine"}\n' * 99)[:40])
@@ -232,6 +233,15 @@ def test_damaged_models(called: Call, tmp_path: Path, model_folder: Callable[...
         with pytest.raises(UserError, match="cannot be loaded"):
             load_model(resolve_model(str(folder)), "cpu", "auto")
     refused(called, [*run, "truncated"], "truncated", "cannot be loaded")
+
+
+def test_a_tokenizer_of_another_model(called: Call, tmp_path: Path, model_folder: Callable[..., Path]) -> None:
+    whole = model_folder("llama", vocabulary=4096)
+    load_model(resolve_model(str(whole)), "cpu", "auto")
+    short = model_folder("llama", vocabulary=4095)
+    with pytest.raises(UserError, match=r"knows ids up to 4095 .*embedding has 4095 rows"):
+        load_model(resolve_model(str(short)), "cpu", "auto")
+    refused(called, [*RUN, "--task", "minidocs", "--model", short], "knows ids up to 4095", "4095 rows")
 
 
 def test_incomplete_weights(tmp_path: Path, model_folder: Callable[..., Path]) -> None:

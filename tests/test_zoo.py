@@ -23,7 +23,8 @@ from tests.zoo import zoo_config, zoo_model, zoo_text
 ADMITTED = (
     "llama", "mistral", "qwen2", "qwen3", "gpt2", "opt", "gpt_neox", "phi", "phi3", "gemma", "gemma3_text", "olmo",
     "olmo2", "olmo3", "cohere", "cohere2", "glm", "glm4", "glm4_moe", "granite", "granitemoe", "starcoder2",
-    "stablelm", "smollm3", "exaone4", "ernie4_5", "hunyuan_v1_dense", "helium", "nemotron", "mixtral", "qwen2_moe", "qwen3_moe",
+    "stablelm", "smollm3", "exaone4", "ernie4_5", "hunyuan_v1_dense", "helium", "nemotron", "mixtral", "qwen2_moe",
+    "qwen3_moe",
     "gpt_bigcode", "biogpt", "bitnet", "arcee", "doge", "llama4_text", "seed_oss", "ministral3", "internlm3", "olmoe",
     "phimoe", "persimmon", "apertus", "gemma4_text", "gemma3n_text",
 )

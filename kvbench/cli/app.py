@@ -10,6 +10,7 @@ import typer
 from kvbench import __version__
 from kvbench.cli import compare, doctor, profile, report, run, show, sweep, train
 from kvbench.cli import list as list_command
+from kvbench.cli.streams import outlets
 
 app = typer.Typer(
     name="kvbench", no_args_is_help=True, rich_markup_mode="rich", pretty_exceptions_enable=False,
@@ -44,11 +45,28 @@ def _main(
 
 
 def main() -> None:
-    """Run the command line; a request that cannot be carried out is a sentence and exit code 2."""
+    """Run the command line; a request that cannot be carried out is a sentence and exit code 2.
+
+    Whoever reads the output may leave early; if it cannot be written for another reason, that is a sentence and exit
+    code 1.
+    """
+    with outlets() as out:
+        code = _called()
+        sys.stdout.flush()
+        if out.lost:
+            print(f"kvbench: standard output cannot be written: {out.lost}.", file=sys.stderr)
+        sys.exit(code or int(bool(out.lost)))
+
+
+def _called() -> int:
+    """Exit code of the command."""
     from kvbench.errors import UserError
 
     try:
         app()
     except UserError as error:
         print(f"kvbench: {error}", file=sys.stderr)
-        sys.exit(error.exit_code)
+        return error.exit_code
+    except SystemExit as end:
+        return int(end.code or 0)
+    return 0

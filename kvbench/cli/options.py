@@ -28,7 +28,10 @@ Task = Annotated[list[str] | None, typer.Option(
     help="Task, or a task file of your own; repeatable. [default: minidocs, recall and minidocs-gen]",
     rich_help_panel="What to run", show_default=False)]
 Data = Annotated[Path | None, typer.Option(
-    help="Your own corpus for the task: .jsonl (rows with \"text\"), .txt, or either with .gz.",
+    help="Your own corpus for the task: rows of .jsonl, .json, .csv, .tsv or .parquet, a .txt, each also packed "
+    "(.gz, .bz2, .xz, .zst), or a folder of .txt.", rich_help_panel="What to run")]
+Column = Annotated[str, typer.Option(
+    help="What the text is called in --data, or in a data set on the hub; plain text has no columns.",
     rich_help_panel="What to run")]
 Adapter = Annotated[list[str] | None, typer.Option(
     help="Adapter folder of a trained method; repeatable. [default: those shipped for kvbench-tiny]",

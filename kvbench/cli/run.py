@@ -18,6 +18,7 @@ def run(
     ratio: options.Ratio = None,
     task: options.Task = None,
     data: options.Data = None,
+    column: options.Column = "text",
     model: options.Model = None,
     revision: options.Revision = None,
     adapter: options.Adapter = None,
@@ -56,6 +57,8 @@ def run(
 
       kvbench run --method sinks --ratio 0.5 --ratio 0.9 --task books --data mybooks.jsonl.gz
 
+      kvbench run --task books --data pages.parquet --column content
+
       kvbench run --model Qwen/Qwen3-0.6B --method local --task wikitext2 --limit 20
 
       kvbench run --task minidocs-gen --method sentinel --scorer gpt2-large
@@ -85,7 +88,7 @@ def run(
         dtype=options.checked_dtype(dtype or settings.dtype),
         threads=options.checked_threads(threads, settings.threads), scorer=scorer, mauve_features=mauve_features,
         metrics=tuple(dict.fromkeys(metric or ())),
-        budget=parse_budget(budget_tokens, budget_bytes, equal_bytes, ratio or ()),
+        budget=parse_budget(budget_tokens, budget_bytes, equal_bytes, ratio or ()), column=column,
     )
     plan = build_plan(request)
     if dry_run:

@@ -40,6 +40,7 @@ def sweep(
         help="Seed of layouts, draws and resampling; repeatable. [default: 0]", show_default=False,
         rich_help_panel=_WHAT)] = None,
     data: options.Data = None,
+    column: options.Column = "text",
     revision: options.Revision = None,
     adapter: options.Adapter = None,
     protocol: options.Protocol = None,
@@ -130,7 +131,7 @@ def sweep(
         dtype=options.checked_dtype(dtype or settings.dtype),
         threads=options.checked_threads(threads, settings.threads), scorer=scorer, mauve_features=mauve_features,
         metrics=tuple(dict.fromkeys(metric or ())),
-        budget=parse_budget(budget_tokens, budget_bytes, equal_bytes, ratio or ()),
+        budget=parse_budget(budget_tokens, budget_bytes, equal_bytes, ratio or ()), column=column,
     )
     found = build_sweep(request, models, seeds)
     if dry_run:

@@ -18,7 +18,10 @@ if TYPE_CHECKING:
 app = typer.Typer(invoke_without_command=True, rich_markup_mode="rich", no_args_is_help=True)
 
 Data = Annotated[list[Path] | None, typer.Option(
-    help="Training text: .jsonl (rows with \"text\") or .txt, also .gz; repeatable, read in order.")]
+    help="Training text: rows of .jsonl, .json, .csv, .tsv or .parquet, a .txt, each also packed (.gz, .bz2, .xz, "
+    ".zst), or a folder of .txt; repeatable, read in order.")]
+Column = Annotated[str, typer.Option(
+    help="What the text is called in --data and --held-out; plain text has no columns.")]
 HeldOutFile = Annotated[Path | None, typer.Option(
     help="Text to measure on now and then; never trained on.")]
 Out = Annotated[Path | None, typer.Option(help="Folder to write; a checkpoint in it is continued.")]
@@ -31,6 +34,7 @@ def train(
     context: typer.Context,
     method: Annotated[str | None, typer.Option(help="Trained method, such as sentinel.")] = None,
     data: Data = None,
+    column: Column = "text",
     out: Out = None,
     model: options.Model = None,
     revision: options.Revision = None,
@@ -73,7 +77,7 @@ def train(
         method=method, data=tuple(data or ()), out=out, model=model or "kvbench-tiny",
         revision=revision, steps=steps, batch=batch_size, length=length, lr=lr, rank=rank,
         held_out=held_out, every=every, seed=seed or 0, options=parse_options(set_ or []),
-        device=device or "auto", threads=threads or 0, fresh=fresh,
+        device=device or "auto", threads=threads or 0, fresh=fresh, column=column,
     )
     folder = run_adapter_training(request, _followed)
     typer.echo(f"adapter: {folder}")
@@ -82,6 +86,7 @@ def train(
 @app.command("base")
 def base(
     data: Data = None,
+    column: Column = "text",
     out: Out = None,
     steps: Annotated[int, typer.Option(help="Optimiser steps.", min=1)] = 5256,
     batch_size: Annotated[int, typer.Option(help="Sequences per step.", min=1)] = 4,
@@ -112,7 +117,7 @@ def base(
         raise UserError("Training needs --out.", "See kvbench train base --help.")
     plan = BasePlan(steps=steps, batch=batch_size, length=length, lr=lr, seed=seed or 0)
     folder = run_base_training(
-        plan, tuple(data or ()), out, tokenizer, device or "auto", threads or 0, every, _followed, fresh
+        plan, tuple(data or ()), out, tokenizer, device or "auto", threads or 0, every, _followed, fresh, column,
     )
     typer.echo(f"model: {folder}")
 

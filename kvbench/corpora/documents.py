@@ -1,19 +1,17 @@
-"""Documents: loaded from the package, from a file, or from the Hugging Face hub; cut; hashed."""
+"""Documents: rows of the package, of a data file or of the Hugging Face hub, cut and hashed."""
 
 from __future__ import annotations
 
-import gzip
 import hashlib
-import json
 import re
-import zlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from importlib.resources import files
-from itertools import chain, zip_longest
+from itertools import chain, count, zip_longest
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from kvbench.corpora.rows import TEXT, Row, hub_rows, read_rows
 from kvbench.corpora.turns import SYNTHETIC, read_turns
 from kvbench.errors import UserError
 
@@ -48,22 +46,31 @@ class Corpus:
     source: str
 
 
-def load_corpus(task: Task, data: Path | None) -> Corpus:
-    """All documents of a task, or of the user's own file cut in the task's way.
+def load_corpus(task: Task, data: Path | None, column: str = TEXT) -> Corpus:
+    """All documents of a task, or of the user's own file or folder cut in the task's way.
+
+    Args:
+        column: what the text is called in the file, or in the data set on the hub.
 
     Raises:
-        UserError: the file or the hub cannot be read, or holds no text.
+        UserError: the file or the hub cannot be read, or holds no text; or there are no columns to choose from.
     """
     spec = task.corpus
+    if column != TEXT and (spec.cut == "turns" or (data is None and spec.hub is None)):
+        what = "turns and an answer" if spec.cut == "turns" else "what is embedded"
+        raise UserError(
+            f"--column names the text in --data or in a data set on the hub, and task {task.name!r} reads {what}.",
+            "Leave it out, or give --data and one --task.",
+        )
     if spec.cut == "turns":
         return _load_turns(task, data)
     if data is not None:
-        rows, source = read_rows(data), str(data)
+        rows, source = read_rows(data, column), str(data)
     elif spec.embedded is not None:
         asset = files("kvbench").joinpath("assets", spec.embedded)
         rows, source = read_rows(Path(str(asset))), f"embedded {spec.embedded}"
     else:
-        rows, source = hub_rows(spec), f"hub {spec.hub}"
+        rows, source = hub_rows(spec, column), f"hub {spec.hub}"
     documents = tuple(_CUTS[spec.cut](rows, spec))
     if not documents:
         raise UserError(f"{source} holds no text.", "Give a file with at least one document.")
@@ -95,93 +102,19 @@ def _load_turns(task: Task, data: Path | None) -> Corpus:
 def _digest(task: Task, documents: tuple[Document, ...]) -> str:
     digest = hashlib.sha256(task.model_dump_json(exclude_defaults=True).encode())
     for document in documents:
-        digest.update(f"{document.id}\0{document.text}\0".encode())
-        digest.update("".join(f"{turn}\0" for turn in document.turns).encode())
+        parts = (document.id, document.text, *document.turns)
+        digest.update("".join(f"{part}\0" for part in parts).encode())
+        if any("\0" in part for part in parts):  # what separates the parts is in one of them
+            digest.update(f"{[len(part) for part in parts]}\0".encode())
     return digest.hexdigest()[:16]
 
 
-def read_rows(path: Path) -> list[dict[str, str]]:
-    """Rows with ``text`` (and ``id``) of a .jsonl or .txt file, plain or .gz.
-
-    Raises:
-        UserError: missing, empty, binary, not UTF-8, malformed JSON, or rows without text.
-    """
-    text = read_text(path)
-    if not text.strip():
-        raise UserError(f"The data file {path} is empty.", "Give a .jsonl or .txt file with text.")
-    if ".jsonl" not in path.suffixes:
-        return [{"id": path.name, "text": text}]
-    rows: list[dict[str, str]] = []
-    for number, line in enumerate(text.split("\n"), start=1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise UserError(
-                f"{path}, line {number}: malformed JSON ({error.msg}, column {error.colno}).",
-                "Every line must be one JSON object.",
-            ) from None
-        if not isinstance(row, dict) or not isinstance(row.get("text"), str):
-            raise UserError(
-                f'{path}, line {number}: the row has no "text" of type string.',
-                'Every row must look like {"text": "..."}.',
-            )
-        rows.append({"id": str(row.get("id", f"{len(rows):05d}")), "text": row["text"]})
-    return rows
-
-
-def read_text(path: Path) -> str:
-    if not {".jsonl", ".txt"} & set(path.suffixes):
-        raise UserError(
-            f"The data file {path} has no known ending.", "Known: .jsonl, .txt, and both with .gz."
-        )
-    try:
-        raw = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
-    except FileNotFoundError:
-        raise UserError(f"There is no data file {path}.", "Check the path given to --data.") from None
-    except (OSError, EOFError, zlib.error) as error:
-        raise UserError(f"The data file {path} cannot be read: {error}.") from error
-    if b"\0" in raw:
-        raise UserError(f"The data file {path} is binary, not text (byte {raw.index(0)} is 0).")
-    try:
-        return raw.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise UserError(
-            f"The data file {path} is not UTF-8 (byte {error.start}).", "Convert it to UTF-8."
-        ) from None
-
-
-def hub_rows(spec: CorpusSpec) -> list[dict[str, str]]:
-    """The rows of a data set on the hub, as ``id`` and ``text``.
-
-    Raises:
-        UserError: it cannot be reached, or has no texts.
-    """
-    from datasets import load_dataset
-    from huggingface_hub.utils import logging
-
-    logging.set_verbosity_error()  # type: ignore[no-untyped-call]  # the sentence below says it once
-    try:
-        some = {spec.split: spec.files} if spec.files else None
-        dataset = load_dataset(spec.hub, spec.config, split=spec.split, data_files=some)
-    except Exception as error:  # the library raises a different type for each way to be offline
-        reason = (str(error).splitlines() or ["no reason given"])[0]
-        raise UserError(
-            f"Cannot load {spec.hub} from the Hugging Face hub ({type(error).__name__}: {reason}).",
-            "Check the network, or give a local copy with --data.",
-        ) from error
-    if "text" not in dataset.column_names:
-        raise UserError(f"{spec.hub} has no column \"text\" (it has: {', '.join(dataset.column_names)}).")
-    return [{"id": f"{i:05d}", "text": row["text"]} for i, row in enumerate(dataset)]
-
-
-def _documents(rows: list[dict[str, str]], spec: CorpusSpec) -> Iterable[Document]:
+def _documents(rows: list[Row], spec: CorpusSpec) -> Iterable[Document]:
     """Every row is a document and its own group."""
     return _unique(Document(row["id"], row["id"], row["text"]) for row in rows if row["text"].strip())
 
 
-def _articles(rows: list[dict[str, str]], spec: CorpusSpec) -> Iterable[Document]:
+def _articles(rows: list[Row], spec: CorpusSpec) -> Iterable[Document]:
     """WikiText rows joined into articles at `` = Title = `` rows; without titles, each row is one."""
     lines = list(chain.from_iterable(row["text"].rstrip("\n").split("\n") for row in rows))
     if not any(_TITLE.match(line) for line in lines):
@@ -195,7 +128,7 @@ def _articles(rows: list[dict[str, str]], spec: CorpusSpec) -> Iterable[Document
     return [Document(f"article-{i:03d}", f"article-{i:03d}", text) for i, text in enumerate(texts)]
 
 
-def _passages(rows: list[dict[str, str]], spec: CorpusSpec) -> Iterable[Document]:
+def _passages(rows: list[Row], spec: CorpusSpec) -> Iterable[Document]:
     """Books cut at paragraph ends into passages, taken round-robin over the books."""
     books = [
         [
@@ -220,12 +153,20 @@ def _paragraph_runs(text: str, size: int) -> Iterable[str]:
 
 
 def _unique(documents: Iterable[Document]) -> Iterable[Document]:
-    """Documents with ids made unique, so that no record can stand for two of them."""
-    seen: dict[str, int] = {}
+    """Documents with ids made unique, so that no record can stand for two of them.
+
+    The first of an id keeps it; the others are numbered, ``x~1``, ``x~2``, past what another row is called.
+    """
+    documents = list(documents)
+    taken = {document.id for document in documents}
+    numbers: dict[str, Iterator[int]] = {}
     for document in documents:
-        count = seen[document.id] = seen.get(document.id, -1) + 1
-        name = f"{document.id}~{count}" if count else document.id
-        yield Document(name, name if count else document.group, document.text, document.turns)
+        if document.id not in numbers:
+            numbers[document.id] = count(1)
+            yield document
+            continue
+        name = next(name for n in numbers[document.id] if (name := f"{document.id}~{n}") not in taken)
+        yield Document(name, name, document.text, document.turns)
 
 
 _CUTS = {"document": _documents, "wikitext-articles": _articles, "passages": _passages}

@@ -181,7 +181,7 @@ def load_task(name: str) -> Task:
         raise UserError(f"There is no task file {path}.", "Give a path to a TOML file.") from None
     except OSError as error:
         raise UserError(f"The task file {path} cannot be read: {error.strerror}.") from error
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise UserError(f"The task file {path} is not valid TOML: {error}.") from error
     except ValidationError as error:
         raise UserError(toml_sentence(path, error)) from error
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"The task file {path} is not valid TOML: {error}.") from error

@@ -1,14 +1,15 @@
-"""Documents of turns and an answer: a file of JSON lines, or one of the synthetic sets."""
+"""Documents of turns and an answer: a data file, or one of the synthetic sets."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from kvbench.corpora.files import read_records
+from kvbench.corpora.rows import checked_text, id_of
 from kvbench.errors import UserError
 
 SETS = 48
@@ -32,31 +33,23 @@ _KINDS = {
 
 
 def read_turns(path: Path) -> list[dict[str, Any]]:
-    """Rows ``{"turns": [...], "answer": "..."}`` of a .jsonl file, plain or .gz.
+    """Rows ``{"turns": [...], "answer": "..."}`` of a data file (see :mod:`kvbench.corpora.files`).
 
     Raises:
         UserError: missing, malformed, or rows of another kind.
     """
-    from kvbench.corpora.documents import read_text
-
-    if ".jsonl" not in path.suffixes:
-        raise UserError(f"The data file {path} is not .jsonl.", "Give JSON lines of turns and an answer.")
     rows: list[dict[str, Any]] = []
-    for number, line in enumerate(read_text(path).split("\n"), start=1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise UserError(f"{path}, line {number}: malformed JSON ({error.msg}, column {error.colno}).") from None
-        turns: Any = row.get("turns") if isinstance(row, dict) else None
-        fine = isinstance(turns, list) and bool(turns) and all(isinstance(t, str) and t.strip() for t in turns)
-        if not fine or not isinstance(row.get("answer"), str) or not row["answer"].strip():
+    for record in read_records(path, ("turns", "answer")):
+        turns, answer = record.values.get("turns"), record.values.get("answer")
+        said: list[Any] = [*turns, answer] if isinstance(turns, list) and turns else [None]
+        if not all(isinstance(turn, str) and turn.strip() for turn in said):
             raise UserError(
-                f'{path}, line {number}: the row has no "turns" (texts) and "answer" (text).',
+                f'{record.where}: the row has no "turns" (texts) and "answer" (text).',
                 'Every row must look like {"turns": ["...", "..."], "answer": "..."}.',
             )
-        rows.append({"id": str(row.get("id", f"{len(rows):05d}")), "turns": [*turns, row["answer"]]})
+        rows.append({
+            "id": id_of(record, len(rows)), "turns": [checked_text(turn, f"{record.where}: a turn") for turn in said],
+        })
     return rows
 
 

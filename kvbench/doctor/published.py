@@ -10,7 +10,7 @@ import math
 
 import torch
 
-from kvbench.corpora.documents import hub_rows
+from kvbench.corpora.rows import hub_rows
 from kvbench.corpora.tasks import load_task
 from kvbench.doctor.checks import Check
 from kvbench.doctor.subject import Subject

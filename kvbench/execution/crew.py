@@ -85,7 +85,10 @@ def crew_of(plan: Plan, most: int, omit: bool, events: Events) -> list[Hand]:
     alone = 1 if small and most else 0  # 0: PyTorch's choice
     threads = max(1, cores // count) if count > 1 or request.threads else alone
     data = str(request.data) if request.data else None
-    job = Job(plan.cells, plan.model.location, plan.task_files, data, request.limit, threads, plan.judging, omit)
+    job = Job(
+        plan.cells, plan.model.location, plan.task_files, data, request.limit, threads, plan.judging, omit,
+        request.column,
+    )
     return [Hand(job, number, events) for number in range(count)]
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import time
 from functools import cache
@@ -10,6 +9,7 @@ from functools import cache
 import numpy as np
 
 from kvbench.corpora.documents import Document
+from kvbench.parsing import parse_json
 from kvbench.plan import Plan
 from kvbench.store.folder import RECORDS, RunFolder
 from kvbench.store.records import Cell
@@ -55,7 +55,7 @@ def _measured(folder: RunFolder, cell: Cell) -> float | None:
     seconds = []
     for line in path.read_bytes().splitlines() if path.exists() else ():
         try:
-            seconds.append(float(json.loads(line)["seconds"]))
+            seconds.append(float(parse_json(line)["seconds"]))
         except (ValueError, KeyError, TypeError):
             continue
     return float(np.mean(seconds)) if seconds else None

@@ -7,6 +7,7 @@ import json
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
+from kvbench.corpora.rows import TEXT
 from kvbench.models.references import ModelReference
 from kvbench.store.records import Cell
 
@@ -47,7 +48,7 @@ class Job:
     Attributes:
         location: what ``from_pretrained`` takes.
         task_files: task name -> name or path that it is loaded by.
-        data: the user's own corpus, or None.
+        data: the user's own corpus, or None; ``column`` what the text is called in it, or in the hub's.
         limit: documents per task, 0 for all.
         threads: CPU threads of this child, 0 for PyTorch's choice.
         judging: what judges the texts that are written.
@@ -65,6 +66,7 @@ class Job:
     threads: int
     judging: Judging = Judging()
     omit: bool = False
+    column: str = TEXT
 
     def to_json(self) -> str:
         return json.dumps(dataclasses.asdict(self))

@@ -7,6 +7,7 @@ run, and so that the full cache of a document is measured once, for all that is 
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -48,7 +49,7 @@ def parts_of(cells: Sequence[Cell], tasks: dict[str, dict[str, Any]]) -> list[Pa
         size = MANY if len(documents) >= 256 else FEW
         for start in range(0, len(documents), size):
             names = tuple(documents[start : start + size])
-            key = hashlib.sha256("\n".join((mine[0].setting, *names)).encode()).hexdigest()[:16]
+            key = hashlib.sha256(json.dumps((mine[0].setting, *names)).encode()).hexdigest()[:16]
             tokens = sum(lengths[start : start + size]) * len(mine)
             found.append(Part(key, task, names, mine, tokens))
     return found

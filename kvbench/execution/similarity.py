@@ -13,6 +13,7 @@ from rich.console import Console
 from kvbench.execution.job import NOTHING
 from kvbench.metrics.mauve import LEAST_TEXTS, measure
 from kvbench.metrics.texts import unpacked
+from kvbench.parsing import parse_json
 from kvbench.store.folder import MAUVE, RunFolder, write_atomic
 from kvbench.store.records import HUMAN, Cell, GenerationRecord, Output
 
@@ -53,8 +54,8 @@ def measure_similarity(folder: RunFolder, console: Console) -> None:
 
 def _is_measured(path: Path, documents: int) -> bool:
     try:
-        return bool(json.loads(path.read_text(encoding="utf-8"))["documents"] == documents)
-    except (OSError, ValueError, KeyError):
+        return bool(parse_json(path.read_text(encoding="utf-8"))["documents"] == documents)
+    except (OSError, ValueError, KeyError, TypeError):
         return False
 
 

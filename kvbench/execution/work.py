@@ -63,7 +63,7 @@ def cut_task(job: Job, name: str, loaded: Loaded, facts: ModelFacts) -> Work:
     first = cells[0]
     task = load_task(job.task_files[name])
     data = Path(job.data) if job.data else None
-    corpus = load_corpus(task, data)
+    corpus = load_corpus(task, data, job.column)
     if corpus.hash != first.data_hash:
         raise UserError(
             f"The texts of task {name!r} ({corpus.source}) have changed since this command began.",

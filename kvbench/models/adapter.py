@@ -26,6 +26,7 @@ from torch import Tensor, nn
 
 from kvbench.errors import UserError
 from kvbench.models.gated import Gate, GatedLinear, LowRank, attention_linears, fan, swapped, with_weights
+from kvbench.parsing import parse_json
 
 CARD = "card.json"
 WEIGHTS = "adapter_model.safetensors"
@@ -216,7 +217,7 @@ def read_card(folder: Path) -> AdapterCard:
         UserError: not an adapter folder, or its card is damaged.
     """
     try:
-        raw = json.loads((folder / CARD).read_text(encoding="utf-8"))
+        raw = parse_json((folder / CARD).read_text(encoding="utf-8"))
         names = {f.name for f in dataclasses.fields(AdapterCard)}
         return AdapterCard(**{k: v for k, v in raw.items() if k in names})
     except FileNotFoundError:

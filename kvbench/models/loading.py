@@ -66,6 +66,7 @@ def load_model(reference: ModelReference, device: str, dtype: str) -> Loaded:
             f"({len(missing)} in all) would be random.",
             "Download or copy the model again.",
         )
+    _check_tokenizer(reference, model, tokenizer)
     model.eval().requires_grad_(False).to(where)
     by_length(model)  # rotations that keep a state are looked at while they are new
     return Loaded(model, tokenizer, context_of(config), int(text_config(config).vocab_size))
@@ -115,10 +116,22 @@ def _check_attention(auto: Any, config: Any) -> None:
     kind = kind[0] if isinstance(kind, (tuple, list)) else kind
     if kind is not None and not getattr(kind, "_supports_attention_backend", False):
         kinds = sorted({str(name) for name in getattr(text_config(config), "layer_types", None) or ()})
+        named = ", ".join([config.model_type, *kinds])
         raise UserError(
-            f"{kind.__name__} computes its attention in a way of its own ({', '.join([config.model_type, *kinds])}): it "
-            "cannot be given a mask or an evicting cache.",
+            f"{kind.__name__} computes its attention in a way of its own ({named}): it cannot be given a mask or an "
+            "evicting cache.",
             "Choose a decoder-only transformer such as Llama, Qwen, GPT-NeoX, OPT or GPT-2.",
+        )
+
+
+def _check_tokenizer(reference: ModelReference, model: nn.Module, tokenizer: Any) -> None:
+    rows = model.get_input_embeddings().weight.shape[0]  # type: ignore[operator]
+    token, last = max(tokenizer.get_vocab().items(), key=lambda item: item[1], default=("", -1))
+    if last >= rows:
+        raise UserError(
+            f"The tokenizer of {reference.name} knows ids up to {last} ({token!r}), and the model's embedding has "
+            f"{rows} rows.",
+            "Give the folder of a model with the tokenizer that it was trained with.",
         )
 
 

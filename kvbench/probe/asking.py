@@ -120,7 +120,8 @@ class _Probe:
             changed = _nll(_own(self.model, other), self.ids)
         if _distance(own[:, : half - 1], changed[:, : half - 1]) > self.tolerance:
             config: Any = self.model.config
-            why = " (is_decoder: false)" if vars(type(config)).get("is_decoder") is not None and not config.is_decoder else ""
+            is_encoder = "is_decoder" in vars(type(config)) and not config.is_decoder
+            why = " (is_decoder: false)" if is_encoder else ""
             raise _NotCausalError(
                 f"{type(self.model).__name__} attends tokens that come later{why}: it is no causal language model, "
                 "and has no perplexity."

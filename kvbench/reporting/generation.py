@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
+from contextlib import suppress
 from typing import Any
 
 import numpy as np
@@ -13,6 +13,7 @@ from kvbench.metrics import TextMetric
 from kvbench.metrics import distinct as distinct_metric
 from kvbench.metrics import mauve as mauve_metric
 from kvbench.metrics.texts import Sample
+from kvbench.parsing import parse_json
 from kvbench.reporting.estimates import Array, Measured, bin_rows, row_of
 from kvbench.store.folder import MAUVE, RunFolder
 from kvbench.store.records import HUMAN, Cell, GenerationRecord, Output, Row
@@ -198,8 +199,8 @@ def _mauve_rows(
     values: dict[str, list[float]] = {}
     for cell in cells:
         path = folder.cell_folder(cell) / MAUVE
-        if path.exists():
-            stored = json.loads(path.read_text(encoding="utf-8"))
+        with suppress(OSError, ValueError, KeyError, TypeError):  # not there, or damaged: it was not measured
+            stored = parse_json(path.read_text(encoding="utf-8"))
             if stored["documents"] == len(info["documents"]):
                 values[cell.key] = stored["values"]
     full = next((c for c in cells if c.method == "full" and c.key in values), None)

@@ -15,6 +15,7 @@ from uuid import uuid4
 from filelock import FileLock
 
 from kvbench.errors import UserError
+from kvbench.parsing import parse_json
 from kvbench.store.profile_records import ProfileRecord, load_profile_record
 from kvbench.store.records import Cell, DocumentRecord, Failure, GenerationRecord
 
@@ -44,7 +45,7 @@ def write_atomic(path: Path, text: str) -> None:
     """The whole text, or nothing: a reader never sees half a file, whoever else writes it at the same time."""
     part = path.with_name(f"{path.name}.{uuid4().hex[:12]}.part")
     try:
-        part.write_text(text, encoding="utf-8")
+        part.write_text(text, encoding="utf-8", errors="backslashreplace")  # as JSON escapes half a character
         os.replace(part, path)
     except OSError:
         part.unlink(missing_ok=True)
@@ -111,7 +112,7 @@ class RunFolder:
         """
         path = self.path / RUN
         try:
-            manifest = json.loads(path.read_text(encoding="utf-8"))
+            manifest = parse_json(path.read_text(encoding="utf-8"))
             if not isinstance(manifest, dict) or not {"cells", "tasks", "content"} <= set(manifest):
                 raise ValueError("it lacks what a run has")
         except OSError as error:
@@ -171,7 +172,7 @@ class RunFolder:
     def masks(self) -> dict[str, Any]:
         """What was kept of them; empty where nothing was."""
         try:
-            found = json.loads((self.path / MASKS).read_text(encoding="utf-8"))
+            found = parse_json((self.path / MASKS).read_text(encoding="utf-8"))
         except (OSError, ValueError):
             return {}
         return found if isinstance(found, dict) else {}
@@ -242,7 +243,7 @@ class RunFolder:
             if not line:
                 continue
             try:
-                record = load(json.loads(line))
+                record = load(parse_json(line))
             except (ValueError, TypeError, KeyError) as error:
                 if number == len(lines):
                     break
@@ -264,7 +265,7 @@ class RunFolder:
         if not path.exists():
             return None
         try:
-            return Failure(**json.loads(path.read_text(encoding="utf-8")))
+            return Failure(**parse_json(path.read_text(encoding="utf-8")))
         except (OSError, ValueError, TypeError):  # it may be gone by now, or damaged: the cell has failed either way
             return Failure(cell.key, f"{cell.label}: failed, and the note of it cannot be read.", "Run it again.")
 

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass, field
 
+from kvbench.parsing import parse_json
 from kvbench.store.folder import RECORDS, RunFolder
 from kvbench.store.records import Cell
 
@@ -46,6 +46,6 @@ class Recorded:
             for line in lines:
                 if not line.endswith(b"\n"):
                     break
-                seen.documents.add(json.loads(line)["document"])
+                seen.documents.add(parse_json(line)["document"])
                 seen.read += len(line)
         return seen.documents

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,7 +11,8 @@ from typing import Any
 
 import numpy as np
 
-from kvbench.corpora.documents import read_rows
+from kvbench.corpora.files import KNOWN, files_of
+from kvbench.corpora.rows import TEXT, read_rows
 from kvbench.errors import UserError
 
 STREAM_TOKENS = 24_000_000
@@ -19,33 +21,40 @@ STREAM_TOKENS = 24_000_000
 
 @dataclass(frozen=True)
 class Stream:
-    """Token ids of all documents, end to end, and where they come from."""
+    """Token ids of all documents, end to end, and where they come from.
+
+    Attributes:
+        sources: of every file its name and hash, and the column that was read, where it is not ``text``.
+    """
 
     ids: np.ndarray
     sources: tuple[dict[str, str], ...]
 
     @property
     def hash(self) -> str:
-        """Of the contents of all files, in order."""
-        return hashlib.sha256("".join(source["sha256"] for source in self.sources).encode()).hexdigest()[:16]
+        """Of the files and columns, whatever the files are called."""
+        parts = (source["sha256"] + source.get("column", "") for source in self.sources)
+        return hashlib.sha256("".join(parts).encode()).hexdigest()[:16]
 
 
-def load_stream(paths: Sequence[Path], tokenizer: Any, least: int) -> Stream:
+def load_stream(paths: Sequence[Path], tokenizer: Any, least: int, column: str = TEXT) -> Stream:
     """Read and tokenise files in order, up to :data:`STREAM_TOKENS`.
 
     Args:
         least: tokens that training needs at the very least.
+        column: what the text is called in the files.
 
     Raises:
         UserError: no file, an unreadable one, or too little text.
     """
     if not paths:
-        raise UserError("Training needs text.", "Give --data FILE (.jsonl or .txt, also .gz).")
+        raise UserError("Training needs text.", f"Give --data FILE: {KNOWN}.")
     parts: list[np.ndarray] = []
     count, sources = 0, []
     for path in paths:
-        rows = read_rows(path)
-        sources.append({"file": path.name, "sha256": hashlib.sha256(path.read_bytes()).hexdigest()})
+        rows = read_rows(path, column)
+        read = {"file": path.name, "sha256": _hash_of(path)}
+        sources.append(read if column == TEXT else {**read, "column": column})
         for row in rows:
             if count >= STREAM_TOKENS:
                 break
@@ -57,3 +66,11 @@ def load_stream(paths: Sequence[Path], tokenizer: Any, least: int) -> Stream:
             f"The training text has {count} tokens; at least {least} are needed.", "Give more --data."
         )
     return Stream(np.concatenate(parts), tuple(sources))
+
+
+def _hash_of(path: Path) -> str:
+    """SHA-256 of a file; of a folder, of its texts' names and hashes."""
+    if not path.is_dir():
+        return hashlib.sha256(path.read_bytes()).hexdigest()
+    found = [(file.relative_to(path).as_posix(), _hash_of(file)) for file in files_of(path)]
+    return hashlib.sha256(json.dumps(found).encode()).hexdigest()

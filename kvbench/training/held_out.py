@@ -13,7 +13,8 @@ from torch import nn
 from torch.nn import functional
 
 from kvbench.cache.evicting import EvictingCache
-from kvbench.corpora.documents import Document, read_rows
+from kvbench.corpora.documents import Document
+from kvbench.corpora.rows import TEXT, read_rows
 from kvbench.corpora.tasks import RecallSpec
 from kvbench.errors import UserError
 from kvbench.methods import METHODS, make_layout, make_method
@@ -39,7 +40,7 @@ class HeldOut:
     trials: tuple[Piece, ...]
 
     @classmethod
-    def from_file(cls, path: Path, hf_tokenizer: Any, length: int, most: int = 24) -> HeldOut:
+    def from_file(cls, path: Path, hf_tokenizer: Any, length: int, most: int = 24, column: str = TEXT) -> HeldOut:
         """One block from the middle of each of the first ``most`` documents.
 
         Raises:
@@ -47,7 +48,7 @@ class HeldOut:
         """
         tokenizer = Tokenizer(hf_tokenizer, None)
         blocks, documents = [], []
-        for row in read_rows(path)[:most]:
+        for row in read_rows(path, column)[:most]:
             text = row["text"][len(row["text"]) // 2 :][: 12 * length]
             ids = tokenizer.encode(text)[0][:length]
             if len(ids) >= MIN_TOKENS:

@@ -15,6 +15,8 @@ from typing import Any
 import torch
 
 import kvbench
+from kvbench.corpora.files import KNOWN
+from kvbench.corpora.rows import TEXT, read_rows
 from kvbench.errors import UserError, unknown
 from kvbench.methods import METHODS, Method, make_method
 from kvbench.models.adapter import Adapter, AdapterCard
@@ -61,6 +63,7 @@ class AdapterRequest:
     device: str
     threads: int
     fresh: bool = False
+    column: str = TEXT
 
 
 def _check_model(name: str, loaded: Loaded, facts: ModelFacts, length: int, method: Method) -> None:
@@ -106,9 +109,11 @@ def run_adapter_training(request: AdapterRequest, follow: Follow) -> Path:
     reference.check_unchanged()
     model, tokenizer, method = loaded.model, loaded.tokenizer, make_method(plan.method, Fraction(0), plan.options)
     _check_model(request.model, loaded, probed(loaded, reference.fingerprint), plan.length, method)
-    stream = load_stream(request.data, tokenizer, 2 * plan.length)
+    stream = load_stream(request.data, tokenizer, 2 * plan.length, request.column)
     plan = replace(plan, base_hash=reference.fingerprint, data=stream.hash)
-    held = HeldOut.from_file(request.held_out, tokenizer, plan.length) if request.held_out else None
+    held = None
+    if request.held_out:
+        held = HeldOut.from_file(request.held_out, tokenizer, plan.length, column=request.column)
     card = AdapterCard(
         method=plan.method, gate=plan.adapter, rank=plan.rank, alpha=float(plan.rank),
         n_rows=method.n_rows, options=plan.options,
@@ -158,7 +163,7 @@ def run_adapter_training(request: AdapterRequest, follow: Follow) -> Path:
 
 def run_base_training(
     plan: BasePlan, data: tuple[Path, ...], out: Path, tokenizer_folder: Path | None, device: str,
-    threads: int, every: int, follow: Follow, fresh: bool = False,
+    threads: int, every: int, follow: Follow, fresh: bool = False, column: str = TEXT,
 ) -> Path:
     """Train and write a base model with its tokenizer.
 
@@ -167,8 +172,6 @@ def run_base_training(
     """
     from transformers import AutoTokenizer
 
-    from kvbench.corpora.documents import read_rows
-
     _check_out(out, "config.json")
     if processes() > 1:
         raise UserError("kvbench train base runs in one process.", "Start it without accelerate launch.")
@@ -176,16 +179,16 @@ def run_base_training(
         torch.set_num_threads(threads)
     where = pick_device(device)
     if not data:
-        raise UserError("Training needs text.", "Give --data FILE (.jsonl or .txt, also .gz).")
+        raise UserError("Training needs text.", f"Give --data FILE: {KNOWN}.")
     if tokenizer_folder is not None:
         try:
             tokenizer: Any = AutoTokenizer.from_pretrained(str(tokenizer_folder))
         except (OSError, ValueError) as error:
             raise UserError(f"There is no tokenizer in {tokenizer_folder}: {error}.") from error
     else:
-        texts = (row["text"] for row in read_rows(data[0]))
+        texts = (row["text"] for row in read_rows(data[0], column))
         tokenizer = train_tokenizer(_at_most(texts, 25_000_000), plan.vocabulary, plan.length)
-    stream = load_stream(data, tokenizer, 2 * plan.length)
+    stream = load_stream(data, tokenizer, 2 * plan.length, column)
     known = fingerprint(tokenizer_folder) if tokenizer_folder is not None else "trained"
     plan = replace(plan, tokenizer=known, data=stream.hash)
     model = new_model(plan, len(tokenizer), tokenizer.eos_token_id).to(where)

@@ -1,0 +1,223 @@
+"""Data files of all kinds, read as rows that know where they stand."""
+
+from __future__ import annotations
+
+import bz2
+import csv
+import gzip
+import io
+import json
+import lzma
+import zlib
+from collections.abc import Callable, Collection, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from kvbench.errors import UserError
+from kvbench.parsing import parse_json
+
+Unpack = Callable[[bytes], bytes]
+Read = Callable[[bytes, Path, Collection[str]], Iterator["Record"]]
+
+
+@dataclass(frozen=True)
+class Record:
+    """A row as a file has it.
+
+    Attributes:
+        where: file and line, for people.
+        values: by column; what was not asked for may be None.
+    """
+
+    where: str
+    values: dict[str, Any]
+
+
+def read_records(path: Path, wanted: Collection[str]) -> Iterator[Record]:
+    """The rows of a data file, or of a folder of plain texts, in order.
+
+    Args:
+        wanted: columns that are needed. Plain text has none, and is what is asked for, whatever it is called.
+
+    Raises:
+        UserError: missing, empty, of an unknown kind, damaged, or not UTF-8; or a row is malformed.
+    """
+    if path.is_dir():
+        return _folder(path, wanted)
+    raw, read = _opened(path)
+    if not raw.strip():
+        raise UserError(f"The data file {path} is empty.", f"Give a file with text: {KNOWN}.")
+    return read(raw, path, wanted)
+
+
+def files_of(path: Path) -> list[Path]:
+    """The file itself; of a folder its plain texts, and those of the folders in it, by name.
+
+    Raises:
+        UserError: the folder has none.
+    """
+    if not path.is_dir():
+        return [path]
+    texts = (file.relative_to(path) for file in path.rglob("*") if _ending(file) == ".txt" and not file.is_dir())
+    shown = [name for name in texts if not any(part.startswith(".") for part in name.parts)]
+    if not shown:
+        raise UserError(
+            f"The data folder {path} cannot be read: it holds no .txt.", f"Give a folder of .txt, or a file: {KNOWN}."
+        )
+    return [path / name for name in sorted(shown, key=Path.as_posix)]
+
+
+def split_lines(text: str) -> str:
+    """The text with every line end as ``\\n``: as Windows and old Macs write them, they are line ends too."""
+    return text.replace("\r\n", "\n").replace("\r", "\n")
+
+
+def _opened(path: Path) -> tuple[bytes, Read]:
+    """What is in a file, unpacked, and how it is read."""
+    ending = _ending(path)
+    if ending not in KINDS:
+        said = f" ({''.join(path.suffixes[-2:])})" if path.suffix else ""
+        raise UserError(f"The data file {path} has no known ending{said}.", f"Known: {KNOWN}.")
+    try:
+        raw = path.read_bytes()
+        return PACKED.get(path.suffix.lower(), bytes)(raw), KINDS[ending]
+    except FileNotFoundError:
+        raise UserError(f"There is no data file {path}.", "Check the path given to --data.") from None
+    except (OSError, EOFError, ValueError, zlib.error, lzma.LZMAError) as error:
+        raise UserError(f"The data file {path} cannot be read: {error}.", DAMAGED) from error
+
+
+def _ending(path: Path) -> str:
+    """The ending that says what is in a file, that of its packing left out; empty if there is none."""
+    endings = [ending.lower() for ending in path.suffixes]
+    return next((ending for ending in reversed(endings[-2:]) if ending not in PACKED), "")
+
+
+def _folder(path: Path, wanted: Collection[str]) -> Iterator[Record]:
+    for file in files_of(path):
+        for record in _plain(_opened(file)[0], file, wanted):
+            yield Record(record.where, {**record.values, "id": file.relative_to(path).as_posix()})
+
+
+def _decoded(raw: bytes, path: Path) -> str:
+    """Text with ``\\n`` at the ends of its lines.
+
+    Raises:
+        UserError: binary, or not UTF-8.
+    """
+    if b"\0" in raw:
+        hint = "Convert it from UTF-16 to UTF-8." if raw[:2] in (b"\xff\xfe", b"\xfe\xff") else f"Known: {KNOWN}."
+        raise UserError(f"The data file {path} is binary, not text (byte {raw.index(0)} is 0).", hint)
+    try:
+        return split_lines(raw.decode().removeprefix("\ufeff"))
+    except UnicodeDecodeError as error:
+        line = raw.count(b"\n", 0, error.start) + 1
+        raise UserError(
+            f"The data file {path} is not UTF-8 (line {line}, byte {error.start} of all).", "Convert it to UTF-8."
+        ) from None
+
+
+def _plain(raw: bytes, path: Path, wanted: Collection[str]) -> Iterator[Record]:
+    yield Record(str(path), {**dict.fromkeys(wanted, _decoded(raw, path)), "id": path.name})
+
+
+def _json_lines(raw: bytes, path: Path, wanted: Collection[str]) -> Iterator[Record]:
+    for number, line in enumerate(_decoded(raw, path).split("\n"), start=1):
+        if line.strip():
+            where = f"{path}, line {number}"
+            yield _row(_parsed(line, where, "Every line must be one JSON object."), where)
+
+
+def _json(raw: bytes, path: Path, wanted: Collection[str]) -> Iterator[Record]:
+    """One array of rows; or lines of them, which many a ``.json`` is."""
+    text = _decoded(raw, path)
+    if not text.lstrip().startswith("["):
+        yield from _json_lines(raw, path, wanted)
+        return
+    hint = "The file must be one array of JSON objects, or lines of them."
+    for number, values in enumerate(_parsed(text, str(path), hint), start=1):
+        yield _row(values, f"{path}, row {number}")
+
+
+def _parsed(text: str, where: str, hint: str) -> Any:
+    try:
+        return parse_json(text)
+    except json.JSONDecodeError as error:
+        line = f", line {error.lineno}" if "\n" in text else ""
+        raise UserError(f"{where}{line}: malformed JSON ({error.msg}, column {error.colno}).", hint) from None
+    except ValueError as error:
+        raise UserError(f"{where}: JSON that cannot be read ({error}).", hint) from None
+
+
+def _row(values: Any, where: str) -> Record:
+    return Record(where, values if isinstance(values, dict) else {})
+
+
+def _separated(by: str) -> Read:
+    def read(raw: bytes, path: Path, wanted: Collection[str]) -> Iterator[Record]:
+        text = _decoded(raw, path)
+        csv.field_size_limit(max(csv.field_size_limit(), len(text)))
+        rows = csv.reader(io.StringIO(text, newline=""), delimiter=by, strict=True)
+        header: list[str] = []
+        line = 1
+        try:
+            for fields in rows:
+                where, line = f"{path}, line {line}", rows.line_num + 1
+                if header and fields:
+                    if len(fields) != len(header):
+                        raise UserError(
+                            f"{where}: the row has {len(fields)} fields, and the first line {len(header)} columns.",
+                            "Put a text that holds separators or line ends between double quotes.",
+                        )
+                    yield Record(where, dict(zip(header, fields, strict=True)))
+                elif fields:
+                    header = fields
+                    _check_names(header, path, wanted)
+        except csv.Error as error:
+            raise UserError(
+                f"{path}, line {line}: malformed {_ending(path)} ({error}).",
+                'Put a text that holds separators, line ends or quotes between double quotes, and write " as "".',
+            ) from None
+
+    return read
+
+
+def _parquet(raw: bytes, path: Path, wanted: Collection[str]) -> Iterator[Record]:
+    import pyarrow
+    from pyarrow import parquet
+
+    try:
+        file = parquet.ParquetFile(pyarrow.BufferReader(raw))
+        names = file.schema_arrow.names
+        _check_names(names, path, wanted)
+        rows = file.read([name for name in names if name in {"id", *wanted}]).to_pylist()
+    except (pyarrow.ArrowException, OSError, ValueError) as error:
+        reason = str(error).strip().split("\n", maxsplit=1)[0]
+        raise UserError(f"The data file {path} cannot be read: {reason}.", DAMAGED) from error
+    for number, row in enumerate(rows, start=1):
+        yield Record(f"{path}, row {number}", {**dict.fromkeys(names), **row})
+
+
+def _check_names(names: list[str], path: Path, wanted: Collection[str]) -> None:
+    for name in ("id", *wanted):
+        if names.count(name) > 1:
+            raise UserError(f'The data file {path} has {names.count(name)} columns "{name}".', "Rename one of them.")
+
+
+def _unpack_zst(raw: bytes) -> bytes:
+    import pyarrow
+
+    unpacked: bytes = pyarrow.CompressedInputStream(pyarrow.BufferReader(raw), "zstd").read()
+    return unpacked
+
+
+DAMAGED = "It may be damaged; copy it again."
+KINDS: dict[str, Read] = {
+    ".jsonl": _json_lines, ".ndjson": _json_lines, ".json": _json, ".csv": _separated(","), ".tsv": _separated("\t"),
+    ".parquet": _parquet, ".txt": _plain,
+}
+PACKED: dict[str, Unpack] = {
+    ".gz": gzip.decompress, ".bz2": bz2.decompress, ".xz": lzma.decompress, ".zst": _unpack_zst,
+}
+KNOWN = f"{', '.join(KINDS)}, each also packed ({', '.join(PACKED)}), or a folder of .txt"
