@@ -164,7 +164,7 @@ def zoo_folder(tmp_path_factory: pytest.TempPathFactory, tiny_tokenizer: Any) ->
         key = f"{kind} {more}"
         if key not in made:
             folder = tmp_path_factory.mktemp(f"zoo-{kind}")
-            zoo_model(kind, vocab_size=4096, **more).save_pretrained(folder)
+            zoo_model(kind, vocab_size=4100, **more).save_pretrained(folder)
             tiny_tokenizer.save_pretrained(folder)
             made[key] = folder
         return made[key]

@@ -364,7 +364,7 @@ def test_a_configuration_without_a_causal_model_is_refused_with_the_true_reason(
     called: Call, tmp_path: Path, tiny_tokenizer: Any
 ) -> None:
     tiny_tokenizer.save_pretrained(tmp_path / "m")
-    for kind, words in (("vit", "not a decoder-only"), ("nothing-like-it", "no causal language model")):
+    for kind, words in (("vit", "(ViTConfig)"), ("nothing-like-it", "(nothing-like-it)")):
         (tmp_path / "m" / "config.json").write_text(json.dumps({"model_type": kind, "num_attention_heads": 2}))
         found = run(called, tmp_path / "m", "--method", "full")
         assert found.code == 2

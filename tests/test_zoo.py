@@ -25,7 +25,7 @@ ADMITTED = (
     "olmo2", "olmo3", "cohere", "cohere2", "glm", "glm4", "glm4_moe", "granite", "granitemoe", "starcoder2",
     "stablelm", "smollm3", "exaone4", "ernie4_5", "hunyuan_v1_dense", "helium", "nemotron", "mixtral", "qwen2_moe",
     "qwen3_moe",
-    "gpt_bigcode", "biogpt", "bitnet", "arcee", "doge", "llama4_text", "seed_oss", "ministral3", "internlm3", "olmoe",
+    "gpt_bigcode", "biogpt", "bitnet", "arcee", "llama4_text", "seed_oss", "ministral3", "internlm3", "olmoe",
     "phimoe", "persimmon", "apertus", "gemma4_text", "gemma3n_text",
 )
 """Read right, in full and under a policy."""
@@ -33,7 +33,7 @@ ADMITTED = (
 LAYOUTS_ONLY = {
     "gemma2": "caps the logits", "gpt_oss": "learned sinks", "diffllama": "attention is computed 2 times",
     "deepseek_v2": "caches other keys than it attends", "deepseek_v3": "caches other keys than it attends",
-    "jetmoe": "caches other keys than it attends",
+    "jetmoe": "caches other keys than it attends", "doge": "something else under a policy",
 }
 """Read right in full, refused under policies."""
 

@@ -140,7 +140,7 @@ def _load_error(reference: ModelReference, error: Exception) -> UserError:
     if "Unrecognized configuration class" in reason or "does not recognize this architecture" in reason:
         import transformers
 
-        kind = re.search(r"configurations?\.\w+\.(\w+)|type `(\w+)`", reason)
+        kind = re.search(r"class '[\w.]*\.(\w+)'|type `([^`]+)`", reason)
         named = next((name for name in kind.groups() if name), "of this kind") if kind else "of this kind"
         return UserError(
             f"transformers {transformers.__version__} has no causal language model for {reference.name} ({named}).",

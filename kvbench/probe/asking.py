@@ -137,7 +137,7 @@ class _Probe:
         self._check("it does not attend under the masks that it is given", masked, removed)
 
     def _needs_ids(self, by_ids: Tensor) -> bool:
-        """Whether the embeddings of the tokens alone give anything else: the same kernels run, so it should be equal."""
+        """Whether the embeddings alone give anything else: the same kernels run, so that they should be equal."""
         embedded = self.model.get_input_embeddings()(self.ids)  # type: ignore[operator]
         try:
             by_embeddings = _nll(self.model(inputs_embeds=embedded, use_cache=False).logits, self.ids)
@@ -161,8 +161,9 @@ class _Probe:
             with _heard(heard.append):
                 logits = [part.logits for part in run.stream(self.ids)]
         except (*Faults, UserError) as error:
-            shared = sorted({call.layer for call in calls if call.layer is not None} - {i for i, *_ in cache.given})
-            why = f"layers {', '.join(map(str, shared))} attend what others have stored" if shared else _sentence(error)
+            storing = {layer for layer, *_ in cache.given}
+            shared = [str(call.layer) for call in calls if call.layer not in storing]
+            why = f"layers {', '.join(shared)} attend what others have stored" if shared else _sentence(error)
             return f"{name} cannot be read under a policy: {why}."
         why = _uncached(cache, heard)
         if why:
