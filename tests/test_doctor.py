@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -14,9 +15,15 @@ from torch import Tensor
 
 from kvbench import runtime
 from kvbench.cache.evicting import EvictingLayer
-from kvbench.doctor import CHECKS, Subject, checks, make_subject, published, similarity
+from kvbench.cache.shape import CacheShape
+from kvbench.doctor import CHECKS, Subject, checks, make_subject, model_checks, published, similarity
+from kvbench.errors import UserError
 from kvbench.judges.encoder import SentenceEncoder
 from kvbench.methods import windows
+from kvbench.methods.policy import Policy
+from kvbench.models import rotary
+from kvbench.probe import asking
+from kvbench.probe.facts import ModelFacts
 from kvbench.profiling.clock import Timeline
 from kvbench.profiling.passes import Timed
 from tests.conftest import FAMILIES
@@ -103,6 +110,126 @@ def test_a_view_that_holds_its_parent_is_seen(subject: Subject, monkeypatch: pyt
 
     monkeypatch.setattr(EvictingLayer, "keep", keep)
     assert not checks.removed_is_freed(subject).ok
+
+
+LONG = {"rope_type": "longrope", "rope_theta": 1e4, "original_max_position_embeddings": 300, "factor": 5.0,
+        "long_factor": [1.0 + i / 7 for i in range(8)], "short_factor": [1.0] * 8}
+"""Rotations that change only beyond what doctor reads."""
+
+
+@pytest.mark.parametrize(("kind", "more"), [
+    ("llama", {"rope_parameters": LONG}), ("smollm3", {}), ("gemma3n_text", {"vocab_size_per_layer_input": 4100}),
+    ("llama4_text", {"attention_chunk_size": 100}), ("gpt_oss", {}), ("diffllama", {}), ("deepseek_v3", {}),
+    ("gemma2", {}),
+])
+def test_kinds_of_models_that_are_read_right_pass(
+    zoo_folder: Callable[..., Path], kind: str, more: dict[str, Any]
+) -> None:
+    subject = small(make_subject(str(zoo_folder(kind, **more)), None, "cpu", "float32"))
+    for run in UNTIMED:
+        check = checks.carried_out(run, subject)
+        assert check.ok, check
+
+
+@pytest.mark.parametrize(("kind", "words"), [
+    ("bert", "come later"), ("lfm2", "conv"), ("granitemoehybrid", "linear"),
+])
+def test_kinds_of_models_that_cannot_be_read_are_refused(
+    zoo_folder: Callable[..., Path], kind: str, words: str
+) -> None:
+    with pytest.raises(UserError, match=words):
+        make_subject(str(zoo_folder(kind)), None, "cpu", "float32")
+
+
+def failing(subject: Subject) -> list[str]:
+    """The checks of the model that do not hold."""
+    of_model = [run for run in UNTIMED if run is not checks.intervals_are_right]
+    return [run.__name__ for run in of_model if not checks.carried_out(run, subject).ok]
+
+
+def test_rotations_that_are_not_fixed_are_seen(
+    zoo_folder: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Though the switch lies beyond every text that doctor reads."""
+    monkeypatch.setattr(rotary, "_fixed", lambda module, length, model: copy.deepcopy(module))
+    folder = zoo_folder("llama", rope_parameters=LONG)
+    subject = small(make_subject(str(folder), None, "cpu", "float32"))
+    assert failing(subject) == ["rotations_are_those_of_one_pass"]
+
+
+def test_layers_that_are_taken_to_turn_alike_are_seen(
+    zoo_folder: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    subject = small(make_subject(str(zoo_folder("smollm3")), None, "cpu", "float32"))
+    found = rotary.turned(subject.loaded.model)
+    monkeypatch.setattr(rotary, "turned", lambda _: rotary.Turned((found.layers[0],) * len(found.layers), False))
+    assert failing(subject) == ["layers_turn_as_assumed"]
+
+
+def test_embeddings_that_are_fed_where_ids_are_needed_are_seen(
+    zoo_folder: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    inputs = runtime.Reader.inputs
+
+    def embedded(self: runtime.Reader, *arguments: Any) -> Tensor:
+        ids: Tensor = inputs(self, *arguments)
+        found: Tensor = self.model.get_input_embeddings()(ids)  # type: ignore[operator]
+        return found
+
+    folder = zoo_folder("gemma3n_text", vocab_size_per_layer_input=4100)
+    subject = small(make_subject(str(folder), None, "cpu", "float32"))
+    monkeypatch.setattr(runtime.Reader, "inputs", embedded)
+    assert "targets_are_scored_once" in failing(subject)
+
+
+def test_policies_of_a_model_that_attends_otherwise_are_seen(
+    zoo_folder: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Attention twice per layer; caps that a policy does not know."""
+    monkeypatch.setattr(asking._Probe, "_policies", lambda *_: "")
+    for kind in ("diffllama", "gemma2"):
+        subject = small(make_subject(str(zoo_folder(kind)), None, "cpu", "float32"))
+        assert {"policies_see_attention", "nothing_removed_is_full", "chosen_is_masked"} & set(failing(subject)), kind
+
+
+@pytest.mark.parametrize(("kind", "more"), [
+    ("llama4_text", {"attention_chunk_size": 100}), ("mistral", {"sliding_window": 100}),
+])
+def test_attention_that_is_local_is_seen(
+    zoo_folder: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, kind: str, more: dict[str, Any]
+) -> None:
+    monkeypatch.setattr(asking, "sight_of", lambda *_: None)
+    subject = small(make_subject(str(zoo_folder(kind, **more)), None, "cpu", "float32"))
+    assert "targets_are_scored_once" in failing(subject)
+
+
+@pytest.mark.parametrize("kind", ["bert", "lfm2", "granitemoehybrid"])
+def test_models_that_are_not_refused_are_seen(
+    zoo_folder: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    monkeypatch.setattr(ModelFacts, "check", lambda *_: None)
+    subject = small(make_subject(str(zoo_folder(kind)), None, "cpu", "float32"))
+    assert "targets_are_scored_once" in failing(subject)
+
+
+def test_bytes_that_are_worked_out_from_a_configuration_are_seen(
+    zoo_folder: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    subject = small(make_subject(str(zoo_folder("deepseek_v3")), None, "cpu", "float32"))
+    monkeypatch.setattr(model_checks, "cache_shape", lambda _: CacheShape.even(4, 4, 16, 4))
+    assert failing(subject) == ["bytes_are_those_cached"]
+
+
+def test_a_policy_that_chooses_by_another_place_is_seen(subject: Subject, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What it kept and what it says that it kept are two."""
+    chosen = Policy.chosen
+
+    def shifted(self: Policy, view: Any, keep: int) -> Tensor:
+        view.positions.sub_(1).clamp_(min=0)
+        return chosen(self, view, keep)
+
+    monkeypatch.setattr(Policy, "chosen", shifted)
+    assert "chosen_is_masked" in failing(subject)
 
 
 def test_intervals_that_are_too_narrow_are_seen(subject: Subject, monkeypatch: pytest.MonkeyPatch) -> None:
