@@ -17,7 +17,8 @@ _SMALL = ("rouge1", "rouge2", "rougeL", "semantic", "prefix_coherence", "kl", "n
 def comparison_tables(pairs: list[Pair]) -> list[Table | Text]:
     """One table for each pair of cells on a task."""
     tables: list[Table | Text] = [_table(pair) for pair in pairs]
-    return [*tables, Text(
+    faults = dict.fromkeys(fault for pair in pairs for fault in pair.faults)
+    return [*tables, *(Text(fault, style="yellow") for fault in faults), Text(
         "difference: second less first, paired by document [95 % CI]; p: Holm-adjusted within each metric over all "
         f"tables. yes: p < {SIGNIFICANT}; -: there is no test for this metric.", style="dim",
     )]
