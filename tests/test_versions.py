@@ -6,11 +6,13 @@ import dataclasses
 import json
 from collections.abc import Callable, Iterator, Sequence
 from fractions import Fraction
+from io import StringIO
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from rich.console import Console
 
 from kvbench.errors import UserError
 from kvbench.methods import METHODS, make_method
@@ -18,11 +20,12 @@ from kvbench.methods.shape import CacheShape
 from kvbench.profiling.clock import Timeline
 from kvbench.reporting.comparison import compare, parse_side
 from kvbench.reporting.comparison_tables import comparison_tables
+from kvbench.reporting.side_by_side import side_by_side
 from kvbench.store import faults
 from kvbench.store.faults import FAULTS, fault_of, remarks_of
 from kvbench.store.folder import CELL, RECORDS, RUN, RunFolder
 from kvbench.store.profile_records import Rates, TimingRecord
-from kvbench.store.records import Cell
+from kvbench.store.records import Cell, GenerationRecord, Output
 from tests.conftest import Outcome
 
 Call = Callable[[Sequence[str | Path]], Outcome]
@@ -137,6 +140,17 @@ def _check_marks(old: Path, called: Call) -> None:
 def cell_of(method: str, version: int = 1, **more: Any) -> Cell:
     return Cell("m", None, "h", "float32", "cpu", method, "0.5", "method", "minidocs", 1, "d", "block", "streamed",
                 {}, None, None, 0, version=version, **more)
+
+
+def test_texts_of_an_outdated_method_are_marked_side_by_side() -> None:
+    record = GenerationRecord("d", "d", (Output("nucleus", 0, (1,), "words", False),), 8, 4, 1.0, 1, 8, 1.0, 1.0, 2.0)
+    written: Any = SimpleNamespace(cells=lambda: [cell_of("d2o"), cell_of("h2o")], texts=lambda _: {"d": record})
+    console = Console(file=StringIO(), width=140)
+    console.print(side_by_side(written, cell_of("d2o").setting, "d"))
+    shown = console.file.getvalue()  # type: ignore[attr-defined]
+    assert "d2o (outdated) 0.5" in shown
+    assert "h2o 0.5" in shown
+    assert "d2o was measured by version 1" in shown
 
 
 def test_every_version_before_the_present_one_is_a_known_fault() -> None:
