@@ -171,9 +171,10 @@ def build_plan(request: Request, omit: bool = False) -> Plan:
                 options={**options, **method.resolved, **method.budget_given},
                 adapter=None if adapter is None else str(adapter),
                 adapter_hash=None if adapter is None else fingerprint(adapter),
-                position_rule=method.position_rule, removes=method.removes, **measured,
+                position_rule=method.position_rule, removes=method.removes, version=method.version, note=method.note,
+                **measured,
             ))
-    content = hashlib.sha256(json.dumps(sorted(c.key for c in cells)).encode()).hexdigest()[:10]
+    content = hashlib.sha256(json.dumps(sorted(c.request for c in cells)).encode()).hexdigest()[:10]
     asked = "+".join(dict.fromkeys(request.methods))[:40]
     shown = request.budget.label or "+".join(dict.fromkeys(map(ratio_text, ratios)))[:40]
     folder = request.out or request.reports / f"{asked}-{shown}-{content}"

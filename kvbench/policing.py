@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from kvbench.cache.policed import PolicedCache
 from kvbench.decoding import Continuation
-from kvbench.methods.policy import Policy, View
+from kvbench.methods.policy import Merged, Policy, View
 from kvbench.models.attention import WATCHER
 from kvbench.models.rotary import frequencies
 from kvbench.observing import QUERIES_AT_ONCE, attended, with_moments, with_queries
@@ -34,6 +34,7 @@ class Policing:
         kept: if asked for, what every layer attended when each run of tokens was fed: ``[batch, heads, entries]``
             places, -1 for none.
         beside: entered around all that is done besides the model's own forward pass, so that it can be timed.
+        context: tokens that were read before what follows them; None while they are read.
     """
 
     model: nn.Module
@@ -45,6 +46,7 @@ class Policing:
     peak: int = 0
     kept: list[list[Tensor]] | None = None
     beside: Callable[[], AbstractContextManager[object]] = nullcontext
+    context: int | None = None
 
     def __post_init__(self) -> None:
         needs_speeds = self.policy.turned or self.policy.takes_moments
@@ -71,7 +73,11 @@ class Policing:
             start = stop
 
     def follow(self, ids: Tensor) -> Iterator[Scored]:
-        """Feed what comes after the context: nothing more is removed, but what was set aside is looked at again."""
+        """Feed what comes after the context: it is attended, and nothing more is removed.
+
+        What was set aside of the context is looked at again, where the policy does that.
+        """
+        self.context = self.read
         if self.policy.keeps_all:
             yield from self.stream(ids)
         elif ids.shape[1]:
@@ -119,31 +125,33 @@ class Policing:
         policy, layers = self.policy, self.cache.layers
         layer = layers[number]
         self._observe(number, None)
-        keep = policy.budget(self.read, self.total, number, len(layers))
-        if not policy.packs and layer.entries() > keep:
-            view = self._view(number)
+        keep = policy.budget(self.context or self.read, self.total, number, len(layers))
+        if not policy.packs and (self.context or layer.entries()) > keep:
+            view = self._view(number, last=self.context)
             entries = chosen.get(policy.follows(number))
             if entries is None:
                 entries = chosen[number] = policy.chosen(view, keep)
             if policy.keeps_all:
-                layer.look_at(entries)
+                layer.look_at(entries, self.context)
             else:
-                layer.choose(entries, policy.merged(view, entries))
+                merged = Merged(*policy.merged(view, entries))
+                layer.choose(entries, (merged.keys, merged.values))
+                layer.carried = merged.carried
         if policy.packs:
             found = policy.packed(self._view(number, layer.first_plain), layer.packed)
             if found is not None:
                 layer.pack(*found)
 
-    def _view(self, number: int, first: int = 0) -> View:
-        """A layer's entries from the ``first`` on, which is 0 or the first that is not packed."""
+    def _view(self, number: int, first: int = 0, last: int | None = None) -> View:
+        """A layer's entries from the ``first`` on, which is 0 or the first that is not packed, up to the ``last``."""
         layer = self.cache.layers[number]
-        keys, values = (layer.keys, layer.values) if first else layer.present()
+        keys, values = (t[:, :, :last] for t in ((layer.keys, layer.values) if first else layer.present()))
         none = torch.zeros((), device=keys.device).expand(keys.shape[:3])
-        sums = layer.sums[..., first:] if self.policy.sums else none
+        sums = layer.sums[..., first:last] if self.policy.sums else none
         return View(
-            keys, values, layer.positions[..., first:], sums, layer.queries, layer.scaling,
+            keys, values, layer.positions[..., first:last], sums, layer.queries, layer.scaling,
             self.read, number, len(self.cache.layers), torch.tensor(list(self.lots), device=keys.device), self.seed,
-            layer.moments, self.speeds[number] if self.speeds else None,
+            layer.moments, self.speeds[number] if self.speeds else None, layer.carried,
         )
 
     def mask(self, layer: int, queries: int, keys: int, device: torch.device) -> Tensor | None:

@@ -38,7 +38,7 @@ def build_sweep(request: Request, models: Sequence[str], seeds: Sequence[int]) -
         for model in dict.fromkeys(models) for seed in dict.fromkeys(seeds)
     )
     cells = [cell for plan in plans for cell in plan.cells]
-    content = _hash(sorted(cell.key for cell in cells))
+    content = _hash(sorted(cell.request for cell in cells))
     ground = sorted({(
         cell.model_hash, cell.task, cell.data_hash, cell.protocol, cell.dtype, cell.execution,
         *(f"{name}={value}" for name, value in request.budget.options.items()),

@@ -435,13 +435,13 @@ def kvpress() -> Any:
 
 @pytest.mark.parametrize("name", ["knorm", "keydiff", "lagkv", "snapkv", "streaming-llm", "expected-attention"])
 def test_the_same_entries_as_kvpress(kvpress: Any, name: str) -> None:
-    policy = policy_of(name, "0.5", window="20", kernel="5", lag="32", future="64")
+    policy = policy_of(name, "0.5", window="20", kernel="5", pool="mean", lag="32", future="64")
     assert policy.chosen(view_of(kvpress), 100).tolist() == kvpress[f"kept:{name}"].tolist()
 
 
 def test_the_same_chunks_as_kvpress(kvpress: Any) -> None:
     """Row by row: kvpress keeps the first row's chunks in all rows of a batch, and we do not."""
-    policy = policy_of("chunkkv", "0.5", window="20", kernel="5", size="10")
+    policy = policy_of("chunkkv", "0.5", window="20", kernel="5", pool="mean", size="10")
     mine = policy.chosen(view_of(kvpress), 100)
     for row in range(2):
         assert mine[row].tolist() == kvpress[f"kept:chunkkv:{row}"][0].tolist()

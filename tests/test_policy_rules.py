@@ -171,43 +171,51 @@ def test_ragged_entries_are_padded_in_front() -> None:
     assert torch.equal(twice, unpacked.repeat_interleave(2, 0))
 
 
-def test_values_are_spread_over_the_next_entries() -> None:
-    policy, seen = policy_of("cam", sinks="4", spread="3"), view()
-    entries = torch.tensor([0, 1, 2, 3, *range(14, 24)]).expand(2, 2, 14)
-    keys, values = policy.merged(seen, entries)
+@pytest.mark.parametrize("last", [24, 16])
+def test_values_are_spread_over_the_next_entries(last: int) -> None:
+    """A third of each, also where there are but two to take it."""
+    policy, seen = policy_of("cam", sinks="4", spread="3"), view(last)
+    entries = torch.tensor([0, 1, 2, 3, *range(14, last)]).expand(2, 2, last - 10)
+    keys, values, _ = policy.merged(seen, entries)
     assert torch.equal(keys, seen.keys)
-    chance = drawn(seen)
+    chance, stop = drawn(seen), min(17, last)
     for row in range(2):
         for head in range(2):
             wanted = seen.values[row, head].clone()
-            mean = [float(seen.sums[row, head, i]) / (24 - i) for i in range(24)]
-            usual = sum(mean[14:17]) / 3
+            mean = [float(seen.sums[row, head, i]) / (last - i) for i in range(last)]
+            usual = sum(mean[14:stop]) / (stop - 14)
             merged = 0
             for i in range(4, 14):
                 if float(chance[row, head, i]) < mean[i] / usual:
                     merged += 1
-                    wanted[14:17] += seen.values[row, head, i] / 3
-            assert merged
+                    wanted[14:stop] += seen.values[row, head, i] / 3
+            assert last < 24 or merged
             assert float((values[row, head] - wanted).abs().max()) < 1e-5
 
 
 def test_entries_are_merged_into_the_nearest() -> None:
+    """Where they are at least as near as usual: over all heads of a text, now and half of what it was before."""
     policy, seen = policy_of("d2o"), view()
     entries = torch.tensor([0, 1, 2, 3, *range(14, 24)]).expand(2, 2, 14)
-    keys, values = policy.merged(seen, entries)
-    for row in range(2):
-        for head in range(2):
-            k, v = seen.keys[row, head], seen.values[row, head]
-            found = []
-            for i in range(4, 14):
-                alike = [float(functional.cosine_similarity(k[i], k[j], dim=0)) for j in entries[0, 0].tolist()]
-                found.append((max(alike), i, entries[0, 0].tolist()[alike.index(max(alike))]))
-            threshold = sum(cosine for cosine, _, _ in found) / 10
-            for j in entries[0, 0].tolist():
-                mine = [(cosine, i) for cosine, i, nearest in found if nearest == j and cosine >= threshold]
-                for before, after in ((k, keys[row, head]), (v, values[row, head])):
-                    wanted = (before[j] + sum(c * before[i] for c, i in mine)) / (1 + len(mine))
-                    assert float((after[j] - wanted).abs().max()) < 1e-5
+    stay = entries[0, 0].tolist()
+    for before in (None, torch.tensor([0.9, -0.2])):
+        keys, values, carried = policy.merged(dataclasses.replace(seen, carried=before), entries)
+        assert carried is not None
+        for row in range(2):
+            found: list[list[tuple[float, int, int]]] = []
+            for k in seen.keys[row]:
+                alike = [[float(functional.cosine_similarity(k[i], k[j], dim=0)) for j in stay] for i in range(4, 14)]
+                found.append([(max(a), 4 + n, stay[a.index(max(a))]) for n, a in enumerate(alike)])
+            mean = sum(cosine for head in found for cosine, _, _ in head) / 20
+            threshold = mean if before is None else (float(before[row]) + mean) / 2
+            assert float(carried[row]) == pytest.approx(threshold, abs=1e-6)
+            for head in range(2):
+                for j in stay:
+                    mine = [(cosine, i) for cosine, i, near in found[head] if near == j and cosine >= threshold]
+                    for old, new in ((seen.keys, keys), (seen.values, values)):
+                        wanted = (old[row, head, j] + sum(c * old[row, head, i] for c, i in mine)) / (1 + len(mine))
+                        assert float((new[row, head, j] - wanted).abs().max()) < 1e-5
+    assert torch.equal(policy_of("d2o", merge="values").merged(seen, entries).keys, seen.keys)
 
 
 @given(st.sampled_from([8, 4, 2]), st.integers(1, 4), st.sampled_from([4, 8, 16]), st.integers(0, 99))

@@ -32,6 +32,7 @@ class PolicedLayer(EvictingLayer):
         moments: of the queries, where they are taken: how many, their sum ``[batch, query heads, width]`` and the sum
             of their outer products.
         scaling: of the layer's attention.
+        carried: what the policy handed on when entries were last removed ``[batch, ...]``; None for nothing.
         focus: copies of the entries that are attended until the next look at all, and of those since; None if all
             are attended.
         ragged: all entries, where some heads have fewer than others; None where all have as many.
@@ -44,6 +45,7 @@ class PolicedLayer(EvictingLayer):
         self.queries: Tensor | None = None
         self.moments: tuple[int, Tensor, Tensor] | None = None
         self.scaling = 1.0
+        self.carried: Tensor | None = None
         self.focus: EvictingLayer | None = None
         self.ragged: Ragged | None = None
         self.read = self._packed_entries = 0
@@ -129,8 +131,15 @@ class PolicedLayer(EvictingLayer):
         since = self.attends - self._focused.shape[-1]
         return torch.cat([self._focused, self.positions[..., self.held - since :]], -1)
 
-    def look_at(self, entries: Tensor) -> None:
-        """Attend only these entries from now on, and those to come; all of them stay."""
+    def look_at(self, entries: Tensor, context: int | None = None) -> None:
+        """Attend only these entries from now on, and those to come; all of them stay.
+
+        Args:
+            context: entries behind so many are attended as well; None if there are none to be.
+        """
+        if context is not None:
+            after = torch.arange(context, self.held, device=entries.device)
+            entries = torch.cat([entries, after.expand(*entries.shape[:2], -1)], -1)
         keys, values = self.present()
         self.focus = EvictingLayer()
         self.focus.append(taken(keys, entries), taken(values, entries), NO_HOLES)
@@ -196,6 +205,7 @@ class PolicedLayer(EvictingLayer):
         self.queries = None if self.queries is None else more(self.queries)
         if self.moments is not None:
             self.moments = self.moments[0], more(self.moments[1]), more(self.moments[2])
+        self.carried = None if self.carried is None else more(self.carried)
         if self.focus is not None:
             self.focus.batch_repeat_interleave(repeats)
             self._focused = more(self._focused)

@@ -38,6 +38,7 @@ def measured(
     from kvbench.execution.child import WorkerDiedError
     from kvbench.execution.guards import KEPT, disk, finish, locked
     from kvbench.reporting.results import compute_results
+    from kvbench.store.faults import fault_of
     from kvbench.store.folder import RESULTS, RUN, RunFolder, write_atomic
     from kvbench.store.records import Failure, Results
 
@@ -45,8 +46,8 @@ def measured(
     folder.check(content, fresh or shared)
     with nullcontext() if shared else locked(path):
         manifest = folder.manifest() if not fresh and (path / RUN).exists() else {}
-        same = manifest.get("finished") and (manifest.get("limit"), manifest["content"]) == (limit, content)
-        if same and folder.knows_models():
+        is_done = manifest.get("finished") and (manifest.get("limit"), manifest["content"]) == (limit, content)
+        if is_done and folder.knows_models() and not any(fault_of(cell) for cell in folder.cells()):
             console.print(f"Already measured ({manifest['finished']}); --fresh measures again.")
             return compute_results(folder, only)
         try:

@@ -52,8 +52,7 @@ class Job:
         limit: documents per task, 0 for all.
         threads: CPU threads of this child, 0 for PyTorch's choice.
         judging: what judges the texts that are written.
-        omit: a cell that these documents are too long or too short for fails by itself, and is no reason to
-            refuse the others.
+        omit: what a method cannot do with these documents is left out, and is no reason to refuse the others.
     """
 
     module: ClassVar[str] = "kvbench.execution.worker"

@@ -42,7 +42,7 @@ class Conduct:
         fail_fast: stop at the first failure.
         timeout: seconds without a sign of life after which a child is ended, and its cell has failed.
         children: most children; 0 for as many as are useful.
-        omit: what the documents are too long or too short for fails by itself, and is no reason to refuse the rest.
+        omit: what a method cannot do with these documents is left out, and is no reason to refuse the rest.
     """
 
     fresh: bool = False
@@ -283,4 +283,5 @@ def _fail(run: _Run, failure: Failure) -> None:
 
 
 def _tell(run: _Run, failure: Failure) -> None:
-    run.console.print(f"[red]failed[/] {escape(f'{failure.error} {failure.hint}')}", highlight=False)
+    word = f"{failure.word}:" if failure.left_out else f"[red]{failure.word}[/]"
+    run.console.print(f"{word} {escape(f'{failure.error} {failure.hint}')}", highlight=False)

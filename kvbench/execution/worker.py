@@ -100,6 +100,7 @@ class Worker:
         self.runners = {cell.key: self._runner(cell) for cell in job.cells if cell.method != HUMAN}
         for work in self.works:
             self._check_reach(work)
+        self._check_any_left()
         self._check_at_length(cell)
         self.judges = load_judges(job.judging, self.loaded, cell.device, cell.dtype)
         for work in self.works:
@@ -120,7 +121,13 @@ class Worker:
             except UserError as error:
                 if not self.job.omit or cell.method == "full":
                     raise
-                self.unable.append(Failure(cell.key, f"{cell.label}: {error.message}", error.hint))
+                self.unable.append(Failure(cell.key, f"{cell.label}: {error.message}", error.hint, left_out=True))
+
+    def _check_any_left(self) -> None:
+        """See that not all that was asked for is left out."""
+        asked = {cell.key for cell in self.job.cells if cell.role == "method"}
+        if asked and asked <= {failure.cell for failure in self.unable}:
+            raise UserError(self.unable[0].error, self.unable[0].hint)
 
     def _check_cell(self, cell: Cell, longest: int, pieces: Sequence[Piece], in_chunks: bool) -> None:
         method = self.runners[cell.key].method

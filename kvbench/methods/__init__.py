@@ -37,6 +37,7 @@ from kvbench.methods.streaming_llm import StreamingLlm
 from kvbench.methods.think import Think
 from kvbench.methods.tova import Tova
 from kvbench.methods.windows import Local, LocalTuned, Sinks, SinksTuned, Window
+from kvbench.store.faults import GROUP
 
 LAYOUT_IDS = 16
 
@@ -47,9 +48,6 @@ _OWN: tuple[type[Method], ...] = (
     Cascading, Cam, D2o, Kivi, Fp8, Think, RefreshKv,
     Lorc,
 )
-GROUP = "kvbench.methods"
-"""The entry points that methods of other packages are found by."""
-
 
 class _Methods(Mapping[str, type[Method]]):
     """Method by name. Those of other packages are loaded when the table is first looked into, not before: they
@@ -118,6 +116,6 @@ def make_layout(method: Method, n: int, seed: int, which: int, text: Structure =
 
 
 __all__ = [
-    "LAYOUT_IDS", "METHODS", "RUNNING", "Layout", "Method", "Option", "Structure", "kept", "layout_id",
+    "GROUP", "LAYOUT_IDS", "METHODS", "RUNNING", "Layout", "Method", "Option", "Structure", "kept", "layout_id",
     "make_layout", "make_method", "parse_ratio", "ratio_text",
 ]

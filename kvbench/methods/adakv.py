@@ -25,9 +25,7 @@ class AdaKv(SnapKv):
     name = "adakv"
     summary = "as snapkv, with the budget of a layer shared among its heads by need"
     paper = "arXiv 2407.11550"
-    known = SnapKv.known | {
-        "kernel": Option("7", least=1), "pool": Option("max", ("mean", "max")), "floor": Option("50", most=100),
-    }
+    known = SnapKv.known | {"floor": Option("50", most=100)}
 
     def chosen(self, view: View, keep: int) -> Tensor:
         there = view.positions >= 0

@@ -98,11 +98,15 @@ class Method(ABC):
         ratio: asked share of entries to remove; 0 for methods that take none.
         options: what ``--set`` gave, by name; every name is in ``known``.
         budget_tokens, budget_bytes: entries, or bytes of a text's cache, to keep instead of a share; 0 for none.
+        version: of the rule. What was measured by another is not found again, and reports say that it is outdated.
+        note: what rows say behind the name.
     """
 
     name: ClassVar[str]
     summary: ClassVar[str]
     paper: ClassVar[str] = ""
+    version: ClassVar[int] = 1
+    note: ClassVar[str] = ""
     takes_ratio: ClassVar[bool] = True
     compresses: ClassVar[bool] = True
     takes_budget: ClassVar[tuple[str, ...]] = ("tokens", "bytes")
@@ -146,6 +150,13 @@ class Method(ABC):
         """Entries without which the method cannot work."""
         return 1
 
+    def check_kept(self, n: int) -> None:  # noqa: B027  # most methods can do with any ratio
+        """See that what the ratio keeps of a text of ``n`` tokens is enough for the method to be what it is called.
+
+        Raises:
+            UserError: it is not.
+        """
+
     def ratio_of_bytes(self, n: int, shape: CacheShape) -> Fraction:
         """The share of the bytes of ``n`` entries that is to be removed."""
         if not self.budget_bytes:
@@ -156,9 +167,10 @@ class Method(ABC):
         """The method for a text of ``n`` tokens, its budget turned into what it works with.
 
         Raises:
-            UserError: the budget is below what the method needs.
+            UserError: the budget, or what the ratio keeps, is below what the method needs.
         """
         if not (self.budget_tokens or self.budget_bytes):
+            self.check_kept(n)
             return self
         tokens = self.budget_tokens or self.budget_bytes // shape.entry_bytes
         if tokens < self.minimum:

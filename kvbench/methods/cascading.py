@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from kvbench.methods.base import Option, kept
+from kvbench.methods.base import Option
 from kvbench.methods.policy import Policy, View
 
 
@@ -43,7 +43,7 @@ class Cascading(Policy):
         return 1 << 40 if self.option("positions") == "cache" else 0
 
     def budget(self, read: int, total: int, layer: int, layers: int) -> int:
-        return max(self.minimum, self.budget_tokens or kept(total, self.ratio))
+        return self.constant(total)
 
     def chosen(self, view: View, keep: int) -> Tensor:
         alive = torch.arange(view.entries, device=view.keys.device).expand(view.keys.shape[:3])

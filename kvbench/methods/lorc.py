@@ -22,7 +22,8 @@ class Lorc(Policy):
     """
 
     name = "lorc"
-    summary = "keys and values by weights of low rank: the quality of it, nothing is removed yet"
+    summary = "keys and values by weights of low, uniform rank: the quality of it, nothing is removed yet"
+    note = "uniform rank"
     paper = "arXiv 2410.03111"
     takes_budget = ()
     removes = False

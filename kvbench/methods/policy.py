@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -42,6 +42,7 @@ class View:
         moments: of the queries so far, before they were rotated, if the policy takes them: how many, their sum
             ``[batch, query heads, width]`` and the sum of their outer products.
         speeds: angle per position of each pair of coordinates, where the policy needs it and keys are rotated.
+        carried: what :meth:`Policy.merged` handed on when entries were last removed from this layer; None before.
     """
 
     keys: Tensor
@@ -57,6 +58,7 @@ class View:
     seed: int
     moments: tuple[int, Tensor, Tensor] | None = None
     speeds: Tensor | None = None
+    carried: Tensor | None = None
 
     @property
     def entries(self) -> int:
@@ -74,6 +76,19 @@ class View:
         positions = self.positions[:, :, None, None, :]
         hidden = (positions > places[:, None]) | (positions < 0)
         return logits.masked_fill_(hidden, float("-inf")).softmax(-1)
+
+
+class Merged(NamedTuple):
+    """Entries when some are removed, as they shall be stored.
+
+    Attributes:
+        keys, values: ``[batch, heads, entries, width]``, of those that go as well.
+        carried: ``[batch, ...]``, handed on to the next removal from the layer (``View.carried``); None for nothing.
+    """
+
+    keys: Tensor
+    values: Tensor
+    carried: Tensor | None = None
 
 
 class Policy(Method):
@@ -142,6 +157,10 @@ class Policy(Method):
         """
         return read if self.packs else min(read, max(self.sinks + 1, self.held_after(read)))
 
+    def constant(self, total: int) -> int:
+        """What policies hold whose cache does not grow: kept(N, r) entries of N tokens, or the budget."""
+        return max(self.minimum, self.budget_tokens or kept(total, self.ratio))
+
     def held_after(self, read: int) -> int:
         """Entries of a layer, on average: a share of what was read, or a constant number where one is given."""
         return min(read, self.budget_tokens) if self.budget_tokens else kept(read, self.ratio)
@@ -180,9 +199,9 @@ class Policy(Method):
             scores = scores.mean(1, keepdim=True).expand_as(scores)
         return highest(scores, keep)
 
-    def merged(self, view: View, entries: Tensor) -> tuple[Tensor, Tensor]:
-        """Keys and values of all entries, with what is lost in the others added to ``entries``, if anything is."""
-        return view.keys, view.values
+    def merged(self, view: View, entries: Tensor) -> Merged:
+        """All entries, with what is lost in the others added to ``entries``, if anything is."""
+        return Merged(view.keys, view.values)
 
     def packed(self, view: View, earlier: tuple[Packed, ...]) -> tuple[Packed, int] | None:
         """The first entries in another form, and how many they are; None if there are none to pack yet.

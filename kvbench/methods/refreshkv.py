@@ -16,13 +16,15 @@ class RefreshKv(Policy):
     """Attends kept(n, r) entries and those since, chosen by every ``step``-th token, which attends all of them.
 
     The choice is by the attention of that token, averaged over the query heads of each head and smoothed over
-    ``kernel`` places. It saves computation and no memory: all entries stay, and those attended are held twice. The
-    published code also looks when queries have changed; its thresholds are not public.
+    ``kernel`` places. What follows a context of P tokens stays attended, and what is chosen anew meanwhile is
+    kept(P, r) of the context's entries. It saves computation and no memory: all entries stay, and those attended are
+    held twice. The paper also looks when queries have changed; its thresholds are not public, and no code is.
     """
 
     name = "refreshkv"
     summary = "all entries; few are attended, chosen anew by a look at all: saves time, no memory"
     paper = "arXiv 2411.05787"
+    version = 2
     window = 1
     takes_budget = ("tokens",)
     keeps_all = True

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from kvbench.methods.base import Option
+from kvbench.errors import UserError
+from kvbench.methods.base import Option, kept, ratio_text
 from kvbench.methods.policy import Policy, View, check_kernel, protect_last
 
 POOLS: dict[str, Callable[..., Tensor]] = {"mean": functional.avg_pool1d, "max": functional.max_pool1d}
@@ -20,20 +21,30 @@ class SnapKv(Policy):
     """Holds the last ``window`` entries and those that their queries attend most, smoothed over ``kernel`` places.
 
     Attention is averaged over the queries of the window and the query heads of each head, so that what is stored is
-    one set per head of keys. The published code stores a set per query head, which takes more memory.
+    one set per head of keys. The published code stores a set per query head, which takes more memory. Published runs
+    take the maximum over 7 places, as here; the class in that code has the mean over 5 (``pool=mean``, ``kernel=5``).
     """
 
     name = "snapkv"
     summary = "the last entries, and those that their queries attend most"
     paper = "arXiv 2404.14469"
     known = Policy.known | {
-        "window": Option("32", least=1), "kernel": Option("5", least=1),
-        "pool": Option("mean", tuple(POOLS)),
+        "window": Option("32", least=1), "kernel": Option("7", least=1), "pool": Option("max", tuple(POOLS)),
     }
 
     @property
     def minimum(self) -> int:
         return self.looks_at + 1
+
+    def check_kept(self, n: int) -> None:
+        """A window that fills all that is kept is a plain window, whatever the method is called."""
+        left = kept(n, self.ratio)
+        if left < min(n, self.minimum):
+            raise UserError(
+                f"{self.name} at ratio {ratio_text(self.ratio)} keeps {left} of {n} entries, below the "
+                f"{self.minimum} that it needs: it would be a plain window.",
+                f"Give a smaller --ratio, or --set window={left - 1}." if left > 1 else "Give a smaller --ratio.",
+            )
 
     def check(self, longest: int, in_chunks: bool) -> None:
         super().check(longest, in_chunks)
@@ -56,7 +67,8 @@ class SnapKv(Policy):
 class PyramidKv(SnapKv):
     """SnapKV with more entries in early layers and fewer in late ones, falling evenly; the mean is the budget.
 
-    The last layer gets 1 / ``beta`` of what all would get, the window apart, and the first as much more.
+    The last layer gets 1 / ``beta`` of what all would get, the window apart, and the first as much more. Published
+    runs pool as those of SnapKV, as here.
     """
 
     name = "pyramidkv"
@@ -82,7 +94,8 @@ class PyramidKv(SnapKv):
 class ChunkKv(SnapKv):
     """Holds whole chunks of ``size`` tokens: those whose entries are attended most together, over all heads.
 
-    Of ``reuse`` layers each, the first one chooses for all.
+    Of ``reuse`` layers each, the first one chooses for all. Scores are SnapKV's, pooled as in its published runs
+    (``kernel=1``: not pooled).
     """
 
     name = "chunkkv"

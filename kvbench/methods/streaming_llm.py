@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from kvbench.methods.base import Option, kept
+from kvbench.methods.base import Option
 from kvbench.methods.policy import Policy
 
 
@@ -27,4 +27,4 @@ class StreamingLlm(Policy):
         return self.sinks if self.option("positions") == "cache" else 0
 
     def budget(self, read: int, total: int, layer: int, layers: int) -> int:
-        return max(self.minimum, self.budget_tokens or kept(total, self.ratio))
+        return self.constant(total)

@@ -14,6 +14,8 @@ from typing import Any, Protocol
 
 import torch
 
+from kvbench.store.profile_records import Rates
+
 
 class Clock(Protocol):
     """Something that takes marks and later says when they were."""
@@ -86,7 +88,7 @@ class Stopwatch:
 
 
 @dataclass(frozen=True)
-class Timeline:
+class Timeline(Rates):
     """One request, in seconds on one clock.
 
     Attributes:
@@ -116,16 +118,3 @@ class Timeline:
     def gaps(self) -> tuple[float, ...]:
         """Between one token and the next; the first token is in none of them."""
         return tuple(b - a for a, b in zip(self.tokens, self.tokens[1:], strict=False))
-
-    @property
-    def tpot_s(self) -> float:
-        """Seconds per token after the first: (end to end - first token) / (tokens - 1)."""
-        return (self.tokens[-1] - self.tokens[0]) / (len(self.tokens) - 1)
-
-    def decode_tok_s(self, batch: int) -> float:
-        """Tokens written per second of decoding, in the whole batch; the first of each is not counted."""
-        return batch / self.tpot_s
-
-    def prefill_tok_s(self, prompt: int, batch: int) -> float:
-        """Prompt tokens read per second, in the whole batch."""
-        return prompt * batch / self.prefill_s

@@ -111,6 +111,7 @@ def build_profile_plan(request: ProfileRequest) -> ProfilePlan:
             method.option(key)
         for length in request.seq_lens:
             method.check(length, in_chunks=False)
+            method.check_kept(length)
             make_layout(method, length + request.new_tokens, request.seed, 0, Structure(prefix=length))
     budget = parse_bytes(request.budget) if request.budget else 0
     model = None
@@ -139,7 +140,7 @@ def build_profile_plan(request: ProfileRequest) -> ProfilePlan:
             },
             adapter=(str(folder) if folder else RANDOM) if method.needs_adapter else None,
             adapter_hash=fingerprint(folder) if folder else None, seed=request.seed,
-            position_rule=method.position_rule, removes=method.removes,
+            position_rule=method.position_rule, removes=method.removes, version=method.version, note=method.note,
         )
 
     controls = [(METHODS[FULL](), "control", name) for name in (AGAIN, STOCK)]
@@ -154,7 +155,7 @@ def build_profile_plan(request: ProfileRequest) -> ProfilePlan:
         for length in request.seq_lens for method, role, name in named if name != AGAIN
     ) if request.budget else ()
     plan = ProfilePlan(request, model, groups, searches, budget, Path(), "")
-    content = hashlib.sha256(json.dumps(sorted(c.key for c in plan.cells)).encode()).hexdigest()[:10]
+    content = hashlib.sha256(json.dumps(sorted(c.request for c in plan.cells)).encode()).hexdigest()[:10]
     asked = "+".join(dict.fromkeys(method.name for method, _ in wanted[1:]))[:40] or "full"
     lengths = "+".join(str(length) for length in request.seq_lens)[:40]
     folder = request.out or request.reports / f"profile-{asked}-{lengths}-{content}"

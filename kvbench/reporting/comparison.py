@@ -11,9 +11,11 @@ from kvbench import metrics
 from kvbench.errors import UserError, unknown
 from kvbench.execution.job import ITSELF
 from kvbench.reporting.distance import is_of_curve
+from kvbench.reporting.format import faults_in, named
 from kvbench.reporting.generation import decoded_rows
 from kvbench.reporting.results import scored_rows
 from kvbench.statistics import holm
+from kvbench.store.faults import remarks_of
 from kvbench.store.folder import RunFolder
 from kvbench.store.records import HUMAN, Cell, Row
 
@@ -49,11 +51,13 @@ class Pair:
 
     Attributes:
         first: rows of the first cell, by metric and bin.
+        faults: sentences on cells that are outdated.
     """
 
     names: tuple[str, str]
     first: dict[tuple[str, str | None], Row]
     rows: tuple[Row, ...]
+    faults: tuple[str, ...] = ()
 
 
 def parse_side(text: str) -> Side:
@@ -202,7 +206,7 @@ def _compared(first: Side, second: Side, a: Cell, b: Cell, info: dict[str, Any])
         if not is_first[id(r)] and r.delta is not None and r.metric not in _BYTES
         and not is_of_curve(r) and (r.metric not in metrics.NEED_SCORER or _scorer(a) == _scorer(b))
     )
-    return Pair((names[0], names[1]), at, shown)
+    return Pair((names[0], names[1]), at, shown, tuple(faults_in((c.method, remarks_of(c)) for c in (a, b))))
 
 
 def _scorer(cell: Cell) -> str | None:
@@ -234,4 +238,5 @@ def _adjusted(pairs: list[Pair]) -> list[Pair]:
 
 
 def _short(cell: Cell) -> str:
-    return cell.method if cell.ratio_asked is None else f"{cell.method} {cell.ratio_asked}"
+    shown = named(cell.method, remarks_of(cell))
+    return shown if cell.ratio_asked is None else f"{shown} {cell.ratio_asked}"

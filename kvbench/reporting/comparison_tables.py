@@ -21,7 +21,8 @@ def comparison_tables(pairs: list[Pair]) -> list[Table | Text]:
     left_out = {name for pair in pairs for name, _ in pair.first if name not in {row.metric for row in pair.rows}}
     if judged := [name for name in NEED_SCORER if name in left_out]:
         tables.append(Text(f"{', '.join(judged)}: left out, since different models have judged."))
-    return [*tables, Text(
+    faults = dict.fromkeys(fault for pair in pairs for fault in pair.faults)
+    return [*tables, *(Text(fault, style="yellow") for fault in faults), Text(
         "difference: second less first, paired by document [95 % CI]; p: Holm-adjusted within each metric over all "
         f"tables. yes: p < {SIGNIFICANT}; -: there is no test for this metric.", style="dim",
     )]

@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kvbench.statistics import Table, bootstrap_intervals
+from kvbench.store.faults import remarks_of
 from kvbench.store.records import Cell, DocumentRecord, Row
 
 CURVES = ("since", "position")
@@ -68,7 +69,7 @@ def _rows(
             removal=cell.removal,
             params={
                 "seq_len": info["seq_len"], "batch_size": None, "new_tokens": None, "step": None,
-                "bin": f"{axis}={start}", "position_rule": cell.position_rule, **cell.options,
+                "bin": f"{axis}={start}", "position_rule": cell.position_rule, **remarks_of(cell), **cell.options,
             },
             groups=int((sums[:, i, 0] > 0).sum()), metric="nll", value=float(nll / count), ci_low=low, ci_high=high,
             n=int(count), unit="token", delta=None if is_full else float(loss / count),

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from kvbench import metrics
 from kvbench.metrics import Metric
 from kvbench.statistics import Table, bootstrap_intervals, exchanged_p_values, paired_p_value
+from kvbench.store.faults import remarks_of
 from kvbench.store.records import Cell, Row
 
 Array = NDArray[np.float64]
@@ -176,7 +177,7 @@ def row_of(
         "adapter": None if cell.adapter is None else Path(cell.adapter).name,
         "entries_peak_mean": part.mean_peak or None,
         "entry_bytes": totals["kv_full"] / totals["raw"] if totals["raw"] else None,
-        "position_rule": cell.position_rule,
+        "position_rule": cell.position_rule, **remarks_of(cell),
     }
     return Row(
         task=cell.task, protocol=cell.protocol, model=cell.model, method=cell.method,

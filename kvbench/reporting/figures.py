@@ -47,7 +47,7 @@ Panel = Callable[[Axes, list[Row]], None]
 
 def style_of(method: str) -> dict[str, Any]:
     """Colour, marker and line of a method: the same in every figure."""
-    colour, marker, line = _STYLES.get(method, _SPARE)
+    colour, marker, line = _STYLES.get(method.partition(" ")[0], _SPARE)
     return {"color": colour, "marker": marker, "linestyle": line, "label": method, "markersize": 5, "linewidth": 1.4}
 
 

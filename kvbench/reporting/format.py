@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 from rich import box
 from rich.table import Table
@@ -15,7 +16,34 @@ WIDTH = 140
 
 _ROLE_ORDER = ("human", "full", "adapted", "none")
 
+OUTDATED = "outdated"
+
 Key = tuple[str, float | None]
+"""A method as it is shown, and a ratio."""
+
+
+def named(method: str, remarks: Mapping[str, Any]) -> str:
+    """A method as it is shown: with what it notes, and marked if it was measured by an earlier version of its rule.
+
+    Args:
+        remarks: parameters of a row, or :func:`kvbench.store.faults.remarks_of` a cell.
+    """
+    found = [remarks["note"]] if remarks.get("note") else []
+    found += [OUTDATED] if remarks.get("outdated") else []
+    return f"{method} ({', '.join(found)})" if found else method
+
+
+def name_of(row: Row) -> str:
+    return named(row.method, row.params)
+
+
+def faults_in(found: Iterable[tuple[str, Mapping[str, Any]]]) -> list[str]:
+    """A sentence on every method, of its name and remarks, that is outdated."""
+    return list(dict.fromkeys(
+        f"{OUTDATED}: {method} was measured by version {remarks.get('version', 1)} of its rule, and is wrong ("
+        f"{remarks['outdated']}). The command that measured it measures it again."
+        for method, remarks in found if remarks.get("outdated")
+    ))
 
 
 def by_setting(rows: Sequence[Row]) -> dict[tuple[str, str, str, int], list[Row]]:
@@ -30,7 +58,7 @@ def cells_of(rows: list[Row]) -> dict[Key, dict[str, Row]]:
     """Rows by (method, ratio), controls first, in the order of the plan."""
     found: dict[Key, dict[str, Row]] = {}
     for row in rows:
-        found.setdefault((row.method, row.ratio_asked), {})[row.metric] = row
+        found.setdefault((name_of(row), row.ratio_asked), {})[row.metric] = row
 
     def order(key: Key) -> tuple[float, int]:
         method, ratio = key

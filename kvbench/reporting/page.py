@@ -16,7 +16,9 @@ from jinja2 import Environment
 
 from kvbench.errors import UserError
 from kvbench.reporting.distance import is_of_curve
+from kvbench.reporting.format import named
 from kvbench.reporting.sheets import sheets_of
+from kvbench.store.faults import remarks_of
 from kvbench.store.folder import RunFolder, write_atomic
 from kvbench.store.records import Cell, DocumentRecord, Results
 
@@ -122,4 +124,5 @@ def _worst_of(folder: RunFolder, cell: Cell, base: dict[str, float]) -> list[Wor
     records = _readable(folder, cell)
     more = {name: r.nll / r.tokens - base[name] for name, r in records.items() if name in base and r.tokens}
     names = sorted(more, key=lambda name: -more[name])[:WORST]
-    return [Worst(cell.task, cell.method, cell.ratio_asked, name, more[name]) for name in names]
+    shown = named(cell.method, remarks_of(cell))
+    return [Worst(cell.task, shown, cell.ratio_asked, name, more[name]) for name in names]

@@ -8,7 +8,7 @@ from rich import box
 from rich.table import Table
 from rich.text import Text
 
-from kvbench.reporting.format import number_of
+from kvbench.reporting.format import name_of, number_of
 from kvbench.store.profile_records import AGAIN, FULL, STOCK
 from kvbench.store.records import Row
 from kvbench.units import bytes_of
@@ -35,7 +35,7 @@ def _cells(rows: Sequence[Row]) -> dict[tuple[Key, str, float | None], dict[str,
     for row in rows:
         p = row.params
         key = (p["seq_len"] or 0, p["batch_size"] or 0, p["bin"])
-        found.setdefault((key, row.method, row.ratio_asked), {})[row.metric] = row
+        found.setdefault((key, name_of(row), row.ratio_asked), {})[row.metric] = row
     return found
 
 
@@ -113,7 +113,7 @@ def _largest_table(rows: list[Row]) -> Table:
             == (row.method, row.ratio_asked, row.params["seq_len"], row.params["bin"])
         }
         table.add_row(
-            str(row.params["seq_len"]), row.method, number_of(row.ratio_asked, None), f"{row.value:.0f}",
+            str(row.params["seq_len"]), name_of(row), number_of(row.ratio_asked, None), f"{row.value:.0f}",
             _interval(same.get("decode_tok_s"), 1, 1), _interval(same.get("decode_speedup"), 1, 2),
             style="dim" if row.method in _DIM else "",
         )
@@ -191,7 +191,7 @@ def _same(row: Row, other: Row) -> bool:
 
 
 def _named(row: Row) -> str:
-    return row.method if row.ratio_asked is None else f"{row.method} {row.ratio_asked:g}"
+    return name_of(row) if row.ratio_asked is None else f"{name_of(row)} {row.ratio_asked:g}"
 
 
 def _where(key: Key) -> str:

@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kvbench.statistics import fitted_slope, paired_p_value, repeat_interval
+from kvbench.store.faults import remarks_of
 from kvbench.store.folder import RunFolder
 from kvbench.store.profile_records import AGAIN, FULL, STOCK, MemoryRecord, ProbeRecord, SearchRecord, TimingRecord
 from kvbench.store.records import Cell, Failure, Row
@@ -44,7 +45,7 @@ class Profiled:
     @property
     def speed(self) -> Array:
         """Tokens per second of every timed request."""
-        return np.array([self.batch / t.tpot_s for t in self.times])
+        return np.array([t.decode_tok_s(self.batch) for t in self.times])
 
     @property
     def step_bytes(self) -> float:
@@ -131,12 +132,12 @@ def _time_rows(part: Profiled, group: Sequence[Profiled], info: dict[str, Any]) 
     values: dict[str, list[Any]] = {
         "ttft_s": [t.ttft_s for t in times], "prefill_s": [t.prefill_s for t in times],
         "compress_s": [t.compress_s for t in times],
-        "prefill_tok_s": [t.raw * part.batch / t.prefill_s if t.prefill_s else None for t in times],
+        "prefill_tok_s": [t.prefill_tok_s(t.raw, part.batch) for t in times],
         "tpot_s": [t.tpot_s for t in times], "itl_s": [float(np.median(t.gaps)) for t in times],
         "decode_tok_s": list(part.speed),
     }
     base: dict[str, Callable[[TimingRecord, int], Any]] = {
-        "ttft_s": lambda t, b: t.ttft_s, "tpot_s": lambda t, b: t.tpot_s, "decode_tok_s": lambda t, b: b / t.tpot_s,
+        "ttft_s": lambda t, b: t.ttft_s, "tpot_s": lambda t, b: t.tpot_s, "decode_tok_s": TimingRecord.decode_tok_s,
     }
     for name, column in values.items():
         if any(value is None for value in column):
@@ -168,7 +169,7 @@ def _speedup_rows(part: Profiled, rival: Profiled, is_twin: bool, info: dict[str
     pairs = [(t, theirs[t.pair]) for t in part.times if t.pair in theirs]
     if not pairs:
         return []
-    ratio = np.array([part.batch * b.tpot_s / (rival.batch * a.tpot_s) for a, b in pairs])
+    ratio = np.array([a.decode_tok_s(part.batch) / b.decode_tok_s(rival.batch) for a, b in pairs])
     predicted = part.batch * rival.step_bytes / (rival.batch * part.step_bytes)
     rows = [
         _row(part, info, "decode_speedup", ratio, np.log(ratio), rival, is_log=True),
@@ -265,7 +266,7 @@ def _plain_row(
         "new_tokens": int(options["new_tokens"]), "step": None,
         "bin": f"budget={options['memory_budget']}" if "memory_budget" in options else None,
         "adapter": None if cell.adapter is None else Path(cell.adapter).name, "position_rule": cell.position_rule,
-        "cache": "transformers" if cell.method == STOCK else "kvbench", "entries_mean": entries,
+        **remarks_of(cell), "cache": "transformers" if cell.method == STOCK else "kvbench", "entries_mean": entries,
         "notes": list(info["notes"]), "warnings": _warnings(part), **more,
     }
     average = first.raw + (len(first.gaps) + 1) / 2 if first else 1.0

@@ -17,6 +17,7 @@ from kvbench.reporting.curves import (
 )
 from kvbench.reporting.export import write_tables
 from kvbench.reporting.figures import removal_figure
+from kvbench.reporting.format import name_of
 from kvbench.reporting.mask_figure import mask_figure
 from kvbench.reporting.page import write_page
 from kvbench.reporting.parallel import in_parallel
@@ -106,6 +107,7 @@ def write_figures(
     folders: Sequence[RunFolder], rows: list[Row], out: Path, metrics: Sequence[str] = ()
 ) -> list[Path]:
     """All figures that there are numbers for."""
+    rows = [replace(row, method=name_of(row)) for row in rows]
     masks = {name: mask for folder in folders for name, mask in folder.masks().items()}
     tasks: list[Callable[[], list[Path]]] = [
         *(partial(removal_figure, rows, name, out, _LABELS.get(name, name)) for name in metrics or DRAWN),

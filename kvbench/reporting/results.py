@@ -74,7 +74,7 @@ def compute_results(folder: RunFolder, only: Sequence[str] = ()) -> Results:
             records = {cell.key: folder.records(cell) for cell in complete}
             found = scored_rows([(c, [records[c.key][name] for name in chosen]) for c in complete], info)
         rows += _adjusted(found)
-    return Results(str(folder.path), not failures, tuple(failures), tuple(rows))
+    return Results(str(folder.path), all(f.left_out for f in failures), tuple(failures), tuple(rows))
 
 
 def _not_begun(cells: Sequence[Cell], failures: Sequence[Failure]) -> list[Failure]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from kvbench.reporting.format import by_setting, cells_of, number_of
+from kvbench.reporting.format import by_setting, cells_of, faults_in, number_of
 from kvbench.store.records import Row
 from kvbench.units import bytes_of
 
@@ -131,12 +131,12 @@ def _sheet(
     if not rows:
         return Sheet(name, what, (), (), ())
     head = tuple({"seq_len": "length", "batch_size": "batch"}.get(key, "") for key in by)
-    one = rows[0]
+    one, faults = rows[0], faults_in((row.method, row.params) for row in rows)
     if one.protocol == "profile":
         notes: tuple[str, ...] = (
             f"* differs from the faster full cache (paired requests, Holm-adjusted p < {SIGNIFICANT}). Brackets: "
             "where the median of another such run will lie. Bold: best of its ratio, and its interval does not meet "
-            "that of the next.", one.signature.partition(":")[2].partition("|P:")[0],
+            "that of the next.", one.signature.partition(":")[2].partition("|P:")[0], *faults,
         )
         return Sheet(
             name, f"{name}: {what} ({one.model}, {one.n} requests in {one.groups} processes)",
@@ -144,7 +144,7 @@ def _sheet(
         )
     notes = (
         f"* differs from full (paired, Holm-adjusted p < {SIGNIFICANT}). Bold: best of its ratio, and its interval "
-        "does not meet that of the next.", one.signature.partition(":")[2],
+        "does not meet that of the next.", one.signature.partition(":")[2], *faults,
     )
     return Sheet(
         name, f"{name}: {what} ({one.model}, seed {one.seed}, {one.n} {one.unit}s in {one.groups} groups)",

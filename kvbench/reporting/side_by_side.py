@@ -9,6 +9,8 @@ from rich.table import Table
 from rich.text import Text
 
 from kvbench.metrics.prefix_match import common_prefix
+from kvbench.reporting.format import faults_in, named
+from kvbench.store.faults import remarks_of
 from kvbench.store.folder import RunFolder
 from kvbench.store.records import HUMAN, Cell, GenerationRecord, Output
 
@@ -43,9 +45,10 @@ def side_by_side(folder: RunFolder, setting: str, document: str) -> Group:
     order = ("full", "none", "adapted")
     written.sort(key=lambda item: order.index(item[0].method) if item[0].method in order else len(order))
     for cell, record in written:
-        label = f"{cell.method} {cell.ratio_asked or ''}".strip()
+        label = f"{named(cell.method, remarks_of(cell))} {cell.ratio_asked or ''}".strip()
         table.add_row(label, *(_text(record.of(decode)[draw], full) for decode, draw in kinds))
     parts += [table, Text("Greedy: | stands before the first token that differs from the full cache's.", style="dim")]
+    parts += [Text(fault, style="yellow") for fault in faults_in((c.method, remarks_of(c)) for c, _ in written)]
     return Group(*parts)
 
 

@@ -15,6 +15,8 @@ from kvbench.reporting.format import (
     by_setting,
     cells_of,
     delta_of,
+    faults_in,
+    name_of,
     new_table,
     number_of,
     p_of,
@@ -35,8 +37,11 @@ def print_results(results: Results, console: Console, folder: Path | None = None
         console = Console(file=console.file, width=WIDTH)
     for rows in by_setting(results.rows).values():
         console.print(task_tables(rows))
+    for sentence in faults_in((row.method, row.params) for row in results.rows):
+        console.print(Text(sentence, style="yellow"))
     for failure in results.failures:
-        console.print(Text(f"failed: {failure.error} {failure.hint}".strip(), style="red"))
+        style = "dim" if failure.left_out else "red"
+        console.print(Text(f"{failure.word}: {failure.error} {failure.hint}".strip(), style=style))
     if folder is not None:
         console.print(Text(f"run folder: {folder}"), soft_wrap=True)
 
@@ -100,7 +105,7 @@ def _bin_table(rows: list[Row], what: str) -> Table:
     for name in bins:
         table.add_column(name.partition("=")[2], justify="right")
     for (method, ratio), _ in cells_of(rows).items():
-        mine = {r.params["bin"]: r for r in rows if (r.method, r.ratio_asked) == (method, ratio)}
+        mine = {r.params["bin"]: r for r in rows if (name_of(r), r.ratio_asked) == (method, ratio)}
         cells = [value_of(mine[name], 2) if name in mine else "-" for name in bins]
         table.add_row(method, number_of(ratio, None), *cells, style=style_of(method))
     return table

@@ -3,14 +3,47 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 FULL, AGAIN, STOCK = "full", "full-again", "full-dynamic"
 """The baseline, its twin that shows the noise, and the same in the cache of transformers."""
 
 
+class Spans(Protocol):
+    """The spans of one request."""
+
+    @property
+    def gaps(self) -> tuple[float, ...]:
+        """Seconds between one new token and the next; the first token is in none of them."""
+
+    @property
+    def prefill_s(self) -> float | None:
+        """Seconds from the prompt on the device to the logits of its last token; None where none was read."""
+
+    @property
+    def tpot_s(self) -> float:
+        """Seconds per token after the first."""
+
+
+class Rates:
+    """What follows from the spans of one request: the one definition, on the clock and in reports."""
+
+    @property
+    def tpot_s(self: Spans) -> float:
+        """Seconds per token after the first: (end to end - first token) / (tokens - 1)."""
+        return sum(self.gaps) / len(self.gaps)
+
+    def decode_tok_s(self: Spans, batch: int) -> float:
+        """Tokens written per second of decoding, in the whole batch; the first of each is not counted."""
+        return batch / self.tpot_s
+
+    def prefill_tok_s(self: Spans, prompt: int, batch: int) -> float | None:
+        """Prompt tokens read per second, in the whole batch; None where none was read."""
+        return prompt * batch / self.prefill_s if self.prefill_s else None
+
+
 @dataclass(frozen=True)
-class TimingRecord:
+class TimingRecord(Rates):
     """One request that was timed.
 
     Attributes:
@@ -51,10 +84,6 @@ class TimingRecord:
     @property
     def pair(self) -> tuple[int, int]:
         return self.repeat, self.round
-
-    @property
-    def tpot_s(self) -> float:
-        return sum(self.gaps) / len(self.gaps)
 
 
 @dataclass(frozen=True)

@@ -27,6 +27,8 @@ class Cell:
         adapter: folder of the adapter, None if the method has none.
         adapter_hash: of the adapter's files.
         removes: the method makes the cache smaller; otherwise it saves computation, or shows quality only.
+        version: of the method's rule; in the key above 1, so that the keys of all others are what they were.
+        note: what rows say behind the name of the method.
     """
 
     model: str
@@ -48,13 +50,24 @@ class Cell:
     seed: int
     position_rule: str = "absolute"
     removes: bool = True
+    version: int = 1
+    note: str = ""
 
     @cached_property
     def key(self) -> str:
         """Content key: equal for equal measurements, whatever the command or the limit."""
+        return self._hash({"version": self.version} if self.version > 1 else {})
+
+    @cached_property
+    def request(self) -> str:
+        """Equal for equal requests: the key without the version of the method."""
+        return self._hash({})
+
+    def _hash(self, more: dict[str, int]) -> str:
         content = dataclasses.asdict(self)
-        for name in ("role", "adapter", "removes"):
+        for name in ("role", "adapter", "removes", "version", "note"):
             content.pop(name)
+        content |= more
         text = json.dumps(content, sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:12]
 
@@ -234,11 +247,20 @@ class GenerationRecord:
 
 @dataclass(frozen=True)
 class Failure:
-    """Why a cell could not be finished."""
+    """Why a cell could not be finished.
+
+    Attributes:
+        left_out: the method cannot do this at all, and a grid goes without it: no fault.
+    """
 
     cell: str
     error: str
     hint: str = ""
+    left_out: bool = False
+
+    @property
+    def word(self) -> str:
+        return "left out" if self.left_out else "failed"
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,46 @@
+"""What was wrong with earlier versions of methods, so that reports of old folders can say it; without PyTorch."""
+
+from __future__ import annotations
+
+from functools import cache
+from importlib.metadata import entry_points
+from typing import Any
+
+from kvbench.store.records import Cell
+
+GROUP = "kvbench.methods"
+"""The entry points that methods of other packages are found by."""
+
+FAULTS = {
+    ("cam", 1): "merged twice as often as published, with too large shares, under a growing budget",
+    ("d2o", 1): "merged by the mean of one removal and head, so that one entry at a time always was",
+    ("refreshkv", 1): "attended only a part of what follows a compressed prefix",
+}
+"""Of our methods: what every version before the present one did wrong."""
+
+
+def fault_of(cell: Cell) -> str | None:
+    """Why a cell is outdated; None if it was measured by the present version of its method."""
+    known = FAULTS.get((cell.method, cell.version))
+    if known is not None or cell.version >= _version_elsewhere(cell.method):
+        return known
+    return "its rule has changed since"
+
+
+def remarks_of(cell: Cell) -> dict[str, Any]:
+    """What the rows of a cell say besides its numbers: a version above 1, what the method notes, and its fault."""
+    found = {
+        "version": cell.version if cell.version > 1 else None, "note": cell.note or None, "outdated": fault_of(cell),
+    }
+    return {name: value for name, value in found.items() if value is not None}
+
+
+@cache
+def _version_elsewhere(method: str) -> int:
+    """The version of a method of another package, which has to be loaded for it; 1 if there is none."""
+    for entry in entry_points(group=GROUP, name=method):
+        try:
+            return int(entry.load().version)
+        except Exception:  # whatever the other package raises: a report is made all the same
+            return 1
+    return 1
