@@ -25,11 +25,11 @@ from kvbench.protocols.cut import (
     cut_prefix,
     cut_stream,
     make_tokenizer,
-    recall_trials,
 )
 from kvbench.protocols.generate import Writing, cut_for_writing, resolve_writing
 from kvbench.protocols.online import online_trials
-from kvbench.protocols.protocol import Protocol, resolve_protocol
+from kvbench.protocols.protocol import HIDDEN, KNOWN, Protocol, resolve_protocol
+from kvbench.protocols.recall import recall_trials
 from kvbench.store.records import HUMAN, Cell
 
 MAX_ROWS, MAX_SCORES = 8, 1 << 25
@@ -51,16 +51,25 @@ class Work:
     signature: str
     writing: Writing | None = None
 
+    @property
+    def name(self) -> str:
+        """The variant that is measured, such as ``recall:known``."""
+        return self.cells[0].variant
+
 
 def cut_task(job: Job, name: str, loaded: Loaded) -> Work:
     """Cut the documents of a task for a model.
 
+    Args:
+        name: of a variant.
+
     Raises:
         UserError: the lengths do not fit the model, or no document is long enough.
     """
-    cells = tuple(cell for cell in job.cells if cell.task == name)
+    cells = tuple(cell for cell in job.cells if cell.variant == name)
     first = cells[0]
-    task = load_task(job.task_files[name])
+    task = load_task(job.task_files[first.task])
+    question = first.options.get("question", HIDDEN)
     data = Path(job.data) if job.data else None
     corpus = load_corpus(task, data)
     limit = job.limit or None
@@ -77,7 +86,7 @@ def cut_task(job: Job, name: str, loaded: Loaded) -> Work:
     sources = corpus.documents
     if task.kind == "online":  # a document is many trials here, and the limit counts documents
         sources, limit = sources[:limit], None
-    for document, cut in _cut_all(task, sources, tokenizer, writing or protocol, first.seed, with_words):
+    for document, cut in _cut_all(task, sources, tokenizer, writing or protocol, first.seed, with_words, question):
         longest = max((len(piece.ids) for piece in cut.pieces), default=0)
         if not cut.pieces or (task.kind != "lm" and longest > loaded.context):
             skipped += 1
@@ -104,18 +113,20 @@ def cut_task(job: Job, name: str, loaded: Loaded) -> Work:
             else f"Keep sequences within {window} tokens, such as --set block={window}.",
         )
     settings = (first.execution, tokenizer.bos is not None, _tokenizer_hash(loaded))
-    signature = writing.signature(*settings) if writing else protocol.signature(
-        *settings, task.trials.signature() if task.trials else None
-    )
+    version = max(piece.version for _, cut in cuts for piece in cut.pieces)
+    trials = task.trials.signature() if task.trials else None
+    if task.recall is not None:
+        trials = f"{trials}|question:{question}"
+    signature = writing.signature(*settings, version) if writing else protocol.signature(*settings, trials, version)
     return Work(task, protocol, tuple(cuts), skipped, cells, signature, writing)
 
 
 def _cut_all(
     task: Task, documents: tuple[Document, ...], tokenizer: Tokenizer, protocol: Protocol | Writing,
-    seed: int, with_words: bool,
+    seed: int, with_words: bool, question: str,
 ) -> Iterator[tuple[Document, Cut]]:
     if task.recall is not None:
-        yield from recall_trials(documents, tokenizer, task.recall, seed)
+        yield from recall_trials(documents, tokenizer, task.recall, seed, question == KNOWN)
         return
     if task.online is not None:
         yield from online_trials(documents, tokenizer, task.online)
