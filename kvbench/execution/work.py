@@ -13,7 +13,7 @@ from typing import Any
 from kvbench.corpora.documents import Document, load_corpus
 from kvbench.corpora.tasks import Task, load_task
 from kvbench.errors import UserError
-from kvbench.execution.job import Job
+from kvbench.execution.job import NOTHING, Job
 from kvbench.methods import Method, make_method
 from kvbench.models.loading import Loaded, window_of
 from kvbench.protocols.cut import (
@@ -113,7 +113,10 @@ def cut_task(job: Job, name: str, loaded: Loaded) -> Work:
             else f"Keep sequences within {window} tokens, such as --set block={window}.",
         )
     settings = (first.execution, tokenizer.bos is not None, _tokenizer_hash(loaded))
-    version = max(piece.version for _, cut in cuts for piece in cut.pieces)
+    # A scorer, too, once tokenised a text apart from its prefix where a token reached from one into the other.
+    version = 2 if first.options.get("scorer", NOTHING) != NOTHING else max(
+        piece.version for _, cut in cuts for piece in cut.pieces
+    )
     trials = task.trials.signature() if task.trials else None
     if task.recall is not None:
         trials = f"{trials}|question:{question}"

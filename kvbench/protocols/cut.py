@@ -34,6 +34,7 @@ class Piece:
         words: line, word and words of the line of every token; None unless a method asks for them.
         written: what follows the context is written by the model; ``ids`` has the author's own.
         after: what the author wrote after that.
+        ahead: tokens after the context whose queries a policy has seen when it chooses what stays of the context.
         version: of the way that its text became tokens: 2 where the parts of the text give others one by one.
     """
 
@@ -48,6 +49,7 @@ class Piece:
     words: tuple[tuple[int, int, int], ...] | None = None
     written: bool = False
     after: tuple[int, ...] = ()
+    ahead: int = 0
     version: int = 1
 
     @property

@@ -161,6 +161,6 @@ def _trial(name: str, prose: _Prose, wanted: _Wanted, parts: Sequence[Part]) -> 
     raw = question.ids[asked:]
     piece = Piece(
         name, (*context, *raw, *answer.ids), len(context), len(context) + len(raw), answer.n_bytes,
-        layout_id(name, 0), f"distance={wanted.distance}", version=2,
+        layout_id(name, 0), f"distance={wanted.distance}", ahead=min(len(raw), 1) if wanted.known else 0, version=2,
     )
     return Document(name, prose.document.group, ""), Cut((piece,), 0)

@@ -72,7 +72,7 @@ def _cell(name: str, metrics: dict[str, Row]) -> str:
 
 
 def _caption(rows: list[Row]) -> str:
-    signature = rows[0].signature.partition(":")[2].partition("|v:1")[0]
+    signature = rows[0].signature.partition(":")[2].partition("|v:")[0]
     scorer = rows[0].params.get("scorer")
     scorer = "the uncompressed model itself" if scorer == "itself" else scorer
     present = {(row.method, row.metric) for row in rows}

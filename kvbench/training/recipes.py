@@ -23,6 +23,7 @@ from kvbench.models.device import pick_device
 from kvbench.models.loading import load_model
 from kvbench.models.references import resolve_model
 from kvbench.models.rotary import has_rotary
+from kvbench.protocols.cut import Tokenizer
 from kvbench.training.adapter_training import AdapterPlan, train_adapter
 from kvbench.training.base_training import BasePlan, new_model, train_base, train_tokenizer
 from kvbench.training.data import load_stream
@@ -100,7 +101,7 @@ def run_adapter_training(request: AdapterRequest, follow: Follow) -> Path:
     )
     torch.manual_seed(plan.seed)
     adapter = Adapter.fresh(card, model, plan.dropout)
-    data = Mixture(stream.ids, lambda text: _encode(tokenizer, text), plan.length, plan.seed)
+    data = Mixture(stream.ids, lambda text: goes_on(tokenizer, text), plan.length, plan.seed)
     if team.leads:
         _make(request.out, request.fresh)
     team.wait()
@@ -171,7 +172,7 @@ def run_base_training(
         tokenizer = train_tokenizer(_at_most(texts, 25_000_000), plan.vocabulary, plan.length)
     stream = load_stream(data, tokenizer, 2 * plan.length)
     model = new_model(plan, len(tokenizer), tokenizer.eos_token_id).to(where)
-    mixture = Mixture(stream.ids, lambda text: _encode(tokenizer, text), plan.length, plan.seed)
+    mixture = Mixture(stream.ids, lambda text: goes_on(tokenizer, text), plan.length, plan.seed)
     _make(out, fresh)
     follow(train_base(plan, model, mixture, out, every), plan.steps, lambda step, loss: None, every)
     model.to(torch.bfloat16).save_pretrained(out)  # type: ignore[operator]
@@ -231,8 +232,9 @@ def _make(out: Path, fresh: bool) -> None:
         raise UserError(f"--out {out} cannot be written: {error.strerror}.", "Choose another folder.") from error
 
 
-def _encode(tokenizer: Any, text: str) -> list[int]:
-    return list(tokenizer(text, add_special_tokens=False).input_ids)
+def goes_on(tokenizer: Any, text: str) -> list[int]:
+    """The tokens of a text that stands within another: what some tokenizers put before a text is not among them."""
+    return list(Tokenizer(tokenizer, None).split(("a", text))[1].ids)
 
 
 def _at_most(texts: Iterator[str], characters: int) -> Iterator[str]:
