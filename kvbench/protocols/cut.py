@@ -101,9 +101,7 @@ class Tokenizer:
             return list(self.hf(text, add_special_tokens=False).input_ids), None
         out = self.hf(text, add_special_tokens=False, return_offsets_mapping=True)
         tokens = self.hf.convert_ids_to_tokens(out.input_ids)
-        return list(out.input_ids), [
-            _end(text, start, end, token) for (start, end), token in zip(out.offset_mapping, tokens, strict=True)
-        ]
+        return list(out.input_ids), _ends(text, out.offset_mapping, tokens)
 
     def split(self, parts: Sequence[str]) -> tuple[Part, ...]:
         """The parts of one text, tokenised together: a token across a border belongs to what follows.
@@ -137,11 +135,17 @@ class Tokenizer:
         return () if self.bos is None else (self.bos,)
 
 
-def _end(text: str, start: int, end: int, token: str) -> int:
-    """Where a token ends: some tokenizers leave the spaces at its end out of its offsets."""
-    spaces = len(token) - len(token.rstrip("\u0120"))  # how byte-level tokenizers write a space
-    is_cut = 0 < spaces < len(token) and text[end : end + spaces] == " " * spaces and text[start:end][-1:] != " "
-    return end + spaces if is_cut else end
+def _ends(text: str, offsets: Sequence[tuple[int, int]], tokens: Sequence[str]) -> list[int]:
+    """Where tokens end; some byte-level tokenizers leave spaces at either end of a token out of its offsets."""
+    ends = [0]
+    for (start, end), token in zip(offsets, tokens, strict=True):
+        spaces = len(token) - len(token.rstrip("\u0120"))  # how they write a space
+        if spaces and start == end:  # nothing is left of it: it begins where the one before it ends
+            ends.append(ends[-1] + spaces)
+        else:
+            are_cut = spaces and text[end - 1] != " " and text[end : end + spaces] == " " * spaces
+            ends.append(end + spaces if are_cut else end)
+    return ends[1:]
 
 
 def _alike(ids: Sequence[int], others: Sequence[int]) -> int:
