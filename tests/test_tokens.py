@@ -276,3 +276,13 @@ def test_both_questions_ask_for_the_same_facts(tiny_tokenizer: Any) -> None:
     for (one, first), (other, second) in zip(hidden, known, strict=True):
         (a,), (b,) = first.pieces, second.pieces
         assert (one.id, a.ids[a.scored :], a.layout) == (other.id, b.ids[b.scored :], b.layout)
+
+
+def test_prose_that_is_just_too_short_for_exact_lengths_leaves_the_trial_to_another(tiny_tokenizer: Any) -> None:
+    """A text of exactly as many tokens as prose is wanted when the fact is counted by itself."""
+    spec = RecallSpec(distances=(30,), trials=6, context=200)
+    ids = tiny_tokenizer(PROSE, add_special_tokens=False).input_ids
+    short = [Document(str(n), str(n), tiny_tokenizer.decode(ids[:n])) for n in range(184, 190)]
+    trials = list(recall_trials((*short, Document("d", "d", PROSE)), Tokenizer(tiny_tokenizer, None), spec, 0))
+    assert {cut.pieces[0].context for _, cut in trials} == {200}
+    assert "d" in {document.group for document, _ in trials}

@@ -94,7 +94,8 @@ def recall_trials(
     How long a text is in tokens is only known once it has been tokenised. So prose is first cut where it has as many
     tokens as are wanted when it stands by itself, and the whole text is tokenised; its end, then its beginning is
     moved by what is missing, and further, character by character, to and fro, until both lengths are exact. If that
-    does not come about within 48 characters, the fact moves on by a token of the prose. None of this is random.
+    does not come about within 48 characters, the fact moves on by a token of the prose, at last to the next document.
+    None of this is random.
 
     Raises:
         UserError: no document has the prose for it, or no place in it makes the lengths exact.
@@ -115,19 +116,27 @@ def recall_trials(
                 f"No document has the {lead + distance} tokens of prose that recall at distance "
                 f"{distance} needs."
             )
-        prose = usable[trial % len(usable)]
-        last = prose.length - lead - distance
-        start = int(rng.integers(0, last, endpoint=True))
-        found = next((
-            parts for move in range(min(STARTS, last + 1))
-            if (parts := _placed(wanted, prose, (start + move) % (last + 1), lead)) is not None
-        ), None)
+        first = trial % len(usable)
+        start = int(rng.integers(0, usable[first].length - lead - distance, endpoint=True))
+        found = next(_placements(wanted, [*usable[first:], *usable[:first]], start, lead), None)
         if found is None:
             raise UserError(
-                f"recall: no place in {prose.document.id!r} has exactly {distance} tokens between a fact and its "
-                "question, as this tokenizer counts.", "Give other documents with --data.",
+                f"recall: no document has a place with exactly {distance} tokens between a fact and its question, as "
+                "this tokenizer counts.", "Give longer documents with --data.",
             )
-        yield _trial(f"recall-{distance:04d}-{trial:04d}", prose, wanted, found)
+        yield _trial(f"recall-{distance:04d}-{trial:04d}", wanted, *found)
+
+
+def _placements(
+    wanted: _Wanted, proses: Sequence[_Prose], start: int, lead: int
+) -> Iterator[tuple[_Prose, tuple[Part, ...]]]:
+    """Where the lengths can be had: in the first document from ``start`` on, then in the others."""
+    for prose in proses:
+        places = prose.length - lead - wanted.distance + 1
+        for move in range(min(STARTS, places)):
+            parts = _placed(wanted, prose, (start + move) % places, lead)
+            if parts is not None:
+                yield prose, parts
 
 
 def _placed(wanted: _Wanted, prose: _Prose, start: int, lead: int) -> tuple[Part, ...] | None:
@@ -154,7 +163,7 @@ def _nearest(place: int, low: int, high: int) -> Iterator[int]:
         yield from (p for p in dict.fromkeys((place + step, place - step)) if low <= p <= high)
 
 
-def _trial(name: str, prose: _Prose, wanted: _Wanted, parts: Sequence[Part]) -> tuple[Document, Cut]:
+def _trial(name: str, wanted: _Wanted, prose: _Prose, parts: Sequence[Part]) -> tuple[Document, Cut]:
     before, statement, after, question, answer = parts
     asked = wanted.asked(len(question.ids))
     context = (*wanted.tokenizer.lead(), *before.ids, *statement.ids, *after.ids, *question.ids[:asked])
