@@ -20,7 +20,7 @@ from kvbench.methods import METHODS, Method, parse_ratio, ratio_text
 from kvbench.metrics import GENERATION_NAMES, NEED_ENCODER, NEED_SCORER
 from kvbench.models.fingerprint import fingerprint
 from kvbench.models.references import ModelReference, resolve_model
-from kvbench.protocols.protocol import OPTIONS, PROTOCOLS, RECALL_OPTIONS, protocol_options
+from kvbench.protocols.protocol import HIDDEN, KNOWN, OPTIONS, PROTOCOLS, RECALL_OPTIONS, protocol_options
 from kvbench.store.records import HUMAN, Cell
 
 EXECUTIONS = ("streamed", "onepass")
@@ -149,8 +149,11 @@ def build_plan(request: Request, omit: bool = False) -> Plan:
     judging, judged = _judging(request, any(task.kind == "generation" for task in tasks.values()))
     adapters = Adapters(request.adapters, model)
     cells = []
-    for name, task in tasks.items():
-        options = protocol_options(protocols[name], _options_of(task, protocols[name]), request.options)
+    variants = [(name, asked) for name, task in tasks.items() for asked in _variants(
+        protocol_options(protocols[name], _options_of(task, protocols[name]), request.options)
+    )]
+    for name, asked in variants:
+        task, options = tasks[name], asked
         in_chunks = task.kind == "online"
         measured: dict[str, Any] = {
             "model": model.name, "revision": model.revision, "model_hash": model.fingerprint,
@@ -174,14 +177,32 @@ def build_plan(request: Request, omit: bool = False) -> Plan:
                 position_rule=method.position_rule, removes=method.removes, version=method.version, note=method.note,
                 **measured,
             ))
-    content = hashlib.sha256(json.dumps(sorted(c.request for c in cells)).encode()).hexdigest()[:10]
-    asked = "+".join(dict.fromkeys(request.methods))[:40]
+    content = _content(cells)
+    named = "+".join(dict.fromkeys(request.methods))[:40]
     shown = request.budget.label or "+".join(dict.fromkeys(map(ratio_text, ratios)))[:40]
-    folder = request.out or request.reports / f"{asked}-{shown}-{content}"
+    folder = request.out or request.reports / f"{named}-{shown}-{content}"
     return Plan(
         request, model, tuple(cells), {t.name: corpora[asked] for asked, t in tasks.items()}, folder,
         content, {t.name: asked for asked, t in tasks.items()}, judging, tuple(dict.fromkeys(omitted)),
     )
+
+
+def _variants(options: dict[str, str]) -> list[dict[str, str]]:
+    """The options of each variant of a task: one for each question that is asked, where there are two of them.
+
+    The hidden question is not written down, as it was the only one once.
+    """
+    rest = {name: value for name, value in options.items() if name != "question"}
+    asked = options.get("question", HIDDEN)
+    return [{**rest, **more} for question, more in ((HIDDEN, {}), (KNOWN, {"question": KNOWN}))
+            if asked in ("both", question)]
+
+
+def _content(cells: Sequence[Cell]) -> str:
+    """What a run's folder is named after and known by; a question that comes on top of the hidden one adds to it."""
+    hidden = {cell.task for cell in cells if cell.variant == cell.task}
+    keys = [cell.request for cell in cells if cell.variant == cell.task or cell.task not in hidden]
+    return hashlib.sha256(json.dumps(sorted(keys)).encode()).hexdigest()[:10]
 
 
 def _check_execution(request: Request, methods: Sequence[Method]) -> None:

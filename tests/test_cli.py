@@ -74,13 +74,12 @@ def test_every_method_has_its_rows(finished: Outcome) -> None:
 
 
 def test_bytes_follow_the_realised_ratio(finished: Outcome) -> None:
-    for task in ("minidocs", "recall"):
-        for first in rows(finished, task=task, metric="kv_bytes_logical"):
-            same = {"task": task, "method": first["method"], "ratio_asked": first["ratio_asked"]}
-            physical = rows(finished, metric="kv_bytes_physical", **same)[0]["value"]
-            full = rows(finished, metric="kv_bytes_full", **same)[0]["value"]
-            assert physical == pytest.approx(first["value"])
-            assert physical / full == pytest.approx(1 - first["ratio_realised"], abs=1e-9)
+    for first in rows(finished, metric="kv_bytes_logical"):
+        same = {name: first[name] for name in ("task", "method", "ratio_asked", "params")}
+        physical = rows(finished, metric="kv_bytes_physical", **same)[0]["value"]
+        full = rows(finished, metric="kv_bytes_full", **same)[0]["value"]
+        assert physical == pytest.approx(first["value"])
+        assert physical / full == pytest.approx(1 - first["ratio_realised"], abs=1e-9)
 
 
 def test_differences_are_paired_and_adjusted(finished: Outcome) -> None:
@@ -103,9 +102,10 @@ def test_perplexity_and_nll_agree(finished: Outcome) -> None:
 
 def test_recall_full_finds_and_none_does_not(finished: Outcome) -> None:
     whole = [r for r in rows(finished, task="recall", metric="accuracy") if r["params"]["bin"] is None]
-    accuracy = {r["method"]: r["value"] for r in whole if r["ratio_asked"] in (None, 0.9)}
-    assert accuracy["full"] >= 0.8
-    assert accuracy["none"] <= 0.1
+    accuracy = {(r["method"], r["params"]["question"]): r["value"] for r in whole if r["ratio_asked"] in (None, 0.9)}
+    for question in ("hidden", "known"):
+        assert accuracy["full", question] >= 0.8
+        assert accuracy["none", question] <= 0.1
     bins = {r["params"]["bin"] for r in rows(finished, task="recall", metric="accuracy")}
     assert bins == {None, *(f"distance={d}" for d in (30, 60, 120, 240, 400, 600))}
 
@@ -114,7 +114,7 @@ def test_the_run_folder_holds_everything(finished: Outcome, work: Path) -> None:
     manifest = json.loads((work / "run" / "run.json").read_text())
     assert manifest["finished"] is not None
     assert manifest["environment"]["packages"]["torch"].startswith("2.")
-    assert len(manifest["cells"]) == 2 * 12
+    assert len(manifest["cells"]) == 3 * 12
     assert json.loads((work / "run" / "results.json").read_text()) == finished.document
     for cell in manifest["cells"]:
         folders = [f for f in (work / "run" / "cells").iterdir() if json.loads((f / "cell.json").read_text()) == cell]
@@ -179,7 +179,7 @@ def test_dry_run_prints_the_cells_and_writes_nothing(
     found = called(["run", "--method", "sinks", "--ratio", "0.50", "--dry-run"])
     assert found.code == 0
     assert "sinks-0.5-" in found.out
-    assert len(called(["run", "--method", "sinks", "--ratio", "0.5", "--dry-run", "--json"]).document["cells"]) == 16
+    assert len(called(["run", "--method", "sinks", "--ratio", "0.5", "--dry-run", "--json"]).document["cells"]) == 21
     assert "16 cells" in found.out
     assert list(tmp_path.iterdir()) == []
 

@@ -24,9 +24,9 @@ from kvbench.protocols.cut import (
     cut_prefix,
     cut_stream,
     make_tokenizer,
-    recall_trials,
 )
 from kvbench.protocols.protocol import OPTIONS, protocol_options, resolve_protocol
+from kvbench.protocols.recall import recall_trials
 from kvbench.protocols.score import kl_histogram, score_batch
 from tests.conftest import VOCABULARY, small_adapter
 
@@ -106,7 +106,7 @@ def test_recall_trials_hide_the_fact_at_its_distance(tiny_tokenizer: Any) -> Non
         statement = question + answer + ".\n\n"
         assert statement in context
         after = context.split(statement)[1]
-        assert abs(len(tokenizer.encode(after)[0]) - distance) <= 3  # joins may retokenise
+        assert abs(len(tokenizer.encode(after)[0]) - distance) <= 3  # by itself; exactly: tests/test_tokens.py
 
 
 def naive_nll(model: nn.Module, ids: tuple[int, ...], scored: int) -> list[float]:

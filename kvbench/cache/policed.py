@@ -165,6 +165,14 @@ class PolicedLayer(EvictingLayer):
         if sums is not None:
             self._sums = sums.gather(-1, at).masked_fill_(none, 0)
 
+    def forget(self, count: int) -> None:
+        """Let go of the last ``count`` entries, as if their tokens had not been read; nothing is packed yet."""
+        positions, sums = self.positions[..., :-count], self.sums if self._sums.dim() > 1 else None
+        self.keep(torch.arange(self.held - count, device=self.keys.device))
+        self._positions, self.read = positions, self.read - count
+        if sums is not None:
+            self._sums = sums[..., :-count].clone()
+
     def pack(self, packed: Packed, count: int) -> None:
         """The first ``count`` of the entries that are held as they are are now ``packed``."""
         self.packed = packed.after(self.packed)

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 def measured(
     path: Path, content: str, limit: int, fresh: bool, console: Console, measure: Callable[[], None],
-    only: Sequence[str] = (), shared: bool = False,
+    only: Sequence[str] = (), shared: bool = False, cells: Sequence[str] = (),
 ) -> Results:
     """The results of a run folder, complete or with what failed.
 
@@ -27,6 +27,7 @@ def measured(
         measure: does the work; records are in the folder when it returns.
         only: metrics of written text to show; all if empty.
         shared: other processes may measure into the folder meanwhile, and it may hold another run.
+        cells: their keys, where a folder of the same content may hold fewer or more of them.
 
     Raises:
         UserError: the folder cannot be used.
@@ -47,7 +48,10 @@ def measured(
     with nullcontext() if shared else locked(path):
         manifest = folder.manifest() if not fresh and (path / RUN).exists() else {}
         is_done = manifest.get("finished") and (manifest.get("limit"), manifest["content"]) == (limit, content)
-        if is_done and folder.knows_models() and not any(fault_of(cell) for cell in folder.cells()):
+        wanted = set(cells) or {cell.key for cell in folder.cells()} if is_done else set()
+        if is_done and folder.knows_models() and {cell.key for cell in folder.cells()} == wanted and not any(
+            fault_of(cell) for cell in folder.cells()
+        ):
             console.print(f"Already measured ({manifest['finished']}); --fresh measures again.")
             return compute_results(folder, only)
         try:

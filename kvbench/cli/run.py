@@ -99,7 +99,10 @@ def run(
         execute([plan], plan.folder, plan.content, sys.argv, console, Conduct(fresh=fresh))
         measure_similarity(RunFolder(plan.folder), console)
 
-    results = measured(plan.folder, plan.content, request.limit, fresh, console, measure, request.metrics)
+    results = measured(
+        plan.folder, plan.content, request.limit, fresh, console, measure, request.metrics,
+        cells=[cell.key for cell in plan.cells],
+    )
     if json_:
         sys.stdout.write(results.to_json() + "\n")
     else:

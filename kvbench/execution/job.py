@@ -80,14 +80,14 @@ class Job:
 
 @dataclass(frozen=True)
 class Order:
-    """Documents of one task to measure under every cell of it.
+    """Documents of one variant of a task to measure under every cell of it.
 
     Attributes:
         done: cell key -> documents of these that are on disk.
         failed: keys of the cells to leave alone.
     """
 
-    task: str
+    variant: str
     documents: tuple[str, ...]
     done: dict[str, list[str]]
     failed: tuple[str, ...] = ()
@@ -98,4 +98,4 @@ class Order:
     @classmethod
     def from_json(cls, text: str) -> Order:
         raw = json.loads(text)
-        return cls(raw["task"], tuple(raw["documents"]), raw["done"], tuple(raw["failed"]))
+        return cls(raw["variant"], tuple(raw["documents"]), raw["done"], tuple(raw["failed"]))

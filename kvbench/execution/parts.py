@@ -1,4 +1,4 @@
-"""A plan as parts: a few documents of one task each, under every method and ratio.
+"""A plan as parts: a few documents of one variant of a task each, under every method and ratio.
 
 A part is what a process takes at a time, so that several of them, on one machine or many, can share a
 run, and so that the full cache of a document is measured once, for all that is compared with it.
@@ -29,7 +29,7 @@ class Part:
     """
 
     name: str
-    task: str
+    variant: str
     documents: tuple[str, ...]
     cells: tuple[Cell, ...]
     tokens: int
@@ -40,16 +40,16 @@ def parts_of(cells: Sequence[Cell], tasks: dict[str, dict[str, Any]]) -> list[Pa
 
     Args:
         cells: of one model and seed.
-        tasks: task name -> what a child said of it: ``documents`` and their ``lengths`` in tokens.
+        tasks: variant -> what a child said of it: ``documents`` and their ``lengths`` in tokens.
     """
     found = []
-    for task, info in tasks.items():
-        mine = tuple(cell for cell in cells if cell.task == task)
+    for variant, info in tasks.items():
+        mine = tuple(cell for cell in cells if cell.variant == variant)
         documents, lengths = info["documents"], info["lengths"]
         size = MANY if len(documents) >= 256 else FEW
         for start in range(0, len(documents), size):
             names = tuple(documents[start : start + size])
             key = hashlib.sha256(json.dumps((mine[0].setting, *names)).encode()).hexdigest()[:16]
             tokens = sum(lengths[start : start + size]) * len(mine)
-            found.append(Part(key, task, names, mine, tokens))
+            found.append(Part(key, variant, names, mine, tokens))
     return found

@@ -211,7 +211,7 @@ def _assign(run: _Run, crew: _Crew, hand: Hand) -> None:
             _finish(run, crew, part)
             continue
         hand.take(part)
-        hand.child.tell(Order(part.task, part.documents, *left).to_json())
+        hand.child.tell(Order(part.variant, part.documents, *left).to_json())
         return
     if not crew.parts:
         for other in crew.hands:

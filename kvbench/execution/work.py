@@ -13,7 +13,7 @@ from typing import Any
 from kvbench.corpora.documents import Document, load_corpus
 from kvbench.corpora.tasks import Task, load_task
 from kvbench.errors import UserError
-from kvbench.execution.job import Job
+from kvbench.execution.job import NOTHING, Job
 from kvbench.methods import Method, make_method
 from kvbench.models.loading import Loaded
 from kvbench.probe.facts import ModelFacts
@@ -26,11 +26,11 @@ from kvbench.protocols.cut import (
     cut_prefix,
     cut_stream,
     make_tokenizer,
-    recall_trials,
 )
 from kvbench.protocols.generate import Writing, cut_for_writing, resolve_writing
 from kvbench.protocols.online import online_trials
-from kvbench.protocols.protocol import Protocol, resolve_protocol
+from kvbench.protocols.protocol import HIDDEN, KNOWN, Protocol, resolve_protocol
+from kvbench.protocols.recall import recall_trials
 from kvbench.store.records import HUMAN, Cell
 
 MAX_ROWS, MAX_SCORES = 8, 1 << 25
@@ -52,16 +52,25 @@ class Work:
     signature: str
     writing: Writing | None = None
 
+    @property
+    def name(self) -> str:
+        """The variant that is measured, such as ``recall:known``."""
+        return self.cells[0].variant
+
 
 def cut_task(job: Job, name: str, loaded: Loaded, facts: ModelFacts) -> Work:
     """Cut the documents of a task for a model.
 
+    Args:
+        name: of a variant.
+
     Raises:
         UserError: the lengths do not fit the model, no document is long enough, or the texts have changed.
     """
-    cells = tuple(cell for cell in job.cells if cell.task == name)
+    cells = tuple(cell for cell in job.cells if cell.variant == name)
     first = cells[0]
-    task = load_task(job.task_files[name])
+    task = load_task(job.task_files[first.task])
+    question = first.options.get("question", HIDDEN)
     data = Path(job.data) if job.data else None
     corpus = load_corpus(task, data, job.column)
     if corpus.hash != first.data_hash:
@@ -83,7 +92,7 @@ def cut_task(job: Job, name: str, loaded: Loaded, facts: ModelFacts) -> Work:
     sources = corpus.documents
     if task.kind == "online":  # a document is many trials here, and the limit counts documents
         sources, limit = sources[:limit], None
-    for document, cut in _cut_all(task, sources, tokenizer, writing or protocol, first.seed, with_words):
+    for document, cut in _cut_all(task, sources, tokenizer, writing or protocol, first.seed, with_words, question):
         longest = max((len(piece.ids) for piece in cut.pieces), default=0)
         if not cut.pieces or (task.kind != "lm" and longest > loaded.context):
             skipped += 1
@@ -107,9 +116,14 @@ def cut_task(job: Job, name: str, loaded: Loaded, facts: ModelFacts) -> Work:
         else f"Keep sequences within {facts.window} tokens, such as --set block={facts.window}.",
     )
     settings = (first.execution, tokenizer.bos is not None, _tokenizer_hash(loaded))
-    signature = writing.signature(*settings) if writing else protocol.signature(
-        *settings, task.trials.signature() if task.trials else None
+    # A scorer, too, once tokenised a text apart from its prefix where a token reached from one into the other.
+    version = 2 if first.options.get("scorer", NOTHING) != NOTHING else max(
+        piece.version for _, cut in cuts for piece in cut.pieces
     )
+    trials = task.trials.signature() if task.trials else None
+    if task.recall is not None:
+        trials = f"{trials}|question:{question}"
+    signature = writing.signature(*settings, version) if writing else protocol.signature(*settings, trials, version)
     return Work(task, protocol, tuple(cuts), skipped, cells, with_mark(signature, facts.mark), writing)
 
 
@@ -121,10 +135,10 @@ def with_mark(signature: str, mark: str) -> str:
 
 def _cut_all(
     task: Task, documents: tuple[Document, ...], tokenizer: Tokenizer, protocol: Protocol | Writing,
-    seed: int, with_words: bool,
+    seed: int, with_words: bool, question: str,
 ) -> Iterator[tuple[Document, Cut]]:
     if task.recall is not None:
-        yield from recall_trials(documents, tokenizer, task.recall, seed)
+        yield from recall_trials(documents, tokenizer, task.recall, seed, question == KNOWN)
         return
     if task.online is not None:
         yield from online_trials(documents, tokenizer, task.online)

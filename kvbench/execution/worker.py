@@ -95,7 +95,7 @@ class Worker:
                 check_unchanged(Path(cell.adapter), cell.adapter_hash or "")
                 parameter = next(self.loaded.model.parameters())
                 self.adapters[cell.adapter] = adapter.to(parameter.device, parameter.dtype)
-        names = dict.fromkeys(cell.task for cell in job.cells)
+        names = dict.fromkeys(cell.variant for cell in job.cells)
         self.works = [cut_task(job, name, self.loaded, self.facts) for name in names]
         self.runners = {cell.key: self._runner(cell) for cell in job.cells if cell.method != HUMAN}
         for work in self.works:
@@ -178,7 +178,7 @@ class Worker:
     def announce(self) -> None:
         """Tell the parent what there is to do."""
         self.say("ready", tasks={
-            work.task.name: {
+            work.name: {
                 "kind": work.task.kind, "answers": work.task.has_answers, "version": work.task.version,
                 "signature": work.signature,
                 "seq_len": work.protocol.length if work.task.kind in ("lm", "generation") else None,
@@ -211,7 +211,7 @@ class Worker:
         recorded = {key: set(documents) for key, documents in order.done.items()}
         self.failed |= set(order.failed)
         wanted = set(order.documents)
-        work = next(work for work in self.works if work.task.name == order.task)
+        work = next(work for work in self.works if work.name == order.variant)
         mine = tuple(pair for pair in work.documents if pair[0].id in wanted)
         for start in range(0, len(mine), WINDOW):
             self._run_window(work, mine[start : start + WINDOW], recorded)

@@ -28,8 +28,8 @@ class Scorer:
     """A causal language model with its whole cache.
 
     Texts are tokenised by the scorer's own tokenizer, whatever wrote them: prefix and continuation
-    together, or apart where a token would reach from one into the other. Where both do not fit its
-    context the prefix loses its beginning.
+    together, a token that reaches from one into the other being the continuation's. Where both do not
+    fit its context the prefix loses its beginning.
     """
 
     model: nn.Module
@@ -44,17 +44,13 @@ class Scorer:
         """
         cut = make_tokenizer(self.tokenizer, "auto")
         lead = list(cut.lead())
-        known: dict[str, list[int]] = {}
         rows: list[tuple[int, list[int], list[int]]] = []
         for i, (prefix, text) in enumerate(pairs):
-            if prefix not in known:
-                known[prefix] = cut.encode(prefix)[0]
-            whole, start = cut.encode(prefix + text)[0], len(known[prefix])
-            ids = whole[start:] if whole[:start] == known[prefix] else cut.encode(text)[0]
-            ids = ids[: self.context - len(lead) - 1]
+            before, after = (list(part.ids) for part in cut.split((prefix, text)))
+            ids = after[: self.context - len(lead) - 1]
             if ids:
                 room = self.context - len(lead) - len(ids)
-                rows.append((i, [*lead, *known[prefix][-room:]], ids))
+                rows.append((i, [*lead, *before[-room:]], ids))
         found = [Fluency(0.0, 0)] * len(pairs)
         rows.sort(key=lambda row: (len(row[1]), len(row[2])))
         for alike in self._alike(rows):

@@ -26,5 +26,5 @@ def _value(t: Totals) -> Array:
 
 
 GEN_PPL = TextMetric(
-    "gen_ppl", _value, "exp(sum nll/sum tokens) of the texts given their prefixes|v:1", swapped=True, columns=_columns
+    "gen_ppl", _value, "exp(sum nll/sum tokens) of the texts given their prefixes|v:2", swapped=True, columns=_columns
 )

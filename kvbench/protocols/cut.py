@@ -1,23 +1,21 @@
-"""Cutting documents into pieces that are scored: blocks, streams, prefixes, recall trials."""
+"""Cutting documents into pieces that are scored: blocks, streams, prefixes."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
-
-import numpy as np
+from itertools import accumulate, pairwise
+from typing import Any, NamedTuple
 
 from kvbench.corpora.documents import Document
-from kvbench.corpora.facts import FACT_HIGH, FACT_LOW, NAMES, THINGS, fact
 from kvbench.errors import UserError
 from kvbench.methods import Structure, layout_id
 
-if TYPE_CHECKING:
-    from kvbench.corpora.tasks import RecallSpec
-
 MIN_TOKENS = 32
 """Shorter tails and documents are not scored; they are counted."""
+
+CONTEXT = 8
+"""Tokens that others are decoded after, where a tokenizer does not say where its tokens are."""
 
 
 @dataclass(frozen=True)
@@ -36,6 +34,8 @@ class Piece:
         words: line, word and words of the line of every token; None unless a method asks for them.
         written: what follows the context is written by the model; ``ids`` has the author's own.
         after: what the author wrote after that.
+        ahead: tokens after the context whose queries a policy has seen when it chooses what stays of the context.
+        version: of the way that its text became tokens: 2 where the parts of the text give others one by one.
     """
 
     document: str
@@ -49,6 +49,8 @@ class Piece:
     words: tuple[tuple[int, int, int], ...] | None = None
     written: bool = False
     after: tuple[int, ...] = ()
+    ahead: int = 0
+    version: int = 1
 
     @property
     def planned(self) -> int:
@@ -74,6 +76,13 @@ class Cut:
     dropped: int
 
 
+class Part(NamedTuple):
+    """The tokens of one part of a text, and the UTF-8 bytes that they say."""
+
+    ids: tuple[int, ...]
+    n_bytes: int
+
+
 @dataclass(frozen=True)
 class Tokenizer:
     """A Hugging Face tokenizer, reduced to what cutting needs.
@@ -91,10 +100,58 @@ class Tokenizer:
         if not self.hf.is_fast:
             return list(self.hf(text, add_special_tokens=False).input_ids), None
         out = self.hf(text, add_special_tokens=False, return_offsets_mapping=True)
-        return list(out.input_ids), [end for _, end in out.offset_mapping]
+        tokens = self.hf.convert_ids_to_tokens(out.input_ids)
+        return list(out.input_ids), _ends(text, out.offset_mapping, tokens)
+
+    def split(self, parts: Sequence[str]) -> tuple[Part, ...]:
+        """The parts of one text, tokenised together: a token across a border belongs to what follows.
+
+        Every token of the joined text is in exactly one part; a part whose tokens all reach into the next is empty.
+        A tokenizer that does not say where its tokens are is asked for the text up to the border: what both begin
+        with lies before it.
+        """
+        text = "".join(parts)
+        ids, ends = self.encode(text)
+        cuts = [0]
+        for border in list(accumulate(map(len, parts)))[:-1]:
+            if border == 0:
+                before = 0
+            elif ends is None:
+                before = _alike(ids, self.encode(text[:border])[0])
+            else:
+                before = next((i for i, end in enumerate(ends) if end > border), len(ids))
+            cuts.append(max(cuts[-1], before))
+        cuts.append(len(ids))
+        return tuple(
+            Part(tuple(ids[start:stop]), bytes_between(text, ends, self, ids, start, stop))
+            for start, stop in pairwise(cuts)
+        )
+
+    def apart(self, parts: Sequence[str]) -> tuple[tuple[int, ...], ...]:
+        """The tokens of the parts one by one, as if nothing stood before them."""
+        return tuple(tuple(self.encode(part)[0]) for part in parts)
 
     def lead(self) -> tuple[int, ...]:
         return () if self.bos is None else (self.bos,)
+
+
+def _ends(text: str, offsets: Sequence[tuple[int, int]], tokens: Sequence[str]) -> list[int]:
+    """Where tokens end; some byte-level tokenizers leave spaces at either end of a token out of its offsets."""
+    ends = [0]
+    for (start, end), token in zip(offsets, tokens, strict=True):
+        spaces = len(token) - len(token.rstrip("\u0120"))  # how they write a space
+        if spaces and start == end:  # nothing is left of it: it begins where the one before it ends
+            ends.append(ends[-1] + spaces)
+        else:
+            are_cut = spaces and text[end - 1] != " " and text[end : end + spaces] == " " * spaces
+            ends.append(end + spaces if are_cut else end)
+    return ends[1:]
+
+
+def _alike(ids: Sequence[int], others: Sequence[int]) -> int:
+    """How many tokens both begin with."""
+    pairs = zip(ids, others, strict=False)
+    return next((i for i, (one, other) in enumerate(pairs) if one != other), min(len(ids), len(others)))
 
 
 def make_tokenizer(hf: Any, bos: str) -> Tokenizer:
@@ -111,11 +168,19 @@ def make_tokenizer(hf: Any, bos: str) -> Tokenizer:
     return Tokenizer(hf, token if wanted else None)
 
 
-def _bytes_between(text: str, ends: list[int] | None, tokenizer: Tokenizer, ids: list[int],
-                   start: int, stop: int) -> int:
-    """UTF-8 bytes of tokens start .. stop - 1."""
+def bytes_between(
+    text: str, ends: list[int] | None, tokenizer: Tokenizer, ids: list[int], start: int, stop: int
+) -> int:
+    """UTF-8 bytes of tokens start .. stop - 1 of a text.
+
+    Without ``ends`` they are decoded after a few tokens before them: some decoders drop a leading space.
+    """
+    if start == stop:
+        return 0
     if ends is None:
-        return len(tokenizer.hf.decode(ids[start:stop]).encode())
+        before = ids[max(0, start - CONTEXT) : start]
+        with_before, alone = (tokenizer.hf.decode(some) for some in ([*before, *ids[start:stop]], before))
+        return len(with_before.encode()) - len(alone.encode())
     first = ends[start - 1] if start else 0
     return len(text[first : ends[stop - 1]].encode())
 
@@ -160,7 +225,7 @@ def cut_blocks(document: Document, tokenizer: Tokenizer, length: int, with_words
         scored = start if lead else start + 1
         pieces.append(Piece(
             document.id, block_ids, len(block_ids), 1,
-            _bytes_between(document.text, ends, tokenizer, ids, scored, stop),
+            bytes_between(document.text, ends, tokenizer, ids, scored, stop),
             layout_id(document.id, block),
             words=None if words is None else (*[(-1, 0, 0)] * len(lead), *words[start:stop]),
         ))
@@ -182,61 +247,6 @@ def cut_prefix(document: Document, tokenizer: Tokenizer, prefix: int, continuati
     if len(ids) < start + continuation:
         return Cut((), len(ids))
     stop = start + continuation
-    n_bytes = _bytes_between(document.text, ends, tokenizer, ids, start, stop)
+    n_bytes = bytes_between(document.text, ends, tokenizer, ids, start, stop)
     piece = Piece(document.id, (*lead, *ids[:stop]), prefix, prefix, n_bytes, layout_id(document.id, 0))
     return Cut((piece,), len(ids) - stop)
-
-
-def recall_trials(
-    documents: tuple[Document, ...], tokenizer: Tokenizer, spec: RecallSpec, seed: int
-) -> Iterator[tuple[Document, Cut]]:
-    """Facts among prose, each asked for after one of the distances, in turn.
-
-    The context is prose, the fact, and as much prose as the distance says. Prose before the fact
-    makes it at least ``spec.context`` tokens long, and a multiple of 20, so that round ratios are
-    met exactly. Each trial is a document of its own; its group is the document that
-    the prose is taken from.
-    """
-    texts = [(d, tokenizer.encode(d.text)[0]) for d in documents]
-    for trial in range(spec.trials * len(spec.distances)):
-        distance = spec.distances[trial % len(spec.distances)]
-        rng = np.random.default_rng([seed, trial])
-        name, thing = rng.choice(NAMES), rng.choice(THINGS)
-        number = int(rng.integers(FACT_LOW, FACT_HIGH, endpoint=True))
-        statement = tokenizer.encode(fact(thing, name, number))[0]
-        question = tokenizer.encode(fact(thing, name, number).split(f" {number}")[0])[0]
-        answer = _answer_tokens(tokenizer, thing, name, number, question)
-        around = len(tokenizer.lead()) + len(statement)
-        length = max(spec.context, spec.lead + around + distance)
-        lead = -(-length // 20) * 20 - around - distance
-        usable = [(d, ids) for d, ids in texts if len(ids) >= lead + distance]
-        if not usable:
-            raise UserError(
-                f"No document has the {lead + distance} tokens of prose that recall at distance "
-                f"{distance} needs."
-            )
-        source, ids = usable[trial % len(usable)]
-        start = int(rng.integers(0, len(ids) - lead - distance, endpoint=True))
-        prose = ids[start : start + lead + distance]
-        context = (*tokenizer.lead(), *prose[:lead], *statement, *prose[lead:])
-        name_of_trial = f"recall-{distance:04d}-{trial:04d}"
-        piece = Piece(
-            name_of_trial, (*context, *question, *answer), len(context),
-            len(context) + len(question), len(f" {number}"), layout_id(name_of_trial, 0),
-            f"distance={distance}",
-        )
-        yield Document(name_of_trial, source.group, ""), Cut((piece,), 0)
-
-
-def _answer_tokens(
-    tokenizer: Tokenizer, thing: str, name: str, number: int, question: list[int]
-) -> list[int]:
-    """The tokens of the number as they follow the question.
-
-    Raises:
-        UserError: the tokenizer joins question and answer, so that the answer cannot be scored.
-    """
-    both = tokenizer.encode(fact(thing, name, number).removesuffix(".\n\n"))[0]
-    if both[: len(question)] != question:
-        raise UserError("recall: the tokenizer of this model merges the question and its answer.")
-    return both[len(question):]

@@ -45,7 +45,7 @@ class Writing:
     bos: str
     preset: str
 
-    def signature(self, execution: str, has_bos: bool, tokenizer: str) -> str:
+    def signature(self, execution: str, has_bos: bool, tokenizer: str, version: int = 1) -> str:
         """The settings that decide what a number means."""
         unit = "words" if self.in_words else "tokens"
         draws = f"nucleus:{self.decodings.count(NUCLEUS)},greedy:{self.decodings.count(GREEDY)}"
@@ -53,7 +53,7 @@ class Writing:
         preset = "|preset:paper(recalled, not verified)" if self.preset == "paper" else ""
         return (
             f"generate|P:{self.prefix}|G:{self.new_tokens} {unit}|{draws}|p:{self.top_p:g}|T:{self.temperature:g}"
-            f"|{step}|bos:{'per_piece' if has_bos else 'none'}|tok:{tokenizer}{preset}|v:1"
+            f"|{step}|bos:{'per_piece' if has_bos else 'none'}|tok:{tokenizer}{preset}|v:{version}"
         )
 
 
@@ -87,12 +87,17 @@ def resolve_writing(spec: GenerationSpec, options: dict[str, str], context: int,
 
 def cut_for_writing(document: Document, tokenizer: Tokenizer, writing: Writing) -> Cut:
     """The prefix, the reference, and what follows it; no piece if the document is too short."""
+    version = 1
     cut = _words(document.text, writing) if writing.in_words else None
     if writing.in_words and cut is None:
         return Cut((), 0)
     if cut is not None:
-        prefix, reference, after = ([*tokenizer.encode(part)[0]] for part in cut)
+        parts = tuple(part.ids for part in tokenizer.split(cut))
+        version = 1 if parts == tokenizer.apart(cut) else 2
+        prefix, reference, after = ([*ids] for ids in parts)
         prefix = [*tokenizer.lead(), *prefix]
+        if not prefix or not reference:
+            return Cut((), 0)
     else:
         ids = [*tokenizer.lead(), *tokenizer.encode(document.text)[0]]
         stop = writing.prefix + writing.new_tokens
@@ -102,7 +107,7 @@ def cut_for_writing(document: Document, tokenizer: Tokenizer, writing: Writing) 
             return Cut((), len(ids))
     piece = Piece(
         document.id, (*prefix, *reference), len(prefix), len(prefix), 0, layout_id(_name(prefix), 0),
-        written=True, after=tuple(after),
+        written=True, after=tuple(after), version=version,
     )
     return Cut((piece,), 0)
 

@@ -7,12 +7,14 @@ of t chunks is compressed chunk by chunk; the query and the target are read raw 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
 
 from kvbench.corpora.documents import Document
 from kvbench.corpora.tasks import OnlineSpec
 from kvbench.errors import UserError
 from kvbench.methods import layout_id
-from kvbench.protocols.cut import Cut, Piece, Tokenizer
+from kvbench.protocols.cut import Cut, Part, Piece, Tokenizer, bytes_between
 
 
 def online_trials(
@@ -20,7 +22,8 @@ def online_trials(
 ) -> Iterator[tuple[Document, Cut]]:
     """A trial per document and time step that the document is long enough for.
 
-    Each trial is a document of its own, whose group is the document that it is taken from.
+    Each trial is a document of its own, whose group is the document that it is taken from. One has no piece, and is
+    counted as skipped, if a chunk or the target has no token of its own.
 
     Raises:
         UserError: the documents have no turns, and the task asks for turns.
@@ -35,41 +38,58 @@ def online_trials(
             found = _text(document, tokenizer, spec, step) if spec.query == "text" else _turns(
                 document, tokenizer, spec, step
             )
-            if found is None:
-                continue
-            chunks, query, target, n_bytes = found
-            ids = [token for chunk in chunks for token in chunk]
-            name = f"{document.id}:t{step:02d}"
-            piece = Piece(
-                name, (*ids, *query, *target), len(ids), len(ids) + len(query), n_bytes, layout_id(name, 0),
-                f"step={step}", tuple(len(chunk) for chunk in chunks),
-            )
-            yield Document(name, document.group, ""), Cut((piece,), 0)
+            if found is not None:
+                name = f"{document.id}:t{step:02d}"
+                yield Document(name, document.group, ""), _cut(name, tokenizer, found, step)
 
 
-_Trial = tuple[list[list[int]], list[int], list[int], int]
+@dataclass(frozen=True)
+class _Trial:
+    """A trial as tokens of one text; ``version`` as in a piece."""
+
+    chunks: tuple[tuple[int, ...], ...]
+    query: tuple[int, ...]
+    target: Part
+    version: int = 1
+
+
+def _cut(name: str, tokenizer: Tokenizer, trial: _Trial, step: int) -> Cut:
+    """The piece of a trial; none where a token reaches over the whole of a chunk, or there is nothing to score."""
+    if not all(trial.chunks) or not trial.target.ids:
+        return Cut((), 0)
+    chunks = ((*tokenizer.lead(), *trial.chunks[0]), *trial.chunks[1:])
+    ids = tuple(token for chunk in chunks for token in chunk)
+    piece = Piece(
+        name, (*ids, *trial.query, *trial.target.ids), len(ids), len(ids) + len(trial.query), trial.target.n_bytes,
+        layout_id(name, 0), f"step={step}", tuple(map(len, chunks)), version=trial.version,
+    )
+    return Cut((piece,), 0)
 
 
 def _turns(document: Document, tokenizer: Tokenizer, spec: OnlineSpec, step: int) -> _Trial | None:
-    """(chunks, query, target, bytes of the target): t turns, the query, and its answer."""
+    """t turns, the query, and its answer, tokenised as one text."""
     turns = list(document.turns)
     if step + 2 > len(turns):
         return None
     query, answer = (turns[step], turns[step + 1]) if spec.query == "next" else (turns[-2], turns[-1])
-    chunks = [tokenizer.encode((spec.between if i else "") + turn)[0] for i, turn in enumerate(turns[:step])]
-    chunks[0] = [*tokenizer.lead(), *chunks[0]]
     # A line break or a label before the answer is part of the query; a space, of the answer's first word.
     label = spec.before_answer.rstrip(" ")
-    asked, target = f"{spec.between}{query}{label}", spec.before_answer[len(label) :] + answer
-    return chunks, tokenizer.encode(asked)[0], tokenizer.encode(target)[0], len(target.encode())
+    texts = [(spec.between if i else "") + turn for i, turn in enumerate(turns[:step])]
+    texts += [f"{spec.between}{query}{label}", spec.before_answer[len(label) :] + answer]
+    *chunks, asked, target = tokenizer.split(texts)
+    parts = (*(chunk.ids for chunk in chunks), asked.ids, target.ids)
+    return _Trial(parts[:-2], asked.ids, target, 1 if parts == tokenizer.apart(texts) else 2)
 
 
 def _text(document: Document, tokenizer: Tokenizer, spec: OnlineSpec, step: int) -> _Trial | None:
-    """(chunks, no query, target, bytes of the target): t runs of text, and the next one."""
-    ids = [*tokenizer.lead(), *tokenizer.encode(document.text)[0]]
-    size = spec.segment
-    if len(ids) < (step + 1) * size:
+    """t runs of text, no query, and the next run."""
+    ids, ends = tokenizer.encode(document.text)
+    lead, size = len(tokenizer.lead()), spec.segment
+    bounds = [max(0, i * size - lead) for i in range(step + 2)]  # the first run begins with what leads it
+    if len(ids) < bounds[-1]:
         return None
-    chunks = [ids[i * size : (i + 1) * size] for i in range(step)]
-    target = ids[step * size : (step + 1) * size]
-    return chunks, [], target, len(tokenizer.hf.decode(target).encode())
+    chunks = tuple(tuple(ids[start:stop]) for start, stop in pairwise(bounds[:-1]))
+    start, stop = bounds[-2:]
+    target = Part(tuple(ids[start:stop]), bytes_between(document.text, ends, tokenizer, ids, start, stop))
+    decoded = len(tokenizer.hf.decode(target.ids).encode())  # some decoders drop a leading space
+    return _Trial(chunks, (), target, 1 if target.n_bytes == decoded else 2)

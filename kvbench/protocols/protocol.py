@@ -33,15 +33,21 @@ OPTIONS: dict[str, tuple[str, ...]] = {
 GENERATION_PRESETS = {"paper": (128, 64), "standard": (512, 128), "long": (1024, 256)}
 """Tokens of prefix and tokens to write; words for ``paper``, whose numbers are recalled, not verified."""
 
-RECALL_OPTIONS = ("chunk", "bos")
+RECALL_OPTIONS = ("chunk", "bos", "question")
 """Those of the recall task, whose lengths are the task's own."""
+
+HIDDEN, KNOWN = "hidden", "known"
+"""Whether the question of a recall trial is read after the context was compressed, or is the end of it."""
 
 _DEFAULTS = {
     "preset": "auto", "block": "auto", "tokens": "auto", "prefix": "auto",
     "continuation": "auto", "chunk": str(STREAM_CHUNK), "bos": "auto",
     "new_tokens": "auto", "decode": "both", "draws": "1", "top_p": "0.9", "temperature": "1", "batch": "auto",
+    "question": "both",
 }
-_CHOICES = {"bos": ("auto", "true", "false"), "decode": ("both", "nucleus", "greedy")}
+_CHOICES = {
+    "bos": ("auto", "true", "false"), "decode": ("both", "nucleus", "greedy"), "question": ("both", HIDDEN, KNOWN),
+}
 _LEAST = {
     "block": 32, "tokens": 32, "prefix": 32, "continuation": 1, "chunk": 1, "new_tokens": 1, "draws": 1, "batch": 1,
 }
@@ -113,14 +119,21 @@ class Protocol:
         """Tokens of the longest sequence that is read."""
         return self.length + self.continuation
 
-    def signature(self, execution: str, has_bos: bool, tokenizer: str, trials: str | None = None) -> str:
-        """The settings that decide what a number means; ``trials`` stand for the lengths where the task has some."""
+    def signature(
+        self, execution: str, has_bos: bool, tokenizer: str, trials: str | None = None, version: int = 1
+    ) -> str:
+        """The settings that decide what a number means.
+
+        Args:
+            trials: stand for the lengths where the task has some.
+            version: of the pieces (:class:`kvbench.protocols.cut.Piece`).
+        """
         lengths = f"P:{self.length}|C:{self.continuation}" if self.continuation else f"L:{self.length}"
         lengths = trials or lengths
         step = f"chunk:{self.chunk}" if execution == "streamed" else "onepass"
         marks = "|beyond-context" if self.beyond_context else ""
         bos = "per_piece" if has_bos else "none"
-        return f"{self.name}|{lengths}|{step}|bos:{bos}|reset:piece|tok:{tokenizer}{marks}|v:1"
+        return f"{self.name}|{lengths}|{step}|bos:{bos}|reset:piece|tok:{tokenizer}{marks}|v:{version}"
 
 
 def resolve_protocol(name: str, options: dict[str, str], context: int, model: str) -> Protocol:

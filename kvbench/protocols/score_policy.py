@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-import torch
-from torch import nn
+from dataclasses import dataclass, field, replace
 
-from kvbench.methods.policy import Policy
+import torch
+from torch import Tensor, nn
+
+from kvbench.methods.policy import Policy, View
 from kvbench.models.rotary import fixed_rotations
 from kvbench.policing import Policing
 from kvbench.protocols.cut import Piece
@@ -19,7 +21,7 @@ def score_policed(
 
     A context that is used afterwards (prefix, recall) is compressed once, when it has been read, unless the policy is
     told to do it block by block; what is scored while it is read (block, stream) loses entries after every ``step``
-    tokens.
+    tokens. A policy that looks at queries has then seen those of ``Piece.ahead`` further tokens as well.
 
     Args:
         chunk: tokens of a context fed at a time, where it is compressed once.
@@ -29,7 +31,10 @@ def score_policed(
     once = first.context < len(first.ids) and policy.option("prefill") == "once"
     rows = Rows(ids[:, first.scored :], first.scored, reference, keep=False)
     with torch.inference_mode(), fixed_rotations(model, len(first.ids)):
-        run = Policing(model, policy, first.context, [piece.layout for piece in pieces], seed)
+        run = Informed(
+            model, policy, first.context, [piece.layout for piece in pieces], seed,
+            ahead=ids[:, first.context : first.context + (first.ahead if once else 0)],
+        )
         for part in run.stream(ids[:, : first.context], first.scored - 1, chunk if once else None):
             rows.add(part.start, part.logits)
         held = run.cache.mean_entries()
@@ -44,3 +49,39 @@ def score_policed(
         held=round(held), peak=run.peak, sizes=sizes,
     )
 
+
+@dataclass
+class Informed(Policing):
+    """A run under a policy that has seen the queries of what follows the context when it chooses.
+
+    They attend the whole context, as all queries before them do, and their own entries are let go of again: what
+    follows is then read anew, from what is left.
+
+    Attributes:
+        ahead: ids ``[batch, m]`` that follow the context.
+    """
+
+    ahead: Tensor = field(kw_only=True)
+    is_ahead: bool = field(default=False, init=False)
+
+    def remove(self) -> None:
+        looks = self.policy.looks_at or self.policy.sums or self.policy.takes_moments
+        self.is_ahead = bool(looks) and self.read == self.total and self.ahead.shape[1] > 0
+        if self.is_ahead:
+            self._look_ahead()
+        super().remove()
+        self.is_ahead = False
+
+    def _look_ahead(self) -> None:
+        count = self.ahead.shape[1]
+        self.feed(self.ahead, slice(0, 0))
+        for number, layer in enumerate(self.cache.layers):
+            self._observe(number, None)
+            layer.forget(count)
+        self.read -= count
+        del self.seen[-count:]
+
+    def _view(self, number: int, first: int = 0, last: int | None = None) -> View:
+        view = super()._view(number, first, last)
+        queries_are_ahead = self.is_ahead and view.queries is not None
+        return replace(view, read=view.read + self.ahead.shape[1]) if queries_are_ahead else view

@@ -8,7 +8,7 @@ from rich.text import Text
 
 from kvbench.metrics import NEED_SCORER
 from kvbench.reporting.comparison import SIGNIFICANT, Pair
-from kvbench.reporting.format import delta_of, p_of, value_of
+from kvbench.reporting.format import delta_of, p_of, task_of, value_of
 from kvbench.store.records import Row
 
 _SMALL = ("rouge1", "rouge2", "rougeL", "semantic", "prefix_coherence", "kl", "nll", "bits_per_byte", "rep2", "rep3",
@@ -31,7 +31,7 @@ def comparison_tables(pairs: list[Pair]) -> list[Table | Text]:
 def _table(pair: Pair) -> Table:
     row = pair.rows[0]
     table = Table(
-        title=f"{row.task} ({row.protocol}, {row.n} documents in {row.groups} groups): {pair.names[0]} against "
+        title=f"{task_of(row)} ({row.protocol}, {row.n} documents in {row.groups} groups): {pair.names[0]} against "
         f"{pair.names[1]}", title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False,
     )
     table.add_column("metric", no_wrap=True)

@@ -10,6 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.ticker import StrMethodFormatter
 
 from kvbench.reporting.figures import curve, draw, log_scale, methods_of, style_of
+from kvbench.reporting.format import task_of
 from kvbench.store.records import Row
 
 
@@ -161,7 +162,7 @@ def pareto_figure(rows: list[Row], folder: Path) -> list[Path]:
 
 
 def _cell(row: Row) -> tuple[object, ...]:
-    return row.task, row.protocol, row.model, row.seed, row.method, row.ratio_asked
+    return task_of(row), row.protocol, row.model, row.seed, row.method, row.ratio_asked
 
 
 def distance_figure(rows: list[Row], folder: Path) -> list[Path]:

@@ -171,8 +171,9 @@ def row_of(
 ) -> Row:
     cell, totals = part.cell, {k: float(v.sum()) for k, v in part.sums.items()}
     step = bin_name.removeprefix("step=") if bin_name else ""
+    asked = {"question": "hidden"} if info["kind"] == "recall" else {}
     params: dict[str, Any] = {
-        **cell.options, "seq_len": info["seq_len"], "batch_size": None, "new_tokens": info.get("new_tokens"),
+        **asked, **cell.options, "seq_len": info["seq_len"], "batch_size": None, "new_tokens": info.get("new_tokens"),
         "step": int(step) if step.isdecimal() else None, "bin": bin_name,
         "adapter": None if cell.adapter is None else Path(cell.adapter).name,
         "entries_peak_mean": part.mean_peak or None,

@@ -47,11 +47,29 @@ def faults_in(found: Iterable[tuple[str, Mapping[str, Any]]]) -> list[str]:
 
 
 def by_setting(rows: Sequence[Row]) -> dict[tuple[str, str, str, int], list[Row]]:
-    """Rows by (task, protocol, model, seed): what is compared within one table or panel."""
+    """Rows by (task and question, protocol, model, seed): what is compared within one table or panel."""
     found: dict[tuple[str, str, str, int], list[Row]] = {}
     for row in rows:
-        found.setdefault((row.task, row.protocol, row.model, row.seed), []).append(row)
+        found.setdefault((task_of(row), row.protocol, row.model, row.seed), []).append(row)
     return found
+
+
+def task_of(row: Row) -> str:
+    """The task, and which question of it was asked where there are two: ``recall, question known``."""
+    question = row.params.get("question")
+    return row.task if question is None else f"{row.task}, question {question}"
+
+
+def reading_note(rows: Sequence[Row]) -> str:
+    """How a prefix was read, where a table holds methods that read it in two ways; empty elsewhere."""
+    once = {row.method for row in rows if row.params.get("prefill") == "once"}
+    masked = {row.method for row in rows if "prefill" not in row.params} - set(_ROLE_ORDER)
+    if rows[0].protocol not in ("prefix", "generate") or not once or not masked:
+        return ""
+    layouts, policies = (", ".join(sorted(names)) for names in (masked, once))
+    return (
+        f"Layouts ({layouts}) read the prefix under their mask; policies ({policies}) read it whole and are cut once."
+    )
 
 
 def cells_of(rows: list[Row]) -> dict[Key, dict[str, Row]]:
@@ -70,8 +88,8 @@ def cells_of(rows: list[Row]) -> dict[Key, dict[str, Row]]:
 
 def new_table(row: Row, what: str, removed: tuple[str, ...] = ("asked", "realised", "mean")) -> Table:
     table = Table(
-        title=f"{row.task}: {what}  ({row.model}, {row.protocol}, seed {row.seed}, {row.n} documents in {row.groups} "
-        "groups)",
+        title=f"{task_of(row)}: {what}  ({row.model}, {row.protocol}, seed {row.seed}, {row.n} documents in "
+        f"{row.groups} groups)",
         title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False,
     )
     table.add_column("method", no_wrap=True)

@@ -20,21 +20,31 @@ def recall_figure(rows: list[Row], folder: Path) -> list[Path]:
         r for r in rows if r.metric == "accuracy" and str(r.params.get("bin")).startswith("distance=")
         and r.value is not None
     ]
-    paths = []
-    for number, mine in enumerate(by_setting(chosen).values()):
+    paths, taken = [], set[str]()
+    for (name, *_), mine in by_setting(chosen).items():
         ratios = sorted({r.ratio_asked for r in mine if r.ratio_asked is not None})
         fixed = [r for r in mine if r.ratio_asked is None]
         groups = [([r for r in mine if r.ratio_asked == ratio] + fixed, f"{ratio:g} removed") for ratio in ratios]
         groups = groups or [(fixed, mine[0].task)]
         with rc_context(SETTINGS | {"axes.grid": False}):
             most = max(len({r.method for r in group}) for group, _ in groups)
-            size = (3.6 * len(groups), 0.6 + 0.21 * most)
+            size = (3.6 * len(groups), 0.8 + 0.21 * most)
             figure = Figure(figsize=size, layout="constrained")
             places = list(figure.subplots(1, len(groups), squeeze=False).flat)
             for place, (group, title) in zip(places, groups, strict=True):
                 _panel(place, group, title)
-            paths += save(figure, folder, "recall-distance" if number == 0 else f"recall-distance-{number + 1}")
+            figure.suptitle(name, fontsize=9)
+            paths += save(figure, folder, _free("-known" if mine[0].params.get("question") == "known" else "", taken))
     return paths
+
+
+def _free(which: str, taken: set[str]) -> str:
+    """A name for the next figure of a question that no other has."""
+    name, number = f"recall-distance{which}", 2
+    while name in taken:
+        name, number = f"recall-distance{which}-{number}", number + 1
+    taken.add(name)
+    return name
 
 
 def _panel(place: Axes, rows: list[Row], title: str) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from kvbench.reporting.format import by_setting, cells_of, faults_in, number_of
+from kvbench.reporting.format import by_setting, cells_of, faults_in, number_of, reading_note
 from kvbench.store.records import Row
 from kvbench.units import bytes_of
 
@@ -85,7 +85,8 @@ _HEAD = ("method", "removed: asked", "realised")
 def sheets_of(rows: Sequence[Row]) -> list[Sheet]:
     """One table for each task and protocol, and one for the greedy texts."""
     found: list[Sheet] = []
-    for (task, protocol, _, _), mine in by_setting(rows).items():
+    for (title, protocol, _, _), mine in by_setting(rows).items():
+        task = mine[0].task + ("-known" if mine[0].params.get("question") == "known" else "")
         if protocol == "profile":
             timed = [r for r in mine if r.params["batch_size"] and r.params["seq_len"]]
             found.append(_sheet(timed, task, "time and memory", _PROFILE, ("seq_len", "batch_size", "bin")))
@@ -96,7 +97,7 @@ def sheets_of(rows: Sequence[Row]) -> list[Sheet]:
             kinds = _TEXT if protocol == "generate" else _RECALL
         elif _has(whole, "accuracy"):
             kinds = (*_LM, *_RECALL[:1])
-        found.append(_sheet(whole, task, f"{protocol}", kinds))
+        found.append(_sheet(whole, task, f"{protocol}", kinds, title=title))
         greedy = [r for r in mine if r.params.get("bin") == "decode=greedy"]
         if greedy:
             found.append(_sheet(greedy, f"{task}-greedy", "greedy texts", _TEXT))
@@ -108,7 +109,7 @@ def _has(rows: Sequence[Row], metric: str) -> bool:
 
 
 def _sheet(
-    rows: Sequence[Row], name: str, what: str, columns: Sequence[Column], by: tuple[str, ...] = ()
+    rows: Sequence[Row], name: str, what: str, columns: Sequence[Column], by: tuple[str, ...] = (), title: str = "",
 ) -> Sheet:
     shown = [column for column in columns if _has(rows, column.metric)]
     keys = list(dict.fromkeys(tuple(row.params.get(key) for key in by) for row in rows))
@@ -142,12 +143,14 @@ def _sheet(
             name, f"{name}: {what} ({one.model}, {one.n} requests in {one.groups} processes)",
             (*head, *_HEAD, *(c.heading for c in shown), "KV held"), tuple(lines), notes,
         )
+    reading = reading_note(rows)
     notes = (
         f"* differs from full (paired, Holm-adjusted p < {SIGNIFICANT}). Bold: best of its ratio, and its interval "
-        "does not meet that of the next.", one.signature.partition(":")[2], *faults,
+        "does not meet that of the next.", *([reading] if reading else ()), one.signature.partition(":")[2],
+        *faults,
     )
     return Sheet(
-        name, f"{name}: {what} ({one.model}, seed {one.seed}, {one.n} {one.unit}s in {one.groups} groups)",
+        name, f"{title or name}: {what} ({one.model}, seed {one.seed}, {one.n} {one.unit}s in {one.groups} groups)",
         (*head, *_HEAD, *(c.heading for c in shown), "KV held"), tuple(lines), notes,
     )
 

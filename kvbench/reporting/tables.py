@@ -20,6 +20,7 @@ from kvbench.reporting.format import (
     new_table,
     number_of,
     p_of,
+    reading_note,
     style_of,
     value_of,
 )
@@ -55,7 +56,7 @@ def task_tables(rows: list[Row]) -> Group:
         return Group(*text_tables(rows), Text(""))
     names = {r.metric for r in whole}
     table = _recall_table(whole) if "answer_nll" in names else _lm_table(whole)
-    parts: list[Table | Text] = [table, Text(_caption(whole[0]), style="dim")]
+    parts: list[Table | Text] = [table, Text(_caption(whole), style="dim")]
     for metric, label in (("ppl", "perplexity"), ("accuracy", "accuracy")):
         binned = [r for r in rows if r.metric == metric and r.params.get("bin")]
         if binned:
@@ -128,11 +129,12 @@ def _memory(metrics: dict[str, Row]) -> tuple[str, str, str]:
     return str(physical.entries_peak), held, physical.removal
 
 
-def _caption(row: Row) -> str:
+def _caption(rows: list[Row]) -> str:
+    note = reading_note(rows)
     return (
         "removed: asked; realised when a sequence has been read; mean over the scored queries. "
         "KV held: distinct storages alive then.\np: paired sign-flip test against full, Holm-adjusted. "
-        f"{row.signature.partition(':')[2]}"
+        + (f"{note}\n" if note else "") + rows[0].signature.partition(":")[2]
     )
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from rich.table import Table
 from rich.text import Text
 
-from kvbench.reporting.format import asked_of, cells_of, new_table, number_of, style_of, value_of
+from kvbench.reporting.format import asked_of, cells_of, new_table, number_of, reading_note, style_of, value_of
 from kvbench.store.records import Row
 from kvbench.units import bytes_of
 
@@ -72,7 +72,7 @@ def _cell(name: str, metrics: dict[str, Row]) -> str:
 
 
 def _caption(rows: list[Row]) -> str:
-    signature = rows[0].signature.partition(":")[2].partition("|v:1")[0]
+    signature = rows[0].signature.partition(":")[2].partition("|v:")[0]
     scorer = rows[0].params.get("scorer")
     scorer = "the uncompressed model itself" if scorer == "itself" else scorer
     present = {(row.method, row.metric) for row in rows}
@@ -90,4 +90,5 @@ def _caption(rows: list[Row]) -> str:
     few = next((row for row in rows if row.metric == "mauve" and "few texts" in row.signature), None)
     if few is not None:
         lines.append(f"MAUVE on {few.n} texts is optimistic and noisy (below 1000); its interval: over clusterings.")
-    return "\n".join((*lines, signature))
+    note = reading_note(rows)
+    return "\n".join((*lines, *([note] if note else ()), signature))

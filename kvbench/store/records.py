@@ -77,9 +77,15 @@ class Cell:
         return ("real" if self.execution == "streamed" else "masked") if self.removes else "none"
 
     @property
+    def variant(self) -> str:
+        """What is cut once: the task, and which question of it is asked where that is another than its first."""
+        question = self.options.get("question")
+        return self.task if question is None else f"{self.task}:{question}"
+
+    @property
     def setting(self) -> str:
-        """What is measured under the same: task, model and seed. Cells are compared within it."""
-        return f"{self.task}@{self.model}#{self.seed}"
+        """What is measured under the same: task, question, model and seed. Cells are compared within it."""
+        return f"{self.variant}@{self.model}#{self.seed}"
 
     @property
     def writes(self) -> bool:
@@ -97,7 +103,7 @@ class Cell:
         ratio = f" {self.ratio_asked}" if self.ratio_asked is not None else ""
         if self.is_profile:
             return f"{self.method}{ratio} at {self.options['seq_len']} x {self.options['batch_size']}"
-        return f"{self.method}{ratio} on {self.task}"
+        return f"{self.method}{ratio} on {self.variant}"
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,8 @@ from kvbench.errors import UserError
 from kvbench.methods import METHODS, make_layout, make_method
 from kvbench.models.adapter import Adapter
 from kvbench.models.rotary import fixed_rotations
-from kvbench.protocols.cut import MIN_TOKENS, Piece, Tokenizer, recall_trials
+from kvbench.protocols.cut import MIN_TOKENS, Piece, Tokenizer
+from kvbench.protocols.recall import recall_trials
 from kvbench.runtime import Reader
 
 RATIOS = ("0.3", "0.5", "0.7", "0.8", "0.9")

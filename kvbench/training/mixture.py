@@ -27,7 +27,7 @@ class Mixture:
 
     Attributes:
         stream: int64 ``[tokens]``, documents end to end.
-        encode: text to token ids, without special tokens.
+        encode: text to the token ids that it has within another text.
         length: tokens in a sequence.
         seed: with the step, all that a batch depends on.
     """

@@ -27,6 +27,7 @@ from kvbench.models.references import resolve_model
 from kvbench.models.rotary import has_rotary
 from kvbench.probe.facts import ModelFacts
 from kvbench.probe.kept import probed
+from kvbench.protocols.cut import Tokenizer
 from kvbench.training.adapter_training import AdapterPlan, train_adapter
 from kvbench.training.base_training import BasePlan, new_model, train_base, train_tokenizer
 from kvbench.training.data import load_stream
@@ -121,7 +122,7 @@ def run_adapter_training(request: AdapterRequest, follow: Follow) -> Path:
     )
     torch.manual_seed(plan.seed)
     adapter = Adapter.fresh(card, model, plan.dropout)
-    data = Mixture(stream.ids, lambda text: _encode(tokenizer, text), plan.length, plan.seed)
+    data = Mixture(stream.ids, lambda text: goes_on(tokenizer, text), plan.length, plan.seed)
     if team.leads:
         _make(request.out, request.fresh)
     team.wait()
@@ -192,7 +193,7 @@ def run_base_training(
     known = fingerprint(tokenizer_folder) if tokenizer_folder is not None else "trained"
     plan = replace(plan, tokenizer=known, data=stream.hash)
     model = new_model(plan, len(tokenizer), tokenizer.eos_token_id).to(where)
-    mixture = Mixture(stream.ids, lambda text: _encode(tokenizer, text), plan.length, plan.seed)
+    mixture = Mixture(stream.ids, lambda text: goes_on(tokenizer, text), plan.length, plan.seed)
     _make(out, fresh)
     follow(train_base(plan, model, mixture, out, every), plan.steps, lambda step, loss: None, every)
     model.to(torch.bfloat16).save_pretrained(out)  # type: ignore[operator]
@@ -252,8 +253,9 @@ def _make(out: Path, fresh: bool) -> None:
         raise UserError(f"--out {out} cannot be written: {error.strerror}.", "Choose another folder.") from error
 
 
-def _encode(tokenizer: Any, text: str) -> list[int]:
-    return list(tokenizer(text, add_special_tokens=False).input_ids)
+def goes_on(tokenizer: Any, text: str) -> list[int]:
+    """The tokens of a text that stands within another: what some tokenizers put before a text is not among them."""
+    return list(Tokenizer(tokenizer, None).split(("a", text))[1].ids)
 
 
 def _at_most(texts: Iterator[str], characters: int) -> Iterator[str]:
