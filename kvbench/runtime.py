@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from kvbench.cache.evicting import ROOM, EvictingCache, Mixing
 from kvbench.methods.layout import Layout
 from kvbench.models.adapter import Adapter
-from kvbench.models.rotary import frequencies
+from kvbench.models.rotary import frequencies, turned
 
 
 class Scored(NamedTuple):
@@ -125,6 +125,7 @@ class Reader:
         """The model with the adapter applied."""
         with ExitStack() as stack:
             if self.adapter is not None:
+                turned(self.model)  # asked while nothing is in it
                 stack.enter_context(self.adapter.applied(self.model))
             yield self
 

@@ -217,9 +217,8 @@ def test_streaming_llm_counts_positions_in_the_cache(model: nn.Module) -> None:
     with torch.inference_mode():
         fresh = Policing(model, policy_of("streaming-llm", "0"), keep, (3, 5))
         fresh.feed(torch.cat([ids[:, :4], ids[:, 48 - (keep - 4) :]], 1))
-    speeds = run.cache.speeds
+    speeds, gap = run.cache.speeds[0], 48 - keep
     assert speeds is not None
-    gap = 48 - keep
     angle = gap * speeds[None]
     stored = first.keys.clone()
     stored[:, :, :4] = rotated(stored[:, :, :4], angle.cos(), angle.sin())

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from kvbench.cache.evicting import EvictingCache
+from kvbench.models.attention import unwatched
 
 
 class LayerShape(NamedTuple):
@@ -55,7 +56,7 @@ def cache_shape(model: nn.Module) -> CacheShape:
     """What the model puts into its cache for a token, by layer: two tokens are read, once for every model."""
     if model not in _SEEN:
         cache, device = EvictingCache(), next(model.parameters()).device
-        with torch.inference_mode():
+        with torch.inference_mode(), unwatched():
             model(
                 input_ids=torch.ones(1, 2, dtype=torch.long, device=device), past_key_values=cache, use_cache=True,
                 attention_mask=torch.ones(2, 2, dtype=torch.bool, device=device).tril()[None, None],

@@ -11,7 +11,8 @@ let learned sinks take part in it, which SDPA knows nothing of, are computed her
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any, NamedTuple, Protocol
 
@@ -46,6 +47,16 @@ class Watcher(Protocol):
 WATCHER: ContextVar[Watcher | None] = ContextVar("watcher", default=None)
 """Who decides the mask of every layer by itself and sees its queries; the model's own mask is then not used. Layers
 that hold different numbers of entries have no mask in common."""
+
+
+@contextmanager
+def unwatched() -> Iterator[None]:
+    """Without a watcher, for a model that is asked something while others use it."""
+    token = WATCHER.set(None)
+    try:
+        yield
+    finally:
+        WATCHER.reset(token)
 
 
 class Attended(NamedTuple):

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from kvbench.errors import UserError
-from kvbench.models.attention import LISTENER, Attended
+from kvbench.models.attention import LISTENER, Attended, unwatched
 from kvbench.models.gated import swapped
 
 FAR = 1 << 20
@@ -82,7 +82,10 @@ def frequencies(model: nn.Module) -> tuple[Tensor | None, ...] | None:
 
 
 def turned(model: nn.Module) -> Turned:
-    """What places do to the queries and keys of every layer: one forward pass of one token, at two places."""
+    """What places do to the queries and keys of every layer: one forward pass of one token, at two places.
+
+    The model is to be asked as it is, before an adapter is put into it.
+    """
     if model not in _FOUND:
         _FOUND[model] = _asked(model)
     return _FOUND[model]
@@ -95,9 +98,10 @@ def _asked(model: nn.Module) -> Turned:
     places = torch.tensor([[0], [_ELSEWHERE]], device=device)
     token = LISTENER.set(calls.append)
     try:
-        logits = model(
-            input_ids=torch.ones_like(places), position_ids=places, use_cache=False,
-        ).logits.float()
+        with unwatched():
+            logits = model(input_ids=torch.ones_like(places), position_ids=places, use_cache=False).logits.float()
+    except IndexError:  # a table of positions that ends before
+        return Turned((), True)
     finally:
         LISTENER.reset(token)
     near = 0.05 if next(model.parameters()).dtype != torch.float32 else 1e-4

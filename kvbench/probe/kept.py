@@ -69,7 +69,7 @@ def tolerance(loaded: Loaded) -> float:
 def sample(loaded: Loaded, length: int) -> torch.Tensor:
     """Ids ``[1, length]`` of some text, repeated as often as it takes; no more than the model's context."""
     device = next(loaded.model.parameters()).device
-    length = max(2, length)
+    length = max(2, min(length, loaded.context))
     ids = [i for i in loaded.tokenizer(_TEXT, add_special_tokens=False).input_ids if i < loaded.vocabulary]
     if len(set(ids)) < 8:  # a tokenizer that does not know the language
         ids = list(range(min(8, loaded.vocabulary // 2), min(loaded.vocabulary, 90)))
