@@ -43,8 +43,8 @@ def numbers(folder: Path) -> dict[tuple[object, ...], float]:
     """Every number of every row of results.json."""
     rows = json.loads((folder / RESULTS).read_text())["rows"]
     return {
-        (*(r[name] for name in ("task", "method", "ratio_asked", "metric")), r["params"]["bin"], r["params"].get("question"),
-         key): r[key]
+        (*(r[name] for name in ("task", "method", "ratio_asked", "metric")), r["params"]["bin"],
+         r["params"].get("question"), key): r[key]
         for r in rows
         for key in ("value", "ci_low", "ci_high", "delta", "delta_ci_low", "p_value", "ratio_mean", "n")
         if r[key] is not None
