@@ -24,7 +24,7 @@ GRID = [
     *(word for name in ("sentinel", "local", "sinks", "scattered", "window") for word in ("--method", name)),
     *(word for ratio in ("0.3", "0.5", "0.7", "0.9") for word in ("--ratio", ratio)),
 ]
-CELLS = 2 * (5 * 4 + 2)
+CELLS = 3 * (5 * 4 + 2)
 SMALL = ["--limit", "12"]
 
 
@@ -43,7 +43,8 @@ def numbers(folder: Path) -> dict[tuple[object, ...], float]:
     """Every number of every row of results.json."""
     rows = json.loads((folder / RESULTS).read_text())["rows"]
     return {
-        (*(r[name] for name in ("task", "method", "ratio_asked", "metric")), r["params"]["bin"], key): r[key]
+        (*(r[name] for name in ("task", "method", "ratio_asked", "metric")), r["params"]["bin"],
+         r["params"].get("question"), key): r[key]
         for r in rows
         for key in ("value", "ci_low", "ci_high", "delta", "delta_ci_low", "p_value", "ratio_mean", "n")
         if r[key] is not None
