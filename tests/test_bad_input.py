@@ -277,7 +277,7 @@ def test_sliding_windows_are_named(called: Call, tmp_path: Path, tiny_tokenizer:
     )
     MistralForCausalLM(config).save_pretrained(tmp_path / "mistral")
     tiny_tokenizer.save_pretrained(tmp_path / "mistral")  # type: ignore[attr-defined]
-    refused(called, [*RUN, "--task", "minidocs", "--model", "mistral"], "sliding window of 64")
+    refused(called, [*RUN, "--task", "minidocs", "--model", "mistral"], "sliding_window 64")
 
 
 def test_unreachable_hub(called: Call) -> None:

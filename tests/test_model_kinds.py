@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import io
 import json
 import math
+import re
 from collections.abc import Callable, Iterator
 from fractions import Fraction
 from pathlib import Path
@@ -18,10 +20,13 @@ from kvbench.cache.shape import cache_shape
 from kvbench.corpora.documents import embedded_documents
 from kvbench.decoding import Continuation, Sampling
 from kvbench.errors import UserError
+from kvbench.execution.job import Job, Order
+from kvbench.execution.worker import Worker
 from kvbench.judges.fluency import Scorer
 from kvbench.methods import Structure, make_layout, make_method
 from kvbench.models.attention import register
 from kvbench.models.rotary import fixed_rotations, frequencies, rotated
+from kvbench.plan import Request, build_plan
 from kvbench.policing import Policing
 from kvbench.probe.asking import examine, sight_of
 from kvbench.probe.facts import ModelFacts
@@ -232,15 +237,39 @@ def test_the_sight_of_a_layer_is_read_off_its_mask() -> None:
     assert sight_of([sliding(1 << 20)], 1 << 16) is None
 
 
-def lines(folder: Path, count: int = 3) -> Path:
-    path = folder / "texts.jsonl"
-    path.write_text("".join(json.dumps({"text": d.text}) + "\n" for d in embedded_documents()[:count]))
-    return path
-
-
 def run(called: Call, folder: Path, *more: str) -> Outcome:
     return called(["run", "--model", folder, "--task", "minidocs", "--limit", "2", "--no-baselines", "--json",
                    "--threads", "1", "--out", "out", *more])
+
+
+def prepared(folder: Path, *methods: str, block: int = 256, ratio: str = "0.5") -> Worker:
+    """What a process does before it says that it is ready, in this one.
+
+    Raises:
+        UserError: it refuses; nothing has been written.
+    """
+    request = Request(
+        model=str(folder), revision=None, adapters=(), methods=methods, ratios=(ratio,), tasks=("minidocs",),
+        data=None, protocol=None, execution="streamed", limit=2, seed=0, options={"block": str(block)}, out=None,
+        reports=Path("reports"), baselines=False, device="cpu", dtype="float32", threads=1,
+    )
+    plan = build_plan(request)
+    job = Job(plan.cells, plan.model.location, plan.task_files, None, 2, 1)
+    worker = Worker(job, io.StringIO())
+    worker.prepare()
+    return worker
+
+
+def perplexity_of(worker: Worker, method: str = "full") -> float:
+    """Of what a process measures of the first two embedded documents."""
+    (work,) = worker.works
+    worker.run(Order(work.name, tuple(document.id for document, _ in work.documents), {}))
+    (key,) = [cell.key for cell in work.cells if cell.method == method]
+    assert isinstance(worker.events, io.StringIO)
+    events = [json.loads(line) for line in worker.events.getvalue().splitlines()]
+    mine = [event for event in events if event["event"] == "records" and event["cell"] == key]
+    records = [record for event in mine for record in event["records"]]
+    return math.exp(sum(r["nll"] for r in records) / sum(r["tokens"] for r in records))
 
 
 @pytest.mark.parametrize(("kind", "more", "words", "arguments"), [
@@ -253,27 +282,34 @@ def run(called: Call, folder: Path, *more: str) -> Outcome:
     ("bloom", {}, "in a way of its own (bloom)", ["--method", "full"]),
     ("cohere", {}, "turns its keys", ["--method", "streaming-llm", "--ratio", "0.5"]),
 ])
-def test_what_cannot_be_right_is_refused_and_nothing_is_written(
-    called: Call, zoo_folder: Callable[..., Path], kind: str, more: dict[str, Any], words: str, arguments: list[str]
+def test_what_cannot_be_right_is_refused_before_anything_is_written(
+    zoo_folder: Callable[..., Path], kind: str, more: dict[str, Any], words: str, arguments: list[str]
 ) -> None:
-    found = run(called, zoo_folder(kind, **more), "--set", "block=256", *arguments)
-    assert found.code == 2, found.err
-    assert words in found.err
-    assert "Traceback" not in found.err
-    assert not Path("out").exists()
+    methods = [name for name in arguments if not name.startswith("-") and not name[0].isdigit()]
+    with pytest.raises(UserError, match=re.escape(words)) as refusal:
+        prepared(zoo_folder(kind, **more), *methods)
+    assert refusal.value.exit_code == 2
 
 
-def test_what_is_not_used_is_not_refused(called: Call, zoo_folder: Callable[..., Path]) -> None:
+@pytest.mark.heavy
+def test_a_refusal_is_a_sentence_of_the_command(called: Call, zoo_folder: Callable[..., Path]) -> None:
+    for kind, words in (("bert", "attends tokens that come later"), ("lfm2", "(conv)")):
+        found = run(called, zoo_folder(kind), "--method", "full", "--set", "block=64")
+        assert found.code == 2, found.err
+        assert words in found.err
+        assert "Traceback" not in found.err
+        assert not Path("out").exists()
+
+
+def test_what_is_not_used_is_not_refused(zoo_folder: Callable[..., Path]) -> None:
     """A window in the configuration that no layer has; a window as long as the text; capped logits; learned sinks."""
     for kind, more in (
         ("qwen2", {"sliding_window": 32, "use_sliding_window": False}), ("gpt_oss", {}), ("gemma2", {}),
         ("llama4_text", {"attention_chunk_size": 128}),
     ):
         folder = zoo_folder(kind, **more)
-        found = run(called, folder, "--method", "full", "--set", "block=128", "--fresh", "--out", kind)
-        assert found.code == 0, found.err
-        (row,) = [row for row in found.document["rows"] if row["metric"] == "ppl"]
-        assert row["value"] == pytest.approx(plain_perplexity(folder, 128), rel=1e-4)
+        found = perplexity_of(prepared(folder, "full", block=128))
+        assert found == pytest.approx(plain_perplexity(folder, 128), rel=1e-4)
 
 
 def plain_perplexity(folder: Path, block: int) -> float:
@@ -291,22 +327,21 @@ def plain_perplexity(folder: Path, block: int) -> float:
     return math.exp(total / count)
 
 
+@pytest.mark.heavy
 def test_rotations_by_length_in_the_command(called: Call, zoo_folder: Callable[..., Path]) -> None:
-    """In both executions the perplexity of transformers' own forward pass; the signature says how; profiles run."""
+    """The perplexity of transformers' own forward pass; the signature and the manifest say how."""
     folder = zoo_folder("llama", rope_parameters=LONG)
-    wanted = plain_perplexity(folder, 192)
-    for execution in ("streamed", "onepass"):
-        more = ["--set", "block=192", "--execution", execution, "--out", execution]
-        found = run(called, folder, "--method", "full", *more)
-        (row,) = [row for row in found.document["rows"] if row["metric"] == "ppl"]
-        assert row["value"] == pytest.approx(wanted, rel=1e-4)
-        assert "|rope:longrope by length of the text|" in row["signature"]
-    probe = json.loads(Path("streamed/run.json").read_text())["probes"][str(folder)]
+    found = run(called, folder, "--method", "full", "--set", "block=192")
+    (row,) = [row for row in found.document["rows"] if row["metric"] == "ppl"]
+    assert row["value"] == pytest.approx(plain_perplexity(folder, 192), rel=1e-4)
+    assert "|rope:longrope by length of the text|" in row["signature"]
+    probe = json.loads(Path("out/run.json").read_text())["probes"][str(folder)]
     assert probe["refusal"] == ""
     assert probe["compared_tokens"] == 192
     assert probe["compared_apart"] < 1e-4
 
 
+@pytest.mark.heavy
 def test_a_model_that_was_never_probed_is_not_reprinted(called: Call, zoo_folder: Callable[..., Path]) -> None:
     """A folder of 0.1: its records are kept where the signature is the same, and measured again where it is not."""
     folder = zoo_folder("smollm3")
@@ -337,7 +372,7 @@ def test_a_model_that_was_never_probed_is_not_reprinted(called: Call, zoo_folder
 
 
 def test_a_model_that_also_reads_other_things_is_read_as_text(
-    called: Call, tmp_path_factory: pytest.TempPathFactory, tiny_tokenizer: Any
+    tmp_path_factory: pytest.TempPathFactory, tiny_tokenizer: Any
 ) -> None:
     """Sizes lie in ``text_config``: Gemma 3 with its tower of vision."""
     import transformers as hf
@@ -354,22 +389,19 @@ def test_a_model_that_also_reads_other_things_is_read_as_text(
     folder = tmp_path_factory.mktemp("gemma3")
     hf.Gemma3ForConditionalGeneration(config).save_pretrained(folder)
     tiny_tokenizer.save_pretrained(folder)
-    found = run(called, folder, "--method", "knorm", "--ratio", "0.5", "--set", "block=128")
-    assert found.code == 0, found.err
-    (row,) = [row for row in found.document["rows"] if (row["metric"], row["method"]) == ("ppl", "full")]
-    assert row["value"] == pytest.approx(plain_perplexity(folder, 128), rel=1e-4)
+    worker = prepared(folder, "knorm", block=128)
+    assert perplexity_of(worker) == pytest.approx(plain_perplexity(folder, 128), rel=1e-4)
 
 
 def test_a_configuration_without_a_causal_model_is_refused_with_the_true_reason(
-    called: Call, tmp_path: Path, tiny_tokenizer: Any
+    tmp_path: Path, tiny_tokenizer: Any
 ) -> None:
-    tiny_tokenizer.save_pretrained(tmp_path / "m")
+    tiny_tokenizer.save_pretrained(tmp_path)
     for kind, words in (("vit", "(ViTConfig)"), ("nothing-like-it", "(nothing-like-it)")):
-        (tmp_path / "m" / "config.json").write_text(json.dumps({"model_type": kind, "num_attention_heads": 2}))
-        found = run(called, tmp_path / "m", "--method", "full")
-        assert found.code == 2
-        assert words in found.err
-        assert "damaged" not in found.err
+        (tmp_path / "config.json").write_text(json.dumps({"model_type": kind, "num_attention_heads": 2}))
+        with pytest.raises(UserError, match=re.escape(words)) as refusal:
+            prepared(tmp_path, "full")
+        assert "damaged" not in str(refusal.value)
 
 
 def test_facts_are_kept_by_fingerprint_and_versions(monkeypatch: pytest.MonkeyPatch, tiny_tokenizer: Any) -> None:

@@ -28,11 +28,14 @@ from kvbench.methods.quantising import Kivi
 from kvbench.methods.random_policy import drawn
 from kvbench.methods.snapkv import SnapKv
 from kvbench.methods.think import Think
-from kvbench.models.attention import WATCHER
+from kvbench.models.attention import WATCHER, register
 from kvbench.models.lowrank import low_rank
 from kvbench.policies import check_policy
+from kvbench.probe.asking import examine
+from kvbench.probe.facts import ModelFacts
 from tests.conftest import small_model
 from tests.test_policies import LENGTH, policy_of, read, text
+from tests.zoo import zoo_model, zoo_text
 
 
 def view(entries: int = 24, seed: int = 0, **more: Any) -> View:
@@ -368,15 +371,15 @@ def test_bits_are_the_most_that_fit() -> None:
     assert budget.fitted(100, SHAPE).option("bits") == "4"
 
 
-def test_weights_of_low_rank_are_the_best_of_that_rank(model: nn.Module) -> None:
+def test_weights_of_low_rank_are_the_best_of_that_rank(model: nn.Module, family: str) -> None:
     """On every family: the whole rank changes nothing, and each lower one is as far away as its singular values."""
     ids = text(32)
-    shape = CacheShape.of(model.config, 1)
+    whole = 64 if family in ("neox", "opt", "gpt2") else 32
     with torch.inference_mode():
         full = model(input_ids=ids).logits
-        with low_rank(model, shape.heads * shape.width):
+        with low_rank(model, whole):
             assert float((model(input_ids=ids).logits - full).abs().max()) < 1e-4
-        with low_rank(model, shape.heads * shape.width // 2):
+        with low_rank(model, whole // 2):
             assert float((model(input_ids=ids).logits - full).abs().max()) > 1e-3
         assert torch.equal(model(input_ids=ids).logits, full)
 
@@ -392,26 +395,21 @@ def test_weights_of_low_rank_are_those_of_a_model_that_has_them(llama: Any) -> N
 
 
 def test_what_a_policy_cannot_follow_is_refused_by_name(llama: Any) -> None:
-    gpt2 = small_model("gpt2")
-    capped = copy.deepcopy(llama)
-    capped.config.attn_logit_softcapping = 50.0
-    with pytest.raises(UserError, match="caps the logits"):
-        check_policy(policy_of("snapkv"), capped, "gemma")
-    with_sinks = copy.deepcopy(llama)
-    with_sinks.model.layers[0].self_attn.sinks = nn.Parameter(torch.zeros(4))
-    with pytest.raises(UserError, match="learned sinks"):
-        check_policy(policy_of("h2o"), with_sinks, "oss")
+    known = ModelFacts("Known")
+    for kind, words in (("gemma2", "caps the logits"), ("gpt_oss", "learned sinks")):
+        model = zoo_model(kind, register())
+        with pytest.raises(UserError, match=words):
+            check_policy(policy_of("h2o"), model, kind, examine(model, zoo_text(48)))
     with pytest.raises(UserError, match="learned positions"):
-        check_policy(policy_of("cascading", positions="cache"), gpt2, "gpt2")
-    scaled = copy.deepcopy(llama)
-    scaled.model.rotary_emb.rope_type = "longrope"
-    with pytest.raises(UserError, match="longrope"):
-        check_policy(policy_of("expected-attention"), scaled, "phi")
+        check_policy(policy_of("cascading", positions="cache"), small_model("gpt2"), "gpt2", known)
+    with pytest.raises(UserError, match="cannot be undone"):
+        check_policy(policy_of("expected-attention"), zoo_model("cohere", register()), "cohere", known)
     odd = copy.deepcopy(llama)
     odd.model.layers[0].self_attn.other = odd.model.layers[0].self_attn.k_proj
-    del odd.model.layers[0].self_attn.k_proj
+    odd.model.layers[0].self_attn.k_proj = nn.Sequential(odd.model.layers[0].self_attn.other)
+    del odd.model.layers[0].self_attn.other
     with pytest.raises(UserError, match="projections"):
-        check_policy(policy_of("lorc"), odd, "odd")
+        check_policy(policy_of("lorc"), odd, "odd", known)
 
 
 def test_a_cache_of_a_policy_is_not_used_otherwise(llama: Any) -> None:

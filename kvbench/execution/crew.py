@@ -9,7 +9,7 @@ from typing import Any
 
 from kvbench.execution.child import Child
 from kvbench.execution.job import Job, Judging
-from kvbench.execution.parts import Part
+from kvbench.execution.parts import FEW, Part
 from kvbench.plan import Plan
 
 SMALL_MODEL_BYTES = 256 << 20
@@ -81,7 +81,7 @@ def crew_of(plan: Plan, most: int, omit: bool, events: Events) -> list[Hand]:
     cores = request.threads or os.cpu_count() or 1
     on_cpu = request.device == "cpu" or (request.device == "auto" and not _cuda())
     small = on_cpu and 0 < plan.model.weight_bytes <= SMALL_MODEL_BYTES and not _has_large_judge(plan.judging)
-    count = min(cores, most or MOST_CHILDREN) if small else 1
+    count = min(cores, most or MOST_CHILDREN, _most_parts(plan)) if small else 1
     alone = 1 if small and most else 0  # 0: PyTorch's choice
     threads = max(1, cores // count) if count > 1 or request.threads else alone
     data = str(request.data) if request.data else None
@@ -90,6 +90,13 @@ def crew_of(plan: Plan, most: int, omit: bool, events: Events) -> list[Hand]:
         request.column,
     )
     return [Hand(job, number, events) for number in range(count)]
+
+
+def _most_parts(plan: Plan) -> int:
+    """Parts that there can be at most: a child without one would load the model for nothing."""
+    if not plan.request.limit or any(cell.protocol == "online" for cell in plan.cells):
+        return MOST_CHILDREN  # a document is many trials there
+    return len({cell.variant for cell in plan.cells}) * -(-plan.request.limit // FEW)
 
 
 def _has_large_judge(judging: Judging) -> bool:

@@ -93,7 +93,7 @@ def _parts(model: nn.Module) -> Iterator[Part]:
     }
     count = 0
     for name, module in model.named_modules():
-        for columns in known.get(name.rpartition(".")[2], ()):
+        for columns in known.get(name.rpartition(".")[2], ()) if hasattr(module, "weight") else ():
             count += 1
             yield _part(module, columns)
     if count != 2 * len(layers):
