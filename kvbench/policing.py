@@ -94,7 +94,7 @@ class Policing:
         held = cache.mean_entries() if cache.looks else cache.mean_seen()
         if self.kept is not None:
             self.kept.append([(x.positions if cache.looks else x.seen()).clone() for x in cache.layers])
-        cache.read = self.read
+        cache.read = cache.begin = self.read
         places = torch.arange(self.read, self.read + m, device=ids.device)
         token = WATCHER.set(self)
         try:

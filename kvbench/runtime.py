@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from kvbench.cache.evicting import ROOM, EvictingCache, Mixing
 from kvbench.methods.layout import Layout
 from kvbench.models.adapter import Adapter
-from kvbench.models.rotary import frequencies, turned
+from kvbench.models.rotary import frequencies
 
 
 class Scored(NamedTuple):
@@ -125,7 +125,6 @@ class Reader:
         """The model with the adapter applied."""
         with ExitStack() as stack:
             if self.adapter is not None:
-                turned(self.model)  # asked while nothing is in it
                 stack.enter_context(self.adapter.applied(self.model))
             yield self
 
@@ -169,7 +168,7 @@ class Reader:
         mask = None if layout.is_plain else layout.mask[None, None].to(device)
         return self._forward(
             self.inputs(ids, layout), mask, layout.position.to(device),
-            layout.read_slots[keep].to(device), cache,
+            layout.read_slots[keep].to(device), cache, 0,
         )
 
     def stream(
@@ -214,6 +213,7 @@ class Reader:
         logits = self._forward(
             inputs, None if mask is None else _sent(mask[None, None], device),
             _sent(layout.position[start:stop], device), _sent(wanted - start, device), flow.cache,
+            int(layout.position[start]),
         )
         with self.beside():
             self.trace.peak = max(self.trace.peak, len(present))
@@ -244,7 +244,7 @@ class Reader:
         cache.mixing = None
         self.trace.peak = max(self.trace.peak, held + m)
         places = torch.arange(position, position + m, device=ids.device)
-        return self._forward(ids, mask, places, torch.arange(m, device=ids.device), cache)
+        return self._forward(ids, mask, places, torch.arange(m, device=ids.device), cache, position)
 
     def _mixing(self, layout: Layout, first: int, present: Tensor, device: torch.device) -> Mixing | None:
         """What the forward pass of the slots from ``first`` on has to mix, given what is present."""
@@ -255,7 +255,10 @@ class Reader:
         if len(places) == 0:
             return None
         turns: tuple[tuple[Tensor, Tensor] | None, ...] = ()
-        speeds = frequencies(self.model) if mixture.unrotated else None
+        speeds = None
+        if mixture.unrotated:
+            with self.bare():  # asked as it is
+                speeds = frequencies(self.model)
         if speeds is not None:
             position = _sent(layout.position[present], device)[:, None]
             known = {id(speed): position * _sent(speed, device) for speed in speeds if speed is not None}
@@ -269,9 +272,11 @@ class Reader:
 
     def _forward(
         self, inputs: Tensor, mask: Tensor | None, position: Tensor, keep: Tensor,
-        cache: EvictingCache | None,
+        cache: EvictingCache | None, begin: int,
     ) -> Tensor:
         extra: dict[str, Any] = {} if cache is None else {"past_key_values": cache}
+        if cache is not None:
+            cache.begin = begin
         extra["inputs_embeds" if inputs.is_floating_point() else "input_ids"] = inputs
         out = self.model(
             attention_mask=mask, position_ids=position[None],

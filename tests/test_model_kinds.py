@@ -34,7 +34,9 @@ from kvbench.protocols.cut import Piece
 from kvbench.protocols.score import BatchScore, score_batch
 from kvbench.protocols.score_policy import score_policed
 from kvbench.runtime import Reader
+from kvbench.store.folder import RunFolder
 from tests.conftest import Outcome
+from tests.test_store import CELL, record
 from tests.zoo import zoo_model, zoo_text
 
 Call = Callable[..., Outcome]
@@ -434,3 +436,89 @@ def test_a_policy_sees_a_layer_once(llama: nn.Module) -> None:
     layer, keys, values = cache.given[3]
     cache.given[3] = (layer, keys, values + 1)
     assert asking._uncached(cache, heard) == f"layer {layer} caches other values than it attends"
+
+
+def test_queries_that_are_scaled_by_their_place_have_it_after_removal() -> None:
+    """Llama 4 asks the cache where it is: masked and removed are equal, and ratio 0 is the model's own."""
+    more = {"attn_temperature_tuning": True, "floor_scale": 60, "attn_scale": 1.0}
+    model, ids = zoo_model("llama4_text", register(), **more), zoo_text(300)
+    own = own_nll(zoo_model("llama4_text", **more), ids)
+    assert float((scored(model, ids, "full").nll[0] - own).abs().max()) < 1e-4
+    for name in ("sinks", "window", "scattered"):
+        masked = scored(model, ids, name, "0.8", execution="onepass").nll
+        assert float((scored(model, ids, name, "0.8").nll - masked).abs().max()) < 1e-4
+
+
+@pytest.mark.parametrize("kind", ["deepseek_v2", "llama4_text"])
+def test_rotations_as_complex_numbers_are_fixed_too(kind: str) -> None:
+    more: dict[str, Any] = {"rope_parameters": DYNAMIC, "max_position_embeddings": 100}
+    model, ids = zoo_model(kind, register(), **more), zoo_text(240)
+    own = own_nll(zoo_model(kind, **more), ids)
+    assert float((scored(model, ids, "full").nll[0] - own).abs().max()) < 1e-4
+    assert "rope:dynamic" in examine(model, zoo_text(48)).mark
+
+
+def test_rotations_that_cannot_be_fixed_are_refused() -> None:
+    """PhiMoE scales by the places of what is read, beside its frequencies."""
+    long = {**LONG, "short_mscale": 1.1, "long_mscale": 1.3}
+    model = zoo_model("phimoe", register(), rope_parameters=long)
+    assert "goes by the length" in examine(model, zoo_text(48)).refusal
+
+
+def test_layers_whose_rotations_coincide_in_short_texts_are_told_apart_in_long_ones() -> None:
+    kinds = {"full_attention": LONG, "sliding_attention": {"rope_type": "default", "rope_theta": 1e4}}
+    model = zoo_model(
+        "gemma3_text", register(), rope_parameters=kinds, layer_types=["full_attention", "sliding_attention"] * 2
+    )
+    for length, alike in ((60, True), (200, False)):
+        with fixed_rotations(model, length):
+            first, second, *_ = frequencies(model) or ()
+            assert first is not None
+            assert second is not None
+            assert torch.allclose(first, second) is alike
+
+
+@pytest.mark.parametrize("kind", ["gemma2", "gpt_oss", "cohere2", "olmo3", "llama4_text", "qwen2_moe"])
+def test_a_window_that_no_layer_has_is_no_bound(kind: str) -> None:
+    setting = "attention_chunk_size" if kind == "llama4_text" else "sliding_window"
+    model = zoo_model(kind, register(), layer_types=["full_attention"] * 4, **{setting: 20})
+    facts = examine(model, zoo_text(48))
+    assert facts.window is None
+    assert not facts.refusal
+
+
+def test_a_short_window_hides_nothing_else() -> None:
+    facts = examine(zoo_model("gemma2", register(), sliding_window=20), zoo_text(48))
+    assert facts.window == 20
+    assert "caps the logits" in facts.policy_refusal
+    facts = examine(zoo_model("gemma3n_text", register(), sliding_window=20, layer_types=["sliding_attention"] * 4),
+                    zoo_text(48))
+    assert facts.window == 20
+    assert facts.needs_ids
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_what_is_faint_is_seen_in_any_precision(dtype: torch.dtype) -> None:
+    """An encoder with small weights; a mask that a model makes for itself."""
+    encoder = zoo_model("bert", register(), initializer_range=0.02).to(dtype)
+    assert "come later" in examine(encoder, zoo_text(48)).forward_refusal
+    assert "masks of their own" in examine(zoo_model("doge", register()).to(dtype), zoo_text(48)).policy_refusal
+
+
+def test_facts_of_another_kind_are_not_believed() -> None:
+    whole = ModelFacts("Model").as_dict()
+    assert ModelFacts.load({**whole, "window": 64}).window == 64
+    for name, value in (("window", "x"), ("mark", None), ("needs_ids", 1), ("more", 1)):
+        with pytest.raises(TypeError):
+            ModelFacts.load({**whole, name: value})
+
+
+def test_records_of_another_signature_are_laid_aside(tmp_path: Path) -> None:
+    """And taken up again: nothing is lost, whichever limit or version is asked for in between."""
+    for signature, names, added in (
+        ("v:1", [], "a"), ("v:2", [], "b"), ("v:1", ["a"], "c"), ("v:2", ["b"], "d"), ("v:1", ["a", "c"], "e"),
+    ):
+        folder = RunFolder(tmp_path)
+        folder.open_cell(CELL, signature)
+        assert list(folder.records(CELL)) == names
+        folder.append(CELL, [record(added)])

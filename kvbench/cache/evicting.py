@@ -130,12 +130,18 @@ class EvictingCache(Cache):  # type: ignore[misc]
         mixing: the entries of the coming forward pass that are computed from others.
         holes: int64, the places that the entries of the coming forward pass go to first; None to
             store exactly what is held.
+        begin: place in the text of the first token of the coming forward pass, which some models ask the cache for.
     """
 
     def __init__(self) -> None:
         super().__init__(layer_class_to_replicate=EvictingLayer)
         self.mixing: Mixing | None = None
         self.holes: Tensor | None = None
+        self.begin = 0
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        """Where the coming tokens stand in the text, whatever has been removed before them."""
+        return self.begin
 
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any

@@ -56,7 +56,7 @@ def cache_shape(model: nn.Module) -> CacheShape:
     """What the model puts into its cache for a token, by layer: two tokens are read, once for every model."""
     if model not in _SEEN:
         cache, device = EvictingCache(), next(model.parameters()).device
-        with torch.inference_mode(), unwatched():
+        with torch.no_grad(), unwatched():
             model(
                 input_ids=torch.ones(1, 2, dtype=torch.long, device=device), past_key_values=cache, use_cache=True,
                 attention_mask=torch.ones(2, 2, dtype=torch.bool, device=device).tril()[None, None],

@@ -16,7 +16,7 @@ from kvbench.models.loading import Loaded, load_model
 from kvbench.models.references import resolve_model
 from kvbench.probe.asking import LENGTH, examine
 from kvbench.probe.facts import ModelFacts
-from kvbench.probe.kept import sample, tolerance
+from kvbench.probe.kept import sample
 from kvbench.protocols.cut import Piece, Tokenizer, cut_blocks, make_tokenizer
 from kvbench.protocols.score import BatchScore, score_batch
 from kvbench.protocols.score_policy import score_policed
@@ -86,7 +86,7 @@ def make_subject(model: str, revision: str | None, device: str, dtype: str) -> S
         UserError: it cannot be loaded, or its context is too short for any check.
     """
     loaded = load_model(resolve_model(model, revision), device, dtype)
-    facts = examine(loaded.model, sample(loaded, LENGTH))
+    facts = examine(loaded.model, sample(loaded, min(LENGTH, loaded.context)))
     facts.check(model)
     where = next(loaded.model.parameters()).device
     if where.type == "cuda":
@@ -105,4 +105,4 @@ def make_subject(model: str, revision: str | None, device: str, dtype: str) -> S
             f"{model} reads so few or so many tokens at a time ({block}) that the embedded documents give no block.",
             "Examine another model.",
         )
-    return Subject(loaded, tokenizer, documents, tuple(pieces), tolerance(loaded), facts)
+    return Subject(loaded, tokenizer, documents, tuple(pieces), facts.tolerance, facts)

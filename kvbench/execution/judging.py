@@ -54,8 +54,8 @@ def load_judges(judging: Judging, loaded: Loaded, device: str, dtype: str) -> Ju
     elif judging.scorer != NOTHING:
         other = _load("--scorer", judging.models[judging.scorer], device, dtype)
         facts = probed(other, judging.models[judging.scorer].fingerprint)
-        if not facts.is_causal:
-            raise UserError(f"--scorer {judging.scorer}: {facts.refusal}", "Choose a causal language model.")
+        if facts.forward_refusal:
+            raise UserError(f"--scorer {judging.scorer}: {facts.forward_refusal}", "Choose another model.")
         scorer = Scorer(other.model, other.tokenizer, other.context)
     encoder: Encoder | None = None
     if judging.encoder:

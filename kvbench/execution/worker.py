@@ -40,7 +40,7 @@ from kvbench.models.loading import load_model
 from kvbench.models.references import ModelReference
 from kvbench.models.rotary import frequencies, has_rotary
 from kvbench.policies import check_policy
-from kvbench.probe.kept import apart_at, probed, tolerance
+from kvbench.probe.kept import apart_at, probed
 from kvbench.protocols.cut import Cut, Piece
 from kvbench.protocols.score import BatchScore, Reference, score_batch
 from kvbench.protocols.score_policy import score_policed
@@ -155,12 +155,13 @@ class Worker:
             UserError: they are not.
         """
         longest = max(len(piece.ids) for work in self.works for _, cut in work.documents for piece in cut.pieces)
-        self.compared = apart_at(self.loaded, cell.model_hash, min(longest, self.loaded.context))
+        longest = min(longest, self.loaded.context) if self.facts.learned else longest
+        self.compared = apart_at(self.loaded, cell.model_hash, longest)
         length, found = self.compared
-        if not found <= tolerance(self.loaded):
+        if not found <= self.facts.tolerance:
             raise UserError(
-                f"{cell.model}: {self.facts.kind} predicts a text of {length} tokens otherwise with stored entries "
-                f"than in one pass ({found:.2g} nats per token apart).",
+                f"{cell.model}: {self.facts.kind} predicts a text of {length} tokens otherwise with entries stored "
+                f"and removed than in one pass ({found:.2g} nats per token apart).",
                 "Measure it on shorter texts, or choose another model.",
             )
 

@@ -61,20 +61,26 @@ def unwatched() -> Iterator[None]:
 
 class Attended(NamedTuple):
     """What a layer attended: rotated ``query`` ``[batch, query heads, q, d]``, ``key`` and ``value``
-    ``[batch, heads, entries, width]``, and the names of what else took part."""
+    ``[batch, heads, entries, width]``, the names of what else took part, the ``mask`` that the model gave, and
+    whether the layer is causal where it gave none."""
 
     layer: int | None
     query: Tensor
     key: Tensor
     value: Tensor
     beside: tuple[str, ...]
+    mask: Tensor | None
+    is_causal: bool
 
 
 LISTENER: ContextVar[Callable[[Attended], None] | None] = ContextVar("listener", default=None)
 """Is told of every call of the attention."""
 
-MASKS: ContextVar[list[Callable[..., Any]] | None] = ContextVar("masks", default=None)
-"""Collects the rules ``(row, head, query, key) -> bool`` by which the model itself makes its masks."""
+Rule = Callable[..., Any]
+"""``(row, head, query, key) -> bool``: by what the model itself makes a mask."""
+
+MASKS: ContextVar[list[tuple[Rule, Tensor]] | None] = ContextVar("masks", default=None)
+"""Collects the rules by which the model makes its masks, and the masks, none of them left out."""
 
 
 def attention(
@@ -89,7 +95,10 @@ def attention(
     listener = LISTENER.get()
     if listener is not None:
         beside = [name for name, term in (("softcap", softcap), ("s_aux", sinks)) if term is not None]
-        listener(Attended(getattr(module, "layer_idx", None), query, key, value, tuple(beside)))
+        listener(Attended(
+            getattr(module, "layer_idx", None), query, key, value, tuple(beside), attention_mask,
+            bool(getattr(module, "is_causal", True)),
+        ))
     watcher = WATCHER.get()
     if watcher is not None:
         return _watched(watcher, module, query, key, value, **extra), None
@@ -154,12 +163,14 @@ def _exact(
     return out
 
 
-def _mask(*args: Any, mask_function: Callable[..., Any] = causal_mask_function, **kwargs: Any) -> Tensor | None:
+def _mask(*args: Any, mask_function: Rule = causal_mask_function, **kwargs: Any) -> Tensor | None:
     """SDPA's own mask function; notes by what rule the model makes its mask."""
-    rules = MASKS.get()
-    if rules is not None:
-        rules.append(mask_function)
+    collected = MASKS.get()
+    if collected is not None:
+        kwargs |= {"allow_is_causal_skip": False, "allow_is_bidirectional_skip": False}
     mask: Tensor | None = sdpa_mask(*args, mask_function=mask_function, **kwargs)
+    if collected is not None and mask is not None:
+        collected.append((mask_function, mask))
     return mask
 
 

@@ -27,7 +27,7 @@ _ELSEWHERE = 11
 """Where a token is read a second time, to see what its place changes."""
 
 _PRISTINE: WeakKeyDictionary[nn.Module, dict[str, nn.Module]] = WeakKeyDictionary()
-_FOUND: WeakKeyDictionary[nn.Module, Turned] = WeakKeyDictionary()
+_FOUND: WeakKeyDictionary[nn.Module, tuple[tuple[int, ...], Turned]] = WeakKeyDictionary()
 
 
 class Turned(NamedTuple):
@@ -86,39 +86,48 @@ def turned(model: nn.Module) -> Turned:
 
     The model is to be asked as it is, before an adapter is put into it.
     """
-    if model not in _FOUND:
-        _FOUND[model] = _asked(model)
-    return _FOUND[model]
+    state = tuple(tensor.data_ptr() for name, tensor in model.named_buffers() if _is_speed(name, tensor))
+    if model not in _FOUND or _FOUND[model][0] != state:  # asked again once rotations are fixed for another text
+        _FOUND[model] = state, _asked(model)
+    return _FOUND[model][1]
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def _asked(model: nn.Module) -> Turned:
-    calls: list[Attended] = []
     device = next(model.parameters()).device
-    places = torch.tensor([[0], [_ELSEWHERE]], device=device)
-    token = LISTENER.set(calls.append)
-    try:
-        with unwatched():
-            logits = model(input_ids=torch.ones_like(places), position_ids=places, use_cache=False).logits.float()
-    except IndexError:  # a table of positions that ends before
-        return Turned((), True)
-    finally:
-        LISTENER.reset(token)
+    read: list[tuple[list[Attended], Tensor]] = []
+    for place in (0, _ELSEWHERE):
+        calls: list[Attended] = []
+        token = LISTENER.set(calls.append)
+        try:
+            with unwatched():
+                logits = model(
+                    input_ids=torch.ones(1, 1, dtype=torch.long, device=device), use_cache=False,
+                    position_ids=torch.arange(place, place + 1, device=device)[None],
+                    attention_mask=torch.ones(1, 1, 1, 1, dtype=torch.bool, device=device),
+                ).logits
+        except IndexError:  # a table of positions that ends before
+            return Turned((), True)
+        finally:
+            LISTENER.reset(token)
+        read.append((calls, logits.float().cpu()))
+    (first, one), (second, other) = read
     near = 0.05 if next(model.parameters()).dtype != torch.float32 else 1e-4
-    learned = not torch.allclose(logits[0], logits[1], rtol=near, atol=near * float(logits.abs().max()))
+    learned = not torch.allclose(one, other, rtol=near, atol=near * float(one.abs().max()))
     buffers = {name: tensor for name, tensor in model.named_buffers() if _is_speed(name, tensor)}
-    if [call.layer for call in calls] != list(range(len(calls))):
-        return Turned((None,) * max(1, len(calls)), learned)
-    return Turned(tuple(None if learned else _rotation_of(call, buffers, near) for call in calls), learned)
+    if [call.layer for call in first] != list(range(len(first))):
+        return Turned((None,) * max(1, len(first)), learned)
+    pairs = zip(first, second, strict=True)
+    return Turned(tuple(None if learned else _rotation_of(a, b, buffers, near) for a, b in pairs), learned)
 
 
 def _is_speed(name: str, tensor: Tensor) -> bool:
     return name.endswith("inv_freq") and "original" not in name and tensor.dim() == 1
 
 
-def _rotation_of(call: Attended, buffers: dict[str, Tensor], near: float) -> str | None:
+def _rotation_of(first: Attended, second: Attended, buffers: dict[str, Tensor], near: float) -> str | None:
     """The frequencies that turn a token's query and key from the first place to the other; "" if nothing does."""
-    pairs = [(tensor[0].float(), tensor[1].float()) for tensor in (call.query, call.key)]
+    pairs = [(a.float().cpu(), b.float().cpu()) for a, b in ((first.query, second.query), (first.key, second.key))]
     for name in ("", *buffers):
         if all(_apart(_moved(here, buffers.get(name)), there) < near for here, there in pairs):
             return name
@@ -128,7 +137,7 @@ def _rotation_of(call: Attended, buffers: dict[str, Tensor], near: float) -> str
 def _moved(x: Tensor, speeds: Tensor | None) -> Tensor:
     if speeds is None or 2 * len(speeds) > x.shape[-1]:
         return x
-    angle = _ELSEWHERE * speeds.float()[None]
+    angle = _ELSEWHERE * speeds.float().cpu()[None]
     return rotated(x, angle.cos(), angle.sin())
 
 
@@ -154,6 +163,7 @@ def by_length(model: nn.Module) -> dict[str, nn.Module]:
 
 
 def _depends(module: nn.Module) -> bool:
+    """Whether what it gives for some places depends on what comes behind them."""
     for layer_type in _layer_types(module):
         short, long = ([0, 1, 2], [0, 1, 2, FAR])
         try:
@@ -171,13 +181,13 @@ def _layer_types(module: nn.Module) -> tuple[str | None, ...]:
     return tuple(kind) if isinstance(kind, dict) else (None,)
 
 
-def _table(module: nn.Module, places: list[int], layer_type: str | None) -> tuple[Tensor, Tensor]:
-    """Cosine and sine at some places of a text."""
+def _table(module: nn.Module, places: list[int], layer_type: str | None) -> tuple[Tensor, ...]:
+    """Cosine and sine ``[1, places, d]`` at some places of a text, or both as complex numbers."""
     device = next(module.buffers()).device
     more = {} if layer_type is None else {"layer_type": layer_type}
     ids = torch.tensor([places], device=device)
-    cosine, sine = module(torch.zeros(1, 1, 1, device=device), ids, **more)
-    return cosine, sine
+    found = module(torch.zeros(1, 1, 1, device=device), ids, **more)
+    return tuple(found) if isinstance(found, (tuple, list)) else (found,)
 
 
 @contextmanager
@@ -221,6 +231,12 @@ def _fixed(pristine: nn.Module, length: int, model: nn.Module) -> nn.Module:
         for layer_type in _layer_types(module):
             _table(module, [0, length - 1], layer_type)
     module.forward = partial(torch.no_grad()(plain), module)
+    with torch.inference_mode(False), torch.no_grad():
+        if _depends(module):
+            raise UserError(
+                f"{type(module).__name__} of {type(model).__name__} goes by the length of what is read even where "
+                "its frequencies are fixed.", "Choose another model.",
+            )
     return module  # type: ignore[no-any-return]
 
 

@@ -15,17 +15,17 @@ from torch import Tensor, nn
 from kvbench.cache.evicting import EvictingCache
 from kvbench.cache.policed import PolicedCache
 from kvbench.errors import UserError
-from kvbench.methods import make_layout, make_method
+from kvbench.methods import Layout, make_layout, make_method
 from kvbench.methods.policy import Policy
-from kvbench.models.attention import LISTENER, MASKS, NAME, Attended
+from kvbench.models.attention import LISTENER, MASKS, NAME, Attended, Rule
 from kvbench.models.loading import context_of, text_config
 from kvbench.models.rotary import fixed_rotations, fresh_rotations, rotation_mark, turned
 from kvbench.policing import Policing
 from kvbench.probe.facts import ModelFacts
 from kvbench.runtime import Reader
 
-LENGTH, CHUNK = 48, 7
-"""Tokens that are read, and how many at a time where entries are stored."""
+LENGTH, CHUNK, LEAST = 48, 7, 8
+"""Tokens that are read, how many at a time where entries are stored, and the least that say anything."""
 
 TOLERANCES = {torch.float32: 1e-4, torch.bfloat16: 0.1, torch.float16: 0.02}
 """How far two ways to the same number may lie apart, in nats per token, by the precision of the weights."""
@@ -41,8 +41,8 @@ class _FoundError(Exception):
     """The probe has come to an end: the model cannot be measured."""
 
 
-class _NotCausalError(_FoundError):
-    """Its tokens attend what comes later."""
+class _ForwardError(_FoundError):
+    """Not even its own forward pass gives a likelihood."""
 
 
 def examine(model: nn.Module, ids: Tensor) -> ModelFacts:
@@ -56,20 +56,22 @@ def examine(model: nn.Module, ids: Tensor) -> ModelFacts:
         try:
             facts = _Probe(model, ids).carried_out(facts)
         except _FoundError as found:
-            facts = replace(facts, refusal=str(found), is_causal=not isinstance(found, _NotCausalError))
+            forward = str(found) if isinstance(found, _ForwardError) else ""
+            facts = replace(facts, refusal=str(found), forward_refusal=forward)
+        except UserError as found:  # rotations that cannot be fixed
+            facts = replace(facts, refusal=found.message)
     return replace(facts, seconds=round(time.perf_counter() - started, 3))
 
 
-def apart(model: nn.Module, ids: Tensor, length: int | None = None) -> float:
-    """Nats per token between the model's own forward pass over a text and what is read with every entry stored.
-
-    Args:
-        length: of the text, for rotations that depend on it; that of ``ids`` if None.
-    """
-    with torch.inference_mode(), fixed_rotations(model, length or ids.shape[1]):
+def apart(model: nn.Module, ids: Tensor) -> float:
+    """Nats per token between two ways of reading a text, the worse of two pairs: the model's own forward pass and
+    what is read with every entry stored; half of the entries masked, and really removed."""
+    half = make_layout(make_method("window", Fraction(1, 2)), ids.shape[1], 0, 0)
+    with torch.inference_mode(), fixed_rotations(model, ids.shape[1]):
         streamed = _nll_streamed(model, ids, 64)
+        masked, removed = _nll(Reader(model).one_pass(ids, half), ids), _nll_streamed(model, ids, 64, half)
     with torch.inference_mode(), fresh_rotations(model):
-        return _distance(_nll(_own(model, ids), ids), streamed)
+        return max(_distance(_nll(_own(model, ids), ids), streamed), _distance(masked, removed))
 
 
 class _Probe:
@@ -83,57 +85,69 @@ class _Probe:
 
         Raises:
             _FoundError: it is ruled out.
+            UserError: its rotations cannot be fixed.
         """
-        model, ids = self.model, self.ids
-        own = self._own_nll()
-        self._check_causal(own)
-        rules: list[Callable[..., Any]] = []
-        calls: list[Attended] = []
-        with _collected(MASKS, rules), _heard(calls.append):
-            mine = self._tried(lambda: _nll(_own(model, ids), ids), "its own forward pass")
-        self._check("its attention, computed by PyTorch, is not that of its own code", own, mine)
+        model, (rules, calls, own_masks) = self.model, self._masks()
         window = sight_of(rules, max(LONGEST, context_of(model.config)))
-        if window is not None and window < self.length:
-            return replace(facts, window=window, window_setting=setting_of(model.config, window))
+        if window is not None and window < self.length:  # the rest is asked of texts that all layers attend whole
+            self.ids, self.length = self.ids[:, :window], window
+            if window < LEAST:
+                raise _FoundError(f"{type(model).__name__} attends no more than {window} tokens in some layers.")
+        ids = self.ids
+        with _eager(model):
+            own = self._tried(lambda: _nll(_own(model, ids), ids), "its own forward pass", _ForwardError)
+        mine = self._tried(lambda: _nll(_own(model, ids), ids), "its own forward pass", _ForwardError)
+        self._check("its attention, computed by PyTorch, is not that of its own code", own, mine, _ForwardError)
+        if next(model.parameters()).dtype != torch.float32:  # near what two kernels differ in
+            self.tolerance = min(self.tolerance, max(self.tolerance / 20, 4 * self.worst))
         with fixed_rotations(model, self.length):
             streamed = self._tried(lambda: _nll_streamed(model, ids, CHUNK), "reading it with stored entries")
             self._check("what it predicts with stored entries is not what it predicts in one pass", own, streamed)
             self._check_masks()
             needs_ids = self._needs_ids(mine)
-            policy_refusal = self._policies(own, calls)
-        found = turned(model)
+            policy_refusal = own_masks or self._policies(own, calls)
+            found, mark = turned(model), rotation_mark(model)
         return replace(
             facts, window=window, window_setting=setting_of(model.config, window), policy_refusal=policy_refusal,
             needs_ids=needs_ids, is_turned=None not in found.layers, learned=found.learned,
-            mark=rotation_mark(model) + "|input:ids" * needs_ids, apart=self.worst,
+            mark=mark + "|input:ids" * needs_ids, apart=self.worst, tolerance=self.tolerance,
         )
 
-    def _own_nll(self) -> Tensor:
-        """By the model's own code, nothing stored."""
-        with _eager(self.model):
-            return self._tried(lambda: _nll(_own(self.model, self.ids), self.ids), "its own forward pass")
+    def _masks(self) -> tuple[list[Rule], list[Attended], str]:
+        """The rules of the masks that reach a layer, the layers' calls, and why policies cannot be used, if layers
+        make masks of their own.
 
-    def _check_causal(self, own: Tensor) -> None:
-        other, half = self.ids.clone(), self.length // 2
-        other[:, half:] = other[:, half:].flip(1).roll(1, 1)
-        with _eager(self.model):
-            changed = _nll(_own(self.model, other), self.ids)
-        if _distance(own[:, : half - 1], changed[:, : half - 1]) > self.tolerance:
+        Raises:
+            _FoundError: a token sees what comes later.
+        """
+        made: list[tuple[Rule, Tensor]] = []
+        calls: list[Attended] = []
+        with _collected(MASKS, made), _heard(calls.append):
+            self._tried(lambda: _own(self.model, self.ids), "its own forward pass", _ForwardError)
+        later = torch.ones(self.length, self.length, dtype=torch.bool, device=self.ids.device).triu(1)
+        if any(_sees(call, later) for call in calls):
             config: Any = self.model.config
             is_encoder = "is_decoder" in vars(type(config)) and not config.is_decoder
             why = " (is_decoder: false)" if is_encoder else ""
-            raise _NotCausalError(
+            raise _ForwardError(
                 f"{type(self.model).__name__} attends tokens that come later{why}: it is no causal language model, "
                 "and has no perplexity."
             )
+        by_storage = {mask.untyped_storage().data_ptr(): rule for rule, mask in made}
+        given = [call.mask for call in calls if call.mask is not None]
+        reached = [by_storage.get(mask.untyped_storage().data_ptr()) for mask in given]
+        if None in reached:
+            name = type(self.model).__name__
+            own = f"In {name}, layers attend under masks of their own, which a policy does not know."
+            return [rule for rule, _ in made], calls, own
+        return list({id(rule): rule for rule in reached if rule is not None}.values()), calls, ""
 
     def _check_masks(self) -> None:
         """A window, masked in one pass and really removed."""
         layout = make_layout(make_method("window", Fraction(1, 2)), self.length, 0, 0)
-        reader = Reader(self.model)
-        masked = self._tried(lambda: _nll(reader.one_pass(self.ids, layout), self.ids), "reading it under a mask")
-        parts = [part.logits for part in reader.stream(self.ids, layout, EvictingCache(), CHUNK)]
-        removed = _nll(torch.cat(parts, 1), self.ids)
+        what, ids = "reading it under a mask", self.ids
+        masked = self._tried(lambda: _nll(Reader(self.model).one_pass(ids, layout), ids), what)
+        removed = self._tried(lambda: _nll_streamed(self.model, ids, CHUNK, layout), what)
         self._check("it does not attend under the masks that it is given", masked, removed)
 
     def _needs_ids(self, by_ids: Tensor) -> bool:
@@ -172,19 +186,19 @@ class _Probe:
             return f"{name} predicts something else under a policy that removes nothing."
         return ""
 
-    def _tried(self, run: Callable[[], Tensor], what: str) -> Tensor:
+    def _tried(self, run: Callable[[], Tensor], what: str, kind: type[_FoundError] = _FoundError) -> Tensor:
         try:
             found = run()
         except Faults as error:
-            raise _FoundError(self._why(f"{what} fails: {_sentence(error)}")) from error
+            raise kind(self._why(f"{what} fails: {_sentence(error)}")) from error
         if not bool(torch.isfinite(found).all()):
-            raise _FoundError(f"{what} gives predictions that are not finite (overflow, or damaged weights).")
+            raise kind(f"{what} gives predictions that are not finite (overflow, or damaged weights).")
         return found
 
-    def _check(self, what: str, one: Tensor, other: Tensor) -> None:
+    def _check(self, what: str, one: Tensor, other: Tensor, kind: type[_FoundError] = _FoundError) -> None:
         distance = _distance(one, other)
         if not distance <= self.tolerance:
-            raise _FoundError(self._why(f"{what} ({distance:.2g} nats per token apart)"))
+            raise kind(self._why(f"{what} ({distance:.2g} nats per token apart)"))
         self.worst = max(self.worst, distance)
 
     def _why(self, what: str) -> str:
@@ -226,7 +240,15 @@ def _uncached(cache: _Noting, heard: list[Attended]) -> str:
     return ""
 
 
-def sight_of(rules: list[Callable[..., Any]], longest: int) -> int | None:
+def _sees(call: Attended, later: Tensor) -> bool:
+    """Whether a query of the call sees a key that comes later, where bool ``[queries, keys]`` says what does."""
+    if call.mask is None:
+        return not call.is_causal
+    open_ = call.mask if call.mask.dtype == torch.bool else call.mask > -1e4
+    return open_.shape[-2:] == later.shape and bool((open_ & later).any())
+
+
+def sight_of(rules: list[Rule], longest: int) -> int | None:
     """The longest text whose last token sees all of it by every rule; None if that of ``longest`` tokens does.
 
     Args:
@@ -236,7 +258,7 @@ def sight_of(rules: list[Callable[..., Any]], longest: int) -> int | None:
     return min(found, default=None)
 
 
-def _bound(rule: Callable[..., Any], longest: int) -> int | None:
+def _bound(rule: Rule, longest: int) -> int | None:
     def sees_all(length: int) -> bool:
         zero, last = torch.zeros(1, dtype=torch.long), torch.tensor([length - 1])
         return bool(torch.as_tensor(rule(zero, zero, last, torch.arange(length))).all())
@@ -286,8 +308,9 @@ def _nll(logits: Tensor, ids: Tensor) -> Tensor:
     return -log_p.gather(-1, ids[:, 1:, None])[..., 0]
 
 
-def _nll_streamed(model: nn.Module, ids: Tensor, chunk: int) -> Tensor:
-    layout = make_layout(make_method("full", Fraction(0)), ids.shape[1], 0, 0)
+def _nll_streamed(model: nn.Module, ids: Tensor, chunk: int, layout: Layout | None = None) -> Tensor:
+    """With entries stored, and removed if there is a layout."""
+    layout = layout or make_layout(make_method("full", Fraction(0)), ids.shape[1], 0, 0)
     parts = []
     for part in Reader(model).stream(ids, layout, EvictingCache(), chunk):
         targets = ids[:, part.start + 1 : part.stop + 1]

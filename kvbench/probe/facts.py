@@ -18,7 +18,7 @@ class ModelFacts:
     Attributes:
         kind: class of the model.
         refusal: why no number of this model would be right, as a sentence; empty if numbers are.
-        is_causal: no token attends those that come later.
+        forward_refusal: why not even its own forward pass gives a likelihood; empty if it does.
         policy_refusal: why policies cannot be used on it, likewise.
         window: the longest text that every layer attends whole; None if there is no such bound.
         window_setting: what the configuration calls it, such as ``sliding_window``.
@@ -27,12 +27,13 @@ class ModelFacts:
         learned: places are part of what is read, and not only of queries and keys.
         mark: how the model enters the signature of a number; empty for most.
         apart: how far the ways to the same number lay apart at most, in nats per token.
+        tolerance: how far they may, by the precision of the weights and by what two kernels differ in.
         seconds: what the probe took.
     """
 
     kind: str
     refusal: str = ""
-    is_causal: bool = True
+    forward_refusal: str = ""
     policy_refusal: str = ""
     window: int | None = None
     window_setting: str = "window"
@@ -41,6 +42,7 @@ class ModelFacts:
     learned: bool = False
     mark: str = ""
     apart: float = 0.0
+    tolerance: float = 1e-4
     seconds: float = 0.0
 
     @classmethod
@@ -48,9 +50,14 @@ class ModelFacts:
         """From what ``as_dict`` made of it.
 
         Raises:
-            TypeError: something is missing, or too much.
+            TypeError: something is too much, or of another type.
         """
-        return cls(**raw)
+        facts = cls(**raw)
+        for name, value in facts.as_dict().items():
+            usual = getattr(cls, name, "")
+            if type(value) is not type(usual) and not (name == "window" and type(value) is int):
+                raise TypeError(f"{name} is {value!r}")
+        return facts
 
     def as_dict(self) -> dict[str, Any]:
         return dataclasses.asdict(self)

@@ -9,13 +9,12 @@ import torch
 
 from kvbench import __version__
 from kvbench.models.loading import Loaded
-from kvbench.models.rotary import by_length
-from kvbench.probe.asking import LENGTH, TOLERANCES, apart, examine
+from kvbench.probe.asking import LENGTH, apart, examine
 from kvbench.probe.facts import ModelFacts
 from kvbench.store.cached import read_cache, write_cache
 
 FILE = "probes.json"
-PROBE = 1
+PROBE = 2
 """Raised whenever the probe asks something else."""
 
 MOST = 4096
@@ -40,7 +39,7 @@ def probed(loaded: Loaded, fingerprint: str) -> ModelFacts:
             return ModelFacts.load(kept)
         except TypeError:  # of another probe
             pass
-    facts = examine(loaded.model, sample(loaded, LENGTH))
+    facts = examine(loaded.model, sample(loaded, min(LENGTH, loaded.context)))
     _keep(key, facts.as_dict())
     return facts
 
@@ -61,15 +60,10 @@ def apart_at(loaded: Loaded, fingerprint: str, longest: int) -> tuple[int, float
     return length, found
 
 
-def tolerance(loaded: Loaded) -> float:
-    """Nats per token that two ways to the same number may lie apart."""
-    return TOLERANCES.get(next(loaded.model.parameters()).dtype, 0.1)
-
-
 def sample(loaded: Loaded, length: int) -> torch.Tensor:
-    """Ids ``[1, length]`` of some text, repeated as often as it takes; no more than the model's context."""
+    """Ids ``[1, length]`` of some text, repeated as often as it takes."""
     device = next(loaded.model.parameters()).device
-    length = max(2, min(length, loaded.context))
+    length = max(2, length)
     ids = [i for i in loaded.tokenizer(_TEXT, add_special_tokens=False).input_ids if i < loaded.vocabulary]
     if len(set(ids)) < 8:  # a tokenizer that does not know the language
         ids = list(range(min(8, loaded.vocabulary // 2), min(loaded.vocabulary, 90)))
@@ -93,8 +87,3 @@ def _key(loaded: Loaded, fingerprint: str) -> str:
 def _keep(key: str, found: Any) -> None:
     if key:
         write_cache(FILE, {**read_cache(FILE), key: found})
-
-
-def is_by_length(loaded: Loaded) -> bool:
-    """Whether rotations of the model depend on how long a text is."""
-    return bool(by_length(loaded.model))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 import os
 import shutil
@@ -50,6 +51,19 @@ def write_atomic(path: Path, text: str) -> None:
     except OSError:
         part.unlink(missing_ok=True)
         raise
+
+
+def _aside(path: Path, signature: str | None) -> Path:
+    """Where a file of another signature lies: ``records.jsonl`` in ``records-0123abcd.jsonl``."""
+    return path.with_stem(f"{path.stem}-{hashlib.sha256(str(signature).encode()).hexdigest()[:8]}")
+
+
+def _exchange(path: Path, aside: Path, earlier: Path) -> None:
+    """Lay a file aside, and take up an earlier one, as far as there are any."""
+    if path.exists():
+        os.replace(path, aside)
+    if earlier.exists():
+        os.replace(earlier, path)
 
 
 def _is_left_over(path: Path) -> bool:
@@ -136,7 +150,8 @@ class RunFolder:
     def open_cell(self, cell: Cell, signature: str = "", earlier: str | None = None) -> None:
         """Make the cell's folder, drop an old failure, and repair a torn last line.
 
-        Records that were made under another signature say something else, and are measured again.
+        Records that were made under another signature say something else: they are laid aside, and those that were
+        made under this one are taken up again.
 
         Args:
             signature: that records will be made under; empty where that is not known.
@@ -155,7 +170,7 @@ class RunFolder:
                 made = (folder / SIGNATURE).read_text(encoding="utf-8") if (folder / SIGNATURE).exists() else earlier
                 if made not in (None, signature):
                     for name in (RECORDS, MAUVE):
-                        (folder / name).unlink(missing_ok=True)
+                        _exchange(folder / name, _aside(folder / name, made), _aside(folder / name, signature))
                 write_atomic(folder / SIGNATURE, signature)
             if records.exists():
                 with records.open("r+b") as file:
