@@ -293,7 +293,7 @@ def test_what_cannot_be_right_is_refused_before_anything_is_written(
     assert refusal.value.exit_code == 2
 
 
-@pytest.mark.heavy
+@pytest.mark.long
 def test_a_refusal_is_a_sentence_of_the_command(called: Call, zoo_folder: Callable[..., Path]) -> None:
     for kind, words in (("bert", "attends tokens that come later"), ("lfm2", "(conv)")):
         found = run(called, zoo_folder(kind), "--method", "full", "--set", "block=64")
