@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -14,7 +12,7 @@ from kvbench.cache.shape import cache_shape
 from kvbench.doctor.checks import Check, policies
 from kvbench.doctor.subject import Subject, policy_of
 from kvbench.errors import UserError
-from kvbench.models.attention import LISTENER, NAME, WATCHER, Attended
+from kvbench.models.attention import LISTENER, WATCHER, Attended, plain_attention
 from kvbench.models.rotary import FAR, fixed_rotations, frequencies, fresh_rotations, rotated
 from kvbench.policing import Policing
 
@@ -95,7 +93,7 @@ def policies_see_attention(subject: Subject) -> Check:
         run = Policing(model, policy_of("h2o", "0"), ids.shape[1], (0,))
         for _ in run.stream(ids):
             pass
-        with _eager(model):
+        with plain_attention(model):
             own = model(input_ids=ids, use_cache=False, output_attentions=True).attentions
     if not own or any(weights is None for weights in own):
         return Check(name, True, "the model does not show its attention", "")
@@ -195,12 +193,3 @@ def _near(subject: Subject) -> float:
 
 def _relative(one: Tensor, other: Tensor) -> float:
     return float((one.float() - other.float()).abs().max() / other.float().abs().max().clamp(min=1e-12))
-
-
-@contextmanager
-def _eager(model: Any) -> Iterator[None]:
-    model.set_attn_implementation("eager")
-    try:
-        yield
-    finally:
-        model.set_attn_implementation(NAME)

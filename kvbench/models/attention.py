@@ -199,3 +199,13 @@ def register() -> str:
     AttentionInterface.register(NAME, attention)
     AttentionMaskInterface.register(NAME, _mask)
     return NAME
+
+
+@contextmanager
+def plain_attention(model: Any) -> Iterator[None]:
+    """The model with its own attention, in plain PyTorch, instead of this module's."""
+    model.set_attn_implementation("eager")
+    try:
+        yield
+    finally:
+        model.set_attn_implementation(NAME)

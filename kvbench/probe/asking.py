@@ -17,7 +17,7 @@ from kvbench.cache.policed import PolicedCache
 from kvbench.errors import UserError
 from kvbench.methods import Layout, make_layout, make_method
 from kvbench.methods.policy import Policy
-from kvbench.models.attention import LISTENER, MASKS, NAME, Attended, Rule
+from kvbench.models.attention import LISTENER, MASKS, Attended, Rule, plain_attention
 from kvbench.models.loading import context_of, text_config
 from kvbench.models.rotary import fixed_rotations, fresh_rotations, rotation_mark, turned
 from kvbench.policing import Policing
@@ -94,7 +94,7 @@ class _Probe:
             if window < LEAST:
                 raise _FoundError(f"{type(model).__name__} attends no more than {window} tokens in some layers.")
         ids = self.ids
-        with _eager(model):
+        with plain_attention(model):
             own = self._tried(lambda: _nll(_own(model, ids), ids), "its own forward pass", _ForwardError)
         mine = self._tried(lambda: _nll(_own(model, ids), ids), "its own forward pass", _ForwardError)
         self._check("its attention, computed by PyTorch, is not that of its own code", own, mine, _ForwardError)
@@ -321,16 +321,6 @@ def _nll_streamed(model: nn.Module, ids: Tensor, chunk: int, layout: Layout | No
 
 def _distance(one: Tensor, other: Tensor) -> float:
     return float((one - other).abs().mean())
-
-
-@contextmanager
-def _eager(model: Any) -> Iterator[None]:
-    """The model with its own attention, in plain PyTorch."""
-    model.set_attn_implementation("eager")
-    try:
-        yield
-    finally:
-        model.set_attn_implementation(NAME)
 
 
 @contextmanager
