@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from kvbench.cache.policed import PolicedCache
 from kvbench.decoding import Continuation
 from kvbench.methods.policy import Merged, Policy, View
-from kvbench.models.attention import WATCHER
+from kvbench.models.attention_hooks import WATCHER
 from kvbench.models.rotary import frequencies
 from kvbench.observing import QUERIES_AT_ONCE, attended, with_moments, with_queries
 from kvbench.runtime import Reader, Scored

@@ -21,8 +21,9 @@ from kvbench.methods import Method
 from kvbench.models.adapter import Adapter, AdapterCard
 from kvbench.models.attention import register
 
-if "PYTEST_XDIST_WORKER" in os.environ:
+if "PYTEST_XDIST_WORKER" in os.environ:  # cores are shared: a command has one child, unless its test says otherwise
     torch.set_num_threads(1)
+    os.environ.setdefault("KVBENCH_THREADS", "1")
 settings.register_profile("kvbench", deadline=None, max_examples=40)  # shared machines are slow at times
 settings.load_profile("kvbench")
 

@@ -173,6 +173,19 @@ def test_help_and_version_are_instant(work: Path) -> None:
         assert "kvbench" in done.stdout
 
 
+def test_what_is_planned_needs_no_transformers(work: Path) -> None:
+    """Three seconds that only those who load a model have to wait."""
+    for arguments in (["run", "--dry-run"], ["profile", "--dry-run"], ["run", "--method", "nope"]):
+        code = (
+            f"import sys; sys.argv = ['kvbench', *{arguments!r}]\n"
+            "from kvbench.cli.app import main\n"
+            "try:\n    main()\nexcept SystemExit:\n    pass\n"
+            "print('transformers' in sys.modules)"
+        )
+        done = subprocess.run([sys.executable, "-c", code], cwd=work, capture_output=True, text=True, check=False)
+        assert done.stdout.splitlines()[-1:] == ["False"], (arguments, done.stderr)
+
+
 def test_dry_run_prints_the_cells_and_writes_nothing(
     called: Callable[[Sequence[str | Path]], Outcome], tmp_path: Path
 ) -> None:

@@ -87,7 +87,7 @@ def test_it_runs_to_its_end_without_what_a_bare_machine_has_not(tmp_path: Path) 
     assert found["ended"] == "All cells were tried."
 
 
-@pytest.mark.long
+@pytest.mark.heavy
 def test_a_run_that_is_killed_has_said_what_it_knew(tmp_path: Path) -> None:
     out = tmp_path / "out"
     process = started(out)
@@ -104,7 +104,7 @@ def test_a_run_that_is_killed_has_said_what_it_knew(tmp_path: Path) -> None:
     assert "The run has not ended, or was killed." in (out / "table.txt").read_text(encoding="utf-8")
 
 
-@pytest.mark.long
+@pytest.mark.heavy
 def test_a_run_that_is_asked_to_stop_does(tmp_path: Path) -> None:
     out = tmp_path / "out"
     process = started(out)

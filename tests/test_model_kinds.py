@@ -28,8 +28,9 @@ from kvbench.models.attention import register
 from kvbench.models.rotary import fixed_rotations, frequencies, rotated
 from kvbench.plan import Request, build_plan
 from kvbench.policing import Policing
-from kvbench.probe.asking import examine, sight_of
+from kvbench.probe.asking import examine
 from kvbench.probe.facts import ModelFacts
+from kvbench.probe.masks import sight_of
 from kvbench.protocols.cut import Piece
 from kvbench.protocols.score import BatchScore, score_batch
 from kvbench.protocols.score_policy import score_policed
@@ -293,7 +294,7 @@ def test_what_cannot_be_right_is_refused_before_anything_is_written(
     assert refusal.value.exit_code == 2
 
 
-@pytest.mark.long
+@pytest.mark.heavy
 def test_a_refusal_is_a_sentence_of_the_command(called: Call, zoo_folder: Callable[..., Path]) -> None:
     for kind, words in (("bert", "attends tokens that come later"), ("lfm2", "(conv)")):
         found = run(called, zoo_folder(kind), "--method", "full", "--set", "block=64")

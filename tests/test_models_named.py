@@ -154,7 +154,7 @@ def test_adapters_are_bound_to_the_commit(hub: Path, tmp_path: Path) -> None:
         plan_with(SECOND)
 
 
-@pytest.mark.long
+@pytest.mark.heavy
 def test_a_finished_run_is_printed_again_for_the_same_commit_only(hub: Path, texts: Path, called: Call) -> None:
     command = ["run", "--model", "org/name", "--method", "sinks", "--ratio", "0.5", "--task", "minidocs",
                "--data", texts, "--set", "block=64", "--json", "--no-baselines"]

@@ -48,7 +48,7 @@ def test_a_full_disk_is_a_sentence(tmp_path: Path, command: str) -> None:
     assert shell(f"kvbench {command} > /dev/full 2>&1", tmp_path).returncode == 1
 
 
-@pytest.mark.long
+@pytest.mark.heavy
 def test_a_run_is_kept_whoever_reads_it(tmp_path: Path) -> None:
     """From a file whose name and column are unusual, too."""
     text = "The mill by the bridge had nine flat stones, and an otter. " * 40

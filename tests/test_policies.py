@@ -18,7 +18,7 @@ from transformers import DynamicCache
 from kvbench.decoding import Sampling
 from kvbench.methods import METHODS, kept, make_method
 from kvbench.methods.policy import Policy, View, highest
-from kvbench.models.attention import WATCHER
+from kvbench.models.attention_hooks import WATCHER
 from kvbench.models.rotary import rotated
 from kvbench.observing import attended, with_moments
 from kvbench.policing import PolicedContinuation, Policing

@@ -28,7 +28,8 @@ from kvbench.methods.quantising import Kivi
 from kvbench.methods.random_policy import drawn
 from kvbench.methods.snapkv import SnapKv
 from kvbench.methods.think import Think
-from kvbench.models.attention import WATCHER, register
+from kvbench.models.attention import register
+from kvbench.models.attention_hooks import WATCHER
 from kvbench.models.lowrank import low_rank
 from kvbench.policies import check_policy
 from kvbench.probe.asking import examine

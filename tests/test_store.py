@@ -110,12 +110,14 @@ def values(outcome: Outcome) -> dict[tuple[str, str, str], float]:
 
 @pytest.mark.heavy
 def test_killed_at_any_moment_and_continued_equals_uninterrupted(documents: Path) -> None:
-    whole = kvbench(*COMMAND, "--out", "whole", cwd=documents)
+    """With two children, whose records come in any order."""
+    command = (*COMMAND, "--threads", "2")
+    whole = kvbench(*command, "--out", "whole", cwd=documents)
     assert whole.code == 0, whole.err
     environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
     patience = 40  # records on disk when the process is killed
     victim = subprocess.Popen(
-        [sys.executable, "-m", "kvbench", *COMMAND, "--out", "killed"], cwd=documents, env=environment,
+        [sys.executable, "-m", "kvbench", *command, "--out", "killed"], cwd=documents, env=environment,
         stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True,
     )
     deadline = time.monotonic() + 100
@@ -126,7 +128,7 @@ def test_killed_at_any_moment_and_continued_equals_uninterrupted(documents: Path
         time.sleep(0.01)
     os.killpg(victim.pid, signal.SIGKILL)
     victim.wait()
-    continued = kvbench(*COMMAND, "--out", "killed", cwd=documents)
+    continued = kvbench(*command, "--out", "killed", cwd=documents)
     assert continued.code == 0, continued.err
     assert values(continued) == pytest.approx(values(whole), rel=1e-6, abs=1e-9)
     for path in (documents / "killed").glob("cells/*/records.jsonl"):

@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from benchmarks.gpu.cells import Found
 from benchmarks.gpu.workshop import Workshop, small_adapter
 from kvbench.cache.evicting import EvictingCache
+from kvbench.doctor.replay import removed_and_masked
 from kvbench.methods import METHODS, Method, make_layout, make_method
 from kvbench.methods.policy import Policy
-from kvbench.models.attention import WATCHER
 from kvbench.policing import Policing
 from kvbench.runtime import Reader
 
@@ -112,56 +112,10 @@ def policy_cell(shop: Workshop, dtype: str, name: str, found: Found) -> None:
     judge(found, worst, dtype, at)
 
 
-def runs_of(policy: Policy, length: int) -> Iterator[tuple[int, int]]:
-    """Where the runs of tokens that a policy is fed begin and end."""
-    start = 0
-    while start < length:
-        stop = min(length, start + policy.run_length(start))
-        yield start, stop
-        start = stop
-
-
-class Replayed:
-    """The mask of one pass over everything: for each run of tokens, what was held before it, and the run itself."""
-
-    def __init__(self, run: Policing, query_heads: int, length: int) -> None:
-        assert run.kept is not None
-        self.masks = []
-        for layer, stored in enumerate(run.cache.layers):
-            batch, heads = stored.positions.shape[:2]
-            mask = torch.zeros(batch, heads, length, length, dtype=torch.bool, device=stored.positions.device)
-            for number, (start, stop) in enumerate(runs_of(run.policy, length)):
-                places = run.kept[number][layer] if number else stored.positions[..., :0]
-                seen = mask.new_zeros(batch, heads, length + 1)
-                seen.scatter_(-1, places.masked_fill(places < 0, length), True)
-                mask[:, :, start:stop] |= seen[:, :, None, :length]
-                mask[:, :, start:stop, start:stop] |= mask.new_ones(stop - start, stop - start).tril()
-            self.masks.append(mask.repeat_interleave(query_heads // heads, 1))
-
-    def mask(self, layer: int, *_: Any) -> Tensor:
-        return self.masks[layer]
-
-    def attend(self, *_: Any) -> None:
-        pass
-
-    def watch(self, *_: Any) -> None:
-        pass
-
-
 def _masked(model: Any, policy: Policy, ids: Tensor, dtype: str) -> tuple[float, Any]:
-    run = Policing(model, policy, ids.shape[1], (3, 5), kept=[])
     with torch.inference_mode():
-        streamed = torch.cat([part.logits for part in run.stream(ids)], 1)
-        token = WATCHER.set(Replayed(run, int(model.config.num_attention_heads), ids.shape[1]))
-        try:
-            masked = model(
-                input_ids=ids, use_cache=False,
-                attention_mask=torch.ones(1, 1, 1, 1, dtype=torch.bool, device=ids.device),
-                position_ids=torch.arange(ids.shape[1], device=ids.device)[None],
-            ).logits
-        finally:
-            WATCHER.reset(token)
-    return apart(streamed, masked, ids, dtype), run.cache
+        both = removed_and_masked(model, policy, ids)
+    return apart(both.removed, both.masked, ids, dtype), both.cache
 
 
 def _transformers(model: nn.Module, policy: Policy, ids: Tensor, dtype: str) -> tuple[float, Any]:
@@ -169,9 +123,10 @@ def _transformers(model: nn.Module, policy: Policy, ids: Tensor, dtype: str) -> 
     from transformers import DynamicCache
 
     run = Policing(model, policy, ids.shape[1], (3, 5))
-    mine, theirs = [], []
+    mine, theirs, stop = [], [], 0
     with torch.inference_mode():
-        for start, stop in runs_of(policy, ids.shape[1]):
+        while stop < ids.shape[1]:
+            start, stop = stop, min(ids.shape[1], stop + policy.run_length(stop))
             cache = DynamicCache()
             for place, layer in enumerate(run.cache.layers):
                 cache.update(*(tensor.clone() for tensor in layer.present()), place)

@@ -16,7 +16,7 @@ from kvbench.cache.evicting import EvictingCache, EvictingLayer
 from kvbench.cache.packed import Packed, taken
 from kvbench.cache.ragged import Ragged
 from kvbench.errors import UserError
-from kvbench.models.attention import WATCHER
+from kvbench.models.attention_hooks import WATCHER
 from kvbench.models.rotary import rotated
 
 NO_HOLES = torch.empty(0, dtype=torch.long)

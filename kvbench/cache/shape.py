@@ -9,8 +9,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import nn
 
-from kvbench.cache.evicting import EvictingCache
-from kvbench.models.attention import unwatched
+from kvbench.models.attention_hooks import unwatched
 
 
 class LayerShape(NamedTuple):
@@ -54,6 +53,8 @@ _SEEN: WeakKeyDictionary[nn.Module, CacheShape] = WeakKeyDictionary()
 
 def cache_shape(model: nn.Module) -> CacheShape:
     """What the model puts into its cache for a token, by layer: two tokens are read, once for every model."""
+    from kvbench.cache.evicting import EvictingCache  # and with it transformers, which plans are made without
+
     if model not in _SEEN:
         cache, device = EvictingCache(), next(model.parameters()).device
         with torch.no_grad(), unwatched():

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 from transformers import DynamicCache
 
 from kvbench.cache.shape import cache_shape
 from kvbench.doctor.checks import Check, policies
+from kvbench.doctor.replay import removed_and_masked
 from kvbench.doctor.subject import Subject, policy_of
 from kvbench.errors import UserError
-from kvbench.models.attention import LISTENER, WATCHER, Attended, plain_attention
+from kvbench.models.attention import plain_attention
+from kvbench.models.attention_hooks import LISTENER, Attended
 from kvbench.models.rotary import FAR, fixed_rotations, frequencies, fresh_rotations, rotated
 from kvbench.policing import Policing
 
@@ -108,60 +108,13 @@ def policies_see_attention(subject: Subject) -> Check:
     )
 
 
-class _Replayed:
-    """The mask of one pass over everything: for each run of tokens, what was kept then, and the run itself."""
-
-    def __init__(self, run: Policing, runs: list[tuple[int, int]], length: int) -> None:
-        assert run.kept is not None
-        self.masks = [_mask_of(run, layer, runs, length) for layer in range(len(run.cache.layers))]
-
-    def mask(self, layer: int, *_: Any) -> Tensor:
-        return self.masks[layer]
-
-    def attend(self, *_: Any) -> None:
-        """As the mask says."""
-
-    def watch(self, *_: Any) -> None:
-        """Nothing is learned."""
-
-
-def _mask_of(run: Policing, layer: int, runs: list[tuple[int, int]], length: int) -> Tensor:
-    """bool ``[batch, heads, length, length]``."""
-    assert run.kept is not None
-    batch, heads = run.kept[-1][layer].shape[:2]
-    mask = torch.zeros(batch, heads, length, length, dtype=torch.bool, device=run.kept[-1][layer].device)
-    for number, (start, stop) in enumerate(runs):
-        if number:
-            kept = run.kept[number][layer]
-            seen = torch.zeros(batch, heads, length + 1, dtype=torch.bool, device=mask.device)
-            seen.scatter_(-1, kept.masked_fill(kept < 0, length), True)
-            mask[:, :, start:stop] |= seen[:, :, None, :length]
-        mask[:, :, start:stop, start:stop] |= torch.ones(
-            stop - start, stop - start, dtype=torch.bool, device=mask.device
-        ).tril()
-    return mask
-
-
 def _both_ways(subject: Subject, method: str, ratio: str) -> tuple[Tensor, Tensor]:
     """Nats of every token but the first, with entries removed and with them masked."""
-    model, ids, runs = subject.loaded.model, subject.ids()[:2], []
+    model, ids = subject.loaded.model, subject.ids()[:2]
     with torch.inference_mode(), fixed_rotations(model, ids.shape[1]):
-        run = Policing(model, policy_of(method, ratio), ids.shape[1], (3, 5), kept=[])
-        parts = []
-        for part in run.stream(ids):
-            runs.append((part.start, part.stop))
-            parts.append(part.logits)
-        token = WATCHER.set(_Replayed(run, runs, ids.shape[1]))
-        try:
-            masked = model(
-                input_ids=ids, use_cache=False,
-                attention_mask=torch.ones(1, 1, 1, 1, dtype=torch.bool, device=ids.device),
-                position_ids=torch.arange(ids.shape[1], device=ids.device)[None],
-            ).logits
-        finally:
-            WATCHER.reset(token)
-    both = (logits[:, :-1].float().log_softmax(-1) for logits in (torch.cat(parts, 1), masked))
-    removed, masked = (-log_p.gather(-1, ids[:, 1:, None]) for log_p in both)
+        both = removed_and_masked(model, policy_of(method, ratio), ids)
+    log_p = (logits[:, :-1].float().log_softmax(-1) for logits in (both.removed, both.masked))
+    removed, masked = (-of_all.gather(-1, ids[:, 1:, None]) for of_all in log_p)
     return removed, masked
 
 

@@ -11,10 +11,9 @@ let learned sinks take part in it, which SDPA knows nothing of, are computed her
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from contextvars import ContextVar
-from typing import Any, NamedTuple, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -23,64 +22,14 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import causal_mask_function, sdpa_mask
 
+from kvbench.models.attention_hooks import LISTENER, MASKS, WATCHER, Attended, Rule, Watcher
+
 NAME = "kvbench"
 """Not to contain "sdpa": transformers would refuse models that cap their logits, which are computed here."""
 RUNS = 4
 """Runs of queries; r of them do (r + 1) / 2r of the full square."""
 SHORTEST = 128
 """Queries below which one call is cheaper than several."""
-
-
-class Watcher(Protocol):
-    """Is shown what every layer attends with, once its new entries are stored."""
-
-    def mask(self, layer: int, queries: int, keys: int, device: torch.device) -> Tensor | None:
-        """bool ``[queries, keys]`` or ``[batch, heads or query heads, queries, keys]``; None for all, causally."""
-
-    def attend(self, layer: int, query: Tensor, scaling: float | None) -> Tensor | None:
-        """The output ``[batch, query heads, q, width]``, where the watcher attends by itself; None otherwise."""
-
-    def watch(self, layer: int, query: Tensor, keys: Tensor, scaling: float) -> None:
-        """Rotated queries ``[batch, query heads, q, d]`` of a layer, and the keys that they attended."""
-
-
-WATCHER: ContextVar[Watcher | None] = ContextVar("watcher", default=None)
-"""Who decides the mask of every layer by itself and sees its queries; the model's own mask is then not used. Layers
-that hold different numbers of entries have no mask in common."""
-
-
-@contextmanager
-def unwatched() -> Iterator[None]:
-    """Without a watcher, for a model that is asked something while others use it."""
-    token = WATCHER.set(None)
-    try:
-        yield
-    finally:
-        WATCHER.reset(token)
-
-
-class Attended(NamedTuple):
-    """What a layer attended: rotated ``query`` ``[batch, query heads, q, d]``, ``key`` and ``value``
-    ``[batch, heads, entries, width]``, the names of what else took part, the ``mask`` that the model gave, and
-    whether the layer is causal where it gave none."""
-
-    layer: int | None
-    query: Tensor
-    key: Tensor
-    value: Tensor
-    beside: tuple[str, ...]
-    mask: Tensor | None
-    is_causal: bool
-
-
-LISTENER: ContextVar[Callable[[Attended], None] | None] = ContextVar("listener", default=None)
-"""Is told of every call of the attention."""
-
-Rule = Callable[..., Any]
-"""``(row, head, query, key) -> bool``: by what the model itself makes a mask."""
-
-MASKS: ContextVar[list[tuple[Rule, Tensor]] | None] = ContextVar("masks", default=None)
-"""Collects the rules by which the model makes its masks, and the masks, none of them left out."""
 
 
 def attention(

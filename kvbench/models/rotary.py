@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from kvbench.errors import UserError
-from kvbench.models.attention import LISTENER, Attended, unwatched
+from kvbench.models.attention_hooks import LISTENER, Attended, unwatched
 from kvbench.models.gated import swapped
 
 FAR = 1 << 20

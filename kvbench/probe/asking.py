@@ -17,11 +17,13 @@ from kvbench.cache.policed import PolicedCache
 from kvbench.errors import UserError
 from kvbench.methods import Layout, make_layout, make_method
 from kvbench.methods.policy import Policy
-from kvbench.models.attention import LISTENER, MASKS, Attended, Rule, plain_attention
+from kvbench.models.attention import plain_attention
+from kvbench.models.attention_hooks import LISTENER, MASKS, Attended, Rule
 from kvbench.models.loading import context_of, text_config
 from kvbench.models.rotary import fixed_rotations, fresh_rotations, rotation_mark, turned
 from kvbench.policing import Policing
 from kvbench.probe.facts import ModelFacts
+from kvbench.probe.masks import Faults, sees, setting_of, sight_of
 from kvbench.runtime import Reader
 
 LENGTH, CHUNK, LEAST = 48, 7, 8
@@ -32,9 +34,6 @@ TOLERANCES = {torch.float32: 1e-4, torch.bfloat16: 0.1, torch.float16: 0.02}
 
 LONGEST = 1 << 20
 """Texts beyond which no bound of a layer's sight is looked for."""
-
-Faults = (RuntimeError, ValueError, LookupError, TypeError, AttributeError, AssertionError)
-"""What a model may raise when it is used in a way that it was not made for."""
 
 
 class _FoundError(Exception):
@@ -109,7 +108,7 @@ class _Probe:
             found, mark = turned(model), rotation_mark(model)
         return replace(
             facts, window=window, window_setting=setting_of(model.config, window), policy_refusal=policy_refusal,
-            needs_ids=needs_ids, is_turned=None not in found.layers, learned=found.learned,
+            needs_ids=needs_ids, learned=found.learned,
             mark=mark + "|input:ids" * needs_ids, apart=self.worst, tolerance=self.tolerance,
         )
 
@@ -125,7 +124,7 @@ class _Probe:
         with _collected(MASKS, made), _heard(calls.append):
             self._tried(lambda: _own(self.model, self.ids), "its own forward pass", _ForwardError)
         later = torch.ones(self.length, self.length, dtype=torch.bool, device=self.ids.device).triu(1)
-        if any(_sees(call, later) for call in calls):
+        if any(sees(call, later) for call in calls):
             config: Any = self.model.config
             is_encoder = "is_decoder" in vars(type(config)) and not config.is_decoder
             why = " (is_decoder: false)" if is_encoder else ""
@@ -238,48 +237,6 @@ def _uncached(cache: _Noting, heard: list[Attended]) -> str:
             if one.shape != other.shape or not torch.equal(one, other):
                 return f"layer {layer} caches other {what} than it attends"
     return ""
-
-
-def _sees(call: Attended, later: Tensor) -> bool:
-    """Whether a query of the call sees a key that comes later, where bool ``[queries, keys]`` says what does."""
-    if call.mask is None:
-        return not call.is_causal
-    open_ = call.mask if call.mask.dtype == torch.bool else call.mask > -1e4
-    return open_.shape[-2:] == later.shape and bool((open_ & later).any())
-
-
-def sight_of(rules: list[Rule], longest: int) -> int | None:
-    """The longest text whose last token sees all of it by every rule; None if that of ``longest`` tokens does.
-
-    Args:
-        rules: ``(row, head, query, key) -> bool``, as transformers makes masks by.
-    """
-    found = [bound for rule in rules if (bound := _bound(rule, longest)) is not None]
-    return min(found, default=None)
-
-
-def _bound(rule: Rule, longest: int) -> int | None:
-    def sees_all(length: int) -> bool:
-        zero, last = torch.zeros(1, dtype=torch.long), torch.tensor([length - 1])
-        return bool(torch.as_tensor(rule(zero, zero, last, torch.arange(length))).all())
-
-    try:
-        if sees_all(longest):
-            return None
-        low, high = 0, longest
-        while high - low > 1:
-            middle = (low + high) // 2
-            low, high = (middle, high) if sees_all(middle) else (low, middle)
-        return low
-    except Faults:
-        return None  # a rule that is made for one text only: seen where texts are compared
-
-
-def setting_of(config: Any, value: int | None) -> str:
-    """What a configuration calls a number."""
-    content = {**config.to_dict(), **text_config(config).to_dict()}
-    names = [name for name, found in content.items() if type(found) is int and found == value]
-    return next((name for name in names if "window" in name or "chunk" in name), names[0] if names else "a window of")
 
 
 def other_layers(model: nn.Module) -> list[str]:

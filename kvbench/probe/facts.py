@@ -23,7 +23,6 @@ class ModelFacts:
         window: the longest text that every layer attends whole; None if there is no such bound.
         window_setting: what the configuration calls it, such as ``sliding_window``.
         needs_ids: predictions rest on more than the embeddings of the tokens, so that nothing can be fed but text.
-        is_turned: what places do to queries and keys is known, in every layer.
         learned: places are part of what is read, and not only of queries and keys.
         mark: how the model enters the signature of a number; empty for most.
         apart: how far the ways to the same number lay apart at most, in nats per token.
@@ -38,7 +37,6 @@ class ModelFacts:
     window: int | None = None
     window_setting: str = "window"
     needs_ids: bool = False
-    is_turned: bool = True
     learned: bool = False
     mark: str = ""
     apart: float = 0.0

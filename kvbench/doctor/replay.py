@@ -1,0 +1,78 @@
+"""A policy's choices carried out twice: removed while the text is read, and masked in one pass over all of it."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from kvbench.cache.policed import PolicedCache
+from kvbench.methods.policy import Policy
+from kvbench.models.attention_hooks import WATCHER
+from kvbench.policing import Policing
+
+
+class BothWays(NamedTuple):
+    """Logits ``[batch, n, vocabulary]`` with entries removed and with them masked, and what is held after the last
+    token."""
+
+    removed: Tensor
+    masked: Tensor
+    cache: PolicedCache
+
+
+def removed_and_masked(model: Any, policy: Policy, ids: Tensor) -> BothWays:
+    """Read a text twice.
+
+    Args:
+        policy: one that changes no entry and no position, so that a mask can stand for it.
+        ids: int64 ``[batch, n]``.
+    """
+    run, runs, parts = Policing(model, policy, ids.shape[1], (3, 5), kept=[]), [], []
+    for part in run.stream(ids):
+        runs.append((part.start, part.stop))
+        parts.append(part.logits)
+    token = WATCHER.set(_Replayed(run, runs, ids.shape[1]))
+    try:
+        masked = model(
+            input_ids=ids, use_cache=False,
+            attention_mask=torch.ones(1, 1, 1, 1, dtype=torch.bool, device=ids.device),
+            position_ids=torch.arange(ids.shape[1], device=ids.device)[None],
+        ).logits
+    finally:
+        WATCHER.reset(token)
+    return BothWays(torch.cat(parts, 1), masked, run.cache)
+
+
+class _Replayed:
+    """The mask of one pass over everything: for each run of tokens, what was kept then, and the run itself."""
+
+    def __init__(self, run: Policing, runs: list[tuple[int, int]], length: int) -> None:
+        assert run.kept is not None
+        self.masks = [_mask_of(run.kept, layer, runs, length) for layer in range(len(run.cache.layers))]
+
+    def mask(self, layer: int, *_: Any) -> Tensor:
+        return self.masks[layer]
+
+    def attend(self, *_: Any) -> None:
+        """As the mask says."""
+
+    def watch(self, *_: Any) -> None:
+        """Nothing is learned."""
+
+
+def _mask_of(kept: list[list[Tensor]], layer: int, runs: list[tuple[int, int]], length: int) -> Tensor:
+    """bool ``[batch, heads, length, length]``."""
+    batch, heads = kept[-1][layer].shape[:2]
+    mask = torch.zeros(batch, heads, length, length, dtype=torch.bool, device=kept[-1][layer].device)
+    for number, (start, stop) in enumerate(runs):
+        if number:
+            places = kept[number][layer]
+            seen = torch.zeros(batch, heads, length + 1, dtype=torch.bool, device=mask.device)
+            seen.scatter_(-1, places.masked_fill(places < 0, length), True)
+            mask[:, :, start:stop] |= seen[:, :, None, :length]
+        mask[:, :, start:stop, start:stop] |= torch.ones(
+            stop - start, stop - start, dtype=torch.bool, device=mask.device
+        ).tril()
+    return mask
