@@ -174,8 +174,8 @@ def build_plan(request: Request, omit: bool = False) -> Plan:
                 options={**options, **method.resolved, **method.budget_given},
                 adapter=None if adapter is None else str(adapter),
                 adapter_hash=None if adapter is None else fingerprint(adapter),
-                position_rule=method.position_rule, removes=method.removes, version=method.version, note=method.note,
-                **measured,
+                position_rule=method.position_rule, removes=method.removes, version=method.rule_version,
+                note=method.note, **measured,
             ))
     content = _content(cells)
     named = "+".join(dict.fromkeys(request.methods))[:40]

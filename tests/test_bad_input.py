@@ -2,22 +2,28 @@
 
 from __future__ import annotations
 
+import errno
 import gzip
 import json
+import os
 import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
+from filelock import FileLock
 
 from kvbench.corpora.tasks import tasks_folder
 from kvbench.errors import UserError
+from kvbench.execution.guards import locked
 from kvbench.models.loading import load_model
 from kvbench.models.references import assets, resolve_model
 from tests.conftest import Outcome, small_adapter, small_model
 
 Call = Callable[[Sequence[str | Path]], Outcome]
 SHIPPED = assets() / "adapters"
+LONG = "x" * 300
 RUN = ["run", "--method", "sinks", "--ratio", "0.5", "--limit", "2"]
 
 
@@ -88,6 +94,22 @@ def refused(call: Call, arguments: Sequence[str | Path], *words: str) -> str:
     (["run", "--task", "online", "--method", "sinks", "--set", "budget=160"], ["for running text"]),
     (["run", "--task", "minidocs", "--protocol", "online"], ["not measured with protocol 'online'"]),
     (["run", "--config", "nowhere.toml"], ["no settings file nowhere.toml"]),
+    *((["run", "--task", "books", option, ""], [option, "it is empty"])
+      for option in ("--data", "--model", "--adapter", "--out", "--config", "--scorer", "--mauve-features")),
+    *((["profile", option, ""], [option, "it is empty"]) for option in ("--model", "--adapter", "--out", "--config")),
+    *((["sweep", option, ""], [option, "it is empty"]) for option in ("--model", "--data", "--out")),
+    *((["train", "--method", "sentinel", option, ""], [option, "it is empty"])
+      for option in ("--data", "--held-out", "--out", "--model")),
+    *(([*command, ""], ["it is empty"]) for command in (["report"], ["show"], ["compare", "x"], ["sweep"])),
+    (["train", "base", "--tokenizer", ""], ["--tokenizer", "it is empty"]),
+    *((["run", "--task", "minidocs", option, LONG], [f"{LONG} cannot be used: File name too long."])
+      for option in ("--data", "--model", "--out", "--adapter")),
+    (["run", "--task", "minidocs", "--dry-run", "--out", LONG], [f"{LONG} cannot be used: File name too long."]),
+    (["compare", LONG, LONG], [f"{LONG} cannot be used: File name too long."]),
+    *((["run", option, "~nobody-of-this-name/m"], ["~nobody-of-this-name/m", "no such home"])
+      for option in ("--model", "--adapter")),
+    *(([command, "--dry-run", "--out", "/dev/null/x"], ["/dev/null/x cannot be written"])
+      for command in ("run", "sweep", "profile")),
     (["run", "--no-such-option"], ["No such option"]),
     (["train"], []),
     (["train", "--method", "sentinel"], ["--method and --out"]),
@@ -200,6 +222,64 @@ def test_output_folders(called: Call, tmp_path: Path) -> None:
         (tmp_path / "run" / "run.json").write_text(damage)
         refused(called, [*RUN, "--out", "run"], "damaged")
     refused(called, ["report", "run"], "damaged")
+
+
+def test_dry_runs_refuse_what_runs_refuse(called: Call, tmp_path: Path) -> None:
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "thesis.txt").write_text("years of work")
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "run.json").write_text('{"content": "another", "cells": [], "tasks": {}}')
+    for command in (RUN, ["sweep"], ["profile"]):
+        refused(called, [*command, "--dry-run", "--out", "other"], "holds something that is not a kvbench run")
+    for command in (RUN, ["profile"]):
+        refused(called, [*command, "--dry-run", "--out", "run"], "holds another run")
+
+
+def test_a_path_that_may_not_be_looked_at(called: Call, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Permission bits do not bind root, whom tests may be run by: the system's answer is pretended."""
+    stat = os.stat
+
+    def refusing(path: Any, **more: Any) -> Any:
+        if str(path).endswith("locked/d"):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), path)
+        return stat(path, **more)
+
+    monkeypatch.setattr(os, "stat", refusing)
+    for option in ("--data", "--model", "--adapter", "--out"):
+        more = [] if option == "--out" else ["--out", "out"]
+        refused(called, ["run", "--task", "minidocs", *more, option, "locked/d"], "locked/d", "Permission denied.")
+    refused(called, ["report", "run", "--out", "locked/d"], "run")
+
+
+def test_an_error_without_a_path_is_no_sentence(called: Call, monkeypatch: pytest.MonkeyPatch) -> None:
+    def failing(*_: Any) -> None:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    monkeypatch.setattr("kvbench.config.load_settings", failing)
+    with pytest.raises(OSError, match="Input/output error"):
+        called(RUN)
+
+
+def test_locks_of_any_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with locked(tmp_path / os.fsdecode(b"caf\xe9")):
+        pass
+
+    def refusing(*_: Any, **__: Any) -> None:
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), "x.lock")
+
+    monkeypatch.setattr(FileLock, "acquire", refusing)
+    with pytest.raises(UserError, match="cannot be taken: Permission denied") as refusal, locked(tmp_path / "run"):
+        pass
+    assert "TMPDIR" in refusal.value.hint
+
+
+def test_a_report_into_a_folder_of_any_name(called: Call, tmp_path: Path) -> None:
+    name = os.fsdecode(b"caf\xe9")
+    (tmp_path / name).mkdir()
+    (tmp_path / name / "run.json").write_text('{"content": "x", "cells": [], "tasks": {}}')
+    found = called(["report", name])
+    assert found.code == 0, found.err
+    assert "caf" in (tmp_path / name / "table.txt").read_text(encoding="utf-8")
 
 
 def test_adapters(called: Call, tmp_path: Path, model_folder: Callable[..., Path]) -> None:

@@ -8,6 +8,7 @@ import gzip
 import io
 import json
 import lzma
+import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,8 @@ from kvbench.corpora.tasks import load_task
 from kvbench.corpora.turns import read_turns
 from kvbench.errors import UserError
 from kvbench.execution.job import Job
+from kvbench.store.folder import RunFolder
+from kvbench.store.records import Cell
 from kvbench.training.data import load_stream
 from kvbench.training.held_out import HeldOut
 from tests.conftest import Outcome
@@ -191,6 +194,76 @@ def test_a_folder_of_plain_texts(called: Call, tmp_path: Path) -> None:
     refused(called, [*RUN, "--task", "books", "--data", "other"], "folder other cannot be read", "no .txt")
 
 
+@pytest.mark.parametrize(("ending", "pack"), [
+    (".gz", gzip.compress), (".bz2", bz2.compress), (".xz", lzma.compress), (".zst", zst),
+])
+def test_packed_streams_are_read_to_the_end_or_refused(
+    tmp_path: Path, ending: str, pack: Callable[[bytes], bytes]
+) -> None:
+    first, second = (pack(lines_of(rows).encode()) for rows in (ROWS[:2], ROWS[2:]))
+    plain = corpus(written(tmp_path / "plain.jsonl", lines_of(ROWS)))
+    path = tmp_path / f"d.jsonl{ending}"
+    assert corpus(written(path, first + second)).hash == plain.hash
+    bad = bytes([second[0] ^ 1]) + second[1:]  # one bit of what says that a stream begins
+    for more in (bad, second[:-1], b"junk"):
+        written(path, first + more)
+        with pytest.raises(UserError, match="cannot be read"):
+            corpus(path)
+
+
+@pytest.mark.parametrize(("zeros", "is_legal"), [(4, True), (8, True), (3, False)])
+def test_padding_between_xz_streams(tmp_path: Path, zeros: int, is_legal: bool) -> None:
+    parts = [lzma.compress(lines_of(rows).encode()) + b"\0" * zeros for rows in (ROWS[:2], ROWS[2:])]
+    path = written(tmp_path / "d.jsonl.xz", b"".join(parts))
+    if is_legal:
+        assert len(corpus(path).documents) == len(ROWS)
+        return
+    with pytest.raises(UserError, match="cannot be read"):
+        corpus(path)
+
+
+def test_a_folder_that_cannot_be_read_is_not_left_out(
+    called: Call, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    written(tmp_path / "shelf" / "a.txt", "First.")
+    written(tmp_path / "shelf" / "locked" / "b.txt", "Second.")
+    scandir = os.scandir
+
+    def refusing(path: Any) -> Any:
+        if str(path).endswith("locked"):
+            raise PermissionError(13, "Permission denied", str(path))
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", refusing)
+    with pytest.raises(UserError, match="shelf/locked cannot be read: Permission denied"):
+        corpus(tmp_path / "shelf")
+
+
+def test_links_to_folders_are_followed_once(tmp_path: Path) -> None:
+    written(tmp_path / "elsewhere" / "a.txt", "First.")
+    written(tmp_path / "shelf" / "b.txt", "Second.")
+    (tmp_path / "shelf" / "link").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "shelf" / "same").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "elsewhere" / "loop").symlink_to(tmp_path / "shelf")
+    assert [document.id for document in corpus(tmp_path / "shelf").documents] == ["b.txt", "link/a.txt"]
+
+
+def test_what_is_no_file_is_refused_and_not_waited_for(called: Call, tmp_path: Path) -> None:
+    (tmp_path / "shelf").mkdir()
+    for name in ("d.jsonl", "d.txt", "d", "shelf/d.txt"):
+        os.mkfifo(tmp_path / name)
+    for name in ("d.jsonl", "d.txt", "d", "shelf"):
+        refused(called, [*RUN, "--task", "books", "--data", name], "no regular file", "to a file first")
+    train = ["train", "--method", "sentinel", "--out", "out", "--data"]
+    refused(called, [*train, "d.jsonl"], "no regular file")
+
+
+@pytest.mark.parametrize("name", ["d.txt", "shelf"])
+def test_a_column_called_id_of_plain_text_is_the_text(tmp_path: Path, name: str) -> None:
+    written(tmp_path / name / "d.txt" if name == "shelf" else tmp_path / name, "A mill by the bridge.")
+    assert [document.text for document in corpus(tmp_path / name, column="id").documents] == ["A mill by the bridge."]
+
+
 def test_turns_come_from_other_kinds_too(tmp_path: Path) -> None:
     rows = [{"id": "a", "turns": ["x", "y"], "answer": "z"}]
     pd.DataFrame(rows).to_parquet(tmp_path / "t.parquet")
@@ -237,6 +310,27 @@ def test_a_separator_in_a_text_is_hashed(tmp_path: Path) -> None:
     one = written(tmp_path / "1.jsonl", lines_of([{"id": "a", "text": "b\0c\0d"}]))
     two = written(tmp_path / "2.jsonl", lines_of([{"id": "a", "text": "b"}, {"id": "c", "text": "d"}]))
     assert corpus(one).hash != corpus(two).hash
+
+
+def test_what_in_a_run_folder_cannot_be_read_is_said(
+    called: Call, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cell = Cell(
+        method="sinks", ratio_asked="0.5", role="method", options={}, adapter=None, adapter_hash=None, model="m",
+        revision=None, model_hash="h", dtype="float32", device="cpu", task="t", task_version=1, data_hash="d",
+        protocol="block", execution="streamed", seed=0, position_rule="absolute",
+    )
+    folder = RunFolder(tmp_path / "run")
+    folder.open_cell(cell, "one")
+    written(folder.cell_folder(cell) / "signature.txt", b"\xff")
+    written(folder.cell_folder(cell) / "records.jsonl", b"")
+    folder.open_cell(cell, "one")  # another signature than it can read: laid aside
+    assert not (folder.cell_folder(cell) / "records.jsonl").exists()
+    (folder.cell_folder(cell) / "records.jsonl").mkdir()
+    with pytest.raises(UserError, match=r"records.jsonl cannot be read: Is a directory"):
+        folder.records(cell)
+    (tmp_path / "run" / "run.json").mkdir()
+    refused(called, ["report", "run"], "run.json cannot be read: Is a directory")
 
 
 @pytest.mark.parametrize("value", ["[" * 200_000, "7" * 5000])

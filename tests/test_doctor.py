@@ -166,6 +166,25 @@ def test_layers_that_are_taken_to_turn_alike_are_seen(
     assert failing(subject) == ["layers_turn_as_assumed"]
 
 
+def test_rotations_that_differ_little_are_not_taken_for_one_another(
+    zoo_folder: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In half precision, where keys of near places say nothing."""
+    stretched = {"rope_type": "yarn", "rope_theta": 5e5, "factor": 8.0, "original_max_position_embeddings": 8192}
+    folder = zoo_folder(
+        "olmo3", head_dim=32, sliding_window=4096, max_position_embeddings=65536,
+        layer_types=["sliding_attention", "full_attention"] * 2,
+        rope_parameters={
+            "full_attention": stretched, "sliding_attention": {"rope_type": "default", "rope_theta": 5e5},
+        },
+    )
+    subject = make_subject(str(folder), None, "cpu", "bfloat16")
+    assert model_checks.layers_turn_as_assumed(subject).ok
+    found = rotary.turned(subject.loaded.model)
+    monkeypatch.setattr(rotary, "turned", lambda _: rotary.Turned((found.layers[1],) * len(found.layers), False))
+    assert not model_checks.layers_turn_as_assumed(subject).ok
+
+
 def test_embeddings_that_are_fed_where_ids_are_needed_are_seen(
     zoo_folder: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -523,3 +523,60 @@ def test_records_of_another_signature_are_laid_aside(tmp_path: Path) -> None:
         folder.open_cell(CELL, signature)
         assert list(folder.records(CELL)) == names
         folder.append(CELL, [record(added)])
+
+
+YARN = {"rope_type": "yarn", "rope_theta": 5e5, "factor": 8.0, "original_max_position_embeddings": 8192}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_rotations_that_differ_little_are_told_apart_in_any_precision(dtype: torch.dtype) -> None:
+    """Olmo 3 stretches the rotation of the layers that see all, not of the others; near by both are nearly one."""
+    model = zoo_model(
+        "olmo3", register(), head_dim=32, num_hidden_layers=2, sliding_window=4096, max_position_embeddings=65536,
+        layer_types=["sliding_attention", "full_attention"],
+        rope_parameters={"full_attention": YARN, "sliding_attention": {"rope_type": "default", "rope_theta": 5e5}},
+    ).to(dtype)
+    buffers = dict(model.named_buffers())
+    wanted = [next(t for name, t in buffers.items() if name.endswith(f"{kind}_inv_freq") and "original" not in name)
+              for kind in ("sliding_attention", "full_attention")]
+    assert not torch.allclose(wanted[0], wanted[1])
+    found = frequencies(model)
+    assert found is not None
+    for one, other in zip(found, wanted, strict=True):
+        assert one is not None
+        assert torch.equal(one, other.float())
+    if dtype != torch.float16:
+        assert "rope:by layer" in examine(model, zoo_text(48)).mark
+
+
+def test_a_large_coordinate_hides_no_rotation() -> None:
+    """Qwen 2 has large biases in its slowest coordinates, beside which all others are small."""
+    model: Any = zoo_model(
+        "qwen2", register(), max_position_embeddings=4096, rope_parameters={"rope_type": "default", "rope_theta": 1e6}
+    )
+    for layer in model.model.layers:
+        for bias in (layer.self_attn.k_proj.bias, layer.self_attn.q_proj.bias):
+            bias.data.zero_()
+            bias.data.view(-1, 16)[:, [7, 15]] = torch.tensor([60.0, 30.0])
+    found, wanted = frequencies(model.to(torch.bfloat16)), model.model.rotary_emb.inv_freq.float()
+    assert found is not None
+    assert all(speeds is not None and torch.equal(speeds, wanted) for speeds in found)
+
+
+def test_queries_that_are_scaled_far_away_are_seen() -> None:
+    """Ministral 3 scales them from a place on that a short look does not reach."""
+    model = zoo_model("ministral3", register(), max_position_embeddings=2048, rope_parameters={
+        **YARN, "rope_theta": 1e4, "original_max_position_embeddings": 1500, "llama_4_scaling_beta": 0.5})
+    with pytest.raises(UserError, match="turns its keys in a way that cannot be undone"):
+        frequencies(model)
+
+
+def test_embeddings_that_are_looked_up_again_are_seen() -> None:
+    """Gemma 4 finds out whose embeddings it was given: those of special tokens are nobody's."""
+    model = zoo_model("gemma4_text", register(), sliding_window=4096, vocab_size_per_layer_input=zoo_model(
+        "gemma4_text").config.vocab_size)
+    facts = examine(model, zoo_text(48))
+    assert not facts.refusal
+    assert facts.needs_ids
+    with pytest.raises(UserError, match="looks more up by token id"):
+        facts.check_embeddings("here", "sentinel")

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 import shutil
+import subprocess
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from io import StringIO
@@ -152,6 +154,28 @@ def test_adapters_are_bound_to_the_commit(hub: Path, tmp_path: Path) -> None:
         assert plan_with(base_hash).cells[-1].adapter == str(tmp_path / "adapter")
     with pytest.raises(UserError, match=f"another base model.*Use --revision {SECOND}"):
         plan_with(SECOND)
+
+
+def test_a_damaged_file_in_the_hubs_cache_is_named(hub: Path) -> None:
+    """Files lie there under the hash of their content: by SHA-256 if they are large, by git's otherwise."""
+    snapshot, blobs = hub / "snapshots" / FIRST, hub / "blobs"
+    blobs.mkdir()
+    for name in ("model.safetensors", "config.json"):
+        content = (snapshot / name).read_bytes()
+        git = subprocess.run(["git", "hash-object", "--stdin"], input=content, capture_output=True, check=True).stdout
+        blob = blobs / (hashlib.sha256(content).hexdigest() if name.endswith("s") else git.decode().strip())
+        (snapshot / name).replace(blob)
+        (snapshot / name).symlink_to(blob)
+    assert resolve_model("org/name").fingerprint == FIRST
+    for name in ("model.safetensors", "config.json"):
+        blob = (snapshot / name).resolve()
+        content = blob.read_bytes()
+        blob.write_bytes(content[:-2] + bytes([content[-2] ^ 1]) + content[-1:])
+        for known in (None, FIRST):
+            with pytest.raises(UserError, match=f"{blob.name} is not what its name says"):
+                resolve_model("org/name", known)
+        blob.write_bytes(content)
+    resolve_model("org/name").check_unchanged()
 
 
 @pytest.mark.heavy

@@ -22,6 +22,7 @@ from kvbench.cache.ragged import Ragged
 from kvbench.cache.shape import CacheShape
 from kvbench.cache.thinned import Thinned
 from kvbench.errors import UserError
+from kvbench.methods import METHODS
 from kvbench.methods.cascading import Cascading
 from kvbench.methods.policy import View
 from kvbench.methods.quantising import Kivi
@@ -37,6 +38,8 @@ from kvbench.probe.facts import ModelFacts
 from tests.conftest import small_model
 from tests.test_policies import LENGTH, policy_of, read, text
 from tests.zoo import zoo_model, zoo_text
+
+SHAPE = CacheShape.even(2, 2, 32, 4)
 
 
 def view(entries: int = 24, seed: int = 0, **more: Any) -> View:
@@ -324,6 +327,20 @@ def test_sinks_stay_however_little_may_be_held(llama: nn.Module, name: str) -> N
             assert layer.positions[..., :4].tolist() == [[[0, 1, 2, 3]] * 2] * 2
 
 
+@pytest.mark.parametrize("name", sorted(name for name, kind in METHODS.items() if "sinks" in kind.known))
+def test_more_sinks_than_are_kept_are_refused(name: str) -> None:
+    """The usual ones always stay, in a short tail too."""
+    policy_of(name, "0.9").fitted(40, SHAPE)
+    policy = policy_of(name, "0.9", sinks="100")
+    policy.fitted(2000, SHAPE)
+    with pytest.raises(UserError, match=r"keeps 12 of 120 entries.*the ratio would not be met") as refusal:
+        policy.fitted(120, SHAPE)
+    most = refusal.value.hint.removeprefix("Give a smaller --ratio, or --set sinks=").removesuffix(".")
+    fits = policy_of(name, "0.9", sinks=most)
+    fits.fitted(120, SHAPE)
+    assert fits.minimum == 12
+
+
 @pytest.mark.parametrize(("floor", "even"), [(4, 25), (15, 20), (35, 20), (100, 7)])
 def test_every_head_gets_its_floor(floor: int, even: int) -> None:
     """Of an even share, in whole numbers, though the other head has all of the highest scores."""
@@ -332,9 +349,6 @@ def test_every_head_gets_its_floor(floor: int, even: int) -> None:
     counts = (policy.chosen(loud, even + 4) >= 0).sum(-1)
     assert bool((counts >= 4 + floor * even // 100).all())
     assert counts.sum(-1).tolist() == [2 * (even + 4)] * 2
-
-
-SHAPE = CacheShape.even(2, 2, 32, 4)
 
 
 def test_budgets_become_ratios() -> None:

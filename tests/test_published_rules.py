@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from fractions import Fraction
 from typing import Any
 
 import pytest
@@ -11,7 +12,9 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers import DynamicCache
 
-from kvbench.methods import kept
+from kvbench.cache.shape import CacheShape
+from kvbench.errors import UserError
+from kvbench.methods import kept, make_method
 from kvbench.methods.policy import Policy
 from kvbench.methods.random_policy import drawn
 from kvbench.policing import Policing
@@ -270,3 +273,20 @@ def _follow_by_masks(
             smooth[:, -1] = float("inf")
             chosen = smooth.topk(keep).indices.sort(-1).values
             assert torch.equal(held[look + 1][number][0, :, :keep], chosen)
+
+
+@pytest.mark.parametrize("width", [16, 64, 128])
+def test_channels_that_stay_are_within_the_bytes(width: int) -> None:
+    """Whole channels leave, so that a little less than the budget may be held, and never more."""
+    shape, recent = CacheShape.even(4, 2, width, 4), 32
+    for n in (200, 512, 1000):
+        for given in range(shape.entry_bytes * (n // 2), shape.entry_bytes * n, shape.entry_bytes * 3 + 5):
+            method = make_method("think", Fraction(0), {"budget_bytes": str(given)})
+            try:
+                channels = int(method.fitted(n, shape).options["channels"])
+            except UserError:
+                continue
+            old = n - recent
+            held = shape.entry_bytes * recent + 4 * 2 * 4 * old * (width + channels)
+            assert held <= given
+            assert channels == width or held + 4 * 2 * 4 * old > given, "another channel would have fitted"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import shutil
 import signal
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -119,6 +120,19 @@ def test_a_damaged_cell_fails_by_itself(first: Outcome, place: Path, tmp_path: P
     report = kvbench("report", "run", "--json", cwd=tmp_path)  # and the report is made of the others
     assert report.code == 1
     assert [f["cell"] for f in report.document["failures"]] == [failure["cell"]]
+
+
+@pytest.mark.heavy
+def test_a_finished_folder_that_lost_records_is_completed(first: Outcome, place: Path, tmp_path: Path) -> None:
+    shutil.copytree(place / "run", tmp_path / "run")
+    write_documents(tmp_path)
+    for path in tmp_path.glob("run/cells/*/records.jsonl"):
+        lines = path.read_text().splitlines(keepends=True)
+        path.write_text("".join(lines[:-1]) + lines[-1][:40])  # the last one torn
+    again = kvbench(*sweep("--limit", "4", "--seed", "0", "--seed", "1", "--out", "run"), cwd=tmp_path)
+    assert again.code == 0, again.err
+    assert "no longer whole" in again.err
+    assert again.document["rows"] == first.document["rows"]
 
 
 @pytest.mark.heavy

@@ -139,6 +139,45 @@ def test_spaces_that_offsets_leave_out_belong_to_their_token() -> None:
     assert (first.n_bytes, second.n_bytes) == (1, 4)
 
 
+@cache
+def bytes_with_a_dummy(trims: bool) -> Any:
+    """A token for each byte, and a space before the text, as GPT-2's with ``add_prefix_space``."""
+    from tokenizers import Tokenizer as Backend
+    from tokenizers import decoders, models, pre_tokenizers, processors
+
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    backend = Backend(models.BPE({token: i for i, token in enumerate(alphabet)}, []))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
+    backend.post_processor = processors.ByteLevel(trim_offsets=trims)
+    backend.decoder = decoders.ByteLevel()
+    return fast(backend)
+
+
+@pytest.mark.parametrize("trims", [True, False])
+@given(text=st.text("a \n\u00e9", min_size=1, max_size=8))
+def test_tokens_end_in_order_and_no_further_than_their_text(trims: bool, text: str) -> None:
+    """A space that was put before the text is none of its own."""
+    hf = bytes_with_a_dummy(trims)
+    ids, ends = Tokenizer(hf, None).encode(text)
+    assert ends is not None
+    assert ends == sorted(ends)
+    assert ends[-1] == len(text)
+    dummy = len(ids) - len(text.encode())
+    assert dummy == int(text[0] != " ")
+    expected = [i for i, character in enumerate(text, start=1) for _ in character.encode()]
+    assert ends[dummy:] == expected
+
+
+def test_a_letter_that_byte_level_tokens_write_a_space_with_is_a_letter_elsewhere() -> None:
+    """Maltese has it; a tokenizer of whole words does not leave spaces out of where its tokens are."""
+    from tokenizers import Tokenizer as Backend
+    from tokenizers import models, pre_tokenizers
+
+    backend = Backend(models.WordLevel({"a\u0120": 0, "b": 1, "?": 2}, unk_token="?"))
+    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    assert Tokenizer(fast(backend), None).encode("a\u0120 b") == ([0, 1], [2, 4])
+
+
 @pytest.mark.parametrize(("parts", "expected"), [
     (("abb", "bc"), ("a", "bbbc")), (("aa", "", "b"), ("aa", "", "b")), (("", "aab"), ("", "aab")),
     (("a", "aa", "ab"), ("", "", "aaaab")), (("aab",), ("aab",)), (("", ""), ("", "")),

@@ -22,7 +22,7 @@ from kvbench.reporting.comparison import compare, parse_side
 from kvbench.reporting.comparison_tables import comparison_tables
 from kvbench.reporting.side_by_side import side_by_side
 from kvbench.store import faults
-from kvbench.store.faults import FAULTS, fault_of, remarks_of
+from kvbench.store.faults import FAULTS, ONLY_WITH, fault_of, remarks_of
 from kvbench.store.folder import CELL, RECORDS, RUN, RunFolder
 from kvbench.store.profile_records import Rates, TimingRecord
 from kvbench.store.records import Cell, GenerationRecord, Output
@@ -155,10 +155,21 @@ def test_texts_of_an_outdated_method_are_marked_side_by_side() -> None:
 
 def test_every_version_before_the_present_one_is_a_known_fault() -> None:
     older = {(name, version) for name, kind in METHODS.items() for version in range(1, kind.version)}
-    assert set(FAULTS) == older
+    assert set(FAULTS) == older | {(name, 1) for name in ONLY_WITH}
     for name, version in older:
         assert fault_of(cell_of(name, version)) == FAULTS[name, version]
         assert fault_of(cell_of(name, version + 1)) is None
+
+
+def test_a_fault_of_budgets_is_one_of_budgets_only() -> None:
+    """ThinK by a ratio is what it was, under the key that it had."""
+    by_ratio, by_bytes = (make_method("think", Fraction(ratio), given)
+                          for ratio, given in (("0.2", {}), ("0", {"budget_bytes": "100000"})))
+    assert (by_ratio.rule_version, by_bytes.rule_version) == (1, 2)
+    old = dataclasses.replace(cell_of("think"), options={"budget_bytes": "100000"})
+    assert fault_of(old) == FAULTS["think", 1]
+    assert fault_of(dataclasses.replace(old, version=2)) is None
+    assert fault_of(dataclasses.replace(old, options={"recent": "32"})) is None
 
 
 def test_a_version_is_in_the_key_above_one_and_a_note_never() -> None:

@@ -59,7 +59,7 @@ def main() -> None:
 
 
 def _called() -> int:
-    """Exit code of the command."""
+    """Exit code of the command; a path that the system refuses, whoever looks at it first, is a sentence too."""
     from kvbench.errors import UserError
 
     try:
@@ -67,6 +67,11 @@ def _called() -> int:
     except UserError as error:
         print(f"kvbench: {error}", file=sys.stderr)
         return error.exit_code
+    except OSError as error:
+        if error.filename is None:  # no path that somebody gave
+            raise
+        print(f"kvbench: {error.filename} cannot be used: {error.strerror}.", file=sys.stderr)
+        return UserError.exit_code
     except SystemExit as end:
         return int(end.code or 0)
     return 0

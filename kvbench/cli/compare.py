@@ -8,10 +8,14 @@ from typing import Annotated
 
 import typer
 
+from kvbench.cli import options
+
 
 def compare(
-    first: Annotated[str, typer.Argument(help="RUN, RUN:METHOD or RUN:METHOD:RATIO.", metavar="A")],
-    second: Annotated[str, typer.Argument(help="The same, of this or another run.", metavar="B")],
+    first: Annotated[str, typer.Argument(
+        parser=options.text, help="RUN, RUN:METHOD or RUN:METHOD:RATIO.", metavar="A")],
+    second: Annotated[str, typer.Argument(
+        parser=options.text, help="The same, of this or another run.", metavar="B")],
     json_: Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout.")] = False,
 ) -> None:
     """Compare two runs, or two methods of a run: every metric, paired by document, with p-values.

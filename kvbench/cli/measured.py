@@ -52,8 +52,11 @@ def measured(
         if is_done and folder.knows_models() and {cell.key for cell in folder.cells()} == wanted and not any(
             fault_of(cell) for cell in folder.cells()
         ):
-            console.print(f"Already measured ({manifest['finished']}); --fresh measures again.")
-            return compute_results(folder, only)
+            found = compute_results(folder, only)
+            if found.ok:
+                console.print(f"Already measured ({manifest['finished']}); --fresh measures again.")
+                return found
+            console.print("What was measured is no longer whole, and is completed.")
         try:
             measure()
         except WorkerDiedError as death:

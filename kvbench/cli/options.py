@@ -7,8 +7,20 @@ from typing import Annotated
 
 import typer
 
+
+def text(given: str) -> str:
+    """What names something, which nothing does not: as a path it would be the current folder."""
+    if not given:
+        raise typer.BadParameter("it is empty; for the current folder, give a dot.")
+    return given
+
+
+def path(given: str) -> Path:
+    return Path(text(given))
+
+
 Model = Annotated[str | None, typer.Option(
-    help="Hub id or folder of any causal language model. [default: kvbench-tiny, embedded]",
+    parser=text, help="Hub id or folder of any causal language model. [default: kvbench-tiny, embedded]",
     envvar="KVBENCH_MODEL", show_default=False, rich_help_panel="What to run")]
 Method = Annotated[list[str] | None, typer.Option(
     help="Compression method; repeatable. [default: sentinel]", rich_help_panel="What to run", show_default=False)]
@@ -28,13 +40,14 @@ Task = Annotated[list[str] | None, typer.Option(
     help="Task, or a task file of your own; repeatable. [default: minidocs, recall and minidocs-gen]",
     rich_help_panel="What to run", show_default=False)]
 Data = Annotated[Path | None, typer.Option(
+    parser=path,
     help="Your own corpus for the task: rows of .jsonl, .json, .csv, .tsv or .parquet, a .txt, each also packed "
     "(.gz, .bz2, .xz, .zst), or a folder of .txt.", rich_help_panel="What to run")]
 Column = Annotated[str, typer.Option(
     help="What the text is called in --data, or in a data set on the hub; plain text has no columns.",
     rich_help_panel="What to run")]
 Adapter = Annotated[list[str] | None, typer.Option(
-    help="Adapter folder of a trained method; repeatable. [default: those shipped for kvbench-tiny]",
+    parser=text, help="Adapter folder of a trained method; repeatable. [default: those shipped for kvbench-tiny]",
     show_default=False, rich_help_panel="What to run")]
 Protocol = Annotated[str | None, typer.Option(
     help="block, stream, prefix, online or generate. [default: the task's own]", rich_help_panel="How to run")]
@@ -46,10 +59,11 @@ Baselines = Annotated[bool, typer.Option(
     "--baselines/--no-baselines", help="Add none, local, scattered and sinks beside full.",
     rich_help_panel="How to run")]
 Scorer = Annotated[str | None, typer.Option(
+    parser=text,
     help="Language model that gen_ppl is measured with: hub id or folder. [default: the uncompressed model]",
     show_default=False, rich_help_panel="Judging written text")]
 MauveFeatures = Annotated[str | None, typer.Option(
-    help="What MAUVE compares: last states of this causal language model, such as gpt2-large. "
+    parser=text, help="What MAUVE compares: last states of this causal language model, such as gpt2-large. "
     "[default: sentence embeddings]", show_default=False, rich_help_panel="Judging written text")]
 Metric = Annotated[list[str] | None, typer.Option(
     help="Metric of written text to measure, such as chrf; repeatable. [default: all; mauve from 200 documents "
@@ -61,7 +75,7 @@ Json = Annotated[bool, typer.Option(
 DryRun = Annotated[bool, typer.Option(
     "--dry-run", help="Print the cells, what they cost, and the folder; measure nothing.", rich_help_panel="Output")]
 Config = Annotated[Path | None, typer.Option(
-    help="Settings file. [default: ./kvbench.toml if there is one]", show_default=False,
+    parser=path, help="Settings file. [default: ./kvbench.toml if there is one]", show_default=False,
     rich_help_panel="Output")]
 Revision = Annotated[str | None, typer.Option(
     help="Branch, tag or commit on the hub.", rich_help_panel="What to run")]

@@ -32,11 +32,13 @@ def profile(
         help="Share of cache entries to remove, in [0, 1): 0.7 keeps 30 %; repeatable. [default: 0.7]",
         rich_help_panel=_WHAT)] = None,
     model: Annotated[str | None, typer.Option(
+        parser=options.text,
         help="Hub id, folder, or shape:NAME for random weights in a published shape, such as shape:gpt2. "
         "[default: kvbench-tiny, embedded]", envvar="KVBENCH_MODEL", show_default=False,
         rich_help_panel=_WHAT)] = None,
     revision: options.Revision = None,
     adapter: Annotated[list[str] | None, typer.Option(
+        parser=options.text,
         help="Adapter folder of a trained method; repeatable. [default: the shipped one, or random weights]",
         show_default=False, rich_help_panel=_WHAT)] = None,
     fill: Annotated[str | None, typer.Option(
@@ -70,6 +72,7 @@ def profile(
     probe_timeout: Annotated[int, typer.Option(
         help="Seconds after which a batch is given up.", rich_help_panel=_MEMORY)] = 300,
     out: Annotated[Path | None, typer.Option(
+        parser=options.path,
         help="Run folder: missing, empty, or one of the same profile. [default: reports/profile-...]",
         show_default=False, rich_help_panel=_OUT)] = None,
     fresh: Annotated[bool, typer.Option(
@@ -79,7 +82,7 @@ def profile(
     dry_run: Annotated[bool, typer.Option(
         "--dry-run", help="Print the cells and what they take; measure nothing.", rich_help_panel=_OUT)] = False,
     config: Annotated[Path | None, typer.Option(
-        help="Settings file. [default: ./kvbench.toml if there is one]", show_default=False,
+        parser=options.path, help="Settings file. [default: ./kvbench.toml if there is one]", show_default=False,
         rich_help_panel=_OUT)] = None,
 ) -> None:
     """Measure what compression gains: prefill, first token, time per token, memory that is really free.
@@ -111,6 +114,7 @@ def profile(
     from kvbench.plan import parse_options
     from kvbench.profiling.plan import ProfileRequest, build_profile_plan, doubts
     from kvbench.profiling.runner import profile as measure
+    from kvbench.store.folder import RunFolder
     from kvbench.units import CARD
 
     console = Console(stderr=True)
@@ -135,6 +139,7 @@ def profile(
         raise UserError(f"--memory-budget {CARD} is for GPUs, and this is a CPU.", "Give a size, such as 2GiB.")
     plan = build_profile_plan(request)
     if dry_run:
+        RunFolder(plan.folder).check(plan.content, fresh)
         _print_plan(plan, json_)
         return
     for warning in doubts(request.threads, psutil.cpu_percent(interval=0.3)):

@@ -8,14 +8,18 @@ from typing import Annotated
 
 import typer
 
+from kvbench.cli import options
+
 
 def report(
     run: Annotated[list[Path], typer.Argument(
+        parser=options.path,
         help="Run folders, as 'kvbench run', 'sweep' and 'profile' named them.", metavar="RUN...")],
     metric: Annotated[list[str] | None, typer.Option(
         help="Metric to draw against removal; repeatable. [default: ppl, accuracy, and four of written text]",
         show_default=False)] = None,
     out: Annotated[Path | None, typer.Option(
+        parser=options.path,
         help="Folder to write into; needed for several runs. [default: the run folder]", show_default=False)] = None,
     json_: Annotated[bool, typer.Option("--json", help="Print the JSON document on stdout.")] = False,
 ) -> None:
@@ -48,7 +52,7 @@ def report(
     folder = out or run[0]
     found = write_report(run, folder, metric or ())
     try:
-        with (folder / "table.txt").open("w", encoding="utf-8") as file:
+        with (folder / "table.txt").open("w", encoding="utf-8", errors="backslashreplace") as file:
             print_results(found.results, Console(file=file), folder)
     except OSError as error:
         raise UserError(f"The folder {folder} cannot be written: {error.strerror}.") from error

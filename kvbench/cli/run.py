@@ -38,7 +38,7 @@ def run(
     threads: options.Threads = None,
     baselines: options.Baselines = True,
     out: Annotated[Path | None, typer.Option(
-        help="Run folder: missing, empty, or one of the same run. [default: reports/...]",
+        parser=options.path, help="Run folder: missing, empty, or one of the same run. [default: reports/...]",
         show_default=False, rich_help_panel="Output")] = None,
     fresh: options.Fresh = False,
     json_: options.Json = False,
@@ -92,6 +92,7 @@ def run(
     )
     plan = build_plan(request)
     if dry_run:
+        RunFolder(plan.folder).check(plan.content, fresh)
         print_plans([plan], plan.folder, json_)
         return
 

@@ -7,9 +7,12 @@ from typing import Annotated
 
 import typer
 
+from kvbench.cli import options
+
 
 def show(
-    run: Annotated[Path, typer.Argument(help="Run folder, as 'kvbench run' named it.", metavar="RUN")],
+    run: Annotated[Path, typer.Argument(
+        parser=options.path, help="Run folder, as 'kvbench run' named it.", metavar="RUN")],
     document: Annotated[str | None, typer.Option(
         help="Id of the document. [default: the first one]", show_default=False)] = None,
     task: Annotated[str | None, typer.Option(

@@ -22,6 +22,7 @@ _WHAT, _HOW = "What to run", "How to run"
 
 def sweep(
     settings_file: Annotated[Path | None, typer.Argument(
+        parser=options.path,
         metavar="[CONFIG]", help="Settings file with a \\[sweep] table. [default: ./kvbench.toml if there is one]",
         show_default=False)] = None,
     method: Annotated[list[str] | None, typer.Option(
@@ -34,6 +35,7 @@ def sweep(
         help="Task, or a task file of your own; repeatable. [default: minidocs, recall]", show_default=False,
         rich_help_panel=_WHAT)] = None,
     model: Annotated[list[str] | None, typer.Option(
+        parser=options.text,
         help="Hub id or folder of a causal language model; repeatable. [default: kvbench-tiny]", show_default=False,
         rich_help_panel=_WHAT)] = None,
     seed: Annotated[list[int] | None, typer.Option(
@@ -73,6 +75,7 @@ def sweep(
     mauve_features: options.MauveFeatures = None,
     metric: options.Metric = None,
     out: Annotated[Path | None, typer.Option(
+        parser=options.path,
         help="Run folder; one of another sweep is added to. [default: reports/sweep-...]", show_default=False,
         rich_help_panel="Output")] = None,
     fresh: options.Fresh = False,
@@ -107,6 +110,7 @@ def sweep(
     from kvbench.errors import UserError, unknown
     from kvbench.execution.executors import EXECUTORS
     from kvbench.plan import Request, parse_options
+    from kvbench.store.folder import RunFolder
     from kvbench.sweep import build_sweep
 
     if settings_file is not None and config is not None:
@@ -135,6 +139,7 @@ def sweep(
     )
     found = build_sweep(request, models, seeds)
     if dry_run:
+        RunFolder(found.folder).check(found.content, fresh=True)  # it may hold another sweep
         print_plans(found.plans, found.folder, json_)
         return
     for note in dict.fromkeys(note for plan in found.plans for note in plan.omitted):

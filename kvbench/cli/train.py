@@ -18,13 +18,15 @@ if TYPE_CHECKING:
 app = typer.Typer(invoke_without_command=True, rich_markup_mode="rich", no_args_is_help=True)
 
 Data = Annotated[list[Path] | None, typer.Option(
+    parser=options.path,
     help="Training text: rows of .jsonl, .json, .csv, .tsv or .parquet, a .txt, each also packed (.gz, .bz2, .xz, "
     ".zst), or a folder of .txt; repeatable, read in order.")]
 Column = Annotated[str, typer.Option(
     help="What the text is called in --data and --held-out; plain text has no columns.")]
 HeldOutFile = Annotated[Path | None, typer.Option(
-    help="Text to measure on now and then; never trained on.")]
-Out = Annotated[Path | None, typer.Option(help="Folder to write; a checkpoint in it is continued.")]
+    parser=options.path, help="Text to measure on now and then; never trained on.")]
+Out = Annotated[Path | None, typer.Option(
+    parser=options.path, help="Folder to write; a checkpoint in it is continued.")]
 Fresh = Annotated[bool, typer.Option("--fresh", help="Start anew even if there is a checkpoint.")]
 Every = Annotated[int, typer.Option(help="Steps between checkpoints and held-out measurements.", min=1)]
 
@@ -93,6 +95,7 @@ def base(
     length: Annotated[int, typer.Option(help="Tokens per sequence, and the context.", min=64)] = 1024,
     lr: Annotated[float, typer.Option(help="Peak learning rate.", min=0.0)] = 3e-3,
     tokenizer: Annotated[Path | None, typer.Option(
+        parser=options.path,
         help="Folder of a tokenizer. [default: train one on the data]", show_default=False)] = None,
     every: Every = 200,
     seed: options.Seed = None,

@@ -8,11 +8,12 @@ import gzip
 import io
 import json
 import lzma
+import os
 import zlib
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from kvbench.errors import UserError
 from kvbench.parsing import parse_json
@@ -54,18 +55,32 @@ def read_records(path: Path, wanted: Collection[str]) -> Iterator[Record]:
 def files_of(path: Path) -> list[Path]:
     """The file itself; of a folder its plain texts, and those of the folders in it, by name.
 
+    Links to folders are followed, and no folder is read twice; what begins with a dot is hidden.
+
     Raises:
-        UserError: the folder has none.
+        UserError: the folder has none, or one of the folders in it cannot be read.
     """
     if not path.is_dir():
         return [path]
-    texts = (file.relative_to(path) for file in path.rglob("*") if _ending(file) == ".txt" and not file.is_dir())
-    shown = [name for name in texts if not any(part.startswith(".") for part in name.parts)]
+    shown, seen = [], {os.path.realpath(path)}
+    for folder, below, names in os.walk(path, onerror=_refuse_folder, followlinks=True):
+        inside = {os.path.realpath(Path(folder, n)): n for n in sorted(below, reverse=True) if not n.startswith(".")}
+        below[:] = [name for real, name in inside.items() if real not in seen]
+        seen.update(inside)
+        texts = (Path(folder, n).relative_to(path) for n in names if not n.startswith("."))
+        shown += [name for name in texts if _ending(name) == ".txt"]
     if not shown:
         raise UserError(
             f"The data folder {path} cannot be read: it holds no .txt.", f"Give a folder of .txt, or a file: {KNOWN}."
         )
     return [path / name for name in sorted(shown, key=Path.as_posix)]
+
+
+def _refuse_folder(error: OSError) -> NoReturn:
+    raise UserError(
+        f"The data folder {error.filename} cannot be read: {error.strerror}.",
+        "Make it readable, or take it out of the folder that is given.",
+    ) from error
 
 
 def split_lines(text: str) -> str:
@@ -75,6 +90,11 @@ def split_lines(text: str) -> str:
 
 def _opened(path: Path) -> tuple[bytes, Read]:
     """What is in a file, unpacked, and how it is read."""
+    if path.exists() and not path.is_file():
+        raise UserError(
+            f"The data file {path} cannot be read: it is no regular file, and is read more than once.",
+            "Save what comes from it to a file first.",
+        )
     ending = _ending(path)
     if ending not in KINDS:
         said = f" ({''.join(path.suffixes[-2:])})" if path.suffix else ""
@@ -96,8 +116,7 @@ def _ending(path: Path) -> str:
 
 def _folder(path: Path, wanted: Collection[str]) -> Iterator[Record]:
     for file in files_of(path):
-        for record in _plain(_opened(file)[0], file, wanted):
-            yield Record(record.where, {**record.values, "id": file.relative_to(path).as_posix()})
+        yield from _text(_opened(file)[0], file, wanted, file.relative_to(path).as_posix())
 
 
 def _decoded(raw: bytes, path: Path) -> str:
@@ -119,7 +138,11 @@ def _decoded(raw: bytes, path: Path) -> str:
 
 
 def _plain(raw: bytes, path: Path, wanted: Collection[str]) -> Iterator[Record]:
-    yield Record(str(path), {**dict.fromkeys(wanted, _decoded(raw, path)), "id": path.name})
+    yield from _text(raw, path, wanted, path.name)
+
+
+def _text(raw: bytes, path: Path, wanted: Collection[str], name: str) -> Iterator[Record]:
+    yield Record(str(path), {"id": name, **dict.fromkeys(wanted, _decoded(raw, path))})
 
 
 def _json_lines(raw: bytes, path: Path, wanted: Collection[str]) -> Iterator[Record]:
@@ -205,6 +228,30 @@ def _check_names(names: list[str], path: Path, wanted: Collection[str]) -> None:
             raise UserError(f'The data file {path} has {names.count(name)} columns "{name}".', "Rename one of them.")
 
 
+def _unpack_streams(start: Callable[[], Any], padding: int = 0) -> Unpack:
+    """Unpacks streams that follow one another, each to its end: the libraries' own ``decompress`` takes a damaged one
+    behind the first for none.
+
+    Args:
+        start: makes a decompressor for one stream.
+        padding: zero bytes may follow a stream, in multiples of this many.
+    """
+    def unpack(raw: bytes) -> bytes:
+        parts = []
+        while raw:
+            stream = start()
+            parts.append(stream.decompress(raw))
+            if not stream.eof:
+                raise EOFError("it ends within a packed stream")
+            raw = stream.unused_data
+            rest = raw.lstrip(b"\0") if padding else raw
+            if len(raw) != len(rest) and (len(raw) - len(rest)) % padding == 0:
+                raw = rest
+        return b"".join(parts)
+
+    return unpack
+
+
 def _unpack_zst(raw: bytes) -> bytes:
     import pyarrow
 
@@ -218,6 +265,7 @@ KINDS: dict[str, Read] = {
     ".parquet": _parquet, ".txt": _plain,
 }
 PACKED: dict[str, Unpack] = {
-    ".gz": gzip.decompress, ".bz2": bz2.decompress, ".xz": lzma.decompress, ".zst": _unpack_zst,
+    ".gz": gzip.decompress, ".bz2": _unpack_streams(bz2.BZ2Decompressor),
+    ".xz": _unpack_streams(lzma.LZMADecompressor, padding=4), ".zst": _unpack_zst,
 }
 KNOWN = f"{', '.join(KINDS)}, each also packed ({', '.join(PACKED)}), or a folder of .txt"

@@ -13,11 +13,11 @@ from kvbench.doctor.subject import Subject, policy_of
 from kvbench.errors import UserError
 from kvbench.models.attention import plain_attention
 from kvbench.models.attention_hooks import LISTENER, Attended
-from kvbench.models.rotary import FAR, fixed_rotations, frequencies, fresh_rotations, rotated
+from kvbench.models.rotary import FAR, apart_in_pairs, fixed_rotations, frequencies, fresh_rotations, rotated
 from kvbench.policing import Policing
 
-_PLACES = (3, 17)
-"""Two places that a token is read alone at."""
+_PLACES = (3, 17, 2003)
+"""Places that a token is read alone at, as far as the model's context goes."""
 
 
 def rotations_are_those_of_one_pass(subject: Subject) -> Check:
@@ -45,10 +45,12 @@ def layers_turn_as_assumed(subject: Subject) -> Check:
         return Check(name, True, f"methods that turn keys are refused: {error.message}", "")
     if speeds is None:
         return Check(name, True, "positions are learned: methods that turn keys are refused", "")
-    first, second = (_keys_at(subject, (place,)) for place in _PLACES)
-    for speed, here, there in zip(speeds, first, second, strict=True):
-        angle = (_PLACES[1] - _PLACES[0]) * (torch.zeros(1) if speed is None else speed)[None].to(here.device)
-        worst = max(worst, _relative(rotated(here, angle.cos(), angle.sin()), there))
+    start, *others = [place for place in _PLACES if place < max(subject.loaded.context, _PLACES[1] + 1)]
+    first = _keys_at(subject, (start,))
+    for place in others:
+        for speed, here, there in zip(speeds, first, _keys_at(subject, (place,)), strict=True):
+            angle = (place - start) * (torch.zeros(1) if speed is None else speed)[None].to(here.device)
+            worst = max(worst, apart_in_pairs(rotated(here, angle.cos(), angle.sin()), there, speed))
     return Check(
         name, worst <= _near(subject), f"keys differ by {worst:.1e} after a turn",
         "Use --set positions=absolute and merge_at=rotated on this model.",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -32,9 +33,9 @@ def locked(folder: Path) -> Iterator[None]:
     """Hold a run folder against other processes; the lock lies elsewhere and is not part of it.
 
     Raises:
-        UserError: another process is measuring into it.
+        UserError: another process is measuring into it, or its lock cannot be had.
     """
-    name = hashlib.sha256(str(folder.resolve()).encode()).hexdigest()[:16]
+    name = hashlib.sha256(os.fsencode(folder.resolve())).hexdigest()[:16]
     lock = FileLock(Path(tempfile.gettempdir()) / f"kvbench-{name}.lock")
     try:
         lock.acquire(timeout=0)
@@ -42,6 +43,11 @@ def locked(folder: Path) -> Iterator[None]:
         raise UserError(
             f"Another kvbench is measuring into {folder}.", "Wait for it, or choose another --out."
         ) from None
+    except OSError as error:
+        raise UserError(
+            f"The lock {lock.lock_file} of {folder} cannot be taken: {error.strerror}.",
+            "If it is another user's, choose another --out, or set TMPDIR to a folder of your own.",
+        ) from error
     try:
         yield
     finally:

@@ -215,6 +215,11 @@ class Method(ABC):
         return {name: self.option(name) for name in self.known}
 
     @property
+    def rule_version(self) -> int:
+        """The version of the rule that this request is measured by."""
+        return self.version
+
+    @property
     def budget_given(self) -> dict[str, str]:
         """The budget as options of a cell, if there is one."""
         given = {"budget_tokens": self.budget_tokens, "budget_bytes": self.budget_bytes}

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from kvbench.errors import UserError
-from kvbench.methods.base import Method, Option, kept
+from kvbench.methods.base import Method, Option, kept, ratio_text
 from kvbench.methods.layout import RUNNING, Layout, Structure, everything, plain_tokens
 
 if TYPE_CHECKING:
@@ -121,6 +121,11 @@ class Policy(Method):
                 f"{self.name} chooses among the tokens of one running text, and this task's text comes in chunks.",
                 "Measure it on another task.",
             )
+
+    def check_kept(self, n: int) -> None:
+        """More sinks than by default need room: they are held whatever the ratio, which would not be met."""
+        if "sinks" in self.known and self.sinks > int(self.known["sinks"].default):
+            check_room(self, n, "sinks", "the ratio would not be met")
 
     def layout(self, n: int, rng: np.random.Generator, text: Structure = RUNNING) -> Layout:
         """What is fed: the text, and nothing else."""
@@ -234,6 +239,22 @@ def protect_last(scores: Tensor, count: int) -> Tensor:
 def protect_first(scores: Tensor, positions: Tensor, count: int) -> Tensor:
     """Scores with the first ``count`` tokens of the text beyond all others, where they are still held."""
     return scores.masked_fill(positions < count, float("inf"))
+
+
+def check_room(policy: Policy, n: int, option: str, otherwise: str) -> None:
+    """See that what is kept of ``n`` entries has room for what an option protects, and for one more.
+
+    Raises:
+        UserError: it has not; ``otherwise``: what would come of it.
+    """
+    left, needed = kept(n, policy.ratio), policy.minimum
+    if left < min(n, needed):
+        most = left - (needed - policy.number(option))
+        raise UserError(
+            f"{policy.name} at ratio {ratio_text(policy.ratio)} keeps {left} of {n} entries, below the {needed} that "
+            f"it needs: {otherwise}.",
+            f"Give a smaller --ratio, or --set {option}={most}." if most > 0 else "Give a smaller --ratio.",
+        )
 
 
 def check_kernel(policy: Policy) -> None:

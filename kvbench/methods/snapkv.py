@@ -9,9 +9,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from kvbench.errors import UserError
-from kvbench.methods.base import Option, kept, ratio_text
-from kvbench.methods.policy import Policy, View, check_kernel, protect_last
+from kvbench.methods.base import Option
+from kvbench.methods.policy import Policy, View, check_kernel, check_room, protect_last
 
 POOLS: dict[str, Callable[..., Tensor]] = {"mean": functional.avg_pool1d, "max": functional.max_pool1d}
 
@@ -38,13 +37,7 @@ class SnapKv(Policy):
 
     def check_kept(self, n: int) -> None:
         """A window that fills all that is kept is a plain window, whatever the method is called."""
-        left = kept(n, self.ratio)
-        if left < min(n, self.minimum):
-            raise UserError(
-                f"{self.name} at ratio {ratio_text(self.ratio)} keeps {left} of {n} entries, below the "
-                f"{self.minimum} that it needs: it would be a plain window.",
-                f"Give a smaller --ratio, or --set window={left - 1}." if left > 1 else "Give a smaller --ratio.",
-            )
+        check_room(self, n, "window", "it would be a plain window")
 
     def check(self, longest: int, in_chunks: bool) -> None:
         super().check(longest, in_chunks)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from fractions import Fraction
+from math import ceil
 
 from kvbench.cache.packed import Packed
 from kvbench.cache.shape import CacheShape
@@ -43,6 +44,11 @@ class Think(Policy):
                 "Give a --ratio below 0.5.",
             )
 
+    @property
+    def rule_version(self) -> int:
+        """2 under a budget in bytes, which is held since; by the ratio nothing has changed."""
+        return 2 if self.budget_bytes else 1
+
     def packed(self, view: View, earlier: tuple[Packed, ...]) -> tuple[Packed, int] | None:
         count, width = view.entries - self.number("recent"), view.keys.shape[-1]
         left = self.number("channels") or self._left(view.read, width)
@@ -61,17 +67,22 @@ class Think(Policy):
                 "think takes keys to be half of the cache, and this model's keys and values have "
                 f"{' and '.join(map(str, sorted(shape.widths)))} numbers.", "Use another method.",
             )
-        asked = replace(self, ratio=self.ratio_of_bytes(n, shape), budget_bytes=0)
-        if not self.number("channels") and asked.ratio * n * 2 >= max(0, n - self.number("recent")):
+        asked, old = replace(self, ratio=self.ratio_of_bytes(n, shape), budget_bytes=0), n - self.number("recent")
+        one = Fraction(old, min(shape.widths)) if self.budget_bytes else 0  # the channel that has to stay
+        if not self.number("channels") and (asked.ratio * n * 2 >= max(0, old) or asked.ratio * n * 2 > old - one):
             raise UserError(
                 f"think cannot remove {float(asked.ratio):.3g} of the bytes of {n} entries: "
                 f"{self.number('recent')} of them stay whole, and keys are half of the others.",
                 "Ask for less, or use a smaller --set recent=.",
             )
-        given = self.number("channels") or asked._left(n, min(shape.widths))
+        given = self.number("channels") or asked._left(n, min(shape.widths), at_most=self.budget_bytes > 0)
         return replace(asked, options={**self.options, "channels": str(given)})
 
-    def _left(self, n: int, width: int) -> int:
-        """Channels that the keys of older entries keep, so that the bytes of the whole cache are met."""
+    def _left(self, n: int, width: int, at_most: bool = False) -> int:
+        """Channels that the keys of older entries keep, so that the bytes of the whole cache are met: as near as they
+        come, or no more of them, where bytes are a budget."""
         old = n - self.number("recent")
-        return width if old <= 0 else max(1, width - round(2 * width * self.ratio * n / old))
+        if old <= 0:
+            return width
+        exact = 2 * width * self.ratio * n / old
+        return max(1, width - (ceil(exact) if at_most else round(exact)))

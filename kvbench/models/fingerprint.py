@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 from pathlib import Path
 from typing import Any
 
@@ -84,6 +85,30 @@ def check_unchanged(folder: Path, expected: str) -> None:
             f"The files in {folder} have changed since this command began.",
             "Run it again once they are complete; what was measured before is kept apart.",
         )
+
+
+def check_snapshot(snapshot: Path) -> None:
+    """See that files in the hub's cache are what their commit says: each is kept under the hash of its content.
+
+    Copies, which some systems make where they have no links, bear no such name and are not checked.
+
+    Raises:
+        UserError: a file is damaged.
+    """
+    blobs = {path.resolve() for path in _counted(snapshot).values() if path.is_symlink()}
+    by_git, by_sha256 = ([blob for blob in blobs if re.fullmatch(rf"[0-9a-f]{{{n}}}", blob.name)] for n in (40, 64))
+    hashes = file_hashes(by_sha256) | {blob: _git_hash(blob) for blob in by_git}
+    for blob, found in sorted(hashes.items()):
+        if blob.name != found:
+            raise UserError(
+                f"The hub's cache is damaged: {blob} is not what its name says.",
+                "Delete it, and run the command again where the hub can be reached.",
+            )
+
+
+def _git_hash(path: Path) -> str:
+    content = path.read_bytes()
+    return hashlib.sha1(b"blob %d\0" % len(content) + content, usedforsecurity=False).hexdigest()
 
 
 def _counted(folder: Path) -> dict[str, Path]:

@@ -12,7 +12,7 @@ from importlib.resources import files
 from pathlib import Path
 
 from kvbench.errors import UserError
-from kvbench.models.fingerprint import check_unchanged, fingerprint, former_fingerprint
+from kvbench.models.fingerprint import check_snapshot, check_unchanged, fingerprint, former_fingerprint
 
 DEFAULT_MODEL = "kvbench-tiny"
 """The model that is embedded."""
@@ -59,7 +59,7 @@ class ModelReference:
         return former_fingerprint(Path(self.location))
 
     def check_unchanged(self) -> None:
-        """See, once it is loaded, that it is what the fingerprint says: a folder may change, a commit cannot.
+        """See, once it is loaded, that it is what the fingerprint says.
 
         Raises:
             UserError: they have changed meanwhile, or nobody knows which commit was loaded.
@@ -71,6 +71,20 @@ class ModelReference:
             )
         if self.is_folder:
             check_unchanged(Path(self.location), self.fingerprint)
+        else:
+            _check_kept(self.name, self.fingerprint)
+
+
+def expanded(name: str) -> Path:
+    """A path as it was given, with ``~`` for a home.
+
+    Raises:
+        UserError: nobody knows whose.
+    """
+    try:
+        return Path(name).expanduser()
+    except RuntimeError as error:
+        raise UserError(f"The path {name} cannot be followed: there is no such home.", "Write it out.") from error
 
 
 def assets() -> Path:
@@ -83,7 +97,7 @@ def resolve_model(name: str, revision: str | None = None) -> ModelReference:
     Raises:
         UserError: a path that is not there or cannot be read, or a name that can be neither a path nor a hub id.
     """
-    folder = assets() / DEFAULT_MODEL if name == DEFAULT_MODEL else Path(name).expanduser()
+    folder = assets() / DEFAULT_MODEL if name == DEFAULT_MODEL else expanded(name)
     if folder.is_dir() and revision is not None:
         raise UserError(f"--revision is for models on the hub; {name} is a folder.", "Leave it out.")
     if folder.is_dir():
@@ -101,7 +115,22 @@ def resolve_model(name: str, revision: str | None = None) -> ModelReference:
             f"There is no model folder {name}.", f"Give a folder, a hub id, or {DEFAULT_MODEL!r}."
         )
     commit = _commit(name, revision)
+    if commit is not None:
+        _check_kept(name, commit)
     return ModelReference(name, name, commit or revision, commit or "")
+
+
+def _check_kept(name: str, commit: str) -> None:
+    """See that what the hub's cache holds of a commit is that commit.
+
+    Raises:
+        UserError: it is damaged.
+    """
+    from huggingface_hub import try_to_load_from_cache
+
+    config = try_to_load_from_cache(name, "config.json", revision=commit)
+    if isinstance(config, str):
+        check_snapshot(Path(config).parent)
 
 
 def _commit(name: str, revision: str | None) -> str | None:
@@ -142,7 +171,7 @@ def given_adapter(name: str) -> Path:
         UserError: it is not there.
     """
     shipped = assets() / "adapters" / name
-    folder = shipped if "/" not in name and shipped.is_dir() else Path(name).expanduser()
+    folder = shipped if "/" not in name and shipped.is_dir() else expanded(name)
     if not folder.is_dir():
         raise UserError(
             f"There is no adapter folder {name}.", "Give the folder that 'kvbench train --method METHOD' wrote."

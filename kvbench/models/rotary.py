@@ -23,8 +23,12 @@ from kvbench.models.gated import swapped
 
 FAR = 1 << 20
 """A place beyond every length at which a rotation could change."""
-_ELSEWHERE = 11
-"""Where a token is read a second time, to see what its place changes."""
+_NEAR_BY = (11, 1009)
+"""Where a token is read again, to see what its place changes; and at the end of the model's context, since scales and
+slow rotations change little before."""
+_TOLERANCES = {torch.float32: 1e-3, torch.float16: 5e-3}
+"""How far a pair of coordinates may lie from where it is taken to be turned to, as a share of its length; 0.03 for
+other precisions."""
 
 _PRISTINE: WeakKeyDictionary[nn.Module, dict[str, nn.Module]] = WeakKeyDictionary()
 _FOUND: WeakKeyDictionary[nn.Module, tuple[tuple[int, ...], Turned]] = WeakKeyDictionary()
@@ -94,56 +98,91 @@ def turned(model: nn.Module) -> Turned:
 
 @torch.no_grad()
 def _asked(model: nn.Module) -> Turned:
-    device = next(model.parameters()).device
-    read: list[tuple[list[Attended], Tensor]] = []
-    for place in (0, _ELSEWHERE):
-        calls: list[Attended] = []
-        token = LISTENER.set(calls.append)
-        try:
-            with unwatched():
-                logits = model(
-                    input_ids=torch.ones(1, 1, dtype=torch.long, device=device), use_cache=False,
-                    position_ids=torch.arange(place, place + 1, device=device)[None],
-                    attention_mask=torch.ones(1, 1, 1, 1, dtype=torch.bool, device=device),
-                ).logits
-        except IndexError:  # a table of positions that ends before
-            return Turned((), True)
-        finally:
-            LISTENER.reset(token)
-        read.append((calls, logits.float().cpu()))
-    (first, one), (second, other) = read
+    read = {place: found for place in (0, *_places(model)) if (found := _read_at(model, place)) is not None}
+    if _NEAR_BY[0] not in read:  # a table of positions that ends before
+        return Turned((), True)
+    (calls, alone), others = read.pop(0), read
+    logits = others[_NEAR_BY[0]][1]
     near = 0.05 if next(model.parameters()).dtype != torch.float32 else 1e-4
-    learned = not torch.allclose(one, other, rtol=near, atol=near * float(one.abs().max()))
+    learned = not torch.allclose(alone, logits, rtol=near, atol=near * float(alone.abs().max()))
+    if learned or [call.layer for call in calls] != list(range(len(calls))):
+        return Turned((None,) * max(1, len(calls)), learned)
     buffers = {name: tensor for name, tensor in model.named_buffers() if _is_speed(name, tensor)}
-    if [call.layer for call in first] != list(range(len(first))):
-        return Turned((None,) * max(1, len(first)), learned)
-    pairs = zip(first, second, strict=True)
-    return Turned(tuple(None if learned else _rotation_of(a, b, buffers, near) for a, b in pairs), learned)
+    return Turned(tuple(
+        _rotation_of(calls[number], {place: found[0][number] for place, found in others.items()}, buffers)
+        for number in range(len(calls))
+    ), False)
+
+
+def _places(model: nn.Module) -> list[int]:
+    """Where a token is read again: near by, and as far as the model's context goes."""
+    from kvbench.models.loading import context_of
+
+    last = min(context_of(model.config), FAR) - 1
+    return sorted({*(place for place in _NEAR_BY if place <= max(last, _NEAR_BY[0])), last})
+
+
+def _read_at(model: nn.Module, place: int) -> tuple[list[Attended], Tensor] | None:
+    """What every layer attends of a token that is read alone at a place, and its logits; None beyond a table."""
+    calls: list[Attended] = []
+    device = next(model.parameters()).device
+    token = LISTENER.set(calls.append)
+    try:
+        with unwatched():
+            logits = model(
+                input_ids=torch.ones(1, 1, dtype=torch.long, device=device), use_cache=False,
+                position_ids=torch.arange(place, place + 1, device=device)[None],
+                attention_mask=torch.ones(1, 1, 1, 1, dtype=torch.bool, device=device),
+            ).logits
+    except IndexError:
+        return None
+    finally:
+        LISTENER.reset(token)
+    return calls, logits.float().cpu()
 
 
 def _is_speed(name: str, tensor: Tensor) -> bool:
     return name.endswith("inv_freq") and "original" not in name and tensor.dim() == 1
 
 
-def _rotation_of(first: Attended, second: Attended, buffers: dict[str, Tensor], near: float) -> str | None:
-    """The frequencies that turn a token's query and key from the first place to the other; "" if nothing does."""
-    pairs = [(a.float().cpu(), b.float().cpu()) for a, b in ((first.query, second.query), (first.key, second.key))]
-    for name in ("", *buffers):
-        if all(_apart(_moved(here, buffers.get(name)), there) < near for here, there in pairs):
-            return name
-    return None
+def _rotation_of(first: Attended, others: dict[int, Attended], buffers: dict[str, Tensor]) -> str | None:
+    """The frequencies that best turn a token's query and key from place 0 to all others; "" if nothing does.
+
+    None if none does, in some pair of coordinates at some place.
+    """
+    def worst(speeds: Tensor | None) -> float:
+        return max(
+            apart_in_pairs(_moved(here.float().cpu(), place, speeds), there.float().cpu(), speeds)
+            for place, call in others.items() for here, there in ((first.query, call.query), (first.key, call.key))
+        )
+
+    found = {name: worst(buffers.get(name)) for name in ("", *buffers)}
+    best = min(found, key=lambda name: found[name])
+    return best if found[best] <= _TOLERANCES.get(first.key.dtype, 0.03) else None
 
 
-def _moved(x: Tensor, speeds: Tensor | None) -> Tensor:
+def _moved(x: Tensor, place: int, speeds: Tensor | None) -> Tensor:
     if speeds is None or 2 * len(speeds) > x.shape[-1]:
         return x
-    angle = _ELSEWHERE * speeds.float().cpu()[None]
+    angle = place * speeds.float().cpu()[None]
     return rotated(x, angle.cos(), angle.sin())
 
 
-def _apart(one: Tensor, other: Tensor) -> float:
-    """How far apart, relative to the size of the numbers."""
-    return float((one - other).abs().max() / other.abs().max().clamp(min=1e-12))
+def apart_in_pairs(one: Tensor, other: Tensor, speeds: Tensor | None) -> float:
+    """How far two tensors ``[..., width]`` lie apart: the worst pair of coordinates, as a share of its own length.
+
+    By pairs, since one large coordinate would hide what happens to all others.
+
+    Args:
+        speeds: ``[d / 2]``, whose pairs the first d numbers are; None if all stand alone.
+    """
+    half = 0 if speeds is None or 2 * len(speeds) > one.shape[-1] else len(speeds)
+
+    def lengths(x: Tensor) -> Tensor:
+        return torch.cat([torch.hypot(x[..., :half], x[..., half : 2 * half]), x[..., 2 * half :].abs()], -1)
+
+    size = lengths(other)
+    return float((lengths(one - other) / size.clamp(min=1e-4 * float(size.max()) + 1e-12)).max())
 
 
 def by_length(model: nn.Module) -> dict[str, nn.Module]:

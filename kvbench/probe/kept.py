@@ -14,7 +14,7 @@ from kvbench.probe.facts import ModelFacts
 from kvbench.store.cached import read_cache, write_cache
 
 FILE = "probes.json"
-PROBE = 3
+PROBE = 4
 """Raised whenever the probe asks something else."""
 
 MOST = 4096

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import accumulate, pairwise
 from typing import Any, NamedTuple
 
@@ -100,8 +101,20 @@ class Tokenizer:
         if not self.hf.is_fast:
             return list(self.hf(text, add_special_tokens=False).input_ids), None
         out = self.hf(text, add_special_tokens=False, return_offsets_mapping=True)
-        tokens = self.hf.convert_ids_to_tokens(out.input_ids)
-        return list(out.input_ids), _ends(text, out.offset_mapping, tokens)
+        if self._leaves_spaces_out:
+            tokens = self.hf.convert_ids_to_tokens(out.input_ids)
+            return list(out.input_ids), _ends_with_spaces(text, out.offset_mapping, tokens)
+        return list(out.input_ids), list(accumulate((end for _, end in out.offset_mapping), max))
+
+    @cached_property
+    def _leaves_spaces_out(self) -> bool:
+        """Whether spaces are bytes of tokens, and those at the ends of a token are no part of where it is."""
+        made_by = self.hf.backend_tokenizer
+        ways, after = (
+            b"".join(part.__getstate__() for part in parts if part is not None)
+            for parts in ((made_by.pre_tokenizer, made_by.decoder), (made_by.post_processor,))
+        )
+        return b'"ByteLevel"' in ways and b'"trim_offsets":true' in after
 
     def split(self, parts: Sequence[str]) -> tuple[Part, ...]:
         """The parts of one text, tokenised together: a token across a border belongs to what follows.
@@ -135,16 +148,17 @@ class Tokenizer:
         return () if self.bos is None else (self.bos,)
 
 
-def _ends(text: str, offsets: Sequence[tuple[int, int]], tokens: Sequence[str]) -> list[int]:
-    """Where tokens end; some byte-level tokenizers leave spaces at either end of a token out of its offsets."""
+def _ends_with_spaces(text: str, offsets: Sequence[tuple[int, int]], tokens: Sequence[str]) -> list[int]:
+    """Where byte-level tokens end, of which offsets leave out the spaces; a space that was put before the text is
+    nowhere in it."""
     ends = [0]
     for (start, end), token in zip(offsets, tokens, strict=True):
         spaces = len(token) - len(token.rstrip("\u0120"))  # how they write a space
-        if spaces and start == end:  # nothing is left of it: it begins where the one before it ends
-            ends.append(ends[-1] + spaces)
-        else:
-            are_cut = spaces and text[end - 1] != " " and text[end : end + spaces] == " " * spaces
-            ends.append(end + spaces if are_cut else end)
+        is_bare = bool(spaces) and start == end  # nothing is left of it: it begins where the one before it ends
+        last = ends[-1] if is_bare else end
+        may_be_cut = is_bare or (spaces < len(token) and text[last - 1] != " ")
+        are_cut = may_be_cut and text[last : last + spaces] == " " * spaces
+        ends.append(max(ends[-1], last + spaces if are_cut else last))
     return ends[1:]
 
 

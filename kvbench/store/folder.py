@@ -129,11 +129,13 @@ class RunFolder:
             manifest = parse_json(path.read_text(encoding="utf-8"))
             if not isinstance(manifest, dict) or not {"cells", "tasks", "content"} <= set(manifest):
                 raise ValueError("it lacks what a run has")
-        except OSError as error:
+        except (FileNotFoundError, NotADirectoryError) as error:
             raise UserError(
                 f"{self.path} is not a run folder: {path.name} is not there.",
                 "Give a folder that 'kvbench run' wrote.",
             ) from error
+        except OSError as error:
+            raise UserError(f"{path} cannot be read: {error.strerror}.", "Make it readable.") from error
         except ValueError as error:
             raise UserError(f"{path} is damaged: {error}.", "Run again with --fresh.") from error
         return manifest
@@ -167,11 +169,12 @@ class RunFolder:
             write_atomic(folder / CELL, json.dumps(dataclasses.asdict(cell), indent=1) + "\n")
             records = folder / RECORDS
             if signature:
-                made = (folder / SIGNATURE).read_text(encoding="utf-8") if (folder / SIGNATURE).exists() else earlier
+                path = folder / SIGNATURE
+                made = path.read_text(encoding="utf-8", errors="replace") if path.exists() else earlier
                 if made not in (None, signature):
                     for name in (RECORDS, MAUVE):
                         _exchange(folder / name, _aside(folder / name, made), _aside(folder / name, signature))
-                write_atomic(folder / SIGNATURE, signature)
+                write_atomic(path, signature)
             if records.exists():
                 with records.open("r+b") as file:
                     _repair(file)
@@ -253,7 +256,12 @@ class RunFolder:
         if path in self._read_before and self._read_before[path][0] == state:
             return dict(self._read_before[path][1])
         found: dict[str, R] = {}
-        lines = path.read_bytes().split(b"\n")
+        try:
+            lines = path.read_bytes().split(b"\n")
+        except OSError as error:
+            raise UserError(
+                f"{path} cannot be read: {error.strerror}.", "Make it readable, or run again with --fresh."
+            ) from error
         for number, line in enumerate(lines, start=1):
             if not line:
                 continue
