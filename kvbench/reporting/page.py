@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import dataclasses
+import html
 import json
 import shlex
 from collections.abc import Sequence
@@ -13,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from jinja2 import Environment
+from markupsafe import Markup
 
 from kvbench.errors import UserError
 from kvbench.reporting.distance import is_of_curve
@@ -60,11 +62,16 @@ def write_page(folders: Sequence[RunFolder], results: Results, figures: Sequence
         environment=json.dumps(
             [manifest.get("environment", {}) for manifest in manifests], indent=1, ensure_ascii=False
         ),
-        rows="\n".join(rows), recipes="\n".join(recipes),
+        rows=_as_text(rows), recipes=_as_text(recipes),
     )
     path = out / "report.html"
     write_atomic(path, text)
     return path
+
+
+def _as_text(lines: list[str]) -> Markup:
+    """Lines of JSON between tags, where quotes are no mark-up: they would be two thirds of the page."""
+    return Markup(html.escape("\n".join(lines), quote=False))
 
 
 def _rows_and_recipes(results: Results) -> tuple[list[str], list[str]]:
