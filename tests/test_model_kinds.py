@@ -25,7 +25,7 @@ from kvbench.execution.worker import Worker
 from kvbench.judges.fluency import Scorer
 from kvbench.methods import Structure, make_layout, make_method
 from kvbench.models.attention import register
-from kvbench.models.rotary import fixed_rotations, frequencies, rotated
+from kvbench.models.rotary import fixed_rotations, frequencies, rotated, turned
 from kvbench.plan import Request, build_plan
 from kvbench.policing import Policing
 from kvbench.probe.asking import examine
@@ -580,3 +580,14 @@ def test_embeddings_that_are_looked_up_again_are_seen() -> None:
     assert facts.needs_ids
     with pytest.raises(UserError, match="looks more up by token id"):
         facts.check_embeddings("here", "sentinel")
+
+
+@pytest.mark.parametrize("kind", ["flint", "mimo_v2_flash", "granite_swa", "llama", "smollm3", "gemma3_text"])
+def test_half_precision_finds_the_rotations_of_whole_precision(kind: str) -> None:
+    """Though deep layers are not twice the same in it, where sinks take part in what a single token attends."""
+    whole, half = zoo_model(kind, register()), zoo_model(kind, register())
+    for module in half.modules():  # as models are loaded: weights are rounded, frequencies are not
+        module._parameters = {name: None if p is None else nn.Parameter(p.to(torch.bfloat16), requires_grad=False)
+                              for name, p in module._parameters.items()}
+    assert turned(half).layers == turned(whole).layers
+    assert None not in turned(whole).layers
