@@ -169,7 +169,7 @@ def _moved(x: Tensor, place: int, speeds: Tensor | None) -> Tensor:
 
 
 def apart_in_pairs(one: Tensor, other: Tensor, speeds: Tensor | None) -> float:
-    """How far two tensors ``[..., width]`` lie apart: the mean, over pairs of coordinates, as a share of their length.
+    """How far two tensors ``[..., width]`` lie apart: the mean over pairs of coordinates, as a share of their length.
 
     By pairs, since one large coordinate would hide what happens to all others; the mean, since in half precision
     small pairs of deep layers are not twice the same.
