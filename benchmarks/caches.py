@@ -15,7 +15,7 @@ from kvbench.models.loading import load_model
 from kvbench.models.references import resolve_model
 from kvbench.profiling.clock import WallClock
 from kvbench.profiling.passes import Timed, time_request
-from kvbench.profiling.subject import EvictingRequest, StockRequest
+from kvbench.profiling.request import EvictingRequest, StockRequest
 
 LENGTH, NEW = 4096, 64
 

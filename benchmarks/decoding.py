@@ -13,12 +13,12 @@ from typing import Any
 import torch
 
 from benchmarks.pairs import compare_times
-from kvbench.decoding import Continuation, Sampling
+from kvbench.inference.generation import Continuation, Sampling
+from kvbench.inference.layout_session import Reader
 from kvbench.methods import Structure, make_layout, make_method
 from kvbench.models.adapter import Adapter
 from kvbench.models.loading import load_model
 from kvbench.models.references import find_adapter, resolve_model
-from kvbench.runtime import Reader
 
 
 class Prompt:

@@ -21,7 +21,7 @@ import torch
 
 from benchmarks.pairs import compare_times
 from kvbench.methods import Structure, make_layout, make_method
-from kvbench.methods.policy import Policy
+from kvbench.methods.policies.policy import Policy
 from kvbench.models.loading import load_model
 from kvbench.models.references import resolve_model
 from kvbench.profiling.clock import WallClock

@@ -11,7 +11,7 @@ import torch
 
 from benchmarks.pairs import compare
 from kvbench.methods import make_layout, make_method
-from kvbench.methods.layout import CLOSE, OPEN, RAW, Layout
+from kvbench.methods.layouts.layout import CLOSE, OPEN, RAW, Layout
 
 LENGTH, ROWS = 256, 8
 

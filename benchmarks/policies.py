@@ -17,7 +17,7 @@ from kvbench.models.references import resolve_model
 from kvbench.profiling.clock import WallClock
 from kvbench.profiling.passes import time_request
 from kvbench.profiling.policed import PolicedRequest
-from kvbench.profiling.subject import EvictingRequest, Request
+from kvbench.profiling.request import EvictingRequest, Request
 
 LENGTH, NEW, BATCH = 4096, 64, 1
 REACHES = {"think": "0.3"}

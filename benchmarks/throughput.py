@@ -15,8 +15,8 @@ from kvbench.methods import make_layout, make_method
 from kvbench.models.adapter import Adapter
 from kvbench.models.loading import load_model
 from kvbench.models.references import find_adapter, resolve_model
-from kvbench.protocols.cut import Piece
-from kvbench.protocols.score import score_batch
+from kvbench.protocols.pieces import Piece
+from kvbench.protocols.scoring import score_batch
 
 LENGTH, ROWS = 512, 4
 

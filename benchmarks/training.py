@@ -16,14 +16,14 @@ from transformers import AutoModelForCausalLM
 from transformers.cache_utils import DynamicCache
 
 from benchmarks.pairs import compare
+from kvbench.inference.layout_session import Reader
 from kvbench.methods import METHODS, make_layout, make_method
 from kvbench.methods.base import Method
-from kvbench.methods.layout import Structure
+from kvbench.methods.layouts.layout import Structure
 from kvbench.models.adapter import Adapter, AdapterCard
-from kvbench.models.gated import attention_linears
 from kvbench.models.loading import load_model
+from kvbench.models.lora import attention_linears
 from kvbench.models.references import resolve_model
-from kvbench.runtime import Reader
 from kvbench.training.adapter_training import AdapterPlan, step_layout, step_loss, text_loss
 
 SHAPES = ((8, 256), (4, 512))

@@ -11,7 +11,7 @@ from torch import nn
 
 from kvbench.errors import UserError
 from kvbench.models.adapter import CARD, ROWS, WEIGHTS, Adapter, read_card
-from kvbench.models.gated import attention_linears
+from kvbench.models.lora import attention_linears
 from tests.conftest import VOCABULARY, small_adapter, small_model
 
 IDS = torch.randint(0, VOCABULARY, (2, 40), generator=torch.Generator().manual_seed(0))

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from kvbench.corpora.documents import load_corpus, read_rows
-from kvbench.corpora.tasks import load_task, task_names
+from kvbench.data.documents import load_corpus, read_rows
+from kvbench.data.tasks import load_task, task_names
 from kvbench.methods import METHODS
 from kvbench.models.adapter import Adapter, read_card
 from kvbench.models.loading import load_model

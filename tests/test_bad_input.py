@@ -14,9 +14,9 @@ from typing import Any
 import pytest
 from filelock import FileLock
 
-from kvbench.corpora.tasks import tasks_folder
+from kvbench.data.tasks import tasks_folder
 from kvbench.errors import UserError
-from kvbench.execution.guards import locked
+from kvbench.execution.locks import locked
 from kvbench.models.loading import load_model
 from kvbench.models.references import assets, resolve_model
 from tests.conftest import Outcome, small_adapter, small_model

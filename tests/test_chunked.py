@@ -13,12 +13,12 @@ from torch import nn
 
 from kvbench.cache.evicting import EvictingCache
 from kvbench.errors import UserError
+from kvbench.inference.layout_session import Reader, Trace
 from kvbench.methods import Layout, Structure, make_layout, make_method
-from kvbench.methods.layout import COMP, RAW, SUM
-from kvbench.methods.memory import chunk_length
+from kvbench.methods.layouts.ccm import chunk_length
+from kvbench.methods.layouts.layout import COMP, RAW, SUM
 from kvbench.models.attention import register
-from kvbench.models.rotary import frequencies, rotated
-from kvbench.runtime import Reader, Trace
+from kvbench.models.rope import frequencies, rotated
 from tests.conftest import VOCABULARY, adapter_for, small_model
 from tests.zoo import zoo_model
 
@@ -235,6 +235,6 @@ def test_chunks_longer_than_the_text_are_refused() -> None:
 
 def test_chunked_methods_are_all_tried_here() -> None:
     from kvbench.methods import METHODS
-    from kvbench.methods.memory import Chunked
+    from kvbench.methods.layouts.ccm import Chunked
 
     assert {name for name, kind in METHODS.items() if issubclass(kind, Chunked)} == set(CHUNKED)

@@ -17,9 +17,9 @@ import pandas as pd
 import pyarrow
 import pytest
 
-from kvbench.corpora.documents import Corpus, load_corpus
-from kvbench.corpora.tasks import load_task
-from kvbench.corpora.turns import read_turns
+from kvbench.data.dialogues import read_turns
+from kvbench.data.documents import Corpus, load_corpus
+from kvbench.data.tasks import load_task
 from kvbench.errors import UserError
 from kvbench.execution.job import Job
 from kvbench.store.folder import RunFolder

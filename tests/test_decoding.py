@@ -13,16 +13,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from kvbench import decoding
-from kvbench.corpora.documents import Document
-from kvbench.corpora.tasks import GenerationSpec
-from kvbench.decoding import Continuation, Sampling, choose
+from kvbench.data.documents import Document
+from kvbench.data.tasks import GenerationSpec
 from kvbench.errors import UserError
+from kvbench.inference import generation as decoding
+from kvbench.inference.generation import Continuation, Sampling, choose
+from kvbench.inference.layout_session import Reader
 from kvbench.methods import Layout, Structure, kept, make_layout, make_method
-from kvbench.protocols.cut import make_tokenizer
+from kvbench.protocols.base import OPTIONS, protocol_options
 from kvbench.protocols.generate import cut_for_writing, resolve_writing, uniforms
-from kvbench.protocols.protocol import OPTIONS, protocol_options
-from kvbench.runtime import Reader
+from kvbench.protocols.pieces import make_tokenizer
 from tests.conftest import VOCABULARY, adapter_for
 from tests.test_equality import CASES, STREAM, Case, label
 

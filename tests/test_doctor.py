@@ -13,17 +13,18 @@ import pytest
 import torch
 from torch import Tensor
 
-from kvbench import runtime
 from kvbench.cache.evicting import EvictingLayer
 from kvbench.cache.shape import CacheShape
-from kvbench.doctor import CHECKS, Subject, checks, make_subject, model_checks, published, similarity
+from kvbench.doctor import CHECKS, Subject, checks, make_subject, model_checks, published
+from kvbench.doctor import mauve as similarity
 from kvbench.errors import UserError
+from kvbench.inference import layout_session as runtime
 from kvbench.judges.encoder import SentenceEncoder
-from kvbench.methods import windows
-from kvbench.methods.policy import Policy
-from kvbench.models import rotary
+from kvbench.methods.layouts import windows
+from kvbench.methods.policies.policy import Policy
+from kvbench.models import rope as rotary
+from kvbench.models.facts import ModelFacts
 from kvbench.probe import asking
-from kvbench.probe.facts import ModelFacts
 from kvbench.profiling.clock import Timeline
 from kvbench.profiling.passes import Timed
 from tests.conftest import FAMILIES

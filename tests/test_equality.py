@@ -11,11 +11,11 @@ import torch
 from torch import Tensor, nn
 
 from kvbench.cache.evicting import EvictingCache
+from kvbench.inference.layout_session import Reader, Trace
 from kvbench.methods import METHODS, Layout, Method, Structure, kept, make_layout, make_method
-from kvbench.methods.chunked import chunk_layout
-from kvbench.methods.layout import Tokens
-from kvbench.methods.memory import Chunked
-from kvbench.runtime import Reader, Trace
+from kvbench.methods.layouts.ccm import Chunked
+from kvbench.methods.layouts.chunked import chunk_layout
+from kvbench.methods.layouts.layout import Tokens
 from tests.conftest import VOCABULARY, adapter_for
 
 N = 96

@@ -13,10 +13,10 @@ from pathlib import Path
 
 import pytest
 
-from kvbench.reporting import export
+from kvbench.analysis.results import compute_results
 from kvbench.reporting.page import write_page
-from kvbench.reporting.results import compute_results
-from kvbench.reporting.sheets import sheets_of
+from kvbench.reporting.tables import export
+from kvbench.reporting.tables.tables import sheets_of
 from kvbench.store.folder import RunFolder
 from kvbench.store.records import Row
 from tests.test_compare import LOCAL, SINKS, Call, made

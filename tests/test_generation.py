@@ -18,9 +18,9 @@ import numpy as np
 import pytest
 import torch
 
-from kvbench.execution.writing import _output
+from kvbench.analysis.results import compute_results
+from kvbench.execution.generation import _output
 from kvbench.metrics import GENERATION_NAMES
-from kvbench.reporting.results import compute_results
 from kvbench.store.folder import MAUVE, RunFolder
 from kvbench.store.records import HUMAN, Cell, GenerationRecord
 from tests.conftest import Outcome, kvbench

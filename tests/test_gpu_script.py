@@ -20,8 +20,8 @@ from benchmarks.gpu.planning import planned
 from benchmarks.gpu.report import Report
 from benchmarks.gpu.running import Runner
 from benchmarks.gpu.workshop import SMALL, Scale, Workshop
-from kvbench.corpora.documents import embedded_documents, load_corpus
-from kvbench.corpora.tasks import load_task
+from kvbench.data.documents import embedded_documents, load_corpus
+from kvbench.data.tasks import load_task
 from kvbench.methods import METHODS
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -13,9 +13,9 @@ from hypothesis import strategies as st
 
 from kvbench.errors import UserError
 from kvbench.methods import METHODS, kept, layout_id, make_layout, make_method
-from kvbench.methods.layout import CLOSE, OPEN, RAW, Layout
-from kvbench.methods.memory import Chunked
-from kvbench.methods.sentinel import sample_spans, span_layout
+from kvbench.methods.layouts.ccm import Chunked
+from kvbench.methods.layouts.layout import CLOSE, OPEN, RAW, Layout
+from kvbench.methods.layouts.sentinel import sample_spans, span_layout
 
 RATIOS = ("0", "0.1", "0.3", "0.5", "0.7", "0.9")
 ratios = st.integers(0, 96).map(lambda percent: Fraction(percent, 100))

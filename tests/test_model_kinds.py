@@ -17,24 +17,24 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
 
 from kvbench.cache.shape import cache_shape
-from kvbench.corpora.documents import embedded_documents
-from kvbench.decoding import Continuation, Sampling
+from kvbench.data.documents import embedded_documents
 from kvbench.errors import UserError
 from kvbench.execution.job import Job, Order
 from kvbench.execution.worker import Worker
+from kvbench.inference.generation import Continuation, Sampling
+from kvbench.inference.layout_session import Reader
+from kvbench.inference.policy_session import Policing
 from kvbench.judges.fluency import Scorer
 from kvbench.methods import Structure, make_layout, make_method
 from kvbench.models.attention import register
-from kvbench.models.rotary import fixed_rotations, frequencies, rotated, turned
-from kvbench.plan import Request, build_plan
-from kvbench.policing import Policing
+from kvbench.models.facts import ModelFacts
+from kvbench.models.rope import fixed_rotations, frequencies, rotated, turned
+from kvbench.planning.quality import Request, build_plan
 from kvbench.probe.asking import examine
-from kvbench.probe.facts import ModelFacts
 from kvbench.probe.masks import sight_of
-from kvbench.protocols.cut import Piece
-from kvbench.protocols.score import BatchScore, score_batch
+from kvbench.protocols.pieces import Piece
 from kvbench.protocols.score_policy import score_policed
-from kvbench.runtime import Reader
+from kvbench.protocols.scoring import BatchScore, score_batch
 from kvbench.store.folder import RunFolder
 from tests.conftest import Outcome
 from tests.test_store import CELL, record

@@ -16,15 +16,16 @@ import huggingface_hub.constants
 import pytest
 
 from kvbench.errors import UserError
-from kvbench.execution.job import Job, Judging
-from kvbench.execution.judging import load_judges
+from kvbench.execution.job import Job
 from kvbench.execution.worker import Worker
+from kvbench.judges.choice import Judging
+from kvbench.judges.loading import load_judges
 from kvbench.models.adapter import Adapter, AdapterCard, read_card
 from kvbench.models.fingerprint import fingerprint, former_fingerprint
 from kvbench.models.loading import load_model
 from kvbench.models.references import ModelReference, resolve_model
-from kvbench.plan import Plan, Request, build_plan
-from kvbench.profiling.plan import ProfileRequest, build_profile_plan
+from kvbench.planning.profile import ProfileRequest, build_profile_plan
+from kvbench.planning.quality import Plan, Request, build_plan
 from kvbench.reporting import report
 from kvbench.reporting.report import write_report
 from kvbench.store.folder import RunFolder

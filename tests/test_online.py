@@ -10,13 +10,13 @@ from typing import Any
 
 import pytest
 
-from kvbench.corpora.documents import Document, load_corpus
-from kvbench.corpora.tasks import OnlineSpec, load_task
-from kvbench.corpora.turns import demonstrations, profiles, read_turns
+from kvbench.data.dialogues import demonstrations, profiles, read_turns
+from kvbench.data.documents import Document, load_corpus
+from kvbench.data.tasks import OnlineSpec, load_task
 from kvbench.errors import UserError
 from kvbench.models.references import assets
-from kvbench.protocols.cut import Tokenizer
 from kvbench.protocols.online import online_trials
+from kvbench.protocols.pieces import Tokenizer
 from tests.conftest import Outcome, kvbench
 
 TALK = Document("d", "d", "", ("one fish", "two birds", "three horses", "four mice", "five cows"))

@@ -15,7 +15,7 @@ import pytest
 import torch
 from torch import nn
 
-from kvbench.policing import Policing
+from kvbench.inference.policy_session import Policing
 from tests.conftest import Outcome, kvbench
 from tests.test_policies import masked, read, text
 
@@ -96,8 +96,9 @@ def test_the_example_of_a_policy_removes_what_it_masks(llama: nn.Module) -> None
 @pytest.mark.parametrize(("code", "value", "words"), [
     ("raise RuntimeError('not today')", "ends:Ends", "RuntimeError: not today"),
     ("Ends = 3", "ends:Ends", "is no subclass of kvbench.methods.Method"),
-    ("from kvbench.methods.windows import Local as Ends", "ends:Ends", "its name is taken"),
+    ("from kvbench.methods.layouts.windows import Local as Ends", "ends:Ends", "its name is taken"),
     ("", "ends:Ends", "AttributeError"),
+    ("from kvbench.methods.layout import plain_tokens", "ends:Ends", "docs/adding-a-method.md says what has moved"),
 ])
 def test_a_broken_package_is_a_sentence(tmp_path: Path, code: str, value: str, words: str) -> None:
     found = kvbench("list", "methods", cwd=tmp_path, env=installed(tmp_path, code, value))

@@ -15,14 +15,14 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from transformers import DynamicCache
 
-from kvbench.decoding import Sampling
+from kvbench.inference.attention_statistics import attended, with_moments
+from kvbench.inference.generation import Sampling
+from kvbench.inference.layout_session import Reader
+from kvbench.inference.policy_session import PolicedContinuation, Policing
 from kvbench.methods import METHODS, kept, make_method
-from kvbench.methods.policy import Policy, View, highest
+from kvbench.methods.policies.policy import Policy, View, highest
 from kvbench.models.attention_hooks import WATCHER
-from kvbench.models.rotary import rotated
-from kvbench.observing import attended, with_moments
-from kvbench.policing import PolicedContinuation, Policing
-from kvbench.runtime import Reader
+from kvbench.models.rope import rotated
 from tests.conftest import VOCABULARY
 
 POLICIES = [name for name, kind in METHODS.items() if kind.is_policy]

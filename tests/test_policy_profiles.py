@@ -12,7 +12,7 @@ from kvbench.methods import make_layout
 from kvbench.profiling.memory import CpuMemory
 from kvbench.profiling.passes import weigh_request
 from kvbench.profiling.policed import PolicedRequest
-from kvbench.profiling.subject import cache_bytes
+from kvbench.profiling.request import cache_bytes
 from tests.conftest import VOCABULARY
 from tests.test_policies import POLICIES, policy_of
 

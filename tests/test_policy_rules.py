@@ -15,26 +15,26 @@ from torch import nn
 from torch.nn import functional
 
 from kvbench.cache.evicting import EvictingCache, storage_bytes
-from kvbench.cache.packed import Packed
-from kvbench.cache.policed import PolicedCache
-from kvbench.cache.quantised import Codes, Float8, Quantised
+from kvbench.cache.policy_cache import PolicedCache
+from kvbench.cache.pruned_channels import Thinned
+from kvbench.cache.quantized import Codes, Float8, Quantised
 from kvbench.cache.ragged import Ragged
 from kvbench.cache.shape import CacheShape
-from kvbench.cache.thinned import Thinned
+from kvbench.cache.stored import Packed
 from kvbench.errors import UserError
+from kvbench.inference.policy_support import check_policy
 from kvbench.methods import METHODS
-from kvbench.methods.cascading import Cascading
-from kvbench.methods.policy import View
-from kvbench.methods.quantising import Kivi
-from kvbench.methods.random_policy import drawn
-from kvbench.methods.snapkv import SnapKv
-from kvbench.methods.think import Think
+from kvbench.methods.policies.cascading import Cascading
+from kvbench.methods.policies.kivi import Kivi
+from kvbench.methods.policies.low_rank import low_rank
+from kvbench.methods.policies.policy import View
+from kvbench.methods.policies.random import drawn
+from kvbench.methods.policies.snapkv import SnapKv
+from kvbench.methods.policies.think import Think
 from kvbench.models.attention import register
 from kvbench.models.attention_hooks import WATCHER
-from kvbench.models.lowrank import low_rank
-from kvbench.policies import check_policy
+from kvbench.models.facts import ModelFacts
 from kvbench.probe.asking import examine
-from kvbench.probe.facts import ModelFacts
 from tests.conftest import small_model
 from tests.test_policies import LENGTH, policy_of, read, text
 from tests.zoo import zoo_model, zoo_text

@@ -13,9 +13,9 @@ from typing import Any
 
 import pytest
 
-from kvbench.profiling.plan import doubts
+from kvbench.planning.profile import doubts
 from kvbench.profiling.worker import prompt_seed
-from kvbench.reporting.profile_tables import break_even, profile_tables
+from kvbench.reporting.tables.profile import break_even, profile_tables
 from kvbench.store.folder import RunFolder
 from kvbench.store.records import Row
 from tests.conftest import Outcome, kvbench

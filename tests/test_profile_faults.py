@@ -18,14 +18,14 @@ import pytest
 from rich.console import Console
 from rich.progress import Progress
 
+from kvbench.analysis.profile import profile_results
 from kvbench.errors import UserError
+from kvbench.models.random_models import is_shape
 from kvbench.models.references import resolve_model
-from kvbench.models.shapes import is_shape
+from kvbench.planning.profile import ProfilePlan, ProfileRequest, at_batch, build_profile_plan
 from kvbench.profiling import measuring
 from kvbench.profiling.job import ProfileJob
-from kvbench.profiling.plan import ProfilePlan, ProfileRequest, at_batch, build_profile_plan
 from kvbench.profiling.worker import Worker
-from kvbench.reporting.profiling import profile_results
 from kvbench.store.folder import RUN, RunFolder
 from kvbench.store.profile_records import TimingRecord
 from kvbench.store.records import Cell

@@ -15,20 +15,20 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from kvbench.cache.evicting import EvictingCache
-from kvbench.decoding import Continuation, Sampling
 from kvbench.errors import UserError
+from kvbench.inference.generation import Continuation, Sampling
+from kvbench.inference.layout_session import Reader
 from kvbench.methods import METHODS, Structure, make_layout, make_method
 from kvbench.models.adapter import Adapter, AdapterCard
-from kvbench.models.shapes import SHAPES, make_shape
+from kvbench.models.random_models import SHAPES, make_shape
+from kvbench.profiling.bandwidth import copy_bandwidth
 from kvbench.profiling.bench import Bench
 from kvbench.profiling.clock import Stopwatch, Timeline, clock_of
-from kvbench.profiling.limit import copy_bandwidth
+from kvbench.profiling.largest_batch import COARSE, largest
 from kvbench.profiling.memory import CpuMemory, Sizes, memory_of, read_bytes, sizes_of, weights_bytes
 from kvbench.profiling.passes import time_request, weigh_request
-from kvbench.profiling.search import COARSE, largest
-from kvbench.profiling.subject import EvictingRequest, StockRequest, cache_bytes, random_entries
+from kvbench.profiling.request import EvictingRequest, StockRequest, cache_bytes, random_entries
 from kvbench.profiling.worker import is_out_of_memory
-from kvbench.runtime import Reader
 from kvbench.statistics import fitted_slope, repeat_interval
 from kvbench.units import bytes_of, parse_bytes
 from tests.conftest import VOCABULARY, adapter_for, small_config, small_model

@@ -12,11 +12,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from kvbench.corpora.documents import Document
-from kvbench.corpora.tasks import RecallSpec
+from kvbench.data.documents import Document
+from kvbench.data.tasks import RecallSpec
 from kvbench.errors import UserError
 from kvbench.methods import make_layout, make_method
-from kvbench.protocols.cut import (
+from kvbench.protocols.base import OPTIONS, protocol_options, resolve_protocol
+from kvbench.protocols.pieces import (
     MIN_TOKENS,
     Piece,
     Tokenizer,
@@ -25,9 +26,8 @@ from kvbench.protocols.cut import (
     cut_stream,
     make_tokenizer,
 )
-from kvbench.protocols.protocol import OPTIONS, protocol_options, resolve_protocol
 from kvbench.protocols.recall import recall_trials
-from kvbench.protocols.score import kl_histogram, score_batch
+from kvbench.protocols.scoring import kl_histogram, score_batch
 from tests.conftest import VOCABULARY, small_adapter
 
 TEXT = "The mill at Anselbrook — nine flat stones, an otter named Brindle. " * 40

@@ -14,10 +14,10 @@ from transformers import DynamicCache
 
 from kvbench.cache.shape import CacheShape
 from kvbench.errors import UserError
+from kvbench.inference.policy_session import Policing
 from kvbench.methods import kept, make_method
-from kvbench.methods.policy import Policy
-from kvbench.methods.random_policy import drawn
-from kvbench.policing import Policing
+from kvbench.methods.policies.policy import Policy
+from kvbench.methods.policies.random import drawn
 from tests.conftest import VOCABULARY
 from tests.test_policies import policy_of, read, text
 from tests.test_policy_rules import view

@@ -12,12 +12,12 @@ import pytest
 import torch
 from torch import nn
 
+from kvbench.inference.policy_session import Policing
 from kvbench.methods import METHODS, kept, make_layout, make_method
-from kvbench.policing import Policing
-from kvbench.protocols.cut import Piece
-from kvbench.protocols.score import score_batch
+from kvbench.protocols.pieces import Piece
 from kvbench.protocols.score_policy import Informed, score_policed
-from kvbench.reporting.format import reading_note
+from kvbench.protocols.scoring import score_batch
+from kvbench.reporting.tables.format import reading_note
 from kvbench.store.records import Row
 from tests.conftest import VOCABULARY, Outcome
 

@@ -13,12 +13,12 @@ from torch import nn
 
 from kvbench.cache.evicting import EvictingCache
 from kvbench.errors import UserError
+from kvbench.inference.layout_session import Reader, Trace
 from kvbench.methods import Structure, make_layout, make_method
-from kvbench.methods.layout import CLOSE, OPEN, RAW
-from kvbench.methods.published import draw_words, word_spans
-from kvbench.methods.sentinel import span_layout
-from kvbench.protocols.cut import word_places
-from kvbench.runtime import Reader, Trace
+from kvbench.methods.layouts.layout import CLOSE, OPEN, RAW
+from kvbench.methods.layouts.sentinel import span_layout
+from kvbench.methods.layouts.sentinel_published import draw_words, word_spans
+from kvbench.protocols.pieces import word_places
 from tests.conftest import VOCABULARY, adapter_for
 
 

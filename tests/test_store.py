@@ -216,7 +216,7 @@ def test_interrupted_keeps_what_was_measured(documents: Path) -> None:
 def test_two_processes_cannot_share_a_folder(
     called: Callable[[Sequence[str | Path]], Outcome], tmp_path: Path
 ) -> None:
-    from kvbench.execution.guards import locked
+    from kvbench.execution.locks import locked
 
     with locked(tmp_path / "run"):
         found = called(["run", "--method", "sinks", "--limit", "1", "--task", "minidocs", "--out", "run"])

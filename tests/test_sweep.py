@@ -22,9 +22,9 @@ from kvbench.execution import executors
 from kvbench.execution.claims import Claims
 from kvbench.execution.executors import Ended, participate
 from kvbench.execution.job import Job
-from kvbench.execution.parts import parts_of
+from kvbench.execution.shards import parts_of
 from kvbench.store.folder import RECORDS, RUN, RunFolder
-from kvbench.store.recorded import Recorded
+from kvbench.store.progress import Recorded
 from tests.conftest import Outcome, kvbench
 from tests.test_store import CELL, TEXT, record
 
@@ -177,7 +177,7 @@ def test_workers_elsewhere_fill_the_same_folder(
             return [task.result() for task in [*tasks, lost]]
 
     monkeypatch.setattr(executors, "EXECUTORS", {"ray": here})
-    monkeypatch.setattr("kvbench.execution.watch.EXECUTORS", {"ray": here})
+    monkeypatch.setattr("kvbench.execution.cluster.EXECUTORS", {"ray": here})
     monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parents[1]))
     found = called(sweep("--method", "window", "--executor", "ray", "--workers", "2", "--out", "run",
                          "--executor-option", "a=1", "--executor-option=b=2", "--fresh"))
@@ -194,7 +194,7 @@ def test_a_worker_that_is_refused_is_a_sentence(
 ) -> None:
     write_documents(tmp_path)
     monkeypatch.setattr(
-        "kvbench.execution.watch.EXECUTORS",
+        "kvbench.execution.cluster.EXECUTORS",
         {"ray": lambda *_: [Ended(2, "kvbench: No model hub can be reached.")]},
     )
     found = called(sweep("--executor", "ray", "--out", "run"))
@@ -213,7 +213,8 @@ def test_a_missing_executor_leaves_what_was_measured(
     monkeypatch.setitem(sys.modules, "ray", None)
     assert called(sweep("--executor", "ray", "--fresh", "--out", "run")).code == 2
     assert (tmp_path / "run" / RUN).exists()
-    monkeypatch.setattr("kvbench.execution.watch.EXECUTORS", {"ray": lambda *_: [Ended(1, "ModuleNotFoundError: x")]})
+    broken = {"ray": lambda *_: [Ended(1, "ModuleNotFoundError: x")]}
+    monkeypatch.setattr("kvbench.execution.cluster.EXECUTORS", broken)
     found = called(sweep("--executor", "ray", "--out", "run"))
     assert found.code == 2
     assert "ModuleNotFoundError: x" in found.err

@@ -15,17 +15,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from kvbench.corpora.documents import Document, load_corpus
-from kvbench.corpora.tasks import OnlineSpec, RecallSpec, load_task
+from kvbench.data.documents import Document, load_corpus
+from kvbench.data.tasks import OnlineSpec, RecallSpec, load_task
 from kvbench.judges.fluency import Scorer
 from kvbench.methods import make_layout, make_method
 from kvbench.models.references import assets
-from kvbench.protocols.cut import Piece, Tokenizer, make_tokenizer
+from kvbench.protocols.base import OPTIONS, protocol_options
 from kvbench.protocols.generate import cut_for_writing, resolve_writing
 from kvbench.protocols.online import online_trials
-from kvbench.protocols.protocol import OPTIONS, protocol_options
+from kvbench.protocols.pieces import Piece, Tokenizer, make_tokenizer
 from kvbench.protocols.recall import recall_trials
-from kvbench.protocols.score import score_batch
+from kvbench.protocols.scoring import score_batch
 from kvbench.training.recipes import goes_on
 from tests.conftest import small_model
 

@@ -21,11 +21,11 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
-from kvbench.corpora.facts import FACT_LOW, NAMES, fact
+from kvbench.data.facts import FACT_LOW, NAMES, fact
 from kvbench.errors import UserError
+from kvbench.inference.layout_session import Reader
 from kvbench.methods import make_layout, make_method
 from kvbench.models.adapter import WEIGHTS, Adapter, AdapterCard, read_card
-from kvbench.runtime import Reader
 from kvbench.training.adapter_training import AdapterPlan, step_layout, step_loss, text_loss, train_adapter
 from kvbench.training.base_training import BasePlan, new_model, train_base, train_tokenizer
 from kvbench.training.loop import CHECKPOINT, rate_factor, restore_checkpoint, save_checkpoint

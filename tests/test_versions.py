@@ -14,13 +14,13 @@ from typing import Any
 import pytest
 from rich.console import Console
 
+from kvbench.analysis.comparison import compare, parse_side
 from kvbench.cache.shape import CacheShape
 from kvbench.errors import UserError
 from kvbench.methods import METHODS, make_method
 from kvbench.profiling.clock import Timeline
-from kvbench.reporting.comparison import compare, parse_side
-from kvbench.reporting.comparison_tables import comparison_tables
-from kvbench.reporting.side_by_side import side_by_side
+from kvbench.reporting.tables.comparison import comparison_tables
+from kvbench.reporting.tables.side_by_side import side_by_side
 from kvbench.store import faults
 from kvbench.store.faults import FAULTS, ONLY_WITH, fault_of, remarks_of
 from kvbench.store.folder import CELL, RECORDS, RUN, RunFolder

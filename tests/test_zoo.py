@@ -11,14 +11,14 @@ from transformers import AutoModelForCausalLM
 
 from kvbench.cache.evicting import EvictingCache
 from kvbench.errors import UserError
+from kvbench.inference.layout_session import Reader
+from kvbench.inference.policy_session import Policing
+from kvbench.inference.policy_support import check_policy
 from kvbench.methods import make_layout, make_method
 from kvbench.models.attention import register
+from kvbench.models.facts import ModelFacts
 from kvbench.models.loading import _check_attention
-from kvbench.policies import check_policy
-from kvbench.policing import Policing
 from kvbench.probe.asking import examine
-from kvbench.probe.facts import ModelFacts
-from kvbench.runtime import Reader
 from tests.zoo import zoo_config, zoo_model, zoo_text
 
 ADMITTED = (

@@ -13,10 +13,10 @@ from benchmarks.gpu.cells import Found
 from benchmarks.gpu.workshop import Workshop, small_adapter
 from kvbench.cache.evicting import EvictingCache
 from kvbench.doctor.replay import removed_and_masked
+from kvbench.inference.layout_session import Reader
+from kvbench.inference.policy_session import Policing
 from kvbench.methods import METHODS, Method, make_layout, make_method
-from kvbench.methods.policy import Policy
-from kvbench.policing import Policing
-from kvbench.runtime import Reader
+from kvbench.methods.policies.policy import Policy
 
 TOLERANCES = {"float32": (1e-4, "logits"), "bfloat16": (0.1, "nats")}
 """How far two ways to the same numbers may lie apart: the largest difference of logits; in half precision, where

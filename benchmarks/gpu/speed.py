@@ -15,16 +15,16 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from benchmarks.gpu.cells import Found, NotHereError
 from benchmarks.gpu.workshop import Workshop
+from kvbench.inference.layout_session import Reader
 from kvbench.methods import METHODS, make_layout
 from kvbench.methods.base import Method
-from kvbench.methods.layout import Layout
+from kvbench.methods.layouts.layout import Layout
 from kvbench.models.adapter import Adapter, AdapterCard
+from kvbench.profiling.bandwidth import copy_bandwidth
 from kvbench.profiling.bench import Bench
 from kvbench.profiling.clock import clock_of
-from kvbench.profiling.limit import copy_bandwidth
 from kvbench.profiling.memory import memory_of
 from kvbench.profiling.passes import Timed, time_request, weigh_request
-from kvbench.runtime import Reader
 from kvbench.store.records import Cell
 from kvbench.training.adapter_training import AdapterPlan, step_layout, text_loss
 

@@ -13,10 +13,10 @@ from torch import Tensor, nn
 
 from kvbench.doctor import Subject, make_subject
 from kvbench.models.adapter import Adapter, AdapterCard
-from kvbench.models.shapes import random_model
+from kvbench.models.random_models import random_model
+from kvbench.planning.profile import ProfileRequest, build_profile_plan
 from kvbench.profiling.bench import Bench, make_bench
-from kvbench.profiling.plan import ProfileRequest, build_profile_plan
-from kvbench.protocols.cut import cut_blocks
+from kvbench.protocols.pieces import cut_blocks
 from kvbench.store.records import Cell
 
 Made = TypeVar("Made")

@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers.cache_utils import Cache, DynamicLayer
 
 from kvbench.errors import UserError
-from kvbench.models.rotary import rotated
+from kvbench.models.rope import rotated
 
 ROOM = 64
 """While text is written token by token, a cache has room for one entry in this many more, and as many may be

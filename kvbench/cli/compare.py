@@ -32,9 +32,9 @@ def compare(
     """
     from rich.console import Console
 
-    from kvbench.reporting.comparison import compare as compared
-    from kvbench.reporting.comparison import parse_side
-    from kvbench.reporting.comparison_tables import comparison_tables
+    from kvbench.analysis.comparison import compare as compared
+    from kvbench.analysis.comparison import parse_side
+    from kvbench.reporting.tables.comparison import comparison_tables
 
     pairs = compared(parse_side(first), parse_side(second))
     if json_:

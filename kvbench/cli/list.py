@@ -57,7 +57,7 @@ def _methods() -> list[dict[str, str]]:
 
 
 def _tasks() -> list[dict[str, str]]:
-    from kvbench.corpora.tasks import load_task, tasks_folder
+    from kvbench.data.tasks import load_task, tasks_folder
 
     found = [load_task(path.stem) for path in sorted(tasks_folder().glob("*.toml"))]
     return [
@@ -76,8 +76,8 @@ def _source(embedded: str | None, hub: str | None, synthetic: str | None) -> str
 
 
 def _models() -> list[dict[str, str]]:
+    from kvbench.models.random_models import PREFIX, SHAPES
     from kvbench.models.references import DEFAULT_MODEL
-    from kvbench.models.shapes import PREFIX, SHAPES
 
     rows = [
         {"name": DEFAULT_MODEL, "what": "5.5 M parameters, context 1024, with its adapters", "needs": "-",

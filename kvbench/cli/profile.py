@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from kvbench.cli import options
-from kvbench.cli.measured import measured
-from kvbench.cli.plans import print_cells_as_json
+from kvbench.cli.dry_run import print_cells_as_json
+from kvbench.cli.measure import measured
 
 if TYPE_CHECKING:
-    from kvbench.profiling.plan import ProfilePlan
+    from kvbench.planning.profile import ProfilePlan
 
 _WHAT, _HOW, _MEMORY, _OUT = "What to profile", "How to profile", "The largest batch", "Output"
 
@@ -109,11 +109,11 @@ def profile(
 
     from kvbench.config import load_settings
     from kvbench.errors import StoppedError, UserError
-    from kvbench.execution.guards import KEPT, disk
+    from kvbench.execution.locks import KEPT, disk
     from kvbench.models.device import pick_device
-    from kvbench.plan import parse_options
-    from kvbench.profiling.plan import ProfileRequest, build_profile_plan, doubts
-    from kvbench.profiling.runner import profile as measure
+    from kvbench.planning.profile import ProfileRequest, build_profile_plan, doubts
+    from kvbench.planning.quality import parse_options
+    from kvbench.profiling.parent import profile as measure
     from kvbench.store.folder import RunFolder
     from kvbench.units import CARD
 
@@ -150,8 +150,8 @@ def profile(
     if json_:
         sys.stdout.write(results.to_json() + "\n")
     else:
-        from kvbench.reporting.profile_figures import profile_figures
-        from kvbench.reporting.tables import print_results
+        from kvbench.reporting.figures.profile import profile_figures
+        from kvbench.reporting.tables.terminal import print_results
 
         out_ = Console()
         print_results(results, out_, plan.folder)

@@ -39,7 +39,7 @@ def report(
     from kvbench.errors import UserError, unknown
     from kvbench.metrics import METRIC_NAMES
     from kvbench.reporting.report import write_report
-    from kvbench.reporting.tables import print_results
+    from kvbench.reporting.tables.terminal import print_results
     from kvbench.store.folder import RUN
 
     for name in metric or ():

@@ -9,8 +9,8 @@ from typing import Annotated
 import typer
 
 from kvbench.cli import options
-from kvbench.cli.measured import measured
-from kvbench.cli.plans import print_plans
+from kvbench.cli.dry_run import print_plans
+from kvbench.cli.measure import measured
 
 
 def run(
@@ -68,11 +68,11 @@ def run(
     """
     from rich.console import Console
 
-    from kvbench.asked import parse_budget
     from kvbench.config import load_settings
-    from kvbench.execution.runner import Conduct, execute
-    from kvbench.execution.similarity import measure_similarity
-    from kvbench.plan import Request, build_plan, parse_options
+    from kvbench.execution.parent import Conduct, execute
+    from kvbench.judges.mauve import measure_similarity
+    from kvbench.planning.methods import parse_budget
+    from kvbench.planning.quality import Request, build_plan, parse_options
     from kvbench.store.folder import RunFolder
 
     console = Console(stderr=True)
@@ -107,7 +107,7 @@ def run(
     if json_:
         sys.stdout.write(results.to_json() + "\n")
     else:
-        from kvbench.reporting.tables import print_results
+        from kvbench.reporting.tables.terminal import print_results
 
         print_results(results, Console(), plan.folder)
     raise typer.Exit(0 if results.ok else 1)

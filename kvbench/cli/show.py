@@ -28,7 +28,7 @@ def show(
     from rich.console import Console
 
     from kvbench.errors import UserError, unknown
-    from kvbench.reporting.side_by_side import side_by_side
+    from kvbench.reporting.tables.side_by_side import side_by_side
     from kvbench.store.folder import RunFolder
 
     folder = RunFolder(run)

@@ -9,13 +9,13 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from kvbench.cli import options
-from kvbench.cli.measured import measured
-from kvbench.cli.plans import print_plans
+from kvbench.cli.dry_run import print_plans
+from kvbench.cli.measure import measured
 
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from kvbench.sweep import Sweep
+    from kvbench.planning.sweep import Sweep
 
 _WHAT, _HOW = "What to run", "How to run"
 
@@ -105,13 +105,13 @@ def sweep(
     """
     from rich.console import Console
 
-    from kvbench.asked import parse_budget
     from kvbench.config import load_settings
     from kvbench.errors import UserError, unknown
     from kvbench.execution.executors import EXECUTORS
-    from kvbench.plan import Request, parse_options
+    from kvbench.planning.methods import parse_budget
+    from kvbench.planning.quality import Request, parse_options
+    from kvbench.planning.sweep import build_sweep
     from kvbench.store.folder import RunFolder
-    from kvbench.sweep import build_sweep
 
     if settings_file is not None and config is not None:
         raise UserError("The settings file is given twice.", "Leave --config out.")
@@ -156,7 +156,7 @@ def sweep(
     if json_:
         sys.stdout.write(results.to_json() + "\n")
     else:
-        from kvbench.reporting.tables import print_results
+        from kvbench.reporting.tables.terminal import print_results
 
         print_results(results, Console(), found.folder)
     raise typer.Exit(0 if results.ok else 1)
@@ -166,9 +166,9 @@ def _measure(
     found: Sweep, console: Console, executor: str, workers: int, fresh: bool, fail_fast: bool, timeout: float,
     settings: dict[str, str],
 ) -> None:
-    from kvbench.execution.runner import Conduct, execute
-    from kvbench.execution.similarity import measure_similarity
-    from kvbench.execution.watch import start_workers
+    from kvbench.execution.cluster import start_workers
+    from kvbench.execution.parent import Conduct, execute
+    from kvbench.judges.mauve import measure_similarity
     from kvbench.store.folder import RunFolder
 
     if executor == "local":

@@ -70,7 +70,7 @@ def train(
     if context.invoked_subcommand is not None:
         return
     from kvbench.errors import UserError
-    from kvbench.plan import parse_options
+    from kvbench.planning.quality import parse_options
     from kvbench.training.recipes import AdapterRequest, run_adapter_training
 
     if method is None or out is None:

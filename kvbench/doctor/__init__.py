@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 from kvbench.doctor import checks, model_checks
 from kvbench.doctor.checks import Check, carried_out
-from kvbench.doctor.subject import Subject, make_subject
+from kvbench.doctor.examined import Subject, make_subject
 
 CHECKS: tuple[Callable[[Subject], Check], ...] = (
     checks.targets_are_scored_once, model_checks.rotations_are_those_of_one_pass, model_checks.layers_turn_as_assumed,

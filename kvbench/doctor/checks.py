@@ -9,16 +9,16 @@ import numpy as np
 import torch
 
 from kvbench.cache.evicting import EvictingCache
-from kvbench.decoding import Continuation, Sampling
-from kvbench.doctor.subject import Subject
+from kvbench.doctor.examined import Subject
 from kvbench.errors import UserError
+from kvbench.inference.generation import Continuation, Sampling
+from kvbench.inference.layout_session import Reader
 from kvbench.methods import Structure, make_layout, make_method, parse_ratio
-from kvbench.models.rotary import fresh_rotations
+from kvbench.models.rope import fresh_rotations
 from kvbench.profiling.clock import clock_of
 from kvbench.profiling.passes import time_request
-from kvbench.profiling.subject import EvictingRequest
-from kvbench.protocols.cut import cut_blocks
-from kvbench.runtime import Reader
+from kvbench.profiling.request import EvictingRequest
+from kvbench.protocols.pieces import cut_blocks
 from kvbench.statistics import Table, bootstrap_intervals
 
 METHODS = (("window", "0.5"), ("local", "0.7"), ("sinks", "0.7"), ("scattered", "0.5"))
@@ -210,7 +210,7 @@ def carried_out(run: Callable[[Subject], Check], subject: Subject) -> Check:
 
 def halves_are_alike(subject: Subject) -> Check:
     """MAUVE of two halves of one collection of texts."""
-    from kvbench.doctor.similarity import compare_halves  # the encoder is loaded for this one only
+    from kvbench.doctor.mauve import compare_halves  # the encoder is loaded for this one only
 
     found, ok = compare_halves(str(subject.device))
     return Check(

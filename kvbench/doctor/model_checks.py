@@ -8,13 +8,13 @@ from transformers import DynamicCache
 
 from kvbench.cache.shape import cache_shape
 from kvbench.doctor.checks import Check, policies
+from kvbench.doctor.examined import Subject, policy_of
 from kvbench.doctor.replay import removed_and_masked
-from kvbench.doctor.subject import Subject, policy_of
 from kvbench.errors import UserError
+from kvbench.inference.policy_session import Policing
 from kvbench.models.attention import plain_attention
 from kvbench.models.attention_hooks import LISTENER, Attended
-from kvbench.models.rotary import FAR, apart_in_pairs, fixed_rotations, frequencies, fresh_rotations, rotated
-from kvbench.policing import Policing
+from kvbench.models.rope import FAR, apart_in_pairs, fixed_rotations, frequencies, fresh_rotations, rotated
 
 _PLACES = (3, 17, 2003)
 """Places that a token is read alone at, as far as the model's context goes."""

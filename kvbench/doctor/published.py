@@ -10,15 +10,15 @@ import math
 
 import torch
 
-from kvbench.corpora.rows import hub_rows
-from kvbench.corpora.tasks import load_task
+from kvbench.data.rows import hub_rows
+from kvbench.data.tasks import load_task
 from kvbench.doctor.checks import Check
-from kvbench.doctor.subject import Subject
+from kvbench.doctor.examined import Subject
 from kvbench.methods import make_layout, make_method, parse_ratio
 from kvbench.models.loading import Loaded, load_model
 from kvbench.models.references import resolve_model
-from kvbench.protocols.cut import Piece
-from kvbench.protocols.score import score_batch
+from kvbench.protocols.pieces import Piece
+from kvbench.protocols.scoring import score_batch
 
 MODEL, PUBLISHED, WITHIN = "openai-community/gpt2-large", 19.44, 0.05
 WINDOW = 1024

@@ -7,10 +7,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from kvbench.cache.policed import PolicedCache
-from kvbench.methods.policy import Policy
+from kvbench.cache.policy_cache import PolicedCache
+from kvbench.inference.policy_session import Policing
+from kvbench.methods.policies.policy import Policy
 from kvbench.models.attention_hooks import WATCHER
-from kvbench.policing import Policing
 
 
 class BothWays(NamedTuple):

@@ -8,9 +8,9 @@ from functools import cache
 
 import numpy as np
 
-from kvbench.corpora.documents import Document
+from kvbench.data.documents import Document
 from kvbench.parsing import parse_json
-from kvbench.plan import Plan
+from kvbench.planning.quality import Plan
 from kvbench.store.folder import RECORDS, RunFolder
 from kvbench.store.records import Cell
 
@@ -43,7 +43,7 @@ def estimate_seconds(plan: Plan, folder: RunFolder) -> dict[str, float | None]:
 
 def _at_a_time(plan: Plan) -> int:
     """Children that measure at the same time (as many as there are cores, where the model is small)."""
-    from kvbench.execution.crew import MOST_CHILDREN, SMALL_MODEL_BYTES
+    from kvbench.execution.pool import MOST_CHILDREN, SMALL_MODEL_BYTES
 
     is_small = 0 < plan.model.weight_bytes <= SMALL_MODEL_BYTES and plan.request.device in ("cpu", "auto")
     return min(plan.request.threads or os.cpu_count() or 1, MOST_CHILDREN) if is_small else 1

@@ -5,40 +5,11 @@ from __future__ import annotations
 import dataclasses
 import json
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import ClassVar
 
-from kvbench.corpora.rows import TEXT
-from kvbench.models.references import ModelReference
+from kvbench.data.rows import TEXT
+from kvbench.judges.choice import Judging
 from kvbench.store.records import Cell
-
-NOTHING, ITSELF, SENTENCES = "none", "itself", "encoder"
-ENCODER = "all-MiniLM-L6-v2"
-
-
-@dataclass(frozen=True)
-class Judging:
-    """What the user asked of the judges.
-
-    Attributes:
-        scorer: name of the language model that fluency is measured with; ``itself`` for the
-            uncompressed model that is measured, ``none`` for no fluency.
-        encoder: whether texts are turned into vectors.
-        features: what MAUVE compares: ``encoder`` (those vectors), or the name of a causal language
-            model whose last states it takes; ``none`` for no MAUVE.
-        mauve_asked: it was asked for by name, so that too few documents are an error.
-        models: the language models among them, by name: those that the cells' options name.
-    """
-
-    scorer: str = NOTHING
-    encoder: bool = False
-    features: str = NOTHING
-    mauve_asked: bool = False
-    models: dict[str, ModelReference] = field(default_factory=dict)
-
-    @classmethod
-    def load(cls, raw: dict[str, Any]) -> Judging:
-        """From what ``dataclasses.asdict`` made of it."""
-        return cls(**{**raw, "models": {name: ModelReference(**model) for name, model in raw["models"].items()}})
 
 
 @dataclass(frozen=True)
@@ -63,7 +34,7 @@ class Job:
     data: str | None
     limit: int
     threads: int
-    judging: Judging = Judging()
+    judging: Judging = field(default_factory=Judging)
     omit: bool = False
     column: str = TEXT
 

@@ -25,25 +25,25 @@ from typing import IO, Any
 import torch
 
 from kvbench.cache.shape import cache_shape
-from kvbench.corpora.documents import Document
+from kvbench.data.documents import Document
 from kvbench.errors import UserError
+from kvbench.execution.accumulator import DocumentSums
+from kvbench.execution.generation import write_window
 from kvbench.execution.job import Job, Order
-from kvbench.execution.judging import check_mauve, load_judges
-from kvbench.execution.sums import DocumentSums
-from kvbench.execution.work import Work, batches, cut_task, together, tokens_of
-from kvbench.execution.writing import write_window
+from kvbench.execution.workload import Work, batches, cut_task, together, tokens_of
+from kvbench.inference.policy_support import check_policy
+from kvbench.judges.loading import check_mauve, load_judges
 from kvbench.methods import Layout, Method, Structure, make_layout, make_method
-from kvbench.methods.example import Mask, example_mask
+from kvbench.methods.layouts.mask_example import Mask, example_mask
 from kvbench.models.adapter import Adapter
 from kvbench.models.fingerprint import check_unchanged
 from kvbench.models.loading import load_model
 from kvbench.models.references import ModelReference
-from kvbench.models.rotary import frequencies, has_rotary
-from kvbench.policies import check_policy
+from kvbench.models.rope import frequencies, has_rotary
 from kvbench.probe.kept import apart_at, probed
-from kvbench.protocols.cut import Cut, Piece
-from kvbench.protocols.score import BatchScore, Reference, score_batch
+from kvbench.protocols.pieces import Cut, Piece
 from kvbench.protocols.score_policy import score_policed
+from kvbench.protocols.scoring import BatchScore, Reference, score_batch
 from kvbench.store.records import HUMAN, Cell, DocumentRecord, Failure, GenerationRecord
 
 WINDOW = 64
@@ -105,7 +105,7 @@ class Worker:
         self.judges = load_judges(job.judging, self.loaded, cell.device, cell.dtype)
         for work in self.works:
             if work.writing is not None:
-                check_mauve(job.judging, work)
+                check_mauve(job.judging, work.task.name, len(work.documents))
 
     def _runner(self, cell: Cell) -> Runner:
         method = make_method(cell.method, Fraction(cell.ratio_asked or 0), cell.options)

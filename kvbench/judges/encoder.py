@@ -14,7 +14,7 @@ import torch
 from numpy.typing import NDArray
 
 from kvbench.errors import UserError
-from kvbench.models.rotary import fixed_rotations
+from kvbench.models.rope import fixed_rotations
 from kvbench.store.hashes import file_hashes
 
 Array = NDArray[np.float32]

@@ -10,8 +10,8 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from kvbench.models.rotary import by_length, fixed_rotations
-from kvbench.protocols.cut import make_tokenizer
+from kvbench.models.rope import by_length, fixed_rotations
+from kvbench.protocols.pieces import make_tokenizer
 
 ROWS = 16
 

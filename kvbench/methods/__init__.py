@@ -14,29 +14,29 @@ from importlib.metadata import entry_points
 import numpy as np
 
 from kvbench.errors import UserError, unknown
-from kvbench.methods.adakv import AdaKv
 from kvbench.methods.base import Method, Option, kept, parse_ratio, ratio_text
-from kvbench.methods.cascading import Cascading
-from kvbench.methods.expected_attention import ExpectedAttention
-from kvbench.methods.full import Adapted, Full, NoContext
-from kvbench.methods.h2o import H2o
-from kvbench.methods.keydiff import KeyDiff
-from kvbench.methods.knorm import Knorm
-from kvbench.methods.lagkv import LagKv
-from kvbench.methods.layout import RUNNING, Layout, Structure
-from kvbench.methods.lorc import Lorc
-from kvbench.methods.memory import CcmConcat, CcmMerge, Gist, MeanPool, Pic
-from kvbench.methods.merging import Cam, D2o
-from kvbench.methods.quantising import Fp8, Kivi
-from kvbench.methods.random_policy import Random
-from kvbench.methods.refreshkv import RefreshKv
-from kvbench.methods.scattered import Scattered, ScatteredTuned
-from kvbench.methods.sentinel import Sentinel
-from kvbench.methods.snapkv import ChunkKv, PyramidKv, SnapKv
-from kvbench.methods.streaming_llm import StreamingLlm
-from kvbench.methods.think import Think
-from kvbench.methods.tova import Tova
-from kvbench.methods.windows import Local, LocalTuned, Sinks, SinksTuned, Window
+from kvbench.methods.layouts.ccm import CcmConcat, CcmMerge, Gist, MeanPool, Pic
+from kvbench.methods.layouts.full import Adapted, Full, NoContext
+from kvbench.methods.layouts.layout import RUNNING, Layout, Structure
+from kvbench.methods.layouts.scattered import Scattered, ScatteredTuned
+from kvbench.methods.layouts.sentinel import Sentinel
+from kvbench.methods.layouts.windows import Local, LocalTuned, Sinks, SinksTuned, Window
+from kvbench.methods.policies.adakv import AdaKv
+from kvbench.methods.policies.cascading import Cascading
+from kvbench.methods.policies.d2o import Cam, D2o
+from kvbench.methods.policies.expected_attention import ExpectedAttention
+from kvbench.methods.policies.h2o import H2o
+from kvbench.methods.policies.keydiff import KeyDiff
+from kvbench.methods.policies.kivi import Fp8, Kivi
+from kvbench.methods.policies.knorm import Knorm
+from kvbench.methods.policies.lagkv import LagKv
+from kvbench.methods.policies.lorc import Lorc
+from kvbench.methods.policies.random import Random
+from kvbench.methods.policies.refreshkv import RefreshKv
+from kvbench.methods.policies.snapkv import ChunkKv, PyramidKv, SnapKv
+from kvbench.methods.policies.streaming_llm import StreamingLlm
+from kvbench.methods.policies.think import Think
+from kvbench.methods.policies.tova import Tova
 from kvbench.store.faults import GROUP
 
 LAYOUT_IDS = 16
@@ -65,9 +65,12 @@ class _Methods(Mapping[str, type[Method]]):
             try:
                 kind = entry.load()
             except Exception as error:  # whatever the other package raises
+                is_old = isinstance(error, ImportError) and (error.name or "").startswith("kvbench.")
                 raise UserError(
                     f"The method {entry.name!r} of another package ({entry.value}) cannot be loaded: "
-                    f"{type(error).__name__}: {error}.", "Mend or uninstall that package.",
+                    f"{type(error).__name__}: {error}.",
+                    "It was written for another kvbench: docs/adding-a-method.md says what has moved." if is_old else
+                    "Mend or uninstall that package.",
                 ) from error
             if not (isinstance(kind, type) and issubclass(kind, Method)) or kind.name in found:
                 raise UserError(

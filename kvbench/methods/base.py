@@ -10,13 +10,13 @@ from fractions import Fraction
 from typing import TYPE_CHECKING, ClassVar
 
 from kvbench.errors import UserError, unknown
-from kvbench.methods.layout import RUNNING, Layout, Structure
+from kvbench.methods.layouts.layout import RUNNING, Layout, Structure
 
 if TYPE_CHECKING:
     import numpy as np
 
     from kvbench.cache.shape import CacheShape
-    from kvbench.methods.policy import Policy
+    from kvbench.methods.policies.policy import Policy
 
 
 TRAINED_PERCENT = (5, 95)

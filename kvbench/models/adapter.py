@@ -25,7 +25,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from kvbench.errors import UserError
-from kvbench.models.gated import Gate, GatedLinear, LowRank, attention_linears, fan, swapped, with_weights
+from kvbench.models.lora import Gate, GatedLinear, LowRank, attention_linears, fan, swapped, with_weights
 from kvbench.parsing import parse_json
 
 CARD = "card.json"

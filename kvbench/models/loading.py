@@ -12,9 +12,10 @@ from torch import nn
 
 from kvbench.errors import UserError
 from kvbench.models.attention import register
+from kvbench.models.configuration import context_of, text_config
 from kvbench.models.device import pick_device
 from kvbench.models.references import ModelReference
-from kvbench.models.rotary import by_length
+from kvbench.models.rope import by_length
 
 
 class Loaded(NamedTuple):
@@ -70,20 +71,6 @@ def load_model(reference: ModelReference, device: str, dtype: str) -> Loaded:
     model.eval().requires_grad_(False).to(where)
     by_length(model)  # rotations that keep a state are looked at while they are new
     return Loaded(model, tokenizer, context_of(config), int(text_config(config).vocab_size))
-
-
-def text_config(config: Any) -> Any:
-    """The part of a configuration that is about text: all of it, unless the model also reads other things."""
-    return config.get_text_config(decoder=True)
-
-
-def context_of(config: Any) -> int:
-    """Positions that the model was made for."""
-    config = text_config(config)
-    for name in ("max_position_embeddings", "n_positions"):
-        if isinstance(getattr(config, name, None), int):
-            return int(getattr(config, name))
-    return 2048
 
 
 def end_tokens(loaded: Loaded) -> tuple[int, ...]:

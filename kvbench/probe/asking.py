@@ -13,18 +13,18 @@ import torch
 from torch import Tensor, nn
 
 from kvbench.cache.evicting import EvictingCache
-from kvbench.cache.policed import PolicedCache
+from kvbench.cache.policy_cache import PolicedCache
 from kvbench.errors import UserError
+from kvbench.inference.layout_session import Reader
+from kvbench.inference.policy_session import Policing
 from kvbench.methods import Layout, make_layout, make_method
-from kvbench.methods.policy import Policy
+from kvbench.methods.policies.policy import Policy
 from kvbench.models.attention import plain_attention
 from kvbench.models.attention_hooks import LISTENER, MASKS, Attended, Rule
-from kvbench.models.loading import context_of, text_config
-from kvbench.models.rotary import fixed_rotations, fresh_rotations, rotation_mark, turned
-from kvbench.policing import Policing
-from kvbench.probe.facts import ModelFacts
+from kvbench.models.configuration import context_of, text_config
+from kvbench.models.facts import ModelFacts
+from kvbench.models.rope import fixed_rotations, fresh_rotations, rotation_mark, turned
 from kvbench.probe.masks import Faults, sees, setting_of, sight_of
-from kvbench.runtime import Reader
 
 LENGTH, CHUNK, LEAST = 48, 7, 8
 """Tokens that are read, how many at a time where entries are stored, and the least that say anything."""

@@ -8,9 +8,9 @@ from typing import Any
 import torch
 
 from kvbench import __version__
+from kvbench.models.facts import ModelFacts
 from kvbench.models.loading import Loaded
 from kvbench.probe.asking import LENGTH, apart, examine
-from kvbench.probe.facts import ModelFacts
 from kvbench.store.cached import read_cache, write_cache
 
 FILE = "probes.json"

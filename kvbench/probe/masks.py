@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from kvbench.models.attention_hooks import Attended, Rule
-from kvbench.models.loading import text_config
+from kvbench.models.configuration import text_config
 
 Faults = (RuntimeError, ValueError, LookupError, TypeError, AttributeError, AssertionError)
 """What a model may raise when it is used in a way that it was not made for."""

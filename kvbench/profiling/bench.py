@@ -13,22 +13,22 @@ from torch import nn
 
 from kvbench.cache.shape import cache_shape
 from kvbench.errors import UserError
+from kvbench.inference.policy_support import check_policy
 from kvbench.methods import Layout, Method, Structure, make_layout, make_method
-from kvbench.methods.policy import Policy
+from kvbench.methods.policies.policy import Policy
 from kvbench.models.adapter import Adapter, AdapterCard
 from kvbench.models.device import pick_device
+from kvbench.models.facts import ModelFacts
 from kvbench.models.fingerprint import check_unchanged
 from kvbench.models.loading import load_model
+from kvbench.models.random_models import is_shape, make_shape, random_model
 from kvbench.models.references import ModelReference
-from kvbench.models.rotary import fixed_rotations, has_rotary
-from kvbench.models.shapes import is_shape, make_shape, random_model
-from kvbench.policies import check_policy
-from kvbench.probe.facts import ModelFacts
+from kvbench.models.rope import fixed_rotations, has_rotary
+from kvbench.planning.profile import RANDOM
 from kvbench.probe.kept import probed
 from kvbench.profiling.memory import Sizes, free_bytes, sizes_of, sizes_of_model
-from kvbench.profiling.plan import RANDOM
 from kvbench.profiling.policed import PolicedRequest
-from kvbench.profiling.subject import EvictingRequest, Request, StockRequest
+from kvbench.profiling.request import EvictingRequest, Request, StockRequest
 from kvbench.store.profile_records import AGAIN, FULL, STOCK
 from kvbench.store.records import Cell
 from kvbench.units import bytes_of

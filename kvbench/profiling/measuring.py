@@ -18,10 +18,10 @@ from rich.progress import Progress, TaskID
 
 from kvbench.environment import describe
 from kvbench.errors import StoppedError, UserError
-from kvbench.execution.child import Child, WorkerDiedError
-from kvbench.execution.guards import KEPT, disk
+from kvbench.execution.locks import KEPT, disk
+from kvbench.execution.process import Child, WorkerDiedError
+from kvbench.planning.profile import PROFILE, ProfilePlan
 from kvbench.profiling.job import ProfileJob
-from kvbench.profiling.plan import PROFILE, ProfilePlan
 from kvbench.store.folder import RUN, RunFolder, write_atomic
 from kvbench.store.profile_records import ProfileRecord, load_profile_record
 from kvbench.store.records import Cell, Failure

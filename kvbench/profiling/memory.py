@@ -20,7 +20,7 @@ from torch import nn
 
 from kvbench.cache.evicting import storage_bytes
 from kvbench.cache.shape import cache_shape
-from kvbench.models.loading import text_config
+from kvbench.models.configuration import text_config
 
 _WRITES = "kvbench: writing begins"
 _CGROUPS = Path("/sys/fs/cgroup")

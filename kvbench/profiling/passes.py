@@ -12,7 +12,7 @@ import torch
 
 from kvbench.profiling.clock import Clock, Stopwatch, Timeline
 from kvbench.profiling.memory import CpuMemory, CudaMemory
-from kvbench.profiling.subject import Request, cache_bytes
+from kvbench.profiling.request import Request, cache_bytes
 
 
 class Timed(NamedTuple):

@@ -9,15 +9,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from kvbench.cache.policed import PolicedLayer
+from kvbench.cache.policy_cache import PolicedLayer
 from kvbench.cache.shape import cache_shape
-from kvbench.decoding import Sampling
+from kvbench.inference.generation import Sampling
+from kvbench.inference.layout_session import Reader
+from kvbench.inference.policy_session import PolicedContinuation, Policing
 from kvbench.methods import Layout
-from kvbench.methods.policy import Policy
-from kvbench.models.loading import text_config
-from kvbench.policing import PolicedContinuation, Policing
-from kvbench.profiling.subject import random_entries, random_logits
-from kvbench.runtime import Reader
+from kvbench.methods.policies.policy import Policy
+from kvbench.models.configuration import text_config
+from kvbench.profiling.request import random_entries, random_logits
 
 
 @dataclass
@@ -27,7 +27,7 @@ class PolicedRequest:
     Attributes:
         prompt: ids ``[batch, P]``, fed at once if the policy compresses it once.
         layout: of P + new tokens, all of them text.
-        beside: see :class:`kvbench.policing.Policing`.
+        beside: see :class:`kvbench.inference.policy_session.Policing`.
     """
 
     model: nn.Module

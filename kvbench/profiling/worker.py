@@ -15,10 +15,10 @@ from typing import IO, Any
 import torch
 
 from kvbench.errors import UserError
+from kvbench.profiling.bandwidth import copy_bandwidth
 from kvbench.profiling.bench import Bench, make_bench
 from kvbench.profiling.clock import clock_of
 from kvbench.profiling.job import MEMORY, PROBE, ROUNDS, TIME, ProfileJob
-from kvbench.profiling.limit import copy_bandwidth
 from kvbench.profiling.memory import free_bytes, memory_of, read_bytes, rss_peak, weights_bytes
 from kvbench.profiling.passes import time_request, weigh_request
 from kvbench.store.profile_records import FULL, STOCK, MemoryRecord, ProbeRecord, ProfileRecord, TimingRecord

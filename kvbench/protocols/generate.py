@@ -13,12 +13,12 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from kvbench.corpora.documents import Document
-from kvbench.corpora.tasks import GenerationSpec
+from kvbench.data.documents import Document
+from kvbench.data.tasks import GenerationSpec
 from kvbench.errors import UserError
 from kvbench.methods import layout_id
-from kvbench.protocols.cut import Cut, Piece, Tokenizer
-from kvbench.protocols.protocol import GENERATION_PRESETS
+from kvbench.protocols.base import GENERATION_PRESETS
+from kvbench.protocols.pieces import Cut, Piece, Tokenizer
 
 NUCLEUS, GREEDY = "nucleus", "greedy"
 

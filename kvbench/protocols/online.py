@@ -10,11 +10,11 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
-from kvbench.corpora.documents import Document
-from kvbench.corpora.tasks import OnlineSpec
+from kvbench.data.documents import Document
+from kvbench.data.tasks import OnlineSpec
 from kvbench.errors import UserError
 from kvbench.methods import layout_id
-from kvbench.protocols.cut import Cut, Part, Piece, Tokenizer, bytes_between
+from kvbench.protocols.pieces import Cut, Part, Piece, Tokenizer, bytes_between
 
 
 def online_trials(

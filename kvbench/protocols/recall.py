@@ -10,12 +10,12 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from kvbench.corpora.documents import Document
-from kvbench.corpora.facts import FACT_HIGH, FACT_LOW, NAMES, THINGS, fact
-from kvbench.corpora.tasks import RecallSpec
+from kvbench.data.documents import Document
+from kvbench.data.facts import FACT_HIGH, FACT_LOW, NAMES, THINGS, fact
+from kvbench.data.tasks import RecallSpec
 from kvbench.errors import UserError
 from kvbench.methods import layout_id
-from kvbench.protocols.cut import Cut, Part, Piece, Tokenizer
+from kvbench.protocols.pieces import Cut, Part, Piece, Tokenizer
 
 ROUND = 20
 """Contexts are multiples of it, so that round ratios are met exactly."""

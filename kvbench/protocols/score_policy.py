@@ -7,11 +7,11 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor, nn
 
-from kvbench.methods.policy import Policy, View
-from kvbench.models.rotary import fixed_rotations
-from kvbench.policing import Policing
-from kvbench.protocols.cut import Piece
-from kvbench.protocols.score import BatchScore, Reference, Rows
+from kvbench.inference.policy_session import Policing
+from kvbench.methods.policies.policy import Policy, View
+from kvbench.models.rope import fixed_rotations
+from kvbench.protocols.pieces import Piece
+from kvbench.protocols.scoring import BatchScore, Reference, Rows
 
 
 def score_policed(

@@ -16,11 +16,10 @@ from typing import Any
 from jinja2 import Environment
 from markupsafe import Markup
 
+from kvbench.analysis.curves import is_of_curve
 from kvbench.errors import UserError
-from kvbench.reporting.distance import is_of_curve
-from kvbench.reporting.format import named
-from kvbench.reporting.sheets import sheets_of
-from kvbench.store.faults import remarks_of
+from kvbench.reporting.tables.tables import sheets_of
+from kvbench.store.faults import named, remarks_of
 from kvbench.store.folder import RunFolder, write_atomic
 from kvbench.store.records import Cell, DocumentRecord, Results
 

@@ -7,23 +7,23 @@ from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
+from kvbench.analysis.results import compute_results
 from kvbench.errors import UserError
-from kvbench.reporting.curves import (
+from kvbench.reporting.figures.base import removal_figure
+from kvbench.reporting.figures.masks import mask_figure
+from kvbench.reporting.figures.profile import profile_figures
+from kvbench.reporting.figures.quality import (
     asked_figures,
     distance_figure,
     memory_figure,
     pareto_figure,
     position_figure,
 )
-from kvbench.reporting.export import write_tables
-from kvbench.reporting.figures import removal_figure
-from kvbench.reporting.format import name_of
-from kvbench.reporting.mask_figure import mask_figure
+from kvbench.reporting.figures.recall import recall_figure
 from kvbench.reporting.page import write_page
 from kvbench.reporting.parallel import in_parallel
-from kvbench.reporting.profile_figures import profile_figures
-from kvbench.reporting.recall_figure import recall_figure
-from kvbench.reporting.results import compute_results
+from kvbench.reporting.tables.export import write_tables
+from kvbench.reporting.tables.format import name_of
 from kvbench.store.folder import RESULTS, RunFolder, write_atomic
 from kvbench.store.records import Results, Row
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
 from functools import cache
 from importlib.metadata import entry_points
 from typing import Any
@@ -23,6 +24,9 @@ ONLY_WITH = {"think": "budget_bytes"}
 """The option without which a method's fault shows in nothing."""
 
 
+OUTDATED = "outdated"
+
+
 def fault_of(cell: Cell) -> str | None:
     """Why a cell is outdated; None if it was measured by the present version of its method."""
     known = FAULTS.get((cell.method, cell.version)) if ONLY_WITH.get(cell.method, "") in ("", *cell.options) else None
@@ -37,6 +41,26 @@ def remarks_of(cell: Cell) -> dict[str, Any]:
         "version": cell.version if cell.version > 1 else None, "note": cell.note or None, "outdated": fault_of(cell),
     }
     return {name: value for name, value in found.items() if value is not None}
+
+
+def named(method: str, remarks: Mapping[str, Any]) -> str:
+    """A method as it is shown: with what it notes, and marked if it was measured by an earlier version of its rule.
+
+    Args:
+        remarks: parameters of a row, or :func:`remarks_of` a cell.
+    """
+    found = [remarks["note"]] if remarks.get("note") else []
+    found += [OUTDATED] if remarks.get("outdated") else []
+    return f"{method} ({', '.join(found)})" if found else method
+
+
+def faults_in(found: Iterable[tuple[str, Mapping[str, Any]]]) -> list[str]:
+    """A sentence on every method, of its name and remarks, that is outdated."""
+    return list(dict.fromkeys(
+        f"{OUTDATED}: {method} was measured by version {remarks.get('version', 1)} of its rule, and is wrong ("
+        f"{remarks['outdated']}). The command that measured it measures it again."
+        for method, remarks in found if remarks.get("outdated")
+    ))
 
 
 @cache

@@ -13,6 +13,8 @@ SCHEMA = 1
 
 HUMAN = "human"
 """The method of the cell that holds the authors' own texts."""
+ITSELF = "itself"
+"""The scorer of texts that is the model which wrote them, uncompressed."""
 
 
 @dataclass(frozen=True)

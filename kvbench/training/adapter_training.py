@@ -18,11 +18,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from kvbench.inference.layout_session import Reader
 from kvbench.methods import METHODS
-from kvbench.methods.layout import Layout, everything, plain_tokens
+from kvbench.methods.layouts.layout import Layout, everything, plain_tokens
 from kvbench.models.adapter import Adapter
-from kvbench.models.rotary import fixed_rotations
-from kvbench.runtime import Reader
+from kvbench.models.rope import fixed_rotations
 from kvbench.training.loop import Progress, Stateful, rate_factor, restore_checkpoint, save_checkpoint
 from kvbench.training.mixture import Mixture
 from kvbench.training.team import Team

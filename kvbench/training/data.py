@@ -11,8 +11,8 @@ from typing import Any
 
 import numpy as np
 
-from kvbench.corpora.files import KNOWN, files_of
-from kvbench.corpora.rows import TEXT, read_rows
+from kvbench.data.files import KNOWN, files_of
+from kvbench.data.rows import TEXT, read_rows
 from kvbench.errors import UserError
 
 STREAM_TOKENS = 24_000_000

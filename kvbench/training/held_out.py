@@ -13,16 +13,16 @@ from torch import nn
 from torch.nn import functional
 
 from kvbench.cache.evicting import EvictingCache
-from kvbench.corpora.documents import Document
-from kvbench.corpora.rows import TEXT, read_rows
-from kvbench.corpora.tasks import RecallSpec
+from kvbench.data.documents import Document
+from kvbench.data.rows import TEXT, read_rows
+from kvbench.data.tasks import RecallSpec
 from kvbench.errors import UserError
+from kvbench.inference.layout_session import Reader
 from kvbench.methods import METHODS, make_layout, make_method
 from kvbench.models.adapter import Adapter
-from kvbench.models.rotary import fixed_rotations
-from kvbench.protocols.cut import MIN_TOKENS, Piece, Tokenizer
+from kvbench.models.rope import fixed_rotations
+from kvbench.protocols.pieces import MIN_TOKENS, Piece, Tokenizer
 from kvbench.protocols.recall import recall_trials
-from kvbench.runtime import Reader
 
 RATIOS = ("0.3", "0.5", "0.7", "0.8", "0.9")
 _TRIALS = RecallSpec(distances=(30, 120, 240, 400), trials=10, context=32)

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from kvbench.corpora.facts import FACT_HIGH, FACT_LOW, NAMES, THINGS, fact
+from kvbench.data.facts import FACT_HIGH, FACT_LOW, NAMES, THINGS, fact
 
 PLAIN_SHARE, COPY_SHARE = 0.75, 0.12
 """Shares of the mixture; the rest are recall sequences."""

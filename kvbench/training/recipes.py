@@ -15,19 +15,19 @@ from typing import Any
 import torch
 
 import kvbench
-from kvbench.corpora.files import KNOWN
-from kvbench.corpora.rows import TEXT, read_rows
+from kvbench.data.files import KNOWN
+from kvbench.data.rows import TEXT, read_rows
 from kvbench.errors import UserError, unknown
 from kvbench.methods import METHODS, Method, make_method
 from kvbench.models.adapter import Adapter, AdapterCard
 from kvbench.models.device import pick_device
+from kvbench.models.facts import ModelFacts
 from kvbench.models.fingerprint import fingerprint
 from kvbench.models.loading import Loaded, load_model
 from kvbench.models.references import resolve_model
-from kvbench.models.rotary import has_rotary
-from kvbench.probe.facts import ModelFacts
+from kvbench.models.rope import has_rotary
 from kvbench.probe.kept import probed
-from kvbench.protocols.cut import Tokenizer
+from kvbench.protocols.pieces import Tokenizer
 from kvbench.training.adapter_training import AdapterPlan, train_adapter
 from kvbench.training.base_training import BasePlan, new_model, train_base, train_tokenizer
 from kvbench.training.data import load_stream

@@ -1,0 +1,1 @@
+"""Records to rows: results, comparisons, curves; no PyTorch."""

@@ -1,0 +1,221 @@
+"""Rows of a task that writes text: every metric of every cell, from the texts on disk."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import suppress
+from typing import Any
+
+import numpy as np
+
+from kvbench import metrics
+from kvbench.analysis.estimates import Array, Measured, bin_rows, row_of
+from kvbench.metrics import TextMetric
+from kvbench.metrics import distinct as distinct_metric
+from kvbench.metrics import mauve as mauve_metric
+from kvbench.metrics.texts import Sample
+from kvbench.parsing import parse_json
+from kvbench.store.folder import MAUVE, RunFolder
+from kvbench.store.records import HUMAN, Cell, GenerationRecord, Output, Row
+
+Records = dict[str, GenerationRecord]
+
+_MEMORY = ("raw", "held", "visible", "queries", "kv_logical", "kv_physical", "kv_full")
+
+
+def generation_rows(folder: RunFolder, cells: Sequence[Cell], info: dict[str, Any]) -> list[Row]:
+    """Rows of a task, with p-values as they come.
+
+    The main rows are of the drawn texts where there are any; those of the greedy ones are then
+    marked ``decode=greedy``. Cells whose role is ``reference`` are compared with, but not shown.
+    """
+    records = {cell.key: folder.texts(cell) for cell in cells}
+    people = next((records[cell.key] for cell in cells if cell.method == HUMAN), {})
+    shown = [cell for cell in cells if cell.role != "reference"]
+    written = [cell for cell in shown if cell.method != HUMAN]
+    if not written:
+        return []
+    main = _kinds(written, records)[0]
+    rows = decoded_rows(shown, records, people, info)
+    if "greedy" in _kinds(written, records) and main != "greedy":
+        rows += _match_rows(written, records, people, info)
+    return rows + _mauve_rows(folder, shown, records, people, info, main)
+
+
+def decoded_rows(
+    shown: Sequence[Cell], records: dict[str, Records], people: Records, info: dict[str, Any]
+) -> list[Row]:
+    """Rows of all metrics that are sums over documents, for every way of decoding; drawn texts first."""
+    written = [cell for cell in shown if cell.method != HUMAN]
+    kinds = _kinds(written, records)
+    rows: list[Row] = []
+    for decode in kinds:
+        is_main = decode == kinds[0]
+        chosen = shown if is_main else written
+        rows += _decoding_rows(chosen, records, people, info, decode, None if is_main else f"decode={decode}")
+    return rows
+
+
+def _kinds(written: Sequence[Cell], records: dict[str, Records]) -> list[str]:
+    """Ways of decoding, the one of the main rows first."""
+    found = dict.fromkeys(o.decode for o in next(iter(records[written[0].key].values())).outputs)
+    return sorted(found, key=lambda kind: kind != "nucleus")
+
+
+def _decoding_rows(
+    cells: Sequence[Cell], records: dict[str, Records], people: Records, info: dict[str, Any], decode: str,
+    bin_name: str | None,
+) -> list[Row]:
+    full = next((records[c.key] for c in cells if c.method == "full"), None)
+    samples = {c.key: _samples(c, records[c.key], people, full, info, decode) for c in cells}
+    kinds = [m for m in metrics.TEXT_METRICS if bin_name is None or m is not metrics.PREFIX_MATCH]
+    parts = [_aggregate(c, records[c.key], samples[c.key], kinds) for c in cells]
+    rows = bin_rows(parts, (*kinds, *metrics.MEMORY) if bin_name is None else kinds, info, bin_name)
+    return rows + _distinct_rows(parts, samples, records, info, bin_name)
+
+
+def _match_rows(
+    cells: Sequence[Cell], records: dict[str, Records], people: Records, info: dict[str, Any]
+) -> list[Row]:
+    """Agreement of the greedy texts with the full cache's: a row of the main table."""
+    full = next((records[c.key] for c in cells if c.method == "full"), None)
+    parts = []
+    for cell in cells:
+        samples = _samples(cell, records[cell.key], people, full, info, "greedy")
+        parts.append(_aggregate(cell, records[cell.key], samples, (metrics.PREFIX_MATCH,)))
+    return bin_rows(parts, (metrics.PREFIX_MATCH,), info, None)
+
+
+def _samples(
+    cell: Cell, mine: Records, people: Records, full: Records | None, info: dict[str, Any], decode: str
+) -> dict[str, Sample]:
+    """By document. A person's text is compared with that of the next document of another group.
+
+    Where the people's texts could not be had, what needs them is left out.
+    """
+    names = list(info["documents"])
+    found = {}
+    for i, name in enumerate(names):
+        person = people.get(name)
+        reference = person.of("human")[0] if person is not None else None
+        outputs = mine[name].of(decode)
+        if cell.method == HUMAN:
+            outputs, reference = mine[name].of("human"), _stranger(names, i, people)
+        found[name] = Sample(
+            outputs, None if reference is None else reference.text, None if reference is None else reference.vector,
+            None if person is None else person.prefix_vector, full[name].of(decode) if full is not None else (),
+        )
+    return found
+
+
+def _stranger(names: list[str], i: int, people: Records) -> Output | None:
+    """What another author wrote: the reference of the next document that is of another group, if there is one."""
+    later = [*names[i + 1 :], *names[:i]]
+    other = [name for name in later if people[name].group != people[names[i]].group] or later
+    return people[other[0]].of("human")[0] if other else None
+
+
+def _aggregate(
+    cell: Cell, records: Records, samples: dict[str, Sample], kinds: Sequence[TextMetric]
+) -> Measured:
+    """A cell's columns summed by group; a metric that a document lacks is left out."""
+    groups = sorted({records[name].group for name in samples})
+    place = {group: i for i, group in enumerate(groups)}
+    columns: dict[str, list[tuple[int, Any]]] = {}
+    usable = {metric.name for metric in kinds}
+    for name, sample in samples.items():
+        record = records[name]
+        at = place[record.group]
+        for column in _MEMORY:
+            columns.setdefault(column, []).append((at, float(getattr(record, column))))
+        columns.setdefault("pieces", []).append((at, 1.0))
+        for metric in kinds:
+            found = metric.columns(sample) if metric.name in usable else None
+            if found is None:
+                usable.discard(metric.name)
+                continue
+            for column, value in found.items():
+                key = f"{metric.name}/{column}"
+                # Draws are averaged: a document weighs as much in every row, and as a person's one text.
+                columns.setdefault(key, []).append((at, np.asarray(value) / len(sample.outputs)))
+    sums = _summed(columns, len(groups), usable)
+    peaks = [records[name].peak for name in samples]
+    missing = {metric.name for metric in kinds} - usable
+    if cell.method == HUMAN:  # people keep no cache
+        missing |= {metric.name for metric in metrics.MEMORY}
+    return Measured(cell, len(samples), tuple(groups), sums, max(peaks), sum(peaks) / len(peaks), frozenset(missing))
+
+
+def _summed(
+    columns: dict[str, list[tuple[int, Any]]], groups: int, usable: set[str]
+) -> dict[str, Array]:
+    """Columns under their own names; those that metrics share, such as ``rep2``, are the same in all of them."""
+    sums: dict[str, Array] = {}
+    for key, entries in columns.items():
+        metric, _, column = key.rpartition("/")
+        if metric and (metric not in usable or column in sums):
+            continue
+        values = np.asarray([value for _, value in entries], dtype=np.float64)
+        total = np.zeros((groups, *values.shape[1:]))
+        np.add.at(total, [at for at, _ in entries], values)
+        sums[column] = total
+    return sums
+
+
+def _distinct_rows(
+    parts: Sequence[Measured], samples: dict[str, dict[str, Sample]], records: dict[str, Records],
+    info: dict[str, Any], bin_name: str | None,
+) -> list[Row]:
+    limit = distinct_metric.budget(info["new_tokens"])
+    found = {}
+    for part in parts:
+        by_group: dict[str, list[str]] = {group: [] for group in part.groups}
+        for name, sample in samples[part.cell.key].items():
+            by_group[records[part.cell.key][name].group] += [output.text for output in sample.outputs[:1]]
+        found[part.cell.key] = distinct_metric.distinct(list(by_group.values()), limit)
+    full = next((p for p in parts if p.cell.method == "full"), None)
+    rows = []
+    for part in parts:
+        mine = found[part.cell.key]
+        low, high, _ = distinct_metric.interval(mine)
+        baseline = full if full is not None and full is not part and full.groups == part.groups else None
+        delta, delta_interval, p_value = None, (float("nan"), float("nan")), None
+        if baseline is not None:
+            apart = distinct_metric.difference(mine, found[baseline.cell.key])
+            delta, p_value = apart.value, distinct_metric.p_value(apart)
+            delta_interval = distinct_metric.interval(apart)[:2]
+        rows.append(row_of(
+            part, info, bin_name, "distinct", distinct_metric.signature(info["new_tokens"]), "document",
+            mine.value, (low, high), delta, delta_interval, p_value, baseline,
+        ))
+    return rows
+
+
+def _mauve_rows(
+    folder: RunFolder, cells: Sequence[Cell], records: dict[str, Records], people: Records, info: dict[str, Any],
+    decode: str,
+) -> list[Row]:
+    """MAUVE as it was measured after the run, once per seed; the full cache's seeds are the same."""
+    values: dict[str, list[float]] = {}
+    for cell in cells:
+        path = folder.cell_folder(cell) / MAUVE
+        with suppress(OSError, ValueError, KeyError, TypeError):  # not there, or damaged: it was not measured
+            stored = parse_json(path.read_text(encoding="utf-8"))
+            if stored["documents"] == len(info["documents"]):
+                values[cell.key] = stored["values"]
+    full = next((c for c in cells if c.method == "full" and c.key in values), None)
+    rows = []
+    for cell in (c for c in cells if c.key in values):
+        samples = _samples(cell, records[cell.key], people, None, info, decode)
+        part = _aggregate(cell, records[cell.key], samples, ())
+        mean, low, high = mauve_metric.over_seeds(values[cell.key])
+        delta, delta_low, delta_high = None, float("nan"), float("nan")
+        if full is not None and full is not cell:
+            pairs = np.subtract(values[cell.key], values[full.key])
+            delta, delta_low, delta_high = mauve_metric.over_seeds(pairs.tolist())
+        signature = mauve_metric.signature(len(samples), cell.options["mauve_features"])
+        rows.append(row_of(
+            part, info, None, "mauve", signature, "document", mean, (low, high), delta, (delta_low, delta_high),
+            None, part if delta is not None else None,
+        ))
+    return rows

@@ -1,0 +1,302 @@
+"""A cache whose entries are chosen while it is read: each row and head of a layer holds its own.
+
+New entries are held as keys and values, older ones in whatever form the policy gives them (fewer bits, fewer
+channels, as many per head as each was given); those are unpacked for the one forward pass that attends them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kvbench.cache.evicting import EvictingCache, EvictingLayer
+from kvbench.cache.ragged import Ragged
+from kvbench.cache.stored import Packed, taken
+from kvbench.errors import UserError
+from kvbench.models.attention_hooks import WATCHER
+from kvbench.models.rope import rotated
+
+NO_HOLES = torch.empty(0, dtype=torch.long)
+
+
+class PolicedLayer(EvictingLayer):
+    """Keys and values ``[batch, heads, entries, width]`` behind what is packed, and what a policy knows of them all.
+
+    Attributes:
+        packed: the older entries, in other forms.
+        pending: queries ``[batch, query heads, q, width]`` of the last tokens, which have not been looked at yet.
+        queries: the last queries ``[batch, query heads, w, width]``, where they are kept; None before any.
+        moments: of the queries, where they are taken: how many, their sum ``[batch, query heads, width]`` and the sum
+            of their outer products.
+        scaling: of the layer's attention.
+        carried: what the policy handed on when entries were last removed ``[batch, ...]``; None for nothing.
+        focus: copies of the entries that are attended until the next look at all, and of those since; None if all
+            are attended.
+        ragged: all entries, where some heads have fewer than others; None where all have as many.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.packed: tuple[Packed, ...] = ()
+        self.pending: list[Tensor] = []
+        self.queries: Tensor | None = None
+        self.moments: tuple[int, Tensor, Tensor] | None = None
+        self.scaling = 1.0
+        self.carried: Tensor | None = None
+        self.focus: EvictingLayer | None = None
+        self.ragged: Ragged | None = None
+        self.read = self._packed_entries = 0
+        self._positions = torch.empty(0, dtype=torch.long)
+        self._sums = torch.empty(0)
+        self._focused = torch.empty(0, dtype=torch.long)
+
+    @property
+    def held(self) -> int:
+        """Entries of the head that has the most."""
+        if self.ragged is not None:
+            return self.ragged.longest
+        return self._packed_entries + (int(self.keys.shape[-2]) if self.is_initialized else 0)
+
+    @property
+    def first_plain(self) -> int:
+        """The first entry that is not packed."""
+        return self._packed_entries
+
+    @property
+    def positions(self) -> Tensor:
+        """int64 ``[batch, heads, entries]``, the place of each entry in the text, packed ones first; ascending, after
+        -1 where a head has fewer entries than another. Written down when they are asked for: the newest are the last
+        tokens."""
+        missing = self.held - self._positions.shape[-1]
+        if missing or self._positions.dim() == 1:
+            shape = (*self.keys.shape[:2], missing)
+            new = torch.arange(self.read - missing, self.read, device=self.keys.device).expand(shape)
+            self._positions = new if self._positions.dim() == 1 else torch.cat([self._positions, new], -1)
+        return self._positions
+
+    @property
+    def sums(self) -> Tensor:
+        """float32 ``[batch, heads, entries]``, attention that each entry has received, where it is recorded."""
+        missing = self.held - self._sums.shape[-1]
+        if missing or self._sums.dim() == 1:
+            new = torch.zeros(*self.keys.shape[:2], missing, device=self.keys.device)
+            self._sums = new if self._sums.dim() == 1 else torch.cat([self._sums, new], -1)
+        return self._sums
+
+    def extend(self, keys: Tensor, values: Tensor, read: int) -> None:
+        """Store the entries of the tokens from ``read`` on."""
+        if not self.is_initialized and all(t.untyped_storage().nbytes() == t.nbytes for t in (keys, values)):
+            self.lazy_initialization(keys, values)  # nobody else's: a prompt is held as it was computed
+            self.replace(keys, values)
+        elif self.ragged is not None:
+            self.ragged.append(keys, values)
+        else:
+            self.append(keys, values, NO_HOLES)
+        if self.focus is not None:
+            self.focus.append(keys, values, NO_HOLES)
+        self.read = read + keys.shape[-2]
+
+    def present(self) -> tuple[Tensor, Tensor]:
+        """Keys and values of all entries."""
+        if self.ragged is not None:
+            return self.ragged.unpack()
+        if not self.packed:
+            return self.keys, self.values
+        plain = int(self.keys.shape[-2])
+        *first, last = self.packed
+        keys, values = last.unpack(plain)
+        if plain:
+            keys[:, :, -plain:], values[:, :, -plain:] = self.keys, self.values
+        if first:
+            parts = [*(packed.unpack() for packed in first), (keys, values)]
+            keys, values = (torch.cat(tensors, -2) for tensors in zip(*parts, strict=True))
+        return keys, values
+
+    def attended(self) -> tuple[Tensor, Tensor]:
+        """Keys and values of the entries in focus, and of those that came after."""
+        return self.present() if self.focus is None else (self.focus.keys, self.focus.values)
+
+    @property
+    def attends(self) -> int:
+        """Entries that are attended."""
+        return self.held if self.focus is None else int(self.focus.keys.shape[-2])
+
+    def seen(self) -> Tensor:
+        """The positions of the entries that are attended, int64 ``[batch, heads, entries]``."""
+        if self.focus is None:
+            return self.positions
+        since = self.attends - self._focused.shape[-1]
+        return torch.cat([self._focused, self.positions[..., self.held - since :]], -1)
+
+    def look_at(self, entries: Tensor, context: int | None = None) -> None:
+        """Attend only these entries from now on, and those to come; all of them stay.
+
+        Args:
+            context: entries behind so many are attended as well; None if there are none to be.
+        """
+        if context is not None:
+            after = torch.arange(context, self.held, device=entries.device)
+            entries = torch.cat([entries, after.expand(*entries.shape[:2], -1)], -1)
+        keys, values = self.present()
+        self.focus = EvictingLayer()
+        self.focus.append(taken(keys, entries), taken(values, entries), NO_HOLES)
+        self._focused = self.positions.gather(-1, entries)
+
+    def choose(self, entries: Tensor, present: tuple[Tensor, Tensor]) -> None:
+        """Keep only these entries of ``present``, copied, so that the rest is freed.
+
+        Args:
+            entries: int64 ``[batch, heads, kept]``, ascending; -1 in front where a head keeps fewer than another.
+            present: keys and values of all entries, as they shall be stored.
+        """
+        keys, values = present
+        positions, sums = self.positions, self.sums if self._sums.dim() > 1 else None
+        at, none = entries.clamp(min=0), entries < 0
+        self.packed, self._packed_entries, self.ragged = (), 0, None
+        if bool(none.any()):
+            self.ragged = Ragged.of(keys, values, entries)
+            self.replace(keys[:, :, :0].clone(), values[:, :, :0].clone())
+        else:
+            self.replace(taken(keys, at), taken(values, at))
+        self._positions = positions.gather(-1, at).masked_fill_(none, -1)
+        if sums is not None:
+            self._sums = sums.gather(-1, at).masked_fill_(none, 0)
+
+    def forget(self, count: int) -> None:
+        """Let go of the last ``count`` entries, as if their tokens had not been read; nothing is packed yet."""
+        positions, sums = self.positions[..., :-count], self.sums if self._sums.dim() > 1 else None
+        self.keep(torch.arange(self.held - count, device=self.keys.device))
+        self._positions, self.read = positions, self.read - count
+        if sums is not None:
+            self._sums = sums[..., :-count].clone()
+
+    def pack(self, packed: Packed, count: int) -> None:
+        """The first ``count`` of the entries that are held as they are are now ``packed``."""
+        self.packed = packed.after(self.packed)
+        self._packed_entries += count
+        self.replace(self.keys[:, :, count:].clone(), self.values[:, :, count:].clone())
+
+    def tensors(self) -> list[Tensor]:
+        copies = [] if self.focus is None else [self.focus.keys, self.focus.values]
+        return [self.keys, self.values, *self._packed_tensors(), *copies]
+
+    def _packed_tensors(self) -> list[Tensor]:
+        if self.ragged is not None:
+            return self.ragged.tensors()
+        return [tensor for packed in self.packed for tensor in packed.tensors()]
+
+    def entry_bytes(self) -> int:
+        """Bytes of an entry that is held as it is, in all rows and heads."""
+        return sum(t.element_size() * t.shape[0] * t.shape[1] * t.shape[-1] for t in (self.keys, self.values))
+
+    def entries(self) -> float:
+        """Entries held per row and head; packed ones by the bytes that they take."""
+        packed = self._packed_tensors()
+        if not packed:
+            return self.held
+        taken = sum(t.numel() * t.element_size() for t in packed)
+        return float(self.keys.shape[-2]) + taken / self.entry_bytes()
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        def more(tensor: Tensor) -> Tensor:
+            return tensor.repeat_interleave(repeats, dim=0)
+
+        self.packed = tuple(packed.repeated(repeats) for packed in self.packed)
+        self.ragged = None if self.ragged is None else self.ragged.repeated(repeats)
+        self._positions = more(self.positions)
+        if self._sums.dim() > 1:
+            self._sums = more(self.sums)
+        self.pending = [more(query) for query in self.pending]
+        self.queries = None if self.queries is None else more(self.queries)
+        if self.moments is not None:
+            self.moments = self.moments[0], more(self.moments[1]), more(self.moments[2])
+        self.carried = None if self.carried is None else more(self.carried)
+        if self.focus is not None:
+            self.focus.batch_repeat_interleave(repeats)
+            self._focused = more(self._focused)
+        super().batch_repeat_interleave(repeats)
+
+
+class PolicedCache(EvictingCache):
+    """A cache of :class:`PolicedLayer`.
+
+    Attributes:
+        read: text tokens read before the coming forward pass.
+        turned: of the first entries, how many are read at their place in the cache instead of that in the text, as
+            in StreamingLLM, where the others are at their place anyway.
+        speeds: angle per position of each pair of coordinates by layer, for these; None where a layer turns nothing.
+        looks: whether the coming forward pass attends all entries, where layers have some in focus.
+    """
+
+    layers: list[PolicedLayer]
+
+    def __init__(self, turned: int = 0, speeds: Sequence[Tensor | None] = ()) -> None:
+        super().__init__()
+        self.read, self.turned, self.speeds, self.looks = 0, turned, speeds, False
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        """Store what a layer computed; entries are returned as if nothing lay between them, if they are turned.
+
+        Raises:
+            UserError: the model is called by itself, with a mask of its own.
+        """
+        if WATCHER.get() is None:
+            raise UserError(
+                f"{type(self).__name__} is filled by kvbench.inference.policy_session.Policing only: rows and heads "
+                "hold different entries, which the model's own mask, left-padded batches, beams and generate() do "
+                "not know.",
+                "Read texts of one length with Policing.stream, or write with PolicedContinuation.",
+            )
+        while len(self.layers) <= layer_idx:
+            self.layers.append(PolicedLayer())
+        layer = self.layers[layer_idx]
+        layer.extend(key_states, value_states, self.read)
+        if layer.ragged is not None:  # attended head by head: see Policing.attend
+            return key_states, value_states
+        keys, values = layer.present() if self.looks else layer.attended()
+        return self.turn(layer_idx, keys), values
+
+    def turn(self, number: int, keys: Tensor) -> Tensor:
+        """The keys of a layer as they are attended: as if nothing lay between them, if they are turned."""
+        layer, speeds = self.layers[number], self.speeds[number] if self.speeds else None
+        count, gap = min(self.turned, layer.held), layer.read - layer.held
+        if not count or speeds is None or gap == 0:
+            return keys
+        # Rotations are relative: turning an entry on by the gap behind it is the same as counting all others back.
+        # It is turned anew from what is stored, for rounding would add up.
+        angle = (torch.arange(gap, gap + count, device=keys.device) - layer.positions[..., :count])[..., None]
+        angle = angle * speeds.to(keys.device)
+        first = rotated(keys[:, :, :count], angle.cos(), angle.sin())
+        return torch.cat([first, keys[:, :, count:]], -2)
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Refused: beams that leave one another's entries behind are not followed.
+
+        Raises:
+            UserError: always.
+        """
+        raise UserError(f"{type(self).__name__} does not follow beams.", "Sample, or decode greedily.")
+
+    def mean_entries(self) -> float:
+        """Entries held per row and head, over layers; packed ones by the bytes that they take."""
+        return sum(layer.entries() for layer in self.layers) / max(1, len(self.layers))
+
+    def mean_seen(self) -> float:
+        """Entries that the next forward pass will attend, per row and head, over layers."""
+        found = [layer.entries() if layer.focus is None else layer.attends for layer in self.layers]
+        return sum(found) / max(1, len(found))
+
+    def most_entries(self) -> int:
+        return max((layer.held for layer in self.layers), default=0)
+
+    def tensors(self) -> list[Tensor]:
+        return [tensor for layer in self.layers for tensor in layer.tensors()]
+
+    def entry_bytes(self) -> int:
+        """Bytes of one entry that is held as it is, in all layers and rows."""
+        return sum(layer.entry_bytes() for layer in self.layers)

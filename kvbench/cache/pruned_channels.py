@@ -1,0 +1,52 @@
+"""Entries whose keys have lost channels (ThinK, arXiv 2407.21018)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from kvbench.cache.stored import Packed, with_room
+
+
+@dataclass(frozen=True)
+class Thinned(Packed):
+    """Keys without some of their channels, which are zero when they are attended; values whole.
+
+    A channel that is zero in the key adds nothing to the logits, whatever the query holds there: this equals
+    taking the same channels out of the query.
+
+    Attributes:
+        keys: ``[batch, heads, entries, channels left]``.
+        values: ``[batch, heads, entries, width]``.
+        channels: int16 ``[batch, heads, channels left]``.
+        width: of a whole key.
+    """
+
+    keys: Tensor
+    values: Tensor
+    channels: Tensor
+    width: int
+
+    @classmethod
+    def of(cls, keys: Tensor, values: Tensor, channels: Tensor) -> Thinned:
+        """With the ``channels`` int64 ``[batch, heads, channels left]`` of the keys only."""
+        index = channels[:, :, None].expand(*keys.shape[:3], channels.shape[-1])
+        return cls(keys.gather(-1, index), values.clone(), channels.to(torch.int16), keys.shape[-1])
+
+    def unpack(self, room: int = 0) -> tuple[Tensor, Tensor]:
+        index = self.channels.long()[:, :, None].expand(self.keys.shape)
+        batch, heads, entries, _ = self.keys.shape
+        whole = self.keys.new_zeros(batch, heads, entries + room, self.width)
+        whole[:, :, :entries].scatter_(-1, index, self.keys)
+        return whole, with_room(self.values, room)
+
+    def tensors(self) -> list[Tensor]:
+        return [self.keys, self.values, self.channels]
+
+    def repeated(self, repeats: int) -> Packed:
+        keys, values, channels = (
+            t.repeat_interleave(repeats, dim=0) for t in (self.keys, self.values, self.channels)
+        )
+        return replace(self, keys=keys, values=values, channels=channels)

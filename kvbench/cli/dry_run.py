@@ -1,0 +1,63 @@
+"""The dry run of commands that measure: cells, what they cost, and where they go."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from kvbench.planning.quality import Plan
+
+
+def print_cells_as_json(path: Path, cells: Sequence[object]) -> None:
+    """The dry run for programs."""
+    rows = [{"key": cell.key, **dataclasses.asdict(cell)} for cell in cells]  # type: ignore[attr-defined, call-overload]
+    sys.stdout.write(json.dumps({"schema": 1, "run": str(path), "dry_run": True, "cells": rows}) + "\n")
+
+
+def print_plans(plans: Sequence[Plan], path: Path, as_json: bool) -> None:
+    """The cells of plans, how many documents each has on disk, and about how long the rest takes."""
+    cells = [cell for plan in plans for cell in plan.cells]
+    if as_json:
+        print_cells_as_json(path, cells)
+        return
+    from rich.console import Console
+    from rich.table import Table
+
+    from kvbench.execution.estimate import estimate_seconds
+    from kvbench.reporting.tables.format import WIDTH
+    from kvbench.store.folder import RunFolder
+    from kvbench.units import duration_of
+
+    folder = RunFolder(path)
+    table = Table(title=f"{len(cells)} cells -> {path}")
+    for column in ("cell", "model", "method", "ratio", "seed", "role", "task", "protocol", "documents", "on disk",
+                   "takes about"):
+        table.add_column(column)
+    total, unknown = 0.0, 0
+    for plan in plans:
+        costs = estimate_seconds(plan, folder)
+        for cell in plan.cells:
+            corpus, cost = plan.corpora[cell.task], costs[cell.key]
+            limit = plan.request.limit or len(corpus.documents)
+            total, unknown = total + (cost or 0.0), unknown + (cost is None)
+            table.add_row(
+                cell.key, cell.model, cell.method, cell.ratio_asked or "-", str(cell.seed), cell.role, cell.variant,
+                cell.protocol, str(min(limit, len(corpus.documents))), str(len(folder.documents(cell))),
+                "?" if cost is None else duration_of(cost),
+            )
+    console = Console()
+    if not console.is_terminal:
+        console = Console(width=WIDTH)
+    console.print(table)
+    for note in dict.fromkeys(note for plan in plans for note in plan.omitted):
+        console.print(f"left out: {note}", highlight=False)
+    console.print(
+        f"About {duration_of(total)} on this machine" + (f", and {unknown} cells of unknown cost" if unknown else "")
+        + ": from the time that documents on disk took where there are any, from the model's size and a timed matrix "
+        "product elsewhere, which is a rough guess.", highlight=False,
+    )

@@ -1,0 +1,172 @@
+"""Documents: rows of the package, of a data file or of the Hugging Face hub, cut and hashed."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from importlib.resources import files
+from itertools import chain, count, zip_longest
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from kvbench.data.dialogues import SYNTHETIC, read_turns
+from kvbench.data.rows import TEXT, Row, hub_rows, read_rows
+from kvbench.errors import UserError
+
+if TYPE_CHECKING:
+    from kvbench.data.tasks import CorpusSpec, Task
+
+_TITLE = re.compile(r"^ = [^=].*[^=] = $")
+
+
+@dataclass(frozen=True)
+class Document:
+    """What is scored and stored.
+
+    Attributes:
+        id: unique within the corpus.
+        group: the unit of resampling: the book, the article, or the document itself.
+        turns: the turns of a dialogue, the answer last; empty for running text.
+    """
+
+    id: str
+    group: str
+    text: str
+    turns: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """Documents in their fixed order, with the hash of the task and of all their texts."""
+
+    documents: tuple[Document, ...]
+    hash: str
+    source: str
+
+
+def load_corpus(task: Task, data: Path | None, column: str = TEXT) -> Corpus:
+    """All documents of a task, or of the user's own file or folder cut in the task's way.
+
+    Args:
+        column: what the text is called in the file, or in the data set on the hub.
+
+    Raises:
+        UserError: the file or the hub cannot be read, or holds no text; or there are no columns to choose from.
+    """
+    spec = task.corpus
+    if column != TEXT and (spec.cut == "turns" or (data is None and spec.hub is None)):
+        what = "turns and an answer" if spec.cut == "turns" else "what is embedded"
+        raise UserError(
+            f"--column names the text in --data or in a data set on the hub, and task {task.name!r} reads {what}.",
+            "Leave it out, or give --data and one --task.",
+        )
+    if spec.cut == "turns":
+        return _load_turns(task, data)
+    if data is not None:
+        rows, source = read_rows(data, column), str(data)
+    elif spec.embedded is not None:
+        asset = files("kvbench").joinpath("assets", spec.embedded)
+        rows, source = read_rows(Path(str(asset))), f"embedded {spec.embedded}"
+    else:
+        rows, source = hub_rows(spec, column), f"hub {spec.hub}"
+    documents = tuple(_CUTS[spec.cut](rows, spec))
+    if not documents:
+        raise UserError(f"{source} holds no text.", "Give a file with at least one document.")
+    return Corpus(documents, _digest(task, documents), source)
+
+
+def embedded_documents(name: str = "minidocs.jsonl") -> tuple[Document, ...]:
+    """The rows of an embedded file as documents, without a task to cut them by."""
+    rows = read_rows(Path(str(files("kvbench").joinpath("assets", name))))
+    return tuple(Document(row["id"], row["id"], row["text"]) for row in rows)
+
+
+def _load_turns(task: Task, data: Path | None) -> Corpus:
+    spec = task.corpus
+    if data is not None:
+        rows, source = read_turns(data), str(data)
+    elif spec.synthetic is not None:
+        rows, source = SYNTHETIC[spec.synthetic](), f"synthetic {spec.synthetic}"
+    else:
+        assert spec.embedded is not None, "the task file is checked for this"
+        asset = files("kvbench").joinpath("assets", spec.embedded)
+        rows, source = read_turns(Path(str(asset))), f"embedded {spec.embedded}"
+    documents = tuple(_unique(Document(row["id"], row["id"], "", tuple(row["turns"])) for row in rows))
+    if not documents:
+        raise UserError(f"{source} holds no turns.", "Give a file with at least one row.")
+    return Corpus(documents, _digest(task, documents), source)
+
+
+def _digest(task: Task, documents: tuple[Document, ...]) -> str:
+    digest = hashlib.sha256(task.model_dump_json(exclude_defaults=True).encode())
+    for document in documents:
+        parts = (document.id, document.text, *document.turns)
+        digest.update("".join(f"{part}\0" for part in parts).encode())
+        if any("\0" in part for part in parts):  # what separates the parts is in one of them
+            digest.update(f"{[len(part) for part in parts]}\0".encode())
+    return digest.hexdigest()[:16]
+
+
+def _documents(rows: list[Row], spec: CorpusSpec) -> Iterable[Document]:
+    """Every row is a document and its own group."""
+    return _unique(Document(row["id"], row["id"], row["text"]) for row in rows if row["text"].strip())
+
+
+def _articles(rows: list[Row], spec: CorpusSpec) -> Iterable[Document]:
+    """WikiText rows joined into articles at `` = Title = `` rows; without titles, each row is one."""
+    lines = list(chain.from_iterable(row["text"].rstrip("\n").split("\n") for row in rows))
+    if not any(_TITLE.match(line) for line in lines):
+        return _documents(rows, spec)
+    articles: list[list[str]] = [[]]
+    for line in lines:
+        if _TITLE.match(line):
+            articles.append([])
+        articles[-1].append(line)
+    texts = ["\n".join(part) + "\n" for part in articles if any(line.strip() for line in part)]
+    return [Document(f"article-{i:03d}", f"article-{i:03d}", text) for i, text in enumerate(texts)]
+
+
+def _passages(rows: list[Row], spec: CorpusSpec) -> Iterable[Document]:
+    """Books cut at paragraph ends into passages, taken round-robin over the books."""
+    books = [
+        [
+            Document(f"{book.id}:{i:04d}", book.id, text)
+            for i, text in enumerate(_paragraph_runs(book.text, spec.passage_chars))
+        ]
+        for book in _documents(rows, spec)
+    ]
+    return [p for turn in zip_longest(*books) for p in turn if p is not None]
+
+
+def _paragraph_runs(text: str, size: int) -> Iterable[str]:
+    """Consecutive pieces of at least ``size`` characters, ending with a paragraph if one ends near."""
+    start = 0
+    while start < len(text):
+        end = text.find("\n\n", start + size)
+        end = end + 2 if 0 <= end < start + 2 * size else start + size
+        piece = text[start:end]
+        if piece.strip():
+            yield piece
+        start = end
+
+
+def _unique(documents: Iterable[Document]) -> Iterable[Document]:
+    """Documents with ids made unique, so that no record can stand for two of them.
+
+    The first of an id keeps it; the others are numbered, ``x~1``, ``x~2``, past what another row is called.
+    """
+    documents = list(documents)
+    taken = {document.id for document in documents}
+    numbers: dict[str, Iterator[int]] = {}
+    for document in documents:
+        if document.id not in numbers:
+            numbers[document.id] = count(1)
+            yield document
+            continue
+        name = next(name for n in numbers[document.id] if (name := f"{document.id}~{n}") not in taken)
+        yield Document(name, name, document.text, document.turns)
+
+
+_CUTS = {"document": _documents, "wikitext-articles": _articles, "passages": _passages}

@@ -1,0 +1,111 @@
+"""The children of one plan: how many there are, and what each of them is doing."""
+
+from __future__ import annotations
+
+import os
+import queue
+import time
+from typing import Any
+
+from kvbench.execution.job import Job
+from kvbench.execution.process import Child
+from kvbench.execution.shards import FEW, Part
+from kvbench.judges.choice import Judging
+from kvbench.planning.quality import Plan
+
+SMALL_MODEL_BYTES = 256 << 20
+MOST_CHILDREN = 4
+
+Events = queue.Queue[tuple[int, dict[str, Any] | None]]
+
+
+class Hand:
+    """A child and the part that it has in hand.
+
+    Attributes:
+        tokens: of the part, as far as it has come.
+        ended: it measures nothing any more.
+    """
+
+    def __init__(self, job: Job, number: int, events: Events) -> None:
+        self.job, self.number, self.events = job, number, events
+        self.is_ready = self.ended = False
+        self.part: Part | None = None
+        self.tokens = 0
+        self.child = Child(job, number, events)
+        self.touch()
+
+    def restart(self) -> None:
+        """A new child in place of the dead one."""
+        self.child.stop()
+        self.is_ready = False
+        self.child = Child(self.job, self.number, self.events)
+        self.touch()
+
+    @property
+    def is_idle(self) -> bool:
+        return self.is_ready and not self.ended and self.part is None
+
+    def take(self, part: Part) -> None:
+        self.part, self.tokens, self.child.at = part, 0, None
+        self.touch()
+
+    def go_home(self) -> None:
+        if self.is_idle:
+            self.ended = True
+            self.child.dismiss()
+
+    def touch(self) -> None:
+        self.touched = time.monotonic()
+
+    @property
+    def seconds_since(self) -> float:
+        """Since its last sign of life."""
+        return time.monotonic() - self.touched
+
+    def stop(self) -> None:
+        self.child.stop()
+
+
+def crew_of(plan: Plan, most: int, omit: bool, events: Events) -> list[Hand]:
+    """Start the children of a plan.
+
+    A small model on a CPU is bound by the cost of calls, not of arithmetic, so that several single-threaded
+    children are faster than one with several threads. Where the user says how many, other processes may be at
+    work beside this one, and several threads of each would starve one another.
+
+    Args:
+        most: children that are allowed; 0 for as many as are useful.
+        omit: as in a job.
+    """
+    request = plan.request
+    cores = request.threads or os.cpu_count() or 1
+    on_cpu = request.device == "cpu" or (request.device == "auto" and not _cuda())
+    small = on_cpu and 0 < plan.model.weight_bytes <= SMALL_MODEL_BYTES and not _has_large_judge(plan.judging)
+    count = min(cores, most or MOST_CHILDREN, _most_parts(plan)) if small else 1
+    alone = 1 if small and most else 0  # 0: PyTorch's choice
+    threads = max(1, cores // count) if count > 1 or request.threads else alone
+    data = str(request.data) if request.data else None
+    job = Job(
+        plan.cells, plan.model.location, plan.task_files, data, request.limit, threads, plan.judging, omit,
+        request.column,
+    )
+    return [Hand(job, number, events) for number in range(count)]
+
+
+def _most_parts(plan: Plan) -> int:
+    """Parts that there can be at most: a child without one would load the model for nothing."""
+    if not plan.request.limit or any(cell.protocol == "online" for cell in plan.cells):
+        return MOST_CHILDREN  # a document is many trials there
+    return len({cell.variant for cell in plan.cells}) * -(-plan.request.limit // FEW)
+
+
+def _has_large_judge(judging: Judging) -> bool:
+    """Whether every child would load a model of its own that is large, or of unknown size."""
+    return any(not 0 < model.weight_bytes <= SMALL_MODEL_BYTES for model in judging.models.values())
+
+
+def _cuda() -> bool:
+    import torch
+
+    return torch.cuda.is_available()

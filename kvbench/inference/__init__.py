@@ -1,0 +1,1 @@
+"""Running a compressed model: sessions, generation, sampling."""

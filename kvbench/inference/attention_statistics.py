@@ -1,0 +1,68 @@
+"""What policies learn from the queries of a layer: attention received, moments, the last of them."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from kvbench.models.rope import rotated
+
+QUERIES_AT_ONCE = 64
+"""Queries whose attention is summed at a time."""
+
+
+def attended(query: Tensor, keys: Tensor, scaling: float, positions: Tensor, decay: float = 1.0) -> Tensor:
+    """Attention that entries receive from the last queries, summed over queries and query heads, causally.
+
+    Args:
+        query: ``[batch, query heads, q, d]``, of the last q entries.
+        keys: ``[batch, heads, entries, d]``.
+        positions: int64 ``[batch, heads, entries]``; negative where there is no entry.
+        decay: the weight of a query's attention, per query after it.
+
+    Returns:
+        float32 ``[batch, heads, entries]``.
+    """
+    batch, heads, entries, width = keys.shape
+    count = query.shape[2]
+    grouped = query.reshape(batch, heads, -1, count, width).float()
+    spread = keys.float().transpose(-1, -2)
+    total = torch.zeros(batch, heads, entries, device=keys.device)
+    place = torch.arange(entries, device=keys.device)
+    none = (positions < 0)[:, :, None, None]
+    for start in range(0, count, QUERIES_AT_ONCE):
+        part = grouped[:, :, :, start : start + QUERIES_AT_ONCE]
+        own = torch.arange(start, start + part.shape[3], device=keys.device)
+        hidden = (place > own[:, None] + entries - count) | none
+        logits = (part.flatten(2, 3) @ spread).mul_(scaling).view(*part.shape[:4], entries)
+        weights = logits.masked_fill_(hidden, float("-inf")).softmax(-1).sum(2)
+        if decay != 1:
+            weights *= decay ** (count - 1 - own)[:, None]
+        total += weights.sum(2)
+    return total
+
+
+def with_queries(before: Tensor | None, query: Tensor, count: int) -> Tensor:
+    """The last ``count`` queries, copied."""
+    joined = query if before is None else torch.cat([before, query], 2)
+    return joined[:, :, -count:].clone()
+
+
+def with_moments(
+    before: tuple[int, Tensor, Tensor] | None, query: Tensor, first: int, skipped: int, speeds: Tensor | None
+) -> tuple[int, Tensor, Tensor]:
+    """Number, sum and sum of outer products of the queries so far, before they were rotated.
+
+    Args:
+        query: ``[batch, query heads, q, d]``, of the tokens from ``first`` on.
+        skipped: tokens at the beginning of the text that are left out.
+        speeds: of the rotation; None if there is none.
+    """
+    plain = query.float()
+    if speeds is not None:
+        places = torch.arange(first, first + query.shape[2], device=query.device)
+        angle = places[:, None] * speeds.to(query.device)
+        plain = rotated(plain, angle.cos(), -angle.sin())
+    plain = plain[:, :, max(0, skipped - first) :]
+    found = plain.shape[2], plain.sum(2), plain.transpose(-1, -2) @ plain
+    return found if before is None else (before[0] + found[0], before[1] + found[1], before[2] + found[2])

@@ -1,0 +1,239 @@
+"""Reading text while a policy removes entries: attend first, remove after.
+
+Every layer is attended under the mask of its own entries (all that it holds, causally), since layers and heads hold
+different ones. What was chosen can be written down, so that one masked pass can show that it was the same.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from kvbench.cache.policy_cache import PolicedCache
+from kvbench.inference.attention_statistics import QUERIES_AT_ONCE, attended, with_moments, with_queries
+from kvbench.inference.generation import Continuation
+from kvbench.inference.layout_session import Reader, Scored
+from kvbench.methods.policies.policy import Merged, Policy, View
+from kvbench.models.attention_hooks import WATCHER
+from kvbench.models.rope import frequencies
+
+
+@dataclass
+class Policing:
+    """A batch of texts being read under a policy; a fresh one for every batch.
+
+    Attributes:
+        total: text tokens that will be read under it, or up to which the budget is met.
+        lots: a number of each row that depends on its text only.
+        seen: for every token read, how many earlier entries it saw (the mean over layers).
+        peak: the most entries that a layer ever held.
+        kept: if asked for, what every layer attended when each run of tokens was fed: ``[batch, heads, entries]``
+            places, -1 for none.
+        beside: entered around all that is done besides the model's own forward pass, so that it can be timed.
+        context: tokens that were read before what follows them; None while they are read.
+    """
+
+    model: nn.Module
+    policy: Policy
+    total: int
+    lots: Sequence[int]
+    seed: int = 0
+    seen: list[float] = field(default_factory=list)
+    peak: int = 0
+    kept: list[list[Tensor]] | None = None
+    beside: Callable[[], AbstractContextManager[object]] = nullcontext
+    context: int | None = None
+
+    def __post_init__(self) -> None:
+        needs_speeds = self.policy.turned or self.policy.takes_moments
+        self.speeds = (frequencies(self.model) if needs_speeds else None) or ()
+        self.cache = PolicedCache(self.policy.turned, self.speeds)
+        self.read = self.since = 0
+
+    def stream(self, ids: Tensor, first: int = 0, chunk: int | None = None) -> Iterator[Scored]:
+        """Feed text as the policy wants it fed, and remove entries where they are due.
+
+        Args:
+            ids: ``[batch, n]``.
+            first: token among these from which on logits are wanted.
+            chunk: tokens to feed at a time, if nothing is to be removed before the end.
+        """
+        start, length = 0, ids.shape[1]
+        while start < length:
+            stop = min(length, start + (chunk or self.policy.run_length(self.read)))
+            logits = self.feed(ids[:, start:stop], slice(max(0, first - start), None))
+            if stop == length or (chunk is None and self.is_due):
+                self.remove()
+            if stop > first:
+                yield Scored(max(start, first), stop, logits)
+            start = stop
+
+    def follow(self, ids: Tensor) -> Iterator[Scored]:
+        """Feed what comes after the context: it is attended, and nothing more is removed.
+
+        What was set aside of the context is looked at again, where the policy does that.
+        """
+        self.context = self.read
+        if self.policy.keeps_all:
+            yield from self.stream(ids)
+        elif ids.shape[1]:
+            yield Scored(0, ids.shape[1], self.feed(ids))
+
+    @property
+    def is_due(self) -> bool:
+        return self.policy.is_due(self.read, self.since)
+
+    def feed(self, ids: Tensor, wanted: slice = slice(None)) -> Tensor:
+        """Logits ``[batch, wanted, vocabulary]`` of text ``[batch, m]`` after what was read; nothing is removed."""
+        m, cache = ids.shape[1], self.cache
+        cache.looks = self.policy.looks(self.read)
+        held = cache.mean_entries() if cache.looks else cache.mean_seen()
+        if self.kept is not None:
+            self.kept.append([(x.positions if cache.looks else x.seen()).clone() for x in cache.layers])
+        cache.read = cache.begin = self.read
+        places = torch.arange(self.read, self.read + m, device=ids.device)
+        token = WATCHER.set(self)
+        try:
+            with self.policy.on(self.model):
+                out = self.model(
+                    input_ids=ids, attention_mask=torch.ones(1, 1, m, 1, dtype=torch.bool, device=ids.device),
+                    position_ids=places[None], use_cache=True, past_key_values=cache,
+                    logits_to_keep=torch.arange(m, device=ids.device)[wanted],
+                )
+        finally:
+            WATCHER.reset(token)
+        self.read, self.since = self.read + m, self.since + m
+        self.seen += [held + i for i in range(m)]
+        self.peak = max(self.peak, cache.most_entries())
+        logits: Tensor = out.logits
+        return logits
+
+    def remove(self) -> None:
+        """Let the policy choose, in every layer that holds more than its budget."""
+        self.since = 0
+        with self.beside():
+            chosen: dict[int, Tensor] = {}
+            for number in range(len(self.cache.layers)):
+                self.remove_from(number, chosen)
+
+    def remove_from(self, number: int, chosen: dict[int, Tensor]) -> None:
+        """In one layer; ``chosen`` by the layers before it."""
+        policy, layers = self.policy, self.cache.layers
+        layer = layers[number]
+        self._observe(number, None)
+        keep = policy.budget(self.context or self.read, self.total, number, len(layers))
+        if not policy.packs and (self.context or layer.entries()) > keep:
+            view = self._view(number, last=self.context)
+            entries = chosen.get(policy.follows(number))
+            if entries is None:
+                entries = chosen[number] = policy.chosen(view, keep)
+            if policy.keeps_all:
+                layer.look_at(entries, self.context)
+            else:
+                merged = Merged(*policy.merged(view, entries))
+                layer.choose(entries, (merged.keys, merged.values))
+                layer.carried = merged.carried
+        if policy.packs:
+            found = policy.packed(self._view(number, layer.first_plain), layer.packed)
+            if found is not None:
+                layer.pack(*found)
+
+    def _view(self, number: int, first: int = 0, last: int | None = None) -> View:
+        """A layer's entries from the ``first`` on, which is 0 or the first that is not packed, up to the ``last``."""
+        layer = self.cache.layers[number]
+        keys, values = (t[:, :, :last] for t in ((layer.keys, layer.values) if first else layer.present()))
+        none = torch.zeros((), device=keys.device).expand(keys.shape[:3])
+        sums = layer.sums[..., first:last] if self.policy.sums else none
+        return View(
+            keys, values, layer.positions[..., first:last], sums, layer.queries, layer.scaling,
+            self.read, number, len(self.cache.layers), torch.tensor(list(self.lots), device=keys.device), self.seed,
+            layer.moments, self.speeds[number] if self.speeds else None, layer.carried,
+        )
+
+    def mask(self, layer: int, queries: int, keys: int, device: torch.device) -> Tensor | None:
+        """All that is held, causally."""
+        if queries in (1, keys):
+            return None
+        return torch.ones(queries, keys, dtype=torch.bool, device=device).tril(keys - queries)
+
+    def attend(self, layer: int, query: Tensor, scaling: float | None) -> Tensor | None:
+        """Head by head, where heads hold different numbers of entries."""
+        ragged = self.cache.layers[layer].ragged
+        return None if ragged is None else ragged.attention(query, scaling)
+
+    def watch(self, layer: int, query: Tensor, keys: Tensor, scaling: float) -> None:
+        """Set the queries aside: they are looked at together, once there are many, or before entries are removed."""
+        policy, stored = self.policy, self.cache.layers[layer]
+        stored.scaling = scaling
+        if policy.looks_at or policy.sums or policy.takes_moments:
+            stored.pending.append(query)
+            if sum(pending.shape[2] for pending in stored.pending) >= QUERIES_AT_ONCE:
+                with self.beside():
+                    self._observe(layer, keys)
+
+    def _observe(self, number: int, keys: Tensor | None) -> None:
+        """Keep the last of the pending queries, add up what they attend, or take their moments.
+
+        Args:
+            keys: as they were attended last; None to turn them again.
+        """
+        policy, layer = self.policy, self.cache.layers[number]
+        if not layer.pending:
+            return
+        query = torch.cat(layer.pending, 2) if len(layer.pending) > 1 else layer.pending[0]
+        layer.pending = []
+        if policy.looks_at:
+            layer.queries = with_queries(layer.queries, query, policy.looks_at)
+        if policy.sums:
+            keys = self.cache.turn(number, layer.present()[0]) if keys is None else keys
+            if policy.decay != 1:
+                layer.sums.mul_(policy.decay ** query.shape[2])
+            layer.sums.add_(attended(query, keys, layer.scaling, layer.positions, policy.decay))
+        if policy.takes_moments:
+            first = layer.read - query.shape[2]
+            speeds = self.speeds[number] if self.speeds else None
+            layer.moments = with_moments(layer.moments, query, first, policy.sinks, speeds)
+
+
+@dataclass
+class PolicedContinuation(Continuation):
+    """A batch of prefixes and what is written after each, under a policy: the same loop, fed in another way.
+
+    The prefix is compressed once, when it has been read, unless the policy is told to do it block by block; while
+    text is written, entries are removed after every ``step`` tokens.
+    """
+
+    run: Policing = field(kw_only=True)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.cache = self.run.cache
+
+    def read(self, reader: Reader) -> Tensor:
+        once, last = self.run.policy.option("prefill") == "once", self.prefix.shape[1] - 1
+        *_, part = self.run.stream(self.prefix, last, self.chunk if once else None)
+        self._note(reader)
+        return part.logits[:, -1]
+
+    def write(self, reader: Reader, logits: Tensor) -> Iterator[Tensor]:
+        self.run.lots = [lot for lot in self.run.lots for _ in range(self.uniforms.shape[1])]
+        yield from super().write(reader, logits)
+
+    def _step(self, reader: Reader, ids: Tensor, token: int) -> Tensor:
+        logits = self.run.feed(ids[:, None])
+        if self.run.is_due:
+            self.run.remove()
+        self._note(reader)
+        return logits[:, -1]
+
+    def _note(self, reader: Reader) -> None:
+        reader.trace.held, reader.trace.peak = round(self.run.cache.mean_entries()), self.run.peak
+
+    @property
+    def visible_before(self) -> Tensor:
+        seen, length = self.run.seen, self.prefix.shape[1] + self.new_tokens
+        return torch.tensor(seen + seen[-1:] * (length - len(seen)), dtype=torch.float64)

@@ -1,0 +1,90 @@
+"""Which models judge what is written, and loading them before anything is measured."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from kvbench.errors import UserError
+from kvbench.judges.choice import NOTHING, SENTENCES, Judging
+from kvbench.judges.encoder import Encoder, SentenceEncoder, StateEncoder, packed
+from kvbench.judges.fluency import Scorer
+from kvbench.metrics.mauve import LEAST_TEXTS
+from kvbench.models.loading import Loaded, load_model
+from kvbench.models.references import ModelReference
+from kvbench.probe.kept import probed
+from kvbench.store.records import ITSELF, Output
+
+
+@dataclass(frozen=True)
+class Judges:
+    """The models that judge what was written; None for what is not asked for."""
+
+    scorer: Scorer | None = None
+    encoder: Encoder | None = None
+    features: Encoder | None = None
+
+    def judged(self, prefixes: Sequence[str], outputs: Sequence[Output]) -> list[Output]:
+        """The outputs with their fluency and their vectors; ``prefixes`` are theirs, in order."""
+        texts = [output.text for output in outputs]
+        found = list(outputs)
+        if self.scorer is not None:
+            pairs = list(zip(prefixes, texts, strict=True))
+            found = [
+                replace(o, nll=f.nll, nll_tokens=f.tokens)
+                for o, f in zip(found, self.scorer.score(pairs), strict=True)
+            ]
+        if self.encoder is not None:
+            found = [replace(o, vector=packed(v)) for o, v in zip(found, self.encoder.encode(texts), strict=True)]
+        if self.features is not None:
+            found = [replace(o, features=packed(v)) for o, v in zip(found, self.features.encode(texts), strict=True)]
+        return found
+
+
+def load_judges(judging: Judging, loaded: Loaded, device: str, dtype: str) -> Judges:
+    """The models that judge.
+
+    Raises:
+        UserError: one of them is not there, not reachable, or not what it should be.
+    """
+    scorer = None
+    if judging.scorer == ITSELF:
+        scorer = Scorer(loaded.model, loaded.tokenizer, loaded.context)
+    elif judging.scorer != NOTHING:
+        other = _load("--scorer", judging.models[judging.scorer], device, dtype)
+        facts = probed(other, judging.models[judging.scorer].fingerprint)
+        if facts.forward_refusal:
+            raise UserError(f"--scorer {judging.scorer}: {facts.forward_refusal}", "Choose another model.")
+        scorer = Scorer(other.model, other.tokenizer, other.context)
+    encoder: Encoder | None = None
+    if judging.encoder:
+        encoder = SentenceEncoder.load(str(next(loaded.model.parameters()).device))
+    features: Encoder | None = None
+    if judging.features not in (NOTHING, SENTENCES):
+        if judging.features != judging.scorer:
+            other = _load("--mauve-features", judging.models[judging.features], device, dtype)
+        features = StateEncoder(other.model, other.tokenizer, other.context)
+    return Judges(scorer, encoder, features)
+
+
+def _load(option: str, model: ModelReference, device: str, dtype: str) -> Loaded:
+    try:
+        loaded = load_model(model, device, dtype)
+        model.check_unchanged()
+    except UserError as error:
+        raise UserError(f"{option} {model.name}: {error.message}", error.hint) from error
+    return loaded
+
+
+def check_mauve(judging: Judging, task: str, documents: int) -> None:
+    """See that there are texts enough, where MAUVE was asked for by name.
+
+    Raises:
+        UserError: there are not.
+    """
+    if judging.mauve_asked and documents < LEAST_TEXTS:
+        raise UserError(
+            f"mauve needs at least {LEAST_TEXTS} documents, and task {task!r} has {documents} "
+            "here: with fewer it says more about its own clustering than about the texts.",
+            "Give more documents, or leave out --metric mauve and --mauve-features.",
+        )

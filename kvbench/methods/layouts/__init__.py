@@ -1,0 +1,1 @@
+"""Methods whose mask is known before a text is read."""

@@ -1,0 +1,183 @@
+"""A cache that never grows beyond a budget: sinks, a small memory, and a window that is cut when full.
+
+This is the streaming form of the Compressed Context Memory (arXiv 2312.03414): when sinks, memory
+and raw window together reach ``budget`` entries, the oldest ``compress`` raw ones are made into
+``n_comp`` memory entries, of which the newest ``memory`` are kept. ``sinks`` with the same options
+drops raw entries at the same moments, so that it always holds equally many.
+
+Departure from the released code: keys keep their absolute positions, so that a stream beyond the
+model's context is beyond its positions as well.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+from torch import Tensor
+
+from kvbench.errors import UserError
+from kvbench.methods.base import Method, Option
+from kvbench.methods.layouts.layout import COMP, RAW, SUM, Layout, Tokens
+
+if TYPE_CHECKING:
+    from kvbench.methods.layouts.chunked import Merge, Pool
+
+STREAMING = {
+    "budget": Option("0"), "memory": Option("8", least=1), "compress": Option("64", least=2),
+    "sink": Option("1", least=0),
+}
+"""``budget=0`` turns the streaming form off, and the other keys with it."""
+
+_NEVER = 1 << 60
+
+
+class Cut(NamedTuple):
+    """One cut of the window.
+
+    Attributes:
+        after: text token after which it is made.
+        start, stop: raw tokens that leave.
+        memory: entries of memory from then on.
+    """
+
+    after: int
+    start: int
+    stop: int
+    memory: int
+
+
+def refuse_budget(method: Method) -> None:
+    """A budget is for running text.
+
+    Raises:
+        UserError: the method has one.
+    """
+    if "budget" in method.known and method.number("budget"):
+        raise UserError(
+            f"--set budget= is for running text, and {method.name} would read text in chunks of its own.",
+            "Use it with --protocol stream.",
+        )
+
+
+def check_budget(method: Method, n_comp: int) -> None:
+    """See that the budget has room for sinks, memory and the tokens to compress.
+
+    Raises:
+        UserError: it has not.
+    """
+    budget, memory, compress, sink = (method.number(name) for name in STREAMING)
+    if memory % n_comp:
+        raise UserError(f"--set memory={memory} is no multiple of n_comp={n_comp}.", "Memory is kept in whole steps.")
+    if compress <= n_comp:
+        raise UserError(f"--set compress={compress}: {n_comp} entries of memory would save nothing.")
+    if budget < sink + memory + compress:
+        raise UserError(
+            f"--set budget={budget} is less than sinks, memory and tokens to compress together "
+            f"({sink} + {memory} + {compress}).",
+            "Raise the budget, or lower --set memory= or --set compress=.",
+        )
+
+
+def cuts(n: int, method: Method, n_comp: int, most: int) -> list[Cut]:
+    """The cuts while ``n`` tokens are read, with at most ``most`` entries of memory."""
+    budget, _, compress, sink = (method.number(name) for name in STREAMING)
+    found: list[Cut] = []
+    start, memory = sink, 0
+    for i in range(n):
+        if sink + memory + i + 1 - start < budget:
+            continue
+        grown = min(most, memory + n_comp)
+        found.append(Cut(i, start, start + compress, grown))
+        start, memory = start + compress, grown
+    return found
+
+
+def window_cuts(n: int, method: Method) -> list[Cut]:
+    """The cuts of a window without memory that holds as many entries as ``ccm-concat`` would."""
+    with_memory = cuts(n, method, method.number("n_comp"), method.number("memory"))
+    found: list[Cut] = []
+    start, before = method.number("sink"), 0
+    for cut in with_memory:
+        stop = start + method.number("compress") - (cut.memory - before)
+        found.append(Cut(cut.after, start, stop, 0))
+        start, before = stop, cut.memory
+    return found
+
+
+@dataclass(frozen=True, eq=False)
+class Budgeted:
+    """Who sees whom: text sees what is still held, memory tokens the sinks, the memory and what they compress.
+
+    Attributes:
+        until: int64 ``[T]``: the last slot from which text may see each entry.
+        kind: kind of the entries that are memory.
+        sink: raw tokens at the start that stay.
+    """
+
+    until: Tensor
+    kind: int
+    sink: int
+
+    def __call__(self, queries: Tokens, keys: Tokens) -> Tensor:
+        held = queries.slot <= self.until[keys.slot]
+        raw, memory = keys.kind == RAW, keys.kind == self.kind
+        own = keys.unit == queries.unit
+        earlier = memory & (keys.unit < queries.unit) & held
+        text = held & (raw | memory)
+        is_sink = raw & (keys.raw < self.sink)
+        made = (own & (raw | (keys.kind == COMP))) | is_sink | earlier
+        mixed = own & (keys.kind == COMP) | (memory & (keys.unit == queries.unit - 1))
+        return torch.where(
+            queries.kind == RAW, text, torch.where(queries.kind == COMP, made, mixed & (queries.kind == SUM))
+        )
+
+
+def budget_layout(method: Method, n: int, n_comp: int, mixture: Merge | Pool | None) -> Layout:
+    """The layout of ``n`` tokens under a budget; without memory tokens if ``n_comp`` is 0."""
+    sink = method.number("sink")
+    most = n_comp if mixture is not None else method.number("memory")
+    made = cuts(n, method, n_comp, most) if n_comp else window_cuts(n, method)
+    special = [] if n_comp == 0 else [COMP] + ([SUM] if mixture is not None else [])
+    unit_of = torch.full((n,), len(made))
+    parts: list[tuple[Tensor, Tensor, Tensor, Tensor]] = []  # kind, raw, unit, row
+    begin = 0
+    for e, cut in enumerate(made):
+        unit_of[cut.start : cut.stop] = e
+    for e in range(len(made) + 1):
+        stop = made[e].after + 1 if e < len(made) else n
+        raw = torch.arange(begin, stop)
+        parts.append((torch.full_like(raw, RAW), raw, unit_of[begin:stop], torch.full_like(raw, -1)))
+        begin = stop
+        if e < len(made):
+            row = torch.arange(n_comp)
+            place, unit = torch.full_like(row, made[e].stop - 1), torch.full_like(row, e)
+            parts += [(torch.full_like(row, kind_), place, unit, row) for kind_ in special]
+    kind, raw, unit, row = (torch.cat([part[i] for part in parts]) for i in range(4))
+    slot = torch.arange(len(kind))
+    tokens = Tokens(slot, kind, raw, unit, row)
+    ends = _ends(tokens, made)
+    until = torch.full((len(kind),), _NEVER)
+    leaves = (kind == RAW) & (unit < len(made))
+    until[leaves] = ends[unit[leaves]]
+    memory_kind = COMP if mixture is None else SUM
+    lasts = 1 if mixture is not None else most // max(1, n_comp)
+    for e in range(len(made)):
+        last = ends[e + lasts] if e + lasts < len(made) else _NEVER
+        until[(kind == memory_kind) & (unit == e)] = last
+    policy = Budgeted(until, memory_kind, sink)
+    chunks = [cut.stop - cut.start for cut in made]
+    return Layout(
+        tokens, raw + row + 1, policy, n, next_unit=len(made),
+        mixture=None if mixture is None else mixture.of(tokens, chunks, n_comp),
+    )
+
+
+def _ends(tokens: Tokens, made: list[Cut]) -> Tensor:
+    """int64 ``[cuts]``: the last slot of each cut, from which on what it removed is not seen."""
+    ends = tokens.slot[tokens.kind == RAW][[cut.after for cut in made]]
+    for e in range(len(made)):
+        special = tokens.slot[(tokens.kind != RAW) & (tokens.unit == e)]
+        ends[e] = special[-1] if len(special) else ends[e]
+    return ends

@@ -1,0 +1,122 @@
+"""Text that comes in chunks, each of which leaves a few entries: the layout, and how entries are mixed."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+
+from kvbench.methods.layouts.layout import COMP, RAW, SUM, Layout, Mixture, Tokens
+
+
+def equal_chunks(n: int, chunk: int, n_comp: int) -> list[int]:
+    """Chunks of ``n`` tokens of running text; a shorter last one if closing it saves entries."""
+    lengths = [chunk] * (n // chunk)
+    if n % chunk > n_comp:
+        lengths.append(n % chunk)
+    return lengths
+
+
+@dataclass(frozen=True)
+class Who:
+    """Who sees the memory, for ``chunks`` chunks; the text after them always does.
+
+    Attributes:
+        text: the text of the chunks.
+        memory: the tokens that the memory is made with.
+        latest: only the latest chunk's entries are memory: they stand for all before them.
+        kind: kind of the entries that are memory.
+    """
+
+    chunks: int
+    text: bool
+    memory: bool
+    latest: bool
+    kind: int
+
+    def __call__(self, queries: Tokens, keys: Tokens) -> Tensor:
+        own = keys.unit == queries.unit
+        before = keys.unit == queries.unit - 1
+        memory = (keys.kind == self.kind) & (before if self.latest else ~own)
+        after = queries.unit == self.chunks
+        is_text, is_sum = queries.kind == RAW, queries.kind == SUM
+        sees = after | (is_text & self.text) | ((queries.kind == COMP) & self.memory) | (is_sum & before)
+        own_kinds = (keys.kind == RAW) | ((keys.kind == COMP) & ~is_text)
+        return (own & own_kinds) | (memory & sees)
+
+
+def chunk_layout(n: int, chunks: Sequence[int], n_comp: int, who: Who, mixture: Merge | Pool | None) -> Layout:
+    """The sequence chunk, its memory tokens, chunk, ... and the rest of the text, raw.
+
+    Memory tokens are numbered on from the last token of their chunk, and the text as if they did
+    not exist.
+    """
+    after = n - sum(chunks)
+    special = [] if isinstance(mixture, Pool) else [COMP]
+    special += [] if mixture is None else [SUM]
+    runs: list[tuple[int, int, int]] = []  # (kind, unit, how many)
+    for chunk, length in enumerate(chunks):
+        runs.append((RAW, chunk, length))
+        runs += [(made, chunk, n_comp) for made in special]
+    runs.append((RAW, len(chunks), after))
+    counts = torch.tensor([count for _, _, count in runs])
+    kind, unit = (
+        torch.repeat_interleave(torch.tensor([run[i] for run in runs]), counts) for i in (0, 1)
+    )
+    raw = torch.clamp(torch.cumsum(kind == RAW, 0) - 1, min=0)
+    slot = torch.arange(len(kind))
+    begins = torch.repeat_interleave(torch.cumsum(counts, 0) - counts, counts)
+    row = torch.where(kind == RAW, -1, slot - begins)
+    # Pooled entries have no token of their own, and take the place of their chunk's last one.
+    position = raw if isinstance(mixture, Pool) else raw + row + 1
+    tokens = Tokens(slot, kind, raw, unit, row)
+    return Layout(
+        tokens, position, who, n, next_unit=len(chunks),
+        mixture=None if mixture is None else mixture.of(tokens, list(chunks), n_comp),
+    )
+
+
+@dataclass(frozen=True)
+class Merge:
+    """``SUM_t = (1 - a_t) SUM_(t-1) + a_t COMP_t``: a mean (a_t = 1/t) or an average that forgets (1/2)."""
+
+    ema: bool
+    unrotated: bool
+
+    def of(self, tokens: Tokens, chunks: list[int], n_comp: int) -> Mixture:
+        slots = tokens.slot[tokens.kind == SUM].view(-1, n_comp)
+        fresh = tokens.slot[tokens.kind == COMP].view(-1, n_comp)
+        before = torch.cat([fresh[:1], slots[:-1]])
+        step = torch.arange(1, len(slots) + 1, dtype=torch.float32)
+        share = torch.full_like(step, 0.5) if self.ema else 1 / step
+        share[:1] = 1.0
+        weights = torch.stack([1 - share, share], -1)[:, None].expand(-1, n_comp, -1)
+        sources = torch.stack([before, fresh], -1)
+        return Mixture(slots.flatten(), sources.flatten(0, 1), weights.flatten(0, 1), self.unrotated)
+
+
+@dataclass(frozen=True)
+class Pool:
+    """Each memory entry is the mean of one of ``n_comp`` equal runs of its chunk's tokens."""
+
+    unrotated: bool
+
+    def of(self, tokens: Tokens, chunks: list[int], n_comp: int) -> Mixture:
+        slots = tokens.slot[tokens.kind == SUM]
+        first_of = torch.nonzero(tokens.kind == RAW).flatten()
+        sources, weights, begin = [], [], 0
+        widest = max((-(-length // n_comp) for length in chunks), default=1)
+        for length in chunks:
+            edges = [begin + length * k // n_comp for k in range(n_comp + 1)]
+            for first, last in pairwise(edges):
+                start = min(first, begin + length - 1)  # a chunk may have fewer tokens than entries
+                run = first_of[start : max(last, start + 1)]
+                sources.append(torch.nn.functional.pad(run, (0, widest - len(run)), value=int(run[0])))
+                weights.append(torch.nn.functional.pad(torch.full((len(run),), 1 / len(run)), (0, widest - len(run))))
+            begin += length
+        if not sources:
+            return Mixture(slots, slots[:, None], torch.ones(0, 1), self.unrotated)
+        return Mixture(slots, torch.stack(sources), torch.stack(weights), self.unrotated)

@@ -1,0 +1,57 @@
+"""Random columns of the block, the second baseline of the Sentinel paper."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from kvbench.methods.base import Method, Option, kept
+from kvbench.methods.layouts.layout import RUNNING, Layout, Structure, Tokens, plain_tokens
+
+_DROPPED, _KEPT = 0, 1
+
+
+@dataclass(frozen=True)
+class Scattered(Method):
+    """kept(N, r) columns of the block (or the prefix), drawn without replacement; self is always visible.
+
+    The published code draws each column by itself with probability 1 - r, so that the number
+    kept is random: ``--set sampler=published``.
+    """
+
+    name = "scattered"
+    summary = "kept(N, r) random columns of the block"
+    paper = "arXiv 2310.08152 (baseline)"
+    seeded = True
+    known = {"sampler": Option("exact", ("exact", "published"))}
+
+    def layout(self, n: int, rng: np.random.Generator, text: Structure = RUNNING) -> Layout:
+        unit = torch.full((n,), _DROPPED)
+        if self.option("sampler") == "published":
+            columns = np.flatnonzero(rng.random(n) >= float(self.ratio))
+        else:
+            prefix = text.prefix or n
+            columns = rng.choice(prefix, kept(prefix, self.ratio), replace=False)
+            if prefix < n:
+                written = rng.choice(n - prefix, max(0, kept(n, self.ratio) - len(columns)), replace=False)
+                columns = np.concatenate([columns, prefix + written])
+        unit[torch.from_numpy(columns)] = _KEPT
+        tokens = plain_tokens(n, unit)
+        return Layout(tokens, tokens.raw, _kept_column, n)
+
+
+@dataclass(frozen=True)
+class ScatteredTuned(Scattered):
+    """The same columns, read by a model whose LoRA was trained under such masks, as the paper's code does."""
+
+    name = "scattered-tuned"
+    summary = "the same, with a LoRA trained under such masks"
+    needs_adapter = True
+    trainable = ("plain", "full")
+
+
+def _kept_column(queries: Tokens, keys: Tokens) -> Tensor:
+    return (keys.unit == _KEPT) & (queries.slot >= 0)

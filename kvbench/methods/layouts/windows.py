@@ -1,0 +1,135 @@
+"""Methods that hold recent entries: a constant window, a proportional one, sinks and a window."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from fractions import Fraction
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from kvbench.methods.base import Method, Option, kept
+from kvbench.methods.layouts.ccm_budget import STREAMING, budget_layout, check_budget, refuse_budget
+from kvbench.methods.layouts.layout import RUNNING, Layout, Structure, Tokens, plain_tokens
+
+SINKS = 4
+"""First entries that ``sinks`` always holds."""
+
+
+def _fixed_at(n: int, text: Structure, ratio: Fraction) -> int:
+    """Tokens after which a window no longer grows: the prefix, where a ratio is asked for at all."""
+    return text.prefix if text.prefix and ratio else n
+
+
+@dataclass(frozen=True)
+class Window(Method):
+    """The last kept(N, r) entries, a constant number over the block (or the prefix) of N tokens.
+
+    Early in a block it sees more than a proportional window does; ``ratio_mean`` shows this.
+    """
+
+    name = "window"
+    summary = "the last kept(N, r) entries, constant over the block"
+
+    def layout(self, n: int, rng: np.random.Generator, text: Structure = RUNNING) -> Layout:
+        size = kept(_fixed_at(n, text, self.ratio), self.ratio)
+
+        def recent(queries: Tokens, keys: Tokens) -> Tensor:
+            return keys.raw >= queries.raw - size
+
+        tokens = plain_tokens(n)
+        return Layout(tokens, tokens.raw, recent, n)
+
+
+@dataclass(frozen=True)
+class Local(Method):
+    """The last kept(n, r) of the n entries read so far: a window that grows with the text.
+
+    This is the local-attention baseline of the Sentinel paper's code: query i sees the keys
+    from floor(i * r) on.
+    """
+
+    name = "local"
+    summary = "the last kept(n, r) of n entries: the proportional window of the Sentinel paper"
+    paper = "arXiv 2310.08152 (baseline)"
+
+    def layout(self, n: int, rng: np.random.Generator, text: Structure = RUNNING) -> Layout:
+        num, den = self.ratio.numerator, self.ratio.denominator
+
+        def proportional(queries: Tokens, keys: Tokens) -> Tensor:
+            return keys.raw >= (queries.raw * num) // den
+
+        tokens = plain_tokens(n)
+        return Layout(tokens, tokens.raw, proportional, n)
+
+
+@dataclass(frozen=True)
+class Sinks(Method):
+    """The 4 first entries and a recent window, max(5, kept(n, r)) together at every n.
+
+    After StreamingLLM (arXiv 2309.17453), with two departures: the window grows with the text,
+    so that it holds as many entries as the methods it is compared with, and kept keys keep
+    their absolute positions. While the model writes, the window stays as it was at the end of the
+    prefix. With ``budget=160`` it is cut at the moments, and to the sizes, of ``ccm-concat`` under
+    that budget.
+    """
+
+    known = {**STREAMING, "n_comp": Option("2", least=1, most=32)}
+    name = "sinks"
+    summary = "the 4 first entries and a recent window, max(5, kept(n, r)) together"
+    paper = "after arXiv 2309.17453"
+
+    @classmethod
+    def uses_ratio(cls, options: Mapping[str, str], in_chunks: bool) -> bool:
+        return options.get("budget", "0") == "0"
+
+    @property
+    def minimum(self) -> int:
+        return SINKS + 1
+
+    @property
+    def resolved(self) -> dict[str, str]:
+        return super().resolved if self.number("budget") else {}
+
+    def check(self, longest: int, in_chunks: bool) -> None:
+        if in_chunks:
+            refuse_budget(self)
+        elif self.number("budget"):
+            check_budget(self, self.number("n_comp"))
+
+    def layout(self, n: int, rng: np.random.Generator, text: Structure = RUNNING) -> Layout:
+        if self.number("budget"):
+            return budget_layout(self, n, 0, None)
+        num, den = self.ratio.numerator, self.ratio.denominator
+        most = _fixed_at(n, text, self.ratio)
+
+        def sinks_and_recent(queries: Tokens, keys: Tokens) -> Tensor:
+            read = queries.raw.clamp(max=most)
+            held = read - (read * num) // den
+            recent = torch.clamp(held, min=SINKS + 1) - SINKS
+            return (keys.raw < SINKS) | (keys.raw >= queries.raw - recent)
+
+        tokens = plain_tokens(n)
+        return Layout(tokens, tokens.raw, sinks_and_recent, n)
+
+
+@dataclass(frozen=True)
+class LocalTuned(Local):
+    """The same window, read by a model whose LoRA was trained under it, as the paper's code does."""
+
+    name = "local-tuned"
+    summary = "the same, with a LoRA trained under such windows"
+    needs_adapter = True
+    trainable = ("plain", "full")
+
+
+@dataclass(frozen=True)
+class SinksTuned(Sinks):
+    """The same sinks and window, read by a model whose LoRA was trained under them."""
+
+    name = "sinks-tuned"
+    summary = "the same, with a LoRA trained under such windows"
+    needs_adapter = True
+    trainable = ("plain", "full")

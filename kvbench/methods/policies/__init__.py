@@ -1,0 +1,1 @@
+"""Methods that choose from what was computed."""

@@ -1,0 +1,61 @@
+"""AdaKV (arXiv 2407.11550): the budget of a layer goes to the heads that need it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from kvbench.methods.base import Option
+from kvbench.methods.policies.policy import View
+from kvbench.methods.policies.snapkv import SnapKv
+
+
+@dataclass(frozen=True)
+class AdaKv(SnapKv):
+    """As SnapKV, with the entries of a layer shared among its heads by what all of them attend most.
+
+    Of the entries before the window, each head gets ``floor`` per cent of an even share and, of the rest, what it
+    has among the highest scores of all heads; what rounding leaves goes to the next highest. Heads that keep less
+    store less: the layer is ragged, and its bytes fall (the published code needs a kernel of its own for this;
+    kvpress masks and frees nothing).
+    """
+
+    name = "adakv"
+    summary = "as snapkv, with the budget of a layer shared among its heads by need"
+    paper = "arXiv 2407.11550"
+    known = SnapKv.known | {"floor": Option("50", most=100)}
+
+    def chosen(self, view: View, keep: int) -> Tensor:
+        there = view.positions >= 0
+        window = min(self.looks_at, keep)
+        recent = torch.arange(view.entries, device=there.device) >= view.entries - window
+        open_ = there & ~recent
+        worth = self._worth(view).masked_fill(~open_, float("-inf"))
+        even, heads = keep - window, worth.shape[1]
+        share = self.number("floor")
+        have = open_.sum(-1)
+        best = _best(worth.flatten(1), heads * even).view_as(worth)
+        caps = ((100 - share) * best.sum(-1) + share * even) // 100
+        given = _ranks(worth) < torch.minimum(caps, have)[..., None]
+        last = _best(worth.masked_fill(given, float("inf")).flatten(1), heads * even).view_as(worth)
+        return _places((last | recent) & there)
+
+
+def _ranks(scores: Tensor) -> Tensor:
+    """How many entries of the same row and head are worth more; of equal ones the later is worth more."""
+    order = (scores.shape[-1] - 1 - scores.flip(-1).sort(dim=-1, descending=True, stable=True).indices)
+    return order.argsort(-1)
+
+
+def _best(scores: Tensor, count: int) -> Tensor:
+    """bool, where the ``count`` highest scores of each row are, as far as there are so many."""
+    return (_ranks(scores) < count) & (scores > float("-inf"))
+
+
+def _places(chosen: Tensor) -> Tensor:
+    """int64 ``[batch, heads, most]`` of bool ``[batch, heads, entries]``: ascending, -1 in front for none."""
+    places = torch.arange(chosen.shape[-1], device=chosen.device).expand(chosen.shape)
+    ordered = places.masked_fill(~chosen, -1).sort(-1).values
+    return ordered[..., chosen.shape[-1] - int(chosen.sum(-1).max()) :]

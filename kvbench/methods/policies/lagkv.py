@@ -1,0 +1,54 @@
+"""LagKV (arXiv 2504.04704): entries that stand out against the window that follows theirs."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from kvbench.methods.base import Option
+from kvbench.methods.policies.policy import Policy, View
+
+
+@dataclass(frozen=True)
+class LagKv(Policy):
+    """Windows of ``lag`` entries after the ``sinks``; each is scored against the next one.
+
+    Keys and values are scaled, channel by channel, by the least and the greatest of the next window; an entry's
+    score is the softmax, over its window, of the deviation of its channels, keys and values added. Scores are ranked
+    within their window, so that each gives as many. The sinks, the last whole window and what follows it go last.
+    Departures: one choice over all windows at the moment of removal, where the published code goes through them once
+    each; channels that do not differ count as zero.
+    """
+
+    name = "lagkv"
+    summary = "the entries that stand out against the next window of keys and values"
+    paper = "arXiv 2504.04704"
+    known = Policy.known | {"sinks": Option("4"), "lag": Option("32", least=2)}
+
+    def scores(self, view: View) -> Tensor:
+        sinks, lag, n = self.sinks, self.number("lag"), view.entries
+        windows = max(0, n - sinks) // lag
+        recent = torch.arange(n, device=view.keys.device).float()
+        scores = (2 + recent).expand(view.keys.shape[:3]).clone()  # beyond all ranks; the later the more
+        scores[..., :sinks] = float("inf")
+        if windows < 2:
+            return scores
+        stop = sinks + windows * lag
+        parts = [
+            tensor[:, :, sinks:stop].float().reshape(*tensor.shape[:2], windows, lag, -1)
+            for tensor in (view.keys, view.values)
+        ]
+        worth = sum((_deviation(part) for part in parts), torch.zeros((), device=recent.device))
+        ranks = worth.argsort(-1).argsort(-1).float() / lag
+        scores[:, :, sinks : stop - lag] = ranks.flatten(2)
+        return scores
+
+
+def _deviation(windows: Tensor) -> Tensor:
+    """``[batch, heads, windows - 1, lag]`` of ``[batch, heads, windows, lag, width]``."""
+    least, most = windows[:, :, 1:].amin(-2, keepdim=True), windows[:, :, 1:].amax(-2, keepdim=True)
+    span = most - least
+    scaled = torch.where(span > 0, (windows[:, :, :-1] - least) / span, torch.zeros_like(windows[:, :, :-1]))
+    return scaled.std(-1).softmax(-1)

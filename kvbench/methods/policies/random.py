@@ -1,0 +1,52 @@
+"""Random eviction: the control of every policy."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from kvbench.methods.base import Option
+from kvbench.methods.policies.policy import Policy, View, protect_first
+
+_STEP, _MIX, _MORE = (x - (1 << 64) for x in (0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB))
+
+
+@dataclass(frozen=True)
+class Random(Policy):
+    """Holds the first ``sinks`` entries and those of the others that drew the highest numbers.
+
+    Sinks are protected since a model may rest on them, so that a choice without them would be no control of choices
+    that have them; ``sinks=0`` draws among all entries. Every entry draws when it is computed. The number is a hash
+    of seed, text, layer, head and place, so that it depends on nothing else, and an entry that has been removed could
+    not have come back.
+    """
+
+    name = "random"
+    summary = "the 4 first entries, and those that drew the highest numbers: the control of every policy"
+    known = Policy.known | {"sinks": Option("4")}
+
+    def scores(self, view: View) -> Tensor:
+        return protect_first(drawn(view), view.positions, self.sinks)
+
+
+def drawn(view: View) -> Tensor:
+    """float32 ``[batch, heads, entries]`` in [0, 1): a number of each entry, the same whenever it is asked for."""
+    heads = torch.arange(view.keys.shape[1], device=view.keys.device)
+    state = _hashed(view.lots[:, None, None] * 1009 + view.seed)
+    state = _hashed(state + (view.layer * 1024 + heads)[None, :, None])
+    return _shifted(_hashed(state + view.positions), 40).float() / (1 << 24)  # 24 bits, which float32 holds exactly
+
+
+def _hashed(x: Tensor) -> Tensor:
+    """What splitmix64 draws after the state ``x``, int64 standing for 64 bits."""
+    x = x + _STEP
+    x = (x ^ _shifted(x, 30)) * _MIX
+    x = (x ^ _shifted(x, 27)) * _MORE
+    return x ^ _shifted(x, 31)
+
+
+def _shifted(x: Tensor, count: int) -> Tensor:
+    """Shifted to the right with zeros behind: int64 would bring in its sign."""
+    return (x >> count) & ((1 << (64 - count)) - 1)

@@ -1,0 +1,30 @@
+"""StreamingLLM (arXiv 2309.17453): the first tokens and a window, with positions counted in the cache."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from kvbench.methods.base import Option
+from kvbench.methods.policies.policy import Policy
+
+
+@dataclass(frozen=True)
+class StreamingLlm(Policy):
+    """Holds the first ``sinks`` entries and the most recent, kept(N, r) together, a constant number.
+
+    Keys are rotated to their place in the cache, as published; ``positions=absolute`` leaves them at their place in
+    the text (what ``sinks`` does, at a proportional budget).
+    """
+
+    name = "streaming-llm"
+    summary = "the 4 first entries and a window, kept(N, r) together, positions counted in the cache"
+    paper = "arXiv 2309.17453"
+    position_rule = "cache"
+    known = Policy.known | {"sinks": Option("4", least=1), "positions": Option("cache", ("cache", "absolute"))}
+
+    @property
+    def turned(self) -> int:
+        return self.sinks if self.option("positions") == "cache" else 0
+
+    def budget(self, read: int, total: int, layer: int, layers: int) -> int:
+        return self.constant(total)

@@ -1,0 +1,88 @@
+"""ThinK (arXiv 2407.21018): keys lose the channels that queries use least."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from fractions import Fraction
+from math import ceil
+
+from kvbench.cache.pruned_channels import Thinned
+from kvbench.cache.shape import CacheShape
+from kvbench.cache.stored import Packed
+from kvbench.errors import UserError
+from kvbench.methods.base import Option, ratio_text
+from kvbench.methods.policies.policy import Policy, View, highest
+
+
+@dataclass(frozen=True)
+class Think(Policy):
+    """Removes channels of the keys, each head its own: those with the least energy in the last queries and the keys.
+
+    The ratio is that of the bytes of the whole cache, so that 0.25 removes about half of the channels of the keys.
+    The last ``recent`` entries stay whole; of older ones, a channel's energy is the mean of its squares over the
+    last ``window`` queries, of all query heads of the head, times that over the keys. Entries lose channels once, as
+    they leave the recent ones, at least ``group`` of them together. ``channels`` is how many each key keeps; 0, the
+    default, lets the ratio say it, for the whole text with its recent entries. What is removed is freed; kvpress
+    sets it to zero.
+    """
+
+    name = "think"
+    summary = "all entries, without the channels of keys that queries use least"
+    paper = "arXiv 2407.21018"
+    takes_budget = ("bytes",)
+    packs = True
+    known = Policy.known | {
+        "window": Option("32", least=1), "recent": Option("32"), "group": Option("32", least=1),
+        "channels": Option("0"),
+    }
+
+    def check(self, longest: int, in_chunks: bool) -> None:
+        super().check(longest, in_chunks)
+        if self.ratio >= Fraction(1, 2):
+            raise UserError(
+                f"think cannot remove {ratio_text(self.ratio)} of the cache: keys are half of it.",
+                "Give a --ratio below 0.5.",
+            )
+
+    @property
+    def rule_version(self) -> int:
+        """2 under a budget in bytes, which is held since; by the ratio nothing has changed."""
+        return 2 if self.budget_bytes else 1
+
+    def packed(self, view: View, earlier: tuple[Packed, ...]) -> tuple[Packed, int] | None:
+        count, width = view.entries - self.number("recent"), view.keys.shape[-1]
+        left = self.number("channels") or self._left(view.read, width)
+        if count < self.number("group") or left >= width:
+            return None
+        assert view.queries is not None, "it looks at queries"
+        keys, values = (t[:, :, :count] for t in (view.keys, view.values))
+        batch, heads = keys.shape[:2]
+        used = view.queries.float().square().mean(2).reshape(batch, heads, -1, width).mean(2)
+        energy = used * keys.float().square().mean(2)
+        return Thinned.of(keys, values, highest(energy, left)), count
+
+    def fitted(self, n: int, shape: CacheShape) -> Think:
+        if len(shape.widths) > 1:
+            raise UserError(
+                "think takes keys to be half of the cache, and this model's keys and values have "
+                f"{' and '.join(map(str, sorted(shape.widths)))} numbers.", "Use another method.",
+            )
+        asked, old = replace(self, ratio=self.ratio_of_bytes(n, shape), budget_bytes=0), n - self.number("recent")
+        one = Fraction(old, min(shape.widths)) if self.budget_bytes else 0  # the channel that has to stay
+        if not self.number("channels") and (asked.ratio * n * 2 >= max(0, old) or asked.ratio * n * 2 > old - one):
+            raise UserError(
+                f"think cannot remove {float(asked.ratio):.3g} of the bytes of {n} entries: "
+                f"{self.number('recent')} of them stay whole, and keys are half of the others.",
+                "Ask for less, or use a smaller --set recent=.",
+            )
+        given = self.number("channels") or asked._left(n, min(shape.widths), at_most=self.budget_bytes > 0)
+        return replace(asked, options={**self.options, "channels": str(given)})
+
+    def _left(self, n: int, width: int, at_most: bool = False) -> int:
+        """Channels that the keys of older entries keep, so that the bytes of the whole cache are met: as near as they
+        come, or no more of them, where bytes are a budget."""
+        old = n - self.number("recent")
+        if old <= 0:
+            return width
+        exact = 2 * width * self.ratio * n / old
+        return max(1, width - (ceil(exact) if at_most else round(exact)))

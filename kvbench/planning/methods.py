@@ -1,0 +1,145 @@
+"""Which methods a request asks for: once per ratio or at a budget, with controls and rivals, as far as possible."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+
+from kvbench.errors import UserError
+from kvbench.methods import METHODS, Method, make_method
+from kvbench.planning.adapters import Entry
+from kvbench.units import parse_bytes
+
+CONTROLS, RIVALS = ("full", "none"), ("local", "scattered", "sinks")
+ANY_LENGTH = 1 << 40
+"""Stands for the length of the text, which is only known once it has been cut."""
+
+
+@dataclass(frozen=True)
+class Budget:
+    """What is to be kept, where it is not a share of the entries.
+
+    Attributes:
+        tokens: entries per layer and head of a text; 0 for none.
+        bytes: of the cache of a text; 0 for none.
+        equal: ratios are of bytes, for methods that make entries smaller as well.
+    """
+
+    tokens: int = 0
+    bytes: int = 0
+    equal: bool = False
+
+    @property
+    def is_constant(self) -> bool:
+        return bool(self.tokens or self.bytes)
+
+    @property
+    def label(self) -> str:
+        """For the name of a folder; empty where ratios say it."""
+        if self.is_constant:
+            return f"{self.tokens}tokens" if self.tokens else f"{self.bytes}bytes"
+        return ""
+
+    @property
+    def options(self) -> dict[str, str]:
+        """As options of a cell."""
+        given = {"budget_tokens": self.tokens, "budget_bytes": self.bytes}
+        return {name: str(value) for name, value in given.items() if value} | ({"fit": "bytes"} if self.equal else {})
+
+
+NO_BUDGET = Budget()
+
+
+def parse_budget(tokens: int | None, size: str | None, equal: bool, ratios: Sequence[str]) -> Budget:
+    """The budget of a command's options.
+
+    Raises:
+        UserError: not above 0, or together with what says something else.
+    """
+    given = [("--budget-tokens", tokens), ("--budget-bytes", size), ("--ratio", ratios), ("--equal-bytes", equal)]
+    said = [option for option, value in given if value not in (None, False, (), [])]
+    if len(said) > 1 and ("--budget-tokens" in said or "--budget-bytes" in said):
+        raise UserError(f"{said[0]} and {said[1]} both say how much is kept.", "Leave one of them out.")
+    if tokens is not None and tokens < 1:
+        raise UserError(f"--budget-tokens {tokens} is below 1.", "It is the entries kept per layer and head.")
+    return Budget(tokens or 0, parse_bytes(size, "--budget-bytes") if size is not None else 0, equal)
+
+
+def entries_of(
+    asked: Sequence[str], ratios: Sequence[Fraction], budget: Budget, options: dict[str, str], baselines: bool,
+    in_chunks: bool,
+) -> list[Entry]:
+    """Controls first, then rivals and the asked methods, once per ratio that they take, or at the budget.
+
+    Args:
+        in_chunks: the text comes in chunks of its own.
+
+    Raises:
+        UserError: a method that was asked for has no use for the budget.
+    """
+    asked = list(dict.fromkeys(asked))
+    if budget.is_constant and in_chunks:
+        raise UserError("A text that comes in chunks has no budget of its own.", "Give a --ratio instead.")
+    wanted: list[tuple[str, str]] = [("full", "control")]
+    if "none" in asked or (baselines and not in_chunks):
+        wanted += [("none", "control")]
+    if baselines and not in_chunks and any(METHODS[name].compresses for name in asked):
+        wanted += [(name, "baseline") for name in RIVALS if name not in asked]
+    wanted += [(name, "method") for name in asked if name not in CONTROLS]
+    return [
+        (method, role, None) for name, role in wanted
+        for method in _methods(name, ratios, budget, options, in_chunks)
+        if role != "baseline" or not budget.tokens or budget.tokens >= method.minimum
+    ]
+
+
+def _methods(
+    name: str, ratios: Sequence[Fraction], budget: Budget, options: dict[str, str], in_chunks: bool
+) -> list[Method]:
+    kind, given = METHODS[name], {**options, **budget.options}
+    if budget.is_constant and "budget" in options:
+        said = f"--budget-{'tokens' if budget.tokens else 'bytes'}"
+        other = f"--set budget={options['budget']}"
+        raise UserError(f"{said} and {other} both say what is kept.", "Leave one of them out.")
+    if budget.is_constant and name not in CONTROLS:
+        unit = "tokens" if budget.tokens else "bytes"
+        if unit not in kind.takes_budget:
+            raise UserError(
+                f"{name} cannot be given a budget in {unit}.",
+                f"It takes one in {kind.takes_budget[0]}." if kind.takes_budget else "Leave it out.",
+            )
+        return [make_method(name, Fraction(0), given)]
+    with_ratio = kind.uses_ratio(given, in_chunks)
+    return [make_method(name, ratio, given) for ratio in (dict.fromkeys(ratios) if with_ratio else [Fraction(0)])]
+
+
+def possible(
+    entries: Sequence[Entry], budget: Budget, in_chunks: bool, omitted: list[str] | None
+) -> list[Entry]:
+    """The entries that a text of any length can be measured with; the others are noted, if they may be left out.
+
+    Raises:
+        UserError: one of them cannot, and may not be left out, or is not possible at any ratio.
+    """
+    found: list[Entry] = []
+    reasons: dict[str, UserError] = {}
+    for entry in entries:
+        method = entry[0]
+        try:
+            if budget.equal and method.compresses and "bytes" not in method.takes_budget:
+                raise UserError(
+                    f"{method.name} cannot be set to a number of bytes, as --equal-bytes asks.", "Leave it out."
+                )
+            method.check(ANY_LENGTH, in_chunks)
+        except UserError as error:
+            if omitted is None:
+                raise
+            reasons[method.name] = error
+            omitted.append(error.message)
+        else:
+            found.append(entry)
+    for name, reason in reasons.items():
+        if not any(method.name == name for method, _, _ in found):
+            raise reason
+    return found

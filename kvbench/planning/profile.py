@@ -1,0 +1,255 @@
+"""From a request to the cells that are profiled, in the groups that are taken in turn."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from fractions import Fraction
+from pathlib import Path
+
+from kvbench.errors import UserError, unknown
+from kvbench.methods import METHODS, Method, Structure, make_layout, make_method, parse_ratio, ratio_text
+from kvbench.models.fingerprint import fingerprint
+from kvbench.models.random_models import check_shape, is_shape
+from kvbench.models.references import ModelReference, find_adapter, resolve_model
+from kvbench.planning.adapters import Adapters
+from kvbench.store.profile_records import AGAIN, FULL, STOCK
+from kvbench.store.records import Cell
+from kvbench.units import parse_bytes
+
+FILLS = ("real", "synthetic")
+RANDOM = "random"
+"""The adapter of a trained method that has none for this model: its values do not matter here."""
+
+PROFILE = "profile"
+
+
+@dataclass(frozen=True)
+class ProfileRequest:
+    """What the user asked for, settings merged in; names are not yet checked.
+
+    Attributes:
+        repeats: processes; ``rounds`` timed requests of each cell in each of them, 0 for as many as are
+            quick; ``warmups`` the most that are run before.
+        fill: ``real`` to read a prompt, ``synthetic`` to start from a random cache.
+        budget: memory in which the largest batch is looked for, such as ``2GiB``; None for no search.
+        timeout: seconds after which a probe of a batch size is given up.
+    """
+
+    model: str
+    revision: str | None
+    adapters: tuple[str, ...]
+    methods: tuple[str, ...]
+    ratios: tuple[str, ...]
+    seq_lens: tuple[int, ...]
+    batch_sizes: tuple[int, ...]
+    new_tokens: int
+    chunk: int
+    fill: str
+    repeats: int
+    rounds: int
+    warmups: int
+    budget: str | None
+    timeout: int
+    seed: int
+    options: dict[str, str]
+    out: Path | None
+    reports: Path
+    baselines: bool
+    device: str
+    dtype: str
+    threads: int
+
+
+@dataclass(frozen=True)
+class ProfilePlan:
+    """Groups of cells that are timed in turn, and where they go.
+
+    Attributes:
+        model: None for a shape.
+        searches: cells whose largest batch within ``budget`` bytes is looked for (0: what the GPU has).
+    """
+
+    request: ProfileRequest
+    model: ModelReference | None
+    groups: tuple[tuple[Cell, ...], ...]
+    searches: tuple[Cell, ...]
+    budget: int
+    folder: Path
+    content: str
+
+    @property
+    def cells(self) -> tuple[Cell, ...]:
+        return (*(cell for group in self.groups for cell in group), *self.searches)
+
+    @property
+    def positions(self) -> int:
+        """The longest text, in tokens, and the places that special tokens may take beyond it."""
+        methods = [make_method(c.method, Fraction(0), c.options) for c in self.groups[0] if c.method in METHODS]
+        return max(self.request.seq_lens) + self.request.new_tokens + max(m.places_after for m in methods)
+
+
+def build_profile_plan(request: ProfileRequest) -> ProfilePlan:
+    """Check every name and number of a request, and lay out its cells.
+
+    Raises:
+        UserError: anything in the request that cannot be carried out.
+    """
+    _check_numbers(request)
+    ratios = [parse_ratio(text) for text in request.ratios]
+    wanted = _wanted(request, ratios)
+    known = {name for method, _ in wanted for name in method.known}
+    for key in request.options:
+        if key not in known:
+            raise unknown("--set key", key, known)
+    for method, _ in wanted:
+        for key in method.known:
+            method.option(key)
+        for length in request.seq_lens:
+            method.check(length, in_chunks=False)
+            method.check_kept(length)
+            make_layout(method, length + request.new_tokens, request.seed, 0, Structure(prefix=length))
+    budget = parse_bytes(request.budget) if request.budget else 0
+    model = None
+    if is_shape(request.model):
+        check_shape(request.model)
+        if request.revision:
+            raise UserError(f"--revision is for models on the hub; {request.model} is a shape.", "Leave it out.")
+    else:
+        model = resolve_model(request.model, request.revision)
+    folders = _adapters(request, model, [method for method, _ in wanted])
+
+    def cell(method: Method, role: str, name: str, length: int, batch: int, **more: str) -> Cell:
+        folder = folders.get(method.name)
+        return Cell(
+            model=request.model, revision=model.revision if model else None,
+            model_hash=model.fingerprint if model else "",
+            dtype="float32" if request.dtype == "auto" and request.device == "cpu" else request.dtype,
+            device=request.device, method=name,
+            ratio_asked=ratio_text(method.ratio) if method.uses_ratio(method.options, False) else None,
+            role=role, task=PROFILE, task_version=1, data_hash="random ids", protocol=PROFILE, execution="streamed",
+            options={
+                "seq_len": str(length), "batch_size": str(batch), "new_tokens": str(request.new_tokens),
+                "fill": request.fill, "chunk": str(request.chunk), "threads": str(request.threads),
+                "rounds": str(request.rounds), **more,
+                **method.resolved,
+            },
+            adapter=(str(folder) if folder else RANDOM) if method.needs_adapter else None,
+            adapter_hash=fingerprint(folder) if folder else None, seed=request.seed,
+            position_rule=method.position_rule, removes=method.removes, version=method.version, note=method.note,
+        )
+
+    controls = [(METHODS[FULL](), "control", name) for name in (AGAIN, STOCK)]
+    named = [(wanted[0][0], "control", FULL), *(controls if request.baselines else ())]
+    named += [(method, role, method.name) for method, role in wanted[1:]]
+    groups = tuple(
+        tuple(cell(method, role, name, length, batch) for method, role, name in named)
+        for length in request.seq_lens for batch in request.batch_sizes
+    )
+    searches = tuple(
+        cell(method, role, name, length, 0, memory_budget=request.budget or "")
+        for length in request.seq_lens for method, role, name in named if name != AGAIN
+    ) if request.budget else ()
+    plan = ProfilePlan(request, model, groups, searches, budget, Path(), "")
+    content = hashlib.sha256(json.dumps(sorted(c.request for c in plan.cells)).encode()).hexdigest()[:10]
+    asked = "+".join(dict.fromkeys(method.name for method, _ in wanted[1:]))[:40] or "full"
+    lengths = "+".join(str(length) for length in request.seq_lens)[:40]
+    folder = request.out or request.reports / f"profile-{asked}-{lengths}-{content}"
+    return replace(plan, folder=folder, content=content)
+
+
+def at_batch(cell: Cell, batch: int) -> Cell:
+    """The cell of a search, at the batch that was found."""
+    return dataclasses.replace(cell, options={**cell.options, "batch_size": str(batch)})
+
+
+def _wanted(request: ProfileRequest, ratios: Sequence[Fraction]) -> list[tuple[Method, str]]:
+    """The full cache first, then the asked methods, once per ratio that they take."""
+    found: list[tuple[Method, str]] = [(METHODS[FULL](), "control")]
+    for name in dict.fromkeys(request.methods):
+        if name not in METHODS:
+            raise unknown("method", name, METHODS)
+        if name == FULL:
+            continue
+        with_ratio = METHODS[name].uses_ratio(request.options, False)
+        for ratio in dict.fromkeys(ratios) if with_ratio else [Fraction(0)]:
+            method = make_method(name, ratio, request.options)
+            if method.by_text:
+                raise UserError(
+                    f"{name} with sampler=published draws spans of words, and profiled prompts are random tokens.",
+                    "Leave out --set sampler=published.",
+                )
+            found.append((method, "method"))
+    return found
+
+
+def _adapters(
+    request: ProfileRequest, model: ModelReference | None, methods: Sequence[Method]
+) -> dict[str, Path | None]:
+    """Adapter folders by method; None where a random one will do."""
+    trained = [method for method in methods if method.needs_adapter]
+    if model is None:
+        if request.adapters:
+            raise UserError(
+                f"--adapter cannot be used with {request.model}: its weights are random, and so are its adapters.",
+                "Leave it out.",
+            )
+        return dict.fromkeys((method.name for method in trained), None)
+    given = Adapters(request.adapters, model)
+    entries = [(method, "method", None) for method in trained if given.has(method)]
+    found: dict[str, Path | None] = {m.name: folder for m, _, folder in given.given_to(entries)}
+    for method in trained:
+        if method.name not in found:
+            try:
+                found[method.name] = find_adapter(method.name, model, method.trained_options)
+            except UserError:
+                found[method.name] = None
+    return found
+
+
+def _check_numbers(request: ProfileRequest) -> None:
+    least = {
+        "--seq-len": (request.seq_lens, 32, "tokens of a prompt"),
+        "--batch-size": (request.batch_sizes, 1, "prompts at a time"),
+        "--new-tokens": ((request.new_tokens,), 2, "tokens to write; the first is in none of the gaps"),
+        "--chunk": ((request.chunk,), 1, "tokens of the prompt that are fed at a time"),
+        "--repeats": ((request.repeats,), 1, "processes"),
+        "--rounds": ((request.rounds,), 0, "timed requests per process; 0 leaves it to kvbench"),
+        "--warmups": ((request.warmups,), 0, "requests before the timed ones"),
+        "--probe-timeout": ((request.timeout,), 1, "seconds"),
+    }
+    for option, (values, low, what) in least.items():
+        for value in values:
+            if value < low:
+                raise UserError(f"{option} {value} is below {low}.", f"It is the number of {what}.")
+    if request.fill not in FILLS:
+        raise unknown("--fill", request.fill, FILLS)
+
+
+BUSY = 20.0
+"""Per cent of all cores above which a machine is too busy to be timed on."""
+
+
+def doubts(threads: int, busy: float) -> list[str]:
+    """Warnings of what will spoil the timings: more threads than cores, or work beside them.
+
+    Args:
+        busy: per cent of all cores that others keep busy.
+    """
+    found = []
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    if threads > cores:
+        found.append(
+            f"--threads {threads}: there are {cores} cores, and threads that wait for one another only add noise."
+        )
+    if busy > BUSY:
+        found.append(
+            f"Other processes keep {busy:.0f} % of the processor busy: timings beside them can be many times too "
+            "long."
+        )
+    return found
+

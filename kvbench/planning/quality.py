@@ -1,0 +1,282 @@
+"""From a request to the ordered cells that will be measured, and the folder they go to."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from kvbench.data.documents import Corpus, load_corpus
+from kvbench.data.rows import TEXT
+from kvbench.data.tasks import Task, load_task
+from kvbench.errors import UserError, unknown
+from kvbench.judges.choice import ENCODER, NOTHING, SENTENCES, Judging
+from kvbench.methods import METHODS, Method, parse_ratio, ratio_text
+from kvbench.metrics import GENERATION_NAMES, NEED_ENCODER, NEED_SCORER
+from kvbench.models.fingerprint import fingerprint
+from kvbench.models.references import ModelReference, resolve_model
+from kvbench.planning.adapters import Adapters, Entry
+from kvbench.planning.methods import NO_BUDGET, Budget, entries_of, possible
+from kvbench.protocols.base import HIDDEN, KNOWN, OPTIONS, PROTOCOLS, RECALL_OPTIONS, protocol_options
+from kvbench.store.records import HUMAN, ITSELF, Cell
+
+EXECUTIONS = ("streamed", "onepass")
+LONGEST_VALUE = 1000
+"""Characters of an option's value: numbers of thousands of digits are no numbers to Python."""
+
+
+@dataclass(frozen=True)
+class Request:
+    """What the user asked for, settings merged in; names are not yet checked."""
+
+    model: str
+    revision: str | None
+    adapters: tuple[str, ...]
+    methods: tuple[str, ...]
+    ratios: tuple[str, ...]
+    tasks: tuple[str, ...]
+    data: Path | None
+    protocol: str | None
+    execution: str
+    limit: int
+    seed: int
+    options: dict[str, str]
+    out: Path | None
+    reports: Path
+    baselines: bool
+    device: str
+    dtype: str
+    threads: int
+    scorer: str | None = None
+    mauve_features: str | None = None
+    metrics: tuple[str, ...] = ()
+    budget: Budget = NO_BUDGET
+    column: str = TEXT
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Cells in order of execution (``full`` first within a task), and where they go.
+
+    Attributes:
+        task_files: task name -> what it was asked for by (a name, or the path of a task file).
+        judging: what judges the texts that are written.
+        omitted: why some of the methods and ratios that were asked for are not possible.
+    """
+
+    request: Request
+    model: ModelReference
+    cells: tuple[Cell, ...]
+    corpora: dict[str, Corpus]
+    folder: Path
+    content: str
+    task_files: dict[str, str]
+    judging: Judging
+    omitted: tuple[str, ...] = ()
+
+
+def parse_options(pairs: Sequence[str]) -> dict[str, str]:
+    """``key=value`` pairs of ``--set``.
+
+    Raises:
+        UserError: a pair without ``=``, or one that is longer than any option.
+    """
+    options = {}
+    for pair in pairs:
+        key, equals, value = pair.partition("=")
+        if not equals or not key.strip():
+            raise UserError(f"--set {pair!r} is not of the form key=value.")
+        if len(value) > LONGEST_VALUE:
+            raise UserError(f"--set {key}={value[:20]}...: a value of {len(value)} characters, which no option has.")
+        options[key.strip()] = value.strip()
+    return options
+
+
+def build_plan(request: Request, omit: bool = False) -> Plan:
+    """Check every name and number of a request, and lay out its cells.
+
+    Args:
+        omit: leave out what a method cannot do at some of the ratios, as a grid asks for it, and note it.
+
+    Raises:
+        UserError: anything in the request that cannot be carried out.
+    """
+    if request.execution not in EXECUTIONS:
+        raise unknown("--execution", request.execution, EXECUTIONS)
+    if request.protocol is not None and request.protocol not in PROTOCOLS:
+        raise unknown("protocol", request.protocol, PROTOCOLS)
+    for name in request.methods:
+        if name not in METHODS:
+            raise unknown("method", name, METHODS)
+    ratios = [parse_ratio(text) for text in request.ratios]
+    tasks = {name: load_task(name) for name in dict.fromkeys(request.tasks)}
+    if request.data is not None and len(tasks) > 1:
+        raise UserError(
+            f"--data stands for the corpus of one task, and {len(tasks)} are asked for "
+            f"({', '.join(tasks)}).",
+            "Name one with --task.",
+        )
+    if len({task.name for task in tasks.values()}) < len(tasks):
+        raise UserError("Two of the tasks have the same name.", "Give each task file a name of its own.")
+    if request.protocol is not None and not any(request.protocol in task.protocols for task in tasks.values()):
+        allowed = dict.fromkeys(p for task in tasks.values() for p in task.protocols)
+        raise UserError(
+            f"{'Task' if len(tasks) == 1 else 'None of the tasks'} {', '.join(map(repr, tasks))} is"
+            f"{' not' if len(tasks) == 1 else ''} measured with protocol {request.protocol!r}.",
+            f"Allowed: {', '.join(allowed)}.",
+        )
+    protocols = {name: _protocol_of(task, request) for name, task in tasks.items()}
+    wanted = {
+        name: entries_of(
+            request.methods, ratios, request.budget, request.options, request.baselines, task.kind == "online"
+        )
+        for name, task in tasks.items()
+    }
+    _check_options(
+        request, [entry for entries in wanted.values() for entry in entries],
+        [_options_of(task, protocols[name]) for name, task in tasks.items()],
+    )
+    omitted: list[str] = []
+    for name, entries in wanted.items():
+        in_chunks = tasks[name].kind == "online"
+        wanted[name] = possible(entries, request.budget, in_chunks, omitted if omit else None)
+    _check_execution(request, [method for entries in wanted.values() for method, _, _ in entries])
+    model = resolve_model(request.model, request.revision)
+    corpora = {name: load_corpus(task, request.data, request.column) for name, task in tasks.items()}
+    judging, judged = _judging(request, any(task.kind == "generation" for task in tasks.values()))
+    adapters = Adapters(request.adapters, model)
+    cells = []
+    variants = [(name, asked) for name, task in tasks.items() for asked in _variants(
+        protocol_options(protocols[name], _options_of(task, protocols[name]), request.options)
+    )]
+    for name, asked in variants:
+        task, options = tasks[name], asked
+        in_chunks = task.kind == "online"
+        measured: dict[str, Any] = {
+            "model": model.name, "revision": model.revision, "model_hash": model.fingerprint,
+            "dtype": _dtype(request), "device": request.device, "task": task.name, "task_version": task.version,
+            "data_hash": corpora[name].hash, "protocol": protocols[name], "execution": request.execution,
+            "seed": request.seed,
+        }
+        if task.kind == "generation":
+            options = {**options, **judged}
+            cells.append(Cell(
+                method=HUMAN, ratio_asked=None, role="control" if request.baselines else "reference",
+                options=options, adapter=None, adapter_hash=None, **measured,
+            ))
+        for method, role, adapter in adapters.given_to(wanted[name]):
+            with_ratio = not request.budget.is_constant and method.uses_ratio(method.options, in_chunks)
+            cells.append(Cell(
+                method=method.name, ratio_asked=ratio_text(method.ratio) if with_ratio else None, role=role,
+                options={**options, **method.resolved, **method.budget_given},
+                adapter=None if adapter is None else str(adapter),
+                adapter_hash=None if adapter is None else fingerprint(adapter),
+                position_rule=method.position_rule, removes=method.removes, version=method.rule_version,
+                note=method.note, **measured,
+            ))
+    content = _content(cells)
+    named = "+".join(dict.fromkeys(request.methods))[:40]
+    shown = request.budget.label or "+".join(dict.fromkeys(map(ratio_text, ratios)))[:40]
+    folder = request.out or request.reports / f"{named}-{shown}-{content}"
+    return Plan(
+        request, model, tuple(cells), {t.name: corpora[asked] for asked, t in tasks.items()}, folder,
+        content, {t.name: asked for asked, t in tasks.items()}, judging, tuple(dict.fromkeys(omitted)),
+    )
+
+
+def _variants(options: dict[str, str]) -> list[dict[str, str]]:
+    """The options of each variant of a task: one for each question that is asked, where there are two of them.
+
+    The hidden question is not written down, as it was the only one once.
+    """
+    rest = {name: value for name, value in options.items() if name != "question"}
+    asked = options.get("question", HIDDEN)
+    return [{**rest, **more} for question, more in ((HIDDEN, {}), (KNOWN, {"question": KNOWN}))
+            if asked in ("both", question)]
+
+
+def _content(cells: Sequence[Cell]) -> str:
+    """What a run's folder is named after and known by; a question that comes on top of the hidden one adds to it."""
+    hidden = {cell.task for cell in cells if cell.variant == cell.task}
+    keys = [cell.request for cell in cells if cell.variant == cell.task or cell.task not in hidden]
+    return hashlib.sha256(json.dumps(sorted(keys)).encode()).hexdigest()[:10]
+
+
+def _check_execution(request: Request, methods: Sequence[Method]) -> None:
+    if request.execution != "streamed":
+        for method in methods:
+            if method.policy is not None:
+                raise UserError(
+                    f"{method.name} chooses from what was computed and has no mask beforehand: --execution "
+                    f"{request.execution} cannot be had.", "Leave --execution out.",
+                )
+
+
+def _judging(request: Request, writes: bool) -> tuple[Judging, dict[str, str]]:
+    """What judges the texts, and how that is written into a cell.
+
+    Raises:
+        UserError: an unknown metric, or judges for tasks that write no text.
+    """
+    for name in request.metrics:
+        if name not in GENERATION_NAMES:
+            raise unknown("metric of written text", name, GENERATION_NAMES)
+    given = {"--scorer": request.scorer, "--mauve-features": request.mauve_features, "--metric": request.metrics}
+    asked = [option for option, value in given.items() if value]
+    if not writes:
+        if asked:
+            raise UserError(
+                f"{asked[0]} is for tasks that write text, and none is asked for.", "Add --task minidocs-gen."
+            )
+        return Judging(), {}
+    wanted = request.metrics or GENERATION_NAMES
+    if request.scorer and not set(NEED_SCORER) & set(wanted):
+        raise UserError("--scorer is for gen_ppl, and --metric leaves it out.", "Add --metric gen_ppl.")
+    if request.mauve_features and "mauve" not in wanted:
+        raise UserError("--mauve-features is for mauve, and --metric leaves it out.", "Add --metric mauve.")
+    scorer = (request.scorer or ITSELF) if set(NEED_SCORER) & set(wanted) else NOTHING
+    features = request.mauve_features or (SENTENCES if "mauve" in wanted else NOTHING)
+    models = {name: resolve_model(name) for name in (scorer, features) if name not in (NOTHING, ITSELF, SENTENCES)}
+    judging = Judging(
+        scorer, bool(set(NEED_ENCODER) & set(wanted)) or features == SENTENCES, features,
+        "mauve" in request.metrics or request.mauve_features is not None, models,
+    )
+    named = {name: _named(model) for name, model in models.items()}
+    return judging, {
+        "scorer": named.get(scorer, scorer), "encoder": ENCODER if judging.encoder else NOTHING,
+        "mauve_features": ENCODER if features == SENTENCES else named.get(features, features),
+    }
+
+
+def _named(model: ModelReference) -> str:
+    """A judging model by its name and fingerprint."""
+    return f"{model.short_name}@{model.fingerprint}" if model.fingerprint else model.short_name
+
+
+def _dtype(request: Request) -> str:
+    """``auto`` is float32 on a CPU, so that a run cannot be continued in another precision."""
+    return "float32" if request.dtype == "auto" and request.device == "cpu" else request.dtype
+
+
+def _protocol_of(task: Task, request: Request) -> str:
+    """The protocol asked for, if the task has it: it may have been asked for another task."""
+    return request.protocol if request.protocol in task.protocols else task.protocols[0]
+
+
+def _options_of(task: Task, protocol: str) -> tuple[str, ...]:
+    return RECALL_OPTIONS if task.kind == "recall" else OPTIONS[protocol]
+
+
+def _check_options(request: Request, methods: Sequence[Entry], options: Sequence[tuple[str, ...]]) -> None:
+    known = {name for names in options for name in names}
+    for method, _, _ in methods:
+        known |= set(method.known)
+    for key in request.options:
+        if key not in known:
+            raise unknown("--set key", key, known)
+    for method, _, _ in methods:
+        for key in method.known:
+            method.option(key)

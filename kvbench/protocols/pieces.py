@@ -1,0 +1,266 @@
+"""Cutting documents into pieces that are scored: blocks, streams, prefixes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import accumulate, pairwise
+from typing import Any, NamedTuple
+
+from kvbench.data.documents import Document
+from kvbench.errors import UserError
+from kvbench.methods import Structure, layout_id
+
+MIN_TOKENS = 32
+"""Shorter tails and documents are not scored; they are counted."""
+
+CONTEXT = 8
+"""Tokens that others are decoded after, where a tokenizer does not say where its tokens are."""
+
+
+@dataclass(frozen=True)
+class Piece:
+    """One scored sequence, read with a fresh cache.
+
+    Attributes:
+        document: id of the document it belongs to.
+        ids: token ids; the method compresses the first ``context`` of them.
+        context: tokens under the method's layout; the rest is read without further compression.
+        scored: tokens ``scored ..`` are targets; those before are context only.
+        n_bytes: UTF-8 bytes of the scored text.
+        layout: which of the 16 layouts it is read under.
+        bin: what results are also reported by, such as ``distance=120``.
+        chunks: lengths of the chunks that the context came in; empty for running text.
+        words: line, word and words of the line of every token; None unless a method asks for them.
+        written: what follows the context is written by the model; ``ids`` has the author's own.
+        after: what the author wrote after that.
+        ahead: tokens after the context whose queries a policy has seen when it chooses what stays of the context.
+        version: of the way that its text became tokens: 2 where the parts of the text give others one by one.
+    """
+
+    document: str
+    ids: tuple[int, ...]
+    context: int
+    scored: int
+    n_bytes: int
+    layout: int
+    bin: str | None = None
+    chunks: tuple[int, ...] = ()
+    words: tuple[tuple[int, int, int], ...] | None = None
+    written: bool = False
+    after: tuple[int, ...] = ()
+    ahead: int = 0
+    version: int = 1
+
+    @property
+    def planned(self) -> int:
+        """Text tokens that the method's layout spans."""
+        return len(self.ids) if self.written else self.context
+
+    @property
+    def shape(self) -> tuple[int, int, int, tuple[int, ...]]:
+        """Pieces of equal shape can share a batch; under a seeded method, if their layouts agree."""
+        return len(self.ids), self.context, self.scored, self.chunks
+
+    @property
+    def structure(self) -> Structure:
+        """What a layout may know of the text."""
+        return Structure(self.chunks, self.words, self.context if self.written else 0)
+
+
+@dataclass(frozen=True)
+class Cut:
+    """The pieces of one document, and how many of its tokens none of them holds."""
+
+    pieces: tuple[Piece, ...]
+    dropped: int
+
+
+class Part(NamedTuple):
+    """The tokens of one part of a text, and the UTF-8 bytes that they say."""
+
+    ids: tuple[int, ...]
+    n_bytes: int
+
+
+@dataclass(frozen=True)
+class Tokenizer:
+    """A Hugging Face tokenizer, reduced to what cutting needs.
+
+    Attributes:
+        hf: the tokenizer.
+        bos: id put before every piece, or None.
+    """
+
+    hf: Any
+    bos: int | None
+
+    def encode(self, text: str) -> tuple[list[int], list[int] | None]:
+        """Token ids without special tokens, and the end of each token in the text."""
+        if not self.hf.is_fast:
+            return list(self.hf(text, add_special_tokens=False).input_ids), None
+        out = self.hf(text, add_special_tokens=False, return_offsets_mapping=True)
+        if self._leaves_spaces_out:
+            tokens = self.hf.convert_ids_to_tokens(out.input_ids)
+            return list(out.input_ids), _ends_with_spaces(text, out.offset_mapping, tokens)
+        return list(out.input_ids), list(accumulate((end for _, end in out.offset_mapping), max))
+
+    @cached_property
+    def _leaves_spaces_out(self) -> bool:
+        """Whether spaces are bytes of tokens, and those at the ends of a token are no part of where it is."""
+        made_by = self.hf.backend_tokenizer
+        ways, after = (
+            b"".join(part.__getstate__() for part in parts if part is not None)
+            for parts in ((made_by.pre_tokenizer, made_by.decoder), (made_by.post_processor,))
+        )
+        return b'"ByteLevel"' in ways and b'"trim_offsets":true' in after
+
+    def split(self, parts: Sequence[str]) -> tuple[Part, ...]:
+        """The parts of one text, tokenised together: a token across a border belongs to what follows.
+
+        Every token of the joined text is in exactly one part; a part whose tokens all reach into the next is empty.
+        A tokenizer that does not say where its tokens are is asked for the text up to the border: what both begin
+        with lies before it.
+        """
+        text = "".join(parts)
+        ids, ends = self.encode(text)
+        cuts = [0]
+        for border in list(accumulate(map(len, parts)))[:-1]:
+            if border == 0:
+                before = 0
+            elif ends is None:
+                before = _alike(ids, self.encode(text[:border])[0])
+            else:
+                before = next((i for i, end in enumerate(ends) if end > border), len(ids))
+            cuts.append(max(cuts[-1], before))
+        cuts.append(len(ids))
+        return tuple(
+            Part(tuple(ids[start:stop]), bytes_between(text, ends, self, ids, start, stop))
+            for start, stop in pairwise(cuts)
+        )
+
+    def apart(self, parts: Sequence[str]) -> tuple[tuple[int, ...], ...]:
+        """The tokens of the parts one by one, as if nothing stood before them."""
+        return tuple(tuple(self.encode(part)[0]) for part in parts)
+
+    def lead(self) -> tuple[int, ...]:
+        return () if self.bos is None else (self.bos,)
+
+
+def _ends_with_spaces(text: str, offsets: Sequence[tuple[int, int]], tokens: Sequence[str]) -> list[int]:
+    """Where byte-level tokens end, of which offsets leave out the spaces; a space that was put before the text is
+    nowhere in it."""
+    ends = [0]
+    for (start, end), token in zip(offsets, tokens, strict=True):
+        spaces = len(token) - len(token.rstrip("\u0120"))  # how they write a space
+        is_bare = bool(spaces) and start == end  # nothing is left of it: it begins where the one before it ends
+        last = ends[-1] if is_bare else end
+        may_be_cut = is_bare or (spaces < len(token) and text[last - 1] != " ")
+        are_cut = may_be_cut and text[last : last + spaces] == " " * spaces
+        ends.append(max(ends[-1], last + spaces if are_cut else last))
+    return ends[1:]
+
+
+def _alike(ids: Sequence[int], others: Sequence[int]) -> int:
+    """How many tokens both begin with."""
+    pairs = zip(ids, others, strict=False)
+    return next((i for i, (one, other) in enumerate(pairs) if one != other), min(len(ids), len(others)))
+
+
+def make_tokenizer(hf: Any, bos: str) -> Tokenizer:
+    """``bos``: ``auto`` (only if the tokenizer emits one for an empty text), ``true``, ``false``.
+
+    Raises:
+        UserError: a BOS is asked for and the tokenizer has none.
+    """
+    emitted = list(hf("").input_ids)
+    token = hf.bos_token_id
+    if bos == "true" and token is None:
+        raise UserError("--set bos=true: the tokenizer of this model has no BOS token.")
+    wanted = bos == "true" or (bos == "auto" and bool(emitted) and emitted[0] == token)
+    return Tokenizer(hf, token if wanted else None)
+
+
+def bytes_between(
+    text: str, ends: list[int] | None, tokenizer: Tokenizer, ids: list[int], start: int, stop: int
+) -> int:
+    """UTF-8 bytes of tokens start .. stop - 1 of a text.
+
+    Without ``ends`` they are decoded after a few tokens before them: some decoders drop a leading space.
+    """
+    if start == stop:
+        return 0
+    if ends is None:
+        before = ids[max(0, start - CONTEXT) : start]
+        with_before, alone = (tokenizer.hf.decode(some) for some in ([*before, *ids[start:stop]], before))
+        return len(with_before.encode()) - len(alone.encode())
+    first = ends[start - 1] if start else 0
+    return len(text[first : ends[stop - 1]].encode())
+
+
+def word_places(text: str, ends: list[int]) -> list[tuple[int, int, int]]:
+    """For tokens that end at ``ends``: the line, the word in it, and how many words the line has.
+
+    Words are what lies between single spaces, as the released Sentinel code splits them.
+    """
+    places, counts = [], [line.count(" ") + 1 for line in text.split("\n")]
+    line = word = at = 0
+    for end in ends:
+        for character in text[at : max(at, end - 1)]:
+            if character == "\n":
+                line, word = line + 1, 0
+            elif character == " ":
+                word += 1
+        places.append((line, word, counts[line]))
+        at = max(at, end - 1)
+    return places
+
+
+def cut_blocks(document: Document, tokenizer: Tokenizer, length: int, with_words: bool = False) -> Cut:
+    """Disjoint blocks of ``length`` tokens, BOS included; the first token is context only.
+
+    Raises:
+        UserError: words are asked for, and the tokenizer does not say where its tokens are.
+    """
+    ids, ends = tokenizer.encode(document.text)
+    lead = tokenizer.lead()
+    if with_words and ends is None:
+        raise UserError("--set sampler=published needs a fast tokenizer, and this model's is not.")
+    words = word_places(document.text, ends) if with_words and ends is not None else None
+    size = length - len(lead)
+    pieces, dropped = [], 0
+    for block, start in enumerate(range(0, len(ids), size)):
+        stop = min(start + size, len(ids))
+        block_ids = (*lead, *ids[start:stop])
+        if len(block_ids) < MIN_TOKENS:
+            dropped += stop - start
+            continue
+        scored = start if lead else start + 1
+        pieces.append(Piece(
+            document.id, block_ids, len(block_ids), 1,
+            bytes_between(document.text, ends, tokenizer, ids, scored, stop),
+            layout_id(document.id, block),
+            words=None if words is None else (*[(-1, 0, 0)] * len(lead), *words[start:stop]),
+        ))
+    return Cut(tuple(pieces), dropped)
+
+
+def cut_stream(document: Document, tokenizer: Tokenizer, tokens: int, with_words: bool = False) -> Cut:
+    """One passage from the start of the document, of at most ``tokens`` tokens."""
+    whole = cut_blocks(document, tokenizer, tokens, with_words)
+    rest = sum(len(piece.ids) - len(tokenizer.lead()) for piece in whole.pieces[1:])
+    return Cut(whole.pieces[:1], whole.dropped + rest)
+
+
+def cut_prefix(document: Document, tokenizer: Tokenizer, prefix: int, continuation: int) -> Cut:
+    """The first ``prefix`` tokens are compressed; the next ``continuation`` ones are scored."""
+    ids, ends = tokenizer.encode(document.text)
+    lead = tokenizer.lead()
+    start = prefix - len(lead)
+    if len(ids) < start + continuation:
+        return Cut((), len(ids))
+    stop = start + continuation
+    n_bytes = bytes_between(document.text, ends, tokenizer, ids, start, stop)
+    piece = Piece(document.id, (*lead, *ids[:stop]), prefix, prefix, n_bytes, layout_id(document.id, 0))
+    return Cut((piece,), len(ids) - stop)

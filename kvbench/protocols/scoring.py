@@ -1,0 +1,256 @@
+"""Scoring a batch of pieces under one method: log-likelihoods, agreement with the full cache,
+and what the cache held."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from kvbench.cache.evicting import EvictingCache
+from kvbench.inference.layout_session import Reader, Trace
+from kvbench.methods.layouts.layout import OPEN, RAW, Layout
+from kvbench.metrics.agreement import KL_BINS, KL_HIGH, KL_LOW
+from kvbench.models.adapter import Adapter
+from kvbench.models.rope import fixed_rotations
+from kvbench.protocols.pieces import Piece
+
+DISTANCES = (0, 1, 2, 3, 4, 8, 16, 32, 64)
+"""Least distances of the bins that the loss is recorded by; the last bin is open."""
+
+POSITIONS = (0, *(base * 2**k for k in range(15) for base in (8, 12)))
+"""Least positions of the bins that the loss is recorded by: 0, 8, 12, 16, 24, 32, 48 ..."""
+
+
+@dataclass(frozen=True)
+class Reference:
+    """The full cache's predictions for one batch; it does not outlive the batch.
+
+    Attributes:
+        probabilities: ``[batch, targets, vocabulary]`` in float32.
+        negentropy: ``[batch, targets]``, the sum of p log p.
+        best: ``[batch, targets]``, the most probable token.
+        nll: ``[batch, targets]``, of the targets themselves.
+    """
+
+    probabilities: Tensor
+    negentropy: Tensor
+    best: Tensor
+    nll: Tensor
+
+    def rows(self, which: list[int]) -> Reference:
+        """The reference of some of the batch's rows."""
+        index = torch.tensor(which, device=self.best.device)
+        fields = (self.probabilities, self.negentropy, self.best, self.nll)
+        return Reference(*(t.index_select(0, index) for t in fields))
+
+    @classmethod
+    def of(cls, logits: Tensor, nll: Tensor) -> Reference:
+        log_p = logits.log_softmax(-1)
+        p = log_p.exp()
+        return cls(p, (p * log_p).sum(-1), logits.argmax(-1), nll)
+
+
+@dataclass(frozen=True)
+class BatchScore:
+    """What a method did on a batch; tensors are ``[batch, targets]`` in float64 on the CPU.
+
+    Attributes:
+        nll: negative log-likelihood of each target, in nats.
+        hit: whether the target was the most probable token.
+        kl: KL(full || method) at each target; None for the reference itself.
+        top1: whether the most probable token is the full cache's; None likewise.
+        loss: what each target costs more than with the full cache, in nats; None likewise.
+        since: int64 ``[targets]``, text tokens since the last place where entries were replaced,
+            -1 before the first; None if the method replaces none.
+        position: int64 ``[targets]``, text tokens before each target.
+        visible: sum over scoring queries of entries visible / text tokens before.
+        queries: scoring queries with text before them.
+        held: entries after the context was read.
+        peak: the most entries ever held.
+        logical, physical, full: bytes of the cache at that moment, for the whole batch.
+    """
+
+    nll: Tensor
+    hit: Tensor
+    kl: Tensor | None
+    top1: Tensor | None
+    loss: Tensor | None
+    since: Tensor | None
+    position: Tensor
+    visible: float
+    queries: int
+    held: int
+    peak: int
+    logical: int
+    physical: int
+    full: int
+
+
+def score_batch(
+    model: nn.Module, adapter: Adapter | None, layout: Layout, pieces: list[Piece],
+    reference: Reference | None, execution: str, chunk: int, keep_reference: bool = False,
+) -> tuple[BatchScore, Reference | None]:
+    """Read a batch of pieces (equal ``shape``, and equal layouts) under a layout and score its targets.
+
+    Args:
+        execution: ``streamed`` (entries really removed) or ``onepass`` (masked).
+        chunk: tokens fed at a time when streamed.
+        keep_reference: return this batch's predictions, to compare the other methods with.
+    """
+    device = next(model.parameters()).device
+    first = pieces[0]
+    ids = torch.tensor([piece.ids for piece in pieces], device=device)
+    targets = ids[:, first.scored :]
+    reader = Reader(model, adapter, Trace())
+    cache = EvictingCache()
+    rows = Rows(targets, first.scored, reference, keep_reference)
+    with torch.inference_mode(), fixed_rotations(model, len(first.ids)), reader.ready():
+        context, wanted = ids[:, : first.context], first.scored - 1
+        for start, logits in _context_logits(reader, context, layout, cache, execution, chunk, wanted):
+            rows.add(start, logits)
+        held = reader.trace.held
+        sizes = _cache_bytes(cache, held, first.context)
+        if execution == "onepass" and len(ids[0]) > first.context:
+            cache.keep(layout.held_after(len(layout)).to(device))
+        if len(first.ids) > first.context + 1:
+            rest = reader.go_on(ids[:, first.context : -1], first.context, cache)
+            rows.add(first.context, rest)
+    visible, queries = _visibility(layout, first)
+    score = rows.score(
+        _since(layout, first), torch.arange(first.scored, len(first.ids)), visible, queries, held, reader.trace.peak,
+        sizes,
+    )
+    return score, rows.collected()
+
+
+def _context_logits(
+    reader: Reader, ids: Tensor, layout: Layout, cache: EvictingCache, execution: str, chunk: int, wanted: int
+) -> Iterator[tuple[int, Tensor]]:
+    """(text token, logits after it and those that follow it) over the context, from ``wanted`` on."""
+    if execution == "onepass":
+        wanted = min(wanted, layout.n_raw)
+        logits = reader.one_pass(ids, layout, slice(wanted, None), cache=cache)
+        reader.trace = Trace(len(layout.held_after(len(layout))), len(layout))
+        yield wanted, logits
+        return
+    for part in reader.stream(ids, layout, cache, chunk, wanted):
+        yield part.start, part.logits
+
+
+class Rows:
+    """Collects scores from logits that arrive in consecutive runs."""
+
+    def __init__(self, targets: Tensor, scored: int, reference: Reference | None, keep: bool) -> None:
+        self.targets, self.scored, self.reference = targets, scored, reference
+        self.nll: list[Tensor] = []
+        self.hit: list[Tensor] = []
+        self.kl: list[Tensor] = []
+        self.top1: list[Tensor] = []
+        self.loss: list[Tensor] = []
+        self._kept: list[Reference] | None = [] if keep else None
+
+    def add(self, start: int, logits: Tensor) -> None:
+        """Logits ``[batch, m, vocabulary]`` after the text tokens start .. start + m - 1."""
+        first = start + 1 - self.scored  # the target that the first of these logits predicts
+        skip = max(0, -first)
+        first += skip
+        logits = logits[:, skip : skip + self.targets.shape[1] - first]
+        exact = logits.dtype == torch.float32
+        logits = logits.float()
+        count = logits.shape[1]
+        if count <= 0:
+            return
+        targets = self.targets[:, first : first + count]
+        nll = functional.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none").view_as(targets)
+        chosen = logits.gather(-1, targets[..., None])[..., 0]
+        highest = logits.amax(-1)
+        # An argmax is far dearer than a maximum, and only needed where half precision makes ties.
+        best = None if exact else logits.argmax(-1)
+        if not bool(torch.isfinite(nll).all()):
+            raise RuntimeError("the model's predictions are not finite (overflow, or damaged weights)")
+        self.nll.append(nll.double().cpu())
+        self.hit.append((chosen == highest if best is None else best == targets).cpu())
+        if self.reference is not None:
+            here = slice(first, first + count)
+            cross = torch.linalg.vecdot(self.reference.probabilities[:, here], logits - highest[..., None])
+            kl = self.reference.negentropy[:, here] - cross + (nll + (chosen - highest))
+            self.loss.append((nll - self.reference.nll[:, here]).double().cpu())
+            if not bool(torch.isfinite(kl).all()):
+                raise RuntimeError("the model's predictions are not comparable (a probability of exactly 0)")
+            self.kl.append(kl.clamp(min=0).double().cpu())
+            wanted = self.reference.best[:, here]
+            theirs = logits.gather(-1, wanted[..., None])[..., 0]
+            self.top1.append((theirs == highest if best is None else best == wanted).cpu())
+        if self._kept is not None:
+            self._kept.append(Reference.of(logits, nll))
+
+    def score(
+        self, since: Tensor | None, position: Tensor, visible: float, queries: int, held: int, peak: int,
+        sizes: tuple[int, int, int],
+    ) -> BatchScore:
+        """All that was collected, with what is known of the cache."""
+        return BatchScore(
+            torch.cat(self.nll, 1), torch.cat(self.hit, 1), torch.cat(self.kl, 1) if self.kl else None,
+            torch.cat(self.top1, 1) if self.top1 else None, torch.cat(self.loss, 1) if self.loss else None,
+            since, position, visible, queries, held, peak, *sizes,
+        )
+
+    def collected(self) -> Reference | None:
+        if not self._kept:
+            return None
+        parts = [(p.probabilities, p.negentropy, p.best, p.nll) for p in self._kept]
+        return Reference(*(torch.cat(field, 1) for field in zip(*parts, strict=True)))
+
+
+def _cache_bytes(cache: EvictingCache, held: int, raw: int) -> tuple[int, int, int]:
+    """(logical, physical, full) bytes, by the shape of the cache's own tensors."""
+    per_entry = cache.entry_bytes()
+    return held * per_entry, cache.physical_bytes(), raw * per_entry
+
+
+def _visibility(layout: Layout, piece: Piece) -> tuple[float, int]:
+    """(sum over scoring queries of entries visible / text tokens before, number of queries)."""
+    queries = torch.arange(max(1, piece.scored - 1), len(piece.ids) - 1)
+    inside = queries < piece.context
+    after = len(layout.held_after(len(layout))) + queries - piece.context
+    before = layout.visible_before[queries.clamp(max=piece.context - 1)]
+    seen = torch.where(inside, before, after)
+    return float((seen / queries).sum()), len(queries)
+
+
+def _since(layout: Layout, piece: Piece) -> Tensor | None:
+    """Text tokens between the last replacement of entries and each target."""
+    boundary = (layout.tokens.kind != RAW) & (layout.tokens.kind != OPEN)
+    if not bool(boundary.any()):
+        return None
+    texts = torch.cumsum(layout.tokens.kind == RAW, 0)
+    begin = torch.cummax(torch.where(boundary, texts, -1), 0).values  # text tokens before the last boundary
+    at_text = begin[layout.raw_slots]
+    target = torch.arange(piece.scored, len(piece.ids))
+    last = torch.where(target < layout.n_raw, at_text[target.clamp(max=layout.n_raw - 1)], begin[-1])
+    return torch.where(last < 0, -1, target - last)
+
+
+def loss_by(
+    where: Tensor, bins: tuple[int, ...], nll: Tensor, loss: Tensor
+) -> dict[str, tuple[int, float, float]]:
+    """Targets, their summed nll and summed loss, by the bin that ``where`` falls into; negative is nowhere."""
+    place = torch.bucketize(where, torch.tensor(bins), right=True) - 1
+    found = {}
+    for p in torch.unique(place[where >= 0]).tolist():
+        chosen = (place == p) & (where >= 0)
+        found[str(bins[p])] = (int(chosen.sum()), float(nll[chosen].sum()), float(loss[chosen].sum()))
+    return found
+
+
+def kl_histogram(values: Tensor) -> dict[str, int]:
+    """Counts of per-token KL in logarithmic bins, empty ones left out."""
+    span = math.log(KL_HIGH / KL_LOW)
+    place = (values.clamp(KL_LOW, KL_HIGH) / KL_LOW).log() / span * KL_BINS
+    bins, counts = torch.unique(place.long().clamp(max=KL_BINS - 1), return_counts=True)
+    return {str(int(b)): int(c) for b, c in zip(bins, counts, strict=True)}

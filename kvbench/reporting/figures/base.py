@@ -1,0 +1,167 @@
+"""Figures in the style of a paper, with bands, as PNG and PDF: what all of them share, and the
+first one, a metric against removal."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from matplotlib import rc_context
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, ScalarFormatter
+from PIL import Image
+
+from kvbench.reporting.tables.format import by_setting
+from kvbench.store.records import Row
+
+_STYLES = {
+    "sentinel": ("#D55E00", "o", "-"), "local": ("#0072B2", "s", "--"),
+    "sinks": ("#009E73", "^", "-."), "scattered": ("#CC79A7", "D", ":"),
+    "window": ("#E69F00", "v", "--"), "local-tuned": ("#0072B2", "s", "-"),
+    "sinks-tuned": ("#009E73", "^", "-"), "scattered-tuned": ("#CC79A7", "D", "-"),
+    "ccm-concat": ("#56B4E9", "P", "-"), "ccm-merge": ("#8C564B", "X", "-"),
+    "gist": ("#7F7F7F", "*", "--"), "meanpool": ("#BCBD22", "h", ":"), "pic": ("#17BECF", "<", "-."),
+    "full": ("0.2", "_", "-"), "none": ("0.2", "|", ":"), "adapted": ("0.5", "_", "--"),
+    "streaming-llm": ("#117733", "d", "-"), "random": ("0.45", "x", ":"), "knorm": ("#AA4499", "1", "--"),
+    "keydiff": ("#332288", "p", "-"), "lagkv": ("#44AA99", "8", "-."), "tova": ("#999933", "2", "--"),
+    "h2o": ("#661100", "H", "-"), "snapkv": ("#6699CC", ">", "-"), "pyramidkv": ("#6699CC", "3", ":"),
+    "chunkkv": ("#CC6677", "4", "-"), "adakv": ("#004488", "D", "-"), "expected-attention": ("#88CCEE", "s", "-."),
+    "cascading": ("#BB5566", "v", "-"), "cam": ("#DDAA33", "x", "-."), "d2o": ("#997700", "P", "--"),
+    "kivi": ("#EE3377", "X", "-"), "fp8": ("#EE3377", "h", ":"), "think": ("#009988", "*", "-"),
+    "refreshkv": ("#AAAA00", "<", ":"), "lorc": ("#555555", "+", "--"),
+    "human": ("#882255", "_", "-."), "full-again": ("0.6", "_", ":"), "full-dynamic": ("#882255", "1", "--"),
+}
+_LINES = ("full", "adapted", "none", "human")
+"""What takes no ratio, drawn as a horizontal line."""
+_SPARE = ("#332288", ".", "-.")
+_FEW = 7
+"""Lines that a legend inside a panel has room for."""
+SETTINGS: dict[Any, Any] = {
+    "font.size": 9, "axes.spines.top": False, "axes.spines.right": False, "pdf.fonttype": 42,
+    "ps.fonttype": 42, "legend.frameon": False, "axes.grid": True, "grid.alpha": 0.25,
+}
+
+Panel = Callable[[Axes, list[Row]], None]
+
+
+def style_of(method: str) -> dict[str, Any]:
+    """Colour, marker and line of a method: the same in every figure."""
+    colour, marker, line = _STYLES.get(method.partition(" ")[0], _SPARE)
+    return {"color": colour, "marker": marker, "linestyle": line, "label": method, "markersize": 5, "linewidth": 1.4}
+
+
+def draw(rows: Sequence[Row], panel: Panel, folder: Path, name: str) -> list[Path]:
+    """One panel per task (and model, and seed), side by side, written as PNG and PDF.
+
+    Returns:
+        The files written; none if there are no rows.
+    """
+    settings = by_setting(rows)
+    if not settings:
+        return []
+    across = min(len(settings), 4)
+    down = -(-len(settings) // across)
+    several = len({seed for *_, seed in settings}) > 1
+    with rc_context(SETTINGS):
+        figure = Figure(figsize=(4.6 * across, 3.4 * down), layout="constrained")
+        places = list(figure.subplots(down, across, squeeze=False).flat)
+        for place, ((task, protocol, model, seed), mine) in zip(places, settings.items(), strict=False):
+            panel(place, mine)
+            about = model if task == protocol else f"{model}, {protocol}"
+            place.set_title(f"{task} ({about}{f', seed {seed}' if several else ''})", fontsize=9)
+        for place in places[len(settings) :]:
+            place.set_axis_off()
+        _legend(figure, places[: len(settings)])
+        return save(figure, folder, name)
+
+
+def _legend(figure: Figure, places: Sequence[Axes]) -> None:
+    """In every panel, or below all of them where there are too many lines for that."""
+    found: dict[str, Any] = {}
+    most = 0
+    for place in places:
+        handles, labels = place.get_legend_handles_labels()
+        most = max(most, len(labels))
+        for label, handle in zip(labels, handles, strict=True):
+            found.setdefault(label, handle)
+    if most <= _FEW:
+        for place in places:
+            place.legend(fontsize=8)
+    elif found:
+        columns = max(3, round(figure.get_size_inches()[0] / 1.35))
+        figure.legend(
+            list(found.values()), list(found), loc="outside lower center", ncols=columns, fontsize=7.5,
+            handlelength=2.6,
+        )
+        width, height = figure.get_size_inches()
+        figure.set_size_inches(width, height + 0.2 * -(-len(found) // columns))
+
+
+def save(figure: Figure, folder: Path, name: str) -> list[Path]:
+    """Write a figure as PDF with its fonts, and as PNG with a palette of its colours: a third of the bytes."""
+    folder.mkdir(parents=True, exist_ok=True)
+    picture, page = (folder / f"{name}.{ending}" for ending in ("png", "pdf"))
+    figure.savefig(page)
+    figure.savefig(picture, dpi=160)
+    with Image.open(picture) as drawn:
+        with_palette = drawn.convert("RGB").quantize(256, dither=Image.Dither.NONE)
+    with_palette.save(picture, optimize=True)
+    return [picture, page]
+
+
+def curve(
+    panel: Axes, method: str, x: list[float], rows: list[Row], scale: float = 1.0, label: str | None = None
+) -> None:
+    """Values of a method over ``x`` with their intervals: a band, or a bar where there is one point."""
+    style = style_of(method) | {"label": label or method}
+    y = [scale * (r.value or 0.0) for r in rows]
+    low = [v if r.ci_low is None else scale * r.ci_low for v, r in zip(y, rows, strict=True)]
+    high = [v if r.ci_high is None else scale * r.ci_high for v, r in zip(y, rows, strict=True)]
+    panel.plot(x, y, **style)
+    if len(rows) > 1:
+        panel.fill_between(x, low, high, color=style["color"], alpha=0.12, linewidth=0)
+    else:
+        error = [[y[0] - low[0]], [high[0] - y[0]]]
+        panel.errorbar(x, y, yerr=error, color=style["color"], capsize=3, linewidth=0.9)
+
+
+def log_scale(panel: Axes, values: Sequence[float | None]) -> None:
+    """A logarithmic y-axis with plain numbers, where values differ by more than a factor of two."""
+    present = [v for v in values if v]
+    if present and min(present) > 0 and max(present) > 2 * min(present):
+        panel.set_yscale("log")
+        panel.yaxis.set_major_formatter(ScalarFormatter())
+        panel.yaxis.set_minor_formatter(ScalarFormatter())
+        is_wide = max(present) > 10 * min(present)
+        panel.yaxis.set_minor_locator(LogLocator(subs=(2, 5) if is_wide else (1.5, 2, 3, 4, 5, 6, 7, 8, 9)))
+
+
+def methods_of(rows: Sequence[Row], without: Sequence[str] = ()) -> list[str]:
+    return [m for m in dict.fromkeys(r.method for r in rows) if m not in without]
+
+
+def removal_figure(rows: list[Row], metric: str, folder: Path, metric_label: str) -> list[Path]:
+    """A metric against the mean share of entries removed.
+
+    Methods that fill their budget differently see different shares of the text at one asked
+    ratio, so the x-axis is ``ratio_mean``: 1 - entries visible / text tokens before.
+    """
+    chosen = [r for r in rows if r.metric == metric and r.params.get("bin") is None and r.value is not None]
+
+    def panel(place: Axes, mine: list[Row]) -> None:
+        for method in methods_of(mine, _LINES):
+            points = sorted((r for r in mine if r.method == method), key=lambda r: r.ratio_mean or 0.0)
+            curve(place, method, [r.ratio_mean or 0.0 for r in points], points)
+        for name in _LINES:
+            line = {k: v for k, v in style_of(name).items() if k in ("color", "linestyle")}
+            for row in (r for r in mine if r.method == name):
+                place.axhline(row.value or 0.0, linewidth=1, label=name, **line)
+        if metric != "accuracy":
+            log_scale(place, [r.value for r in mine])
+        place.set_xlabel("share of cache entries removed (mean over queries)")
+        place.set_ylabel(metric_label)
+        place.set_xlim(min(0, *(r.ratio_mean or 0 for r in mine)), 1)
+
+    return draw(chosen, panel, folder, f"{metric}-removal")

@@ -1,0 +1,71 @@
+"""Recall by distance: which methods still know what was said how long ago."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from matplotlib import rc_context
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from kvbench.reporting.figures.base import SETTINGS, save
+from kvbench.reporting.tables.format import Key, by_setting
+from kvbench.store.records import Row
+
+
+def recall_figure(rows: list[Row], folder: Path) -> list[Path]:
+    """Accuracy of every method and distance in numbers on grey, a panel per ratio; bold where the interval of the
+    difference to the full cache is below 0."""
+    chosen = [
+        r for r in rows if r.metric == "accuracy" and str(r.params.get("bin")).startswith("distance=")
+        and r.value is not None
+    ]
+    paths, taken = [], set[str]()
+    for (name, *_), mine in by_setting(chosen).items():
+        ratios = sorted({r.ratio_asked for r in mine if r.ratio_asked is not None})
+        fixed = [r for r in mine if r.ratio_asked is None]
+        groups = [([r for r in mine if r.ratio_asked == ratio] + fixed, f"{ratio:g} removed") for ratio in ratios]
+        groups = groups or [(fixed, mine[0].task)]
+        with rc_context(SETTINGS | {"axes.grid": False}):
+            most = max(len({r.method for r in group}) for group, _ in groups)
+            size = (3.6 * len(groups), 0.8 + 0.21 * most)
+            figure = Figure(figsize=size, layout="constrained")
+            places = list(figure.subplots(1, len(groups), squeeze=False).flat)
+            for place, (group, title) in zip(places, groups, strict=True):
+                _panel(place, group, title)
+            figure.suptitle(name, fontsize=9)
+            paths += save(figure, folder, _free("-known" if mine[0].params.get("question") == "known" else "", taken))
+    return paths
+
+
+def _free(which: str, taken: set[str]) -> str:
+    """A name for the next figure of a question that no other has."""
+    name, number = f"recall-distance{which}", 2
+    while name in taken:
+        name, number = f"recall-distance{which}-{number}", number + 1
+    taken.add(name)
+    return name
+
+
+def _panel(place: Axes, rows: list[Row], title: str) -> None:
+    distances = sorted({int(str(r.params["bin"]).partition("=")[2]) for r in rows})
+    table: dict[Key, dict[int, Row]] = {}
+    for row in rows:
+        table.setdefault((row.method, row.ratio_asked), {})[int(str(row.params["bin"]).partition("=")[2])] = row
+    ordered = sorted(table.items(), key=lambda item: -sum(r.value or 0.0 for r in item[1].values()))
+    values = [[(line[d].value or 0.0) if d in line else float("nan") for d in distances] for _, line in ordered]
+    place.imshow(values, cmap="Greys", vmin=0, vmax=1.4, aspect="auto")
+    for y, (_, line) in enumerate(ordered):
+        for x, distance in enumerate(distances):
+            if distance in line:
+                row = line[distance]
+                is_less = row.delta_ci_high is not None and row.delta_ci_high < 0
+                place.text(
+                    x, y, f"{row.value:.2f}", ha="center", va="center", fontsize=7.5,
+                    color="white" if (row.value or 0) > 0.75 else "black", weight="bold" if is_less else "normal",
+                )
+    place.set_xticks(range(len(distances)), [str(d) for d in distances])
+    place.set_yticks(range(len(ordered)), [method for (method, _), _ in ordered])
+    place.tick_params(length=0, labelsize=8)
+    place.set_xlabel("tokens since the number was stated")
+    place.set_title(title, fontsize=9)

@@ -1,0 +1,1 @@
+"""Rows to tables: terminal, Markdown, CSV, LaTeX."""

@@ -1,0 +1,94 @@
+"""Tables as files: Markdown, CSV and LaTeX, one of each for every table, and all rows as one CSV."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+import pandas as pd
+
+from kvbench.reporting.tables.tables import Sheet, renamed, sheets_of
+from kvbench.store.folder import write_atomic
+from kvbench.store.records import Row
+
+_LATEX = str.maketrans({
+    "&": r"\&", "%": r"\%", "$": r"\$", "#": r"\#", "_": r"\_", "{": r"\{", "}": r"\}", "~": r"\textasciitilde{}",
+    "^": r"\textasciicircum{}", "\\": r"\textbackslash{}", "|": r"\textbar{}", "<": r"\textless{}",
+    ">": r"\textgreater{}",
+})
+
+
+def write_tables(rows: Sequence[Row], folder: Path) -> list[Path]:
+    """Write every table in each of the formats.
+
+    Returns:
+        The files written.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    found, taken = [], set[str]()
+    for sheet in sheets_of(rows):
+        named = renamed(sheet, taken)
+        taken.add(named.name)
+        for ending, text in (("md", markdown(named)), ("tex", latex(named)), ("csv", csv(named))):
+            path = folder / f"{named.name}.{ending}"
+            write_atomic(path, text)
+            found.append(path)
+    path = folder / "rows.csv"
+    write_atomic(path, all_rows(rows))
+    return [*found, path]
+
+
+def markdown(sheet: Sheet) -> str:
+    """A table for GitHub and its like, with its notes."""
+    body = [
+        [f"**{_md(entry.text)}**" if entry.is_best else _md(entry.text) for entry in row] for row in sheet.rows
+    ]
+    frame = pd.DataFrame(body, columns=_unique(sheet.columns))
+    table = frame.to_markdown(index=False, disable_numparse=True)
+    notes = "\n\n".join(_md(note) for note in sheet.notes)
+    return f"**{_md(sheet.title)}**\n\n{table}\n\n{notes}\n"
+
+
+def _md(text: str) -> str:
+    return text.replace("*", r"\*").replace("_", r"\_").replace("|", r"\|")
+
+
+def csv(sheet: Sheet) -> str:
+    """What a spreadsheet reads: the text of every cell."""
+    body = [[entry.text for entry in row] for row in sheet.rows]
+    text: str = pd.DataFrame(body, columns=_unique(sheet.columns)).to_csv(index=False)
+    return text
+
+
+def latex(sheet: Sheet) -> str:
+    """A table with booktabs' rules: ``\\usepackage{booktabs}``."""
+    body = [
+        [(rf"\textbf{{{_tex(entry.text)}}}" if entry.is_best else _tex(entry.text)) for entry in row]
+        for row in sheet.rows
+    ]
+    lines = [
+        r"\begin{table}", r"\centering", r"\small", rf"\caption{{{_tex(sheet.title)}. {_tex(sheet.notes[0])}}}",
+        rf"\label{{tab:{sheet.name}}}", rf"\begin{{tabular}}{{{'l' * len(sheet.columns)}}}", r"\toprule",
+        " & ".join(_tex(column) for column in sheet.columns) + r" \\", r"\midrule",
+        *(" & ".join(row) + r" \\" for row in body), r"\bottomrule", r"\end{tabular}",
+        *(f"% {note}" for note in sheet.notes), r"\end{table}",
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def _tex(text: str) -> str:
+    return text.translate(_LATEX)
+
+
+def all_rows(rows: Sequence[Row]) -> str:
+    """Every number with everything that is known of it; parameters as one column of JSON."""
+    frame = pd.DataFrame([dataclasses.asdict(row) | {"params": json.dumps(row.params)} for row in rows])
+    text: str = frame.to_csv(index=False)
+    return text
+
+
+def _unique(columns: Sequence[str]) -> list[str]:
+    """Headings that no two columns share."""
+    return [f"{column} {i}" if column in columns[:i] else column for i, column in enumerate(columns)]

@@ -1,0 +1,118 @@
+"""How rows become cells of a table: values with their intervals, ratios as realised, bytes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from rich import box
+from rich.table import Table
+
+from kvbench.store.faults import named
+from kvbench.store.records import Row
+from kvbench.units import bytes_of
+
+WIDTH = 140
+"""Width of tables where the output is not a terminal."""
+
+_ROLE_ORDER = ("human", "full", "adapted", "none")
+
+
+Key = tuple[str, float | None]
+"""A method as it is shown, and a ratio."""
+
+
+def name_of(row: Row) -> str:
+    return named(row.method, row.params)
+
+
+def by_setting(rows: Sequence[Row]) -> dict[tuple[str, str, str, int], list[Row]]:
+    """Rows by (task and question, protocol, model, seed): what is compared within one table or panel."""
+    found: dict[tuple[str, str, str, int], list[Row]] = {}
+    for row in rows:
+        found.setdefault((task_of(row), row.protocol, row.model, row.seed), []).append(row)
+    return found
+
+
+def task_of(row: Row) -> str:
+    """The task, and which question of it was asked where there are two: ``recall, question known``."""
+    question = row.params.get("question")
+    return row.task if question is None else f"{row.task}, question {question}"
+
+
+def reading_note(rows: Sequence[Row]) -> str:
+    """How a prefix was read, where a table holds methods that read it in two ways; empty elsewhere."""
+    once = {row.method for row in rows if row.params.get("prefill") == "once"}
+    masked = {row.method for row in rows if "prefill" not in row.params} - set(_ROLE_ORDER)
+    if rows[0].protocol not in ("prefix", "generate") or not once or not masked:
+        return ""
+    layouts, policies = (", ".join(sorted(names)) for names in (masked, once))
+    return (
+        f"Layouts ({layouts}) read the prefix under their mask; policies ({policies}) read it whole and are cut once."
+    )
+
+
+def cells_of(rows: list[Row]) -> dict[Key, dict[str, Row]]:
+    """Rows by (method, ratio), controls first, in the order of the plan."""
+    found: dict[Key, dict[str, Row]] = {}
+    for row in rows:
+        found.setdefault((name_of(row), row.ratio_asked), {})[row.metric] = row
+
+    def order(key: Key) -> tuple[float, int]:
+        method, ratio = key
+        place = _ROLE_ORDER.index(method) if method in _ROLE_ORDER else len(_ROLE_ORDER)
+        return (ratio if ratio is not None else -1.0, place)
+
+    return dict(sorted(found.items(), key=lambda item: order(item[0])))
+
+
+def new_table(row: Row, what: str, removed: tuple[str, ...] = ("asked", "realised", "mean")) -> Table:
+    table = Table(
+        title=f"{task_of(row)}: {what}  ({row.model}, {row.protocol}, seed {row.seed}, {row.n} documents in "
+        f"{row.groups} groups)",
+        title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False,
+    )
+    table.add_column("method", no_wrap=True)
+    for place, name in enumerate(removed):
+        table.add_column(f"{'' if place else 'removed:'}\n{name}", justify="right")
+    return table
+
+
+def style_of(method: str) -> str:
+    return "dim" if method in _ROLE_ORDER else ""
+
+
+def value_of(row: Row, digits: int) -> str:
+    if row.value is None:
+        return "n/a"
+    if row.ci_low is None or row.ci_high is None:
+        return f"{row.value:.{digits}f}"
+    return f"{row.value:.{digits}f}\n[{row.ci_low:.{digits}f}, {row.ci_high:.{digits}f}]"
+
+
+def delta_of(row: Row, digits: int) -> str:
+    if row.delta is None:
+        return "-"
+    if row.delta_ci_low is None or row.delta_ci_high is None:
+        return f"{row.delta:+.{digits}f}"
+    return f"{row.delta:+.{digits}f}\n[{row.delta_ci_low:+.{digits}f}, {row.delta_ci_high:+.{digits}f}]"
+
+
+def p_of(row: Row) -> str:
+    if row.p_value is None:
+        return "-"
+    return "<.001" if row.p_value < 0.001 else f"{row.p_value:.3f}".lstrip("0")
+
+
+def asked_of(row: Row) -> str:
+    """What was asked for: a ratio, or a budget."""
+    if row.params.get("budget_tokens"):
+        return f"{row.params['budget_tokens']} kept"
+    if row.params.get("budget_bytes"):
+        return bytes_of(float(row.params["budget_bytes"]))
+    return number_of(row.ratio_asked, None)
+
+
+def number_of(value: float | None, digits: int | None) -> str:
+    if value is None:
+        return "-"
+    return f"{value:g}" if digits is None else f"{value:.{digits}f}"

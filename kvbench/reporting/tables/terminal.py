@@ -1,0 +1,144 @@
+"""Tables for people, in the terminal: every value with its interval, every ratio as realised."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from rich import box
+from rich.console import Console, Group
+from rich.table import Table
+from rich.text import Text
+
+from kvbench.reporting.tables.format import (
+    WIDTH,
+    asked_of,
+    by_setting,
+    cells_of,
+    delta_of,
+    name_of,
+    new_table,
+    number_of,
+    p_of,
+    reading_note,
+    style_of,
+    value_of,
+)
+from kvbench.reporting.tables.profile import profile_tables
+from kvbench.reporting.tables.texts import text_tables
+from kvbench.store.faults import faults_in
+from kvbench.store.records import Results, Row
+from kvbench.units import bytes_of
+
+_BINS = {"distance": "distance in tokens", "step": "time step (chunks in memory)"}
+
+
+def print_results(results: Results, console: Console, folder: Path | None = None) -> None:
+    """All tables of a run, its failures, and where it lies."""
+    if not console.is_terminal:
+        console = Console(file=console.file, width=WIDTH)
+    for rows in by_setting(results.rows).values():
+        console.print(task_tables(rows))
+    for sentence in faults_in((row.method, row.params) for row in results.rows):
+        console.print(Text(sentence, style="yellow"))
+    for failure in results.failures:
+        style = "dim" if failure.left_out else "red"
+        console.print(Text(f"{failure.word}: {failure.error} {failure.hint}".strip(), style=style))
+    if folder is not None:
+        console.print(Text(f"run folder: {folder}"), soft_wrap=True)
+
+
+def task_tables(rows: list[Row]) -> Group:
+    """The main table of a task, and one by distance where there are bins."""
+    if rows[0].protocol == "profile":
+        return Group(*profile_tables(rows))
+    whole = [r for r in rows if r.params.get("bin") is None]
+    if whole and whole[0].protocol == "generate":
+        return Group(*text_tables(rows), Text(""))
+    names = {r.metric for r in whole}
+    table = _recall_table(whole) if "answer_nll" in names else _lm_table(whole)
+    parts: list[Table | Text] = [table, Text(_caption(whole), style="dim")]
+    for metric, label in (("ppl", "perplexity"), ("accuracy", "accuracy")):
+        binned = [r for r in rows if r.metric == metric and r.params.get("bin")]
+        if binned:
+            parts.append(_bin_table(binned, label))
+    return Group(*parts, Text(""))
+
+
+def _lm_table(rows: list[Row]) -> Table:
+    table = new_table(rows[0], "perplexity")
+    for name in ("ppl\n[95 % CI]", "diff to full\n[95 % CI]", "p", "recovery", "KL"):
+        table.add_column(name, justify="right")
+    _memory_columns(table)
+    for (method, _), metrics in cells_of(rows).items():
+        ppl = metrics["ppl"]
+        table.add_row(
+            *_head(method, ppl), value_of(ppl, 2), delta_of(ppl, 2), p_of(ppl),
+            _plain(metrics.get("recovery"), 2), _plain(metrics.get("kl"), 3), *_memory(metrics),
+            style=style_of(method),
+        )
+    return table
+
+
+def _recall_table(rows: list[Row]) -> Table:
+    table = new_table(rows[0], "recall of a stated number")
+    for name in ("accuracy\n[95 % CI]", "diff to full\n[95 % CI]", "p", "nll of answer\n[95 % CI]"):
+        table.add_column(name, justify="right")
+    _memory_columns(table)
+    for (method, _), metrics in cells_of(rows).items():
+        accuracy = metrics["accuracy"]
+        table.add_row(
+            *_head(method, accuracy), value_of(accuracy, 2), delta_of(accuracy, 2), p_of(accuracy),
+            value_of(metrics["answer_nll"], 2), *_memory(metrics), style=style_of(method),
+        )
+    return table
+
+
+def _bin_table(rows: list[Row], what: str) -> Table:
+    """A metric by distance in tokens, or by time step."""
+    bins = list(dict.fromkeys(str(r.params["bin"]) for r in rows if r.params.get("bin")))
+    label = bins[0].partition("=")[0]
+    table = Table(
+        title=f"{what} by {_BINS.get(label, label)} [95 % CI]", title_justify="left", box=box.SIMPLE_HEAD,
+        pad_edge=False,
+    )
+    table.add_column("method", no_wrap=True)
+    table.add_column("asked", justify="right")
+    for name in bins:
+        table.add_column(name.partition("=")[2], justify="right")
+    for (method, ratio), _ in cells_of(rows).items():
+        mine = {r.params["bin"]: r for r in rows if (name_of(r), r.ratio_asked) == (method, ratio)}
+        cells = [value_of(mine[name], 2) if name in mine else "-" for name in bins]
+        table.add_row(method, number_of(ratio, None), *cells, style=style_of(method))
+    return table
+
+
+def _memory_columns(table: Table) -> None:
+    for name in ("peak\nentries", "KV held\n(of full)", "removal"):
+        table.add_column(name, justify="right")
+
+
+def _head(method: str, row: Row) -> tuple[str, str, str, str]:
+    return method, asked_of(row), number_of(row.ratio_realised, 3), number_of(row.ratio_mean, 3)
+
+
+def _memory(metrics: dict[str, Row]) -> tuple[str, str, str]:
+    physical, full = metrics["kv_bytes_physical"], metrics["kv_bytes_full"]
+    held = bytes_of(physical.value)
+    if physical.value is not None and full.value:
+        held += f"\n({100 * physical.value / full.value:.1f} %)"
+    return str(physical.entries_peak), held, physical.removal
+
+
+def _caption(rows: list[Row]) -> str:
+    note = reading_note(rows)
+    return (
+        "removed: asked; realised when a sequence has been read; mean over the scored queries. "
+        "KV held: distinct storages alive then.\np: paired sign-flip test against full, Holm-adjusted. "
+        + (f"{note}\n" if note else "") + rows[0].signature.partition(":")[2]
+    )
+
+
+def _plain(row: Row | None, digits: int) -> str:
+    return "-" if row is None else number_of(row.value, digits)
+
+
