@@ -591,3 +591,11 @@ def test_half_precision_finds_the_rotations_of_whole_precision(kind: str) -> Non
                               for name, p in module._parameters.items()}
     assert turned(half).layers == turned(whole).layers
     assert None not in turned(whole).layers
+
+
+def test_looking_far_changes_no_rotation_that_goes_by_length() -> None:
+    model = zoo_model("llama", register(), rope_parameters=LONG)
+    before = {name: tensor.clone() for name, tensor in model.named_buffers()}
+    found = turned(model)
+    assert None not in found.layers
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.named_buffers())

@@ -1,6 +1,6 @@
 """Rotary position embeddings: what each layer turns, and turning entries of the cache again.
 
-Layers are asked, not configurations: a token that is read alone at two places gives the same hidden states wherever
+Layers are asked, not configurations: a token that is read alone at a few places gives the same hidden states wherever
 it stands, so that what differs between its keys is the rotation of that layer, or none.
 """
 
@@ -87,10 +87,14 @@ def frequencies(model: nn.Module) -> tuple[Tensor | None, ...] | None:
 
 
 def turned(model: nn.Module) -> Turned:
-    """What places do to the queries and keys of every layer: one forward pass of one token, at two places.
+    """What places do to the queries and keys of every layer: one forward pass of one token, at a few places.
 
-    The model is to be asked as it is, before an adapter is put into it.
+    The model is to be asked as it is, before an adapter is put into it. Rotations that depend on the length of the
+    text are fixed meanwhile, since a token far away would change them.
     """
+    if any("forward" not in vars(model.get_submodule(path)) for path in by_length(model)):
+        with fixed_rotations(model, context_of(model.config)):
+            return turned(model)
     state = tuple(tensor.data_ptr() for name, tensor in model.named_buffers() if _is_speed(name, tensor))
     if model not in _FOUND or _FOUND[model][0] != state:  # asked again once rotations are fixed for another text
         _FOUND[model] = state, _asked(model)
