@@ -94,7 +94,11 @@ def turned(model: nn.Module) -> Turned:
     """
     if any("forward" not in vars(model.get_submodule(path)) for path in by_length(model)):
         with fixed_rotations(model, context_of(model.config)):
-            return turned(model)
+            return _found(model)
+    return _found(model)
+
+
+def _found(model: nn.Module) -> Turned:
     state = tuple(tensor.data_ptr() for name, tensor in model.named_buffers() if _is_speed(name, tensor))
     if model not in _FOUND or _FOUND[model][0] != state:  # asked again once rotations are fixed for another text
         _FOUND[model] = state, _asked(model)
