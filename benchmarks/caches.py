@@ -5,17 +5,16 @@ Run: python -m benchmarks.caches
 
 from __future__ import annotations
 
-from fractions import Fraction
-
 import torch
 
 from benchmarks.pairs import compare_times
-from kvbench.methods import Structure, make_layout, make_method
+from kvbench.inference.opening import Text, open_session
+from kvbench.methods.layouts.full import Full
 from kvbench.models.loading import load_model
 from kvbench.models.references import resolve_model
 from kvbench.profiling.clock import WallClock
 from kvbench.profiling.passes import Timed, time_request
-from kvbench.profiling.request import EvictingRequest, StockRequest
+from kvbench.profiling.request import SessionRequest, StockRequest
 
 LENGTH, NEW = 4096, 64
 
@@ -25,8 +24,6 @@ class Pair:
 
     def __init__(self, model: torch.nn.Module, batch: int) -> None:
         self.model, self.batch, self.seed = model, batch, 0
-        full = make_method("full", Fraction(0))
-        self.layout = make_layout(full, LENGTH + NEW, 0, 0, Structure(prefix=LENGTH))
 
     def _prompt(self) -> torch.Tensor:
         self.seed += 1
@@ -34,8 +31,11 @@ class Pair:
 
     def ours(self) -> Timed:
         return time_request(
-            lambda watch: EvictingRequest(
-                self.model, None, self._prompt(), self.layout, NEW, len(self.layout), watch.beside
+            lambda watch: SessionRequest(
+                open_session(
+                    self.model, Full(), Text(LENGTH, LENGTH + NEW, (0,) * self.batch), at_once=True,
+                    overhead=watch.overhead,
+                ), self.model, self._prompt(), NEW,
             ), WallClock(), torch.device("cpu"), None,
         )
 

@@ -13,9 +13,10 @@ from typing import Any
 import torch
 
 from benchmarks.pairs import compare_times
-from kvbench.inference.generation import Continuation, Sampling
-from kvbench.inference.layout_session import Reader
-from kvbench.methods import Structure, make_layout, make_method
+from kvbench.inference.generation import greedy, read_prompt, written
+from kvbench.inference.opening import Text, open_session, prepared
+from kvbench.inference.sampling import Sampling
+from kvbench.methods import make_method
 from kvbench.models.adapter import Adapter
 from kvbench.models.loading import load_model
 from kvbench.models.references import find_adapter, resolve_model
@@ -28,18 +29,16 @@ class Prompt:
         generator = torch.Generator().manual_seed(0)
         self.model, self.new = model, new
         self.ids = torch.randint(2, 4096, (rows, prefix), generator=generator)
-        self.greedy = torch.full((rows, 1, new), torch.nan, dtype=torch.float64)
 
     def ours(self, method: str, ratio: str, adapter: Adapter | None) -> float:
         """Seconds from the first chosen token to the last."""
-        prefix = self.ids.shape[1]
-        layout = make_layout(make_method(method, Fraction(ratio)), prefix + self.new, 0, 0, Structure(prefix=prefix))
-        text = Continuation(self.ids, self.greedy, layout, Sampling())
-        reader = Reader(self.model, adapter)
-        with torch.inference_mode(), reader.ready():
-            logits = text.read(reader)
+        rows, prefix = self.ids.shape
+        with torch.inference_mode(), prepared(self.model, adapter, prefix + self.new):
+            text = Text(prefix, prefix + self.new, (0,) * rows)
+            session = open_session(self.model, make_method(method, Fraction(ratio)), text, adapter=adapter)
+            logits = read_prompt(session, self.ids)
             start = time.perf_counter()
-            for _ in text.write(reader, logits):
+            for _ in written(session, logits, greedy(rows, self.new), Sampling()):
                 pass
             return time.perf_counter() - start
 

@@ -12,7 +12,6 @@ from __future__ import annotations
 import subprocess
 import sys
 import time
-from contextlib import nullcontext
 from fractions import Fraction
 from functools import partial
 from itertools import count
@@ -20,13 +19,13 @@ from itertools import count
 import torch
 
 from benchmarks.pairs import compare_times
-from kvbench.methods import Structure, make_layout, make_method
-from kvbench.methods.policies.policy import Policy
+from kvbench.inference.opening import Text, open_session
+from kvbench.methods import Method, make_method
 from kvbench.models.loading import load_model
 from kvbench.models.references import resolve_model
 from kvbench.profiling.clock import WallClock
 from kvbench.profiling.passes import time_request
-from kvbench.profiling.policed import PolicedRequest
+from kvbench.profiling.request import SessionRequest
 
 RATIO, NEW = "0.7", 2
 PAUSE = 0.3
@@ -79,14 +78,14 @@ class Rival:
         return float(seconds), int(entries)
 
 
-def read(model: torch.nn.Module, policy: Policy, length: int, seed: int) -> tuple[float, int]:
+def read(model: torch.nn.Module, policy: Method, length: int, seed: int) -> tuple[float, int]:
     """Our seconds, and entries that are left."""
-    layout = make_layout(policy, length + NEW, 0, 0, Structure(prefix=length))
     ids = torch.randint(4096, (1, length), generator=torch.Generator().manual_seed(seed))
     time.sleep(PAUSE)
     found = time_request(
-        lambda _: PolicedRequest(model, policy, ids, layout, NEW, 0, nullcontext), WallClock(), torch.device("cpu"),
-        None,
+        lambda _: SessionRequest(
+            open_session(model, policy, Text(length, length + NEW, (0,)), at_once=True), model, ids, NEW,
+        ), WallClock(), torch.device("cpu"), None,
     )
     return found.timeline.prefilled - found.timeline.started, found.held
 
@@ -98,9 +97,7 @@ def main() -> None:
     rival = Rival(sys.argv[1], reference.location)
     print(f"reading a prompt and compressing it at {RATIO}, rival: kvpress 0.5.5 in an environment of its own")
     for name in ("snapkv", "knorm"):
-        method = make_method(name, Fraction(RATIO))
-        policy = method.policy
-        assert policy is not None
+        policy = make_method(name, Fraction(RATIO))
         for length in (1024, 4096):
             ours = partial(read, model, policy, length)
             if abs(ours(0)[1] - rival.read(name, length, 0)[1]) > 1:

@@ -5,19 +5,19 @@ Run: python -m benchmarks.policies
 
 from __future__ import annotations
 
-from contextlib import nullcontext
 from fractions import Fraction
 
 import torch
 
 from benchmarks.pairs import compare_times
-from kvbench.methods import METHODS, Method, Structure, make_layout, make_method
+from kvbench.inference.opening import Text, open_session
+from kvbench.methods import METHODS, Method, make_method
+from kvbench.methods.policies.policy import Policy
 from kvbench.models.loading import load_model
 from kvbench.models.references import resolve_model
 from kvbench.profiling.clock import WallClock
 from kvbench.profiling.passes import time_request
-from kvbench.profiling.policed import PolicedRequest
-from kvbench.profiling.request import EvictingRequest, Request
+from kvbench.profiling.request import Request, SessionRequest
 
 LENGTH, NEW, BATCH = 4096, 64, 1
 REACHES = {"think": "0.3"}
@@ -29,16 +29,11 @@ class Writing:
 
     def __init__(self, model: torch.nn.Module, method: Method) -> None:
         self.model, self.method, self.seed = model, method, 0
-        self.layout = make_layout(method, LENGTH + NEW, 0, 0, Structure(prefix=LENGTH))
         self.prompt = torch.randint(4096, (BATCH, LENGTH), generator=torch.Generator().manual_seed(0))
 
     def _request(self) -> Request:
-        policy = self.method.policy
-        if policy is None:
-            return EvictingRequest(
-                self.model, None, self.prompt, self.layout, NEW, len(self.layout), nullcontext
-            )
-        return PolicedRequest(self.model, policy, self.prompt, self.layout, NEW, 0, nullcontext)
+        session = open_session(self.model, self.method, Text(LENGTH, LENGTH + NEW, (0,) * BATCH), at_once=True)
+        return SessionRequest(session, self.model, self.prompt, NEW)
 
     def seconds(self) -> float:
         """Per token."""
@@ -52,7 +47,7 @@ def main() -> None:
     full = Writing(model, make_method("full", Fraction(0)))
     print(f"writing {NEW} tokens after {LENGTH} at 0.7, removed every 16; rival: the full cache, the same loop")
     for name, kind in METHODS.items():
-        if kind.is_policy:
+        if issubclass(kind, Policy):
             mine = Writing(model, make_method(name, Fraction(REACHES.get(name, "0.7"))))
             compare_times(name, mine.seconds, full.seconds, 0.9, repeats=9)
 

@@ -11,12 +11,12 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from benchmarks.pairs import compare
-from kvbench.methods import make_layout, make_method
+from kvbench.methods import make_method
 from kvbench.models.adapter import Adapter
 from kvbench.models.loading import load_model
 from kvbench.models.references import find_adapter, resolve_model
 from kvbench.protocols.pieces import Piece
-from kvbench.protocols.scoring import score_batch
+from kvbench.protocols.scoring import score_pieces
 
 LENGTH, ROWS = 512, 4
 
@@ -37,11 +37,11 @@ def main() -> None:
 
     print(f"one-pass scoring, loss included, {ROWS} x {LENGTH} tokens, rival: transformers forward with labels")
     for name, target in (("local", 0.90), ("sinks", 0.90), ("scattered", 0.90), ("sentinel", 0.75)):
-        layout = make_layout(make_method(name, Fraction("0.7")), LENGTH, 0, 0)
+        method = make_method(name, Fraction("0.7"))
         own = adapter if name == "sentinel" else None
 
-        def ours(layout=layout, own=own) -> None:  # type: ignore[no-untyped-def]
-            score_batch(model, own, layout, pieces, None, "onepass", 64)
+        def ours(method=method, own=own) -> None:  # type: ignore[no-untyped-def]
+            score_pieces(model, method, pieces, adapter=own, execution="onepass")
 
         compare(f"{name} at 0.7", ours, rival, target)
 

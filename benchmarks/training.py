@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM
 from transformers.cache_utils import DynamicCache
 
 from benchmarks.pairs import compare
-from kvbench.inference.layout_session import Reader
+from kvbench.inference.reader import Reader
 from kvbench.methods import METHODS, make_layout, make_method
 from kvbench.methods.base import Method
 from kvbench.methods.layouts.layout import Structure

@@ -13,13 +13,14 @@ from torch import nn
 
 from kvbench.cache.evicting import EvictingCache
 from kvbench.errors import UserError
-from kvbench.inference.layout_session import Reader, Trace
+from kvbench.inference.reader import Reader
 from kvbench.methods import Layout, Structure, make_layout, make_method
 from kvbench.methods.layouts.ccm import chunk_length
 from kvbench.methods.layouts.layout import COMP, RAW, SUM
 from kvbench.models.attention import register
 from kvbench.models.rope import frequencies, rotated
 from tests.conftest import VOCABULARY, adapter_for, small_model
+from tests.helpers.sessions import read_all
 from tests.zoo import zoo_model
 
 CHUNKED = ("ccm-concat", "ccm-merge", "gist", "meanpool", "pic")
@@ -107,11 +108,10 @@ def test_merged_entries_are_means_of_keys_and_of_values(
         options = {"recurrent": "false", "n_comp": "2", "merge": ema}
         method = make_method(name, Fraction(0), options)
         layout = make_layout(method, 30, 0, 0, Structure((10, 10, 10)))
-        run, cache = Reader(llama, adapter_for(llama, method), Trace()), EvictingCache()
+        run = Reader(llama, adapter_for(llama, method))
         with run.ready():
-            for _ in run.stream(ids, layout, cache, 4):
-                pass
-        held[name] = [(layer.keys, layer.values) for layer in cache.layers]
+            session, _ = read_all(run, ids, layout, 4)
+        held[name] = [(layer.keys, layer.values) for layer in session.cache.layers]
     for side_by_side, merged in zip(held["ccm-concat"], held["ccm-merge"], strict=True):
         for many, one in zip(side_by_side, merged, strict=True):
             expected = sum(share * many[..., 2 * i : 2 * i + 2, :] for i, share in enumerate(shares))
@@ -121,13 +121,12 @@ def test_merged_entries_are_means_of_keys_and_of_values(
 @torch.inference_mode()
 def test_mean_pool_is_the_mean_of_each_half(llama: nn.Module) -> None:
     ids = torch.randint(0, VOCABULARY, (1, 16), generator=torch.Generator().manual_seed(0))
-    whole, pooled = EvictingCache(), EvictingCache()
+    whole = EvictingCache()
     full = make_layout(make_method("full", Fraction(0)), 16, 0, 0)
     layout = make_layout(make_method("meanpool", Fraction(0)), 16, 0, 0, Structure((16,)))
-    reader = Reader(llama, None, Trace())
+    reader = Reader(llama)
     reader.one_pass(ids, full, cache=whole)
-    for _ in reader.stream(ids, layout, pooled, 5):
-        pass
+    pooled = read_all(reader, ids, layout, 5).session.cache
     for many, few in zip(whole.layers, pooled.layers, strict=True):
         assert (few.values[:, :, 0] - many.values[:, :, :8].mean(2)).abs().max() < 1e-5
         assert (few.keys[:, :, 1] - many.keys[:, :, 8:].mean(2)).abs().max() < 1e-5

@@ -17,13 +17,16 @@ from kvbench.data.documents import Document
 from kvbench.data.tasks import GenerationSpec
 from kvbench.errors import UserError
 from kvbench.inference import generation as decoding
-from kvbench.inference.generation import Continuation, Sampling, choose
-from kvbench.inference.layout_session import Reader
-from kvbench.methods import Layout, Structure, kept, make_layout, make_method
+from kvbench.inference import sampling
+from kvbench.inference.layout_session import LayoutSession
+from kvbench.inference.reader import Reader
+from kvbench.inference.sampling import Sampling, choose
+from kvbench.methods import Layout, Structure, kept, make_layout
 from kvbench.protocols.base import OPTIONS, protocol_options
 from kvbench.protocols.generate import cut_for_writing, resolve_writing, uniforms
 from kvbench.protocols.pieces import make_tokenizer
 from tests.conftest import VOCABULARY, adapter_for
+from tests.helpers.sessions import layout_method, texts
 from tests.test_equality import CASES, STREAM, Case, label
 
 P, G = 60, 36
@@ -45,10 +48,14 @@ def layout_of(case: Case, tokens: int = P, more: int = G) -> Layout:
     return make_layout(case.method, tokens + more, 0, 5, Structure(prefix=tokens))
 
 
-def written(reader: Reader, text: Continuation) -> Tensor:
+def session_of(reader: Reader, layout: Layout, chunk: int = 64, evicts: bool = True) -> LayoutSession:
+    return LayoutSession(reader, layout, P, chunk, evicts)
+
+
+def written(session: LayoutSession, text: Tensor, numbers: Tensor, ends: tuple[int, ...] = ()) -> Tensor:
     """int64 ``[rows, tokens]``, -1 after the end."""
-    with torch.inference_mode(), reader.ready():
-        return torch.stack(list(text.write(reader, text.read(reader))), 1)
+    with torch.inference_mode(), session.reader.ready():
+        return texts(session, text, numbers, ends)
 
 
 def reader_of(model: nn.Module, case: Case) -> Reader:
@@ -67,21 +74,21 @@ def test_logits_while_writing_are_those_of_one_masked_pass(
         return choose(logits, *rest)
 
     monkeypatch.setattr(decoding, "choose", noted)
-    text = Continuation(prefix(), drawn(2), layout, Sampling(), chunk=7)
-    ids = written(reader, text)
+    session = session_of(reader, layout, chunk=7)
+    ids = written(session, prefix(), drawn(2))
     rows = torch.cat([prefix().repeat_interleave(2, 0), ids], 1)
     with torch.inference_mode(), reader.ready():
         masked = reader.one_pass(rows, layout, slice(P - 1, -1))
     assert (torch.stack(seen, 1) - masked).abs().max() < 1e-5
-    alive, per_entry = reader.trace.held, text.cache.entry_bytes()
-    assert alive <= text.cache.entries()
-    assert text.cache.physical_bytes() <= per_entry * (alive + max(1, alive // 32))
+    alive, per_entry = session.kept, session.cache.entry_bytes()
+    assert alive <= session.cache.entries()
+    assert session.cache.physical_bytes() <= per_entry * (alive + max(1, alive // 32))
 
 
 @pytest.mark.parametrize("case", WRITING, ids=label)
 def test_masked_and_removed_write_the_same(llama: nn.Module, case: Case) -> None:
     removed, masked = (
-        written(reader_of(llama, case), Continuation(prefix(), drawn(2), layout_of(case), Sampling(), evicts=evicts))
+        written(session_of(reader_of(llama, case), layout_of(case), evicts=evicts), prefix(), drawn(2))
         for evicts in (True, False)
     )
     assert torch.equal(removed, masked)
@@ -93,8 +100,7 @@ def test_greedy_with_nothing_removed_is_what_generate_writes(model: nn.Module, n
     case = Case(name, "0", {})
     reader = reader_of(model, case)
     ends = (int(model.config.eos_token_id),)
-    text = Continuation(prefix(4), drawn(4, 1), layout_of(case), Sampling(), ends, chunk)
-    ours = written(reader, text)
+    ours = written(session_of(reader, layout_of(case), chunk=chunk), prefix(4), drawn(4, 1), ends)
     with torch.inference_mode(), reader.ready():
         if reader.adapter is not None:
             reader.adapter.open_gate(torch.empty(0, dtype=torch.long))
@@ -108,9 +114,9 @@ def test_greedy_with_nothing_removed_is_what_generate_writes(model: nn.Module, n
 
 @pytest.mark.parametrize("name", ["window", "sinks", "local", "scattered", "sentinel"])
 def test_ratio_zero_writes_what_the_full_cache_does(llama: nn.Module, name: str) -> None:
-    full = written(Reader(llama), Continuation(prefix(), drawn(2), layout_of(Case("full", "0", {})), Sampling()))
+    full = written(session_of(Reader(llama), layout_of(Case("full", "0", {}))), prefix(), drawn(2))
     case = Case(name, "0", {})
-    assert torch.equal(written(reader_of(llama, case), Continuation(prefix(), drawn(2), layout_of(case), Sampling())),
+    assert torch.equal(written(session_of(reader_of(llama, case), layout_of(case)), prefix(), drawn(2)),
                        full)
 
 
@@ -118,20 +124,20 @@ def test_ratio_zero_writes_what_the_full_cache_does(llama: nn.Module, name: str)
 def test_alone_or_in_a_batch_in_any_order(model: nn.Module, name: str) -> None:
     case = Case(name, "0.5" if name != "full" else "0", {})
     layout, text, numbers = layout_of(case), prefix(8), drawn(8)
-    together = written(reader_of(model, case), Continuation(text, numbers, layout, Sampling())).view(8, 2, -1)
+    together = written(session_of(reader_of(model, case), layout), text, numbers).view(8, 2, -1)
     order = torch.randperm(8, generator=torch.Generator().manual_seed(0))
-    shuffled = written(reader_of(model, case), Continuation(text[order], numbers[order], layout, Sampling()))
+    shuffled = written(session_of(reader_of(model, case), layout), text[order], numbers[order])
     assert torch.equal(shuffled.view(8, 2, -1), together[order])
     for row in range(8):
-        alone = written(reader_of(model, case), Continuation(text[row, None], numbers[row, None], layout, Sampling()))
+        alone = written(session_of(reader_of(model, case), layout), text[row, None], numbers[row, None])
         assert torch.equal(alone.view(1, 2, -1), together[row, None])
 
 
 def test_a_row_that_has_ended_stays_ended_and_changes_no_other(llama: nn.Module) -> None:
     case = Case("full", "0", {})
-    without = written(Reader(llama), Continuation(prefix(4), drawn(4, 1), layout_of(case), Sampling()))
+    without = written(session_of(Reader(llama), layout_of(case)), prefix(4), drawn(4, 1))
     end = int(without[0, 5])
-    ended = written(Reader(llama), Continuation(prefix(4), drawn(4, 1), layout_of(case), Sampling(), (end,)))
+    ended = written(session_of(Reader(llama), layout_of(case)), prefix(4), drawn(4, 1), (end,))
     assert ended.shape[1] == G or bool((ended[:, -1] == end).any())
     for row, free in zip(ended.tolist(), without.tolist(), strict=True):
         stop = free.index(end) + 1 if end in free else len(free)
@@ -147,9 +153,8 @@ def test_the_ratio_is_met_exactly_at_the_end_of_the_prefix(
     name: str, tokens: int, more: int, percent: int, which: int
 ) -> None:
     ratio = Fraction(percent, 100)
-    layout = make_layout(make_method(name, ratio), tokens + more, 0, which, Structure(prefix=tokens))
-    flow = Continuation(prefix(1, tokens), drawn(1, 1, more), layout, Sampling())
-    held = len(layout.held_after(flow._turn(tokens - 1)))
+    layout = make_layout(layout_method(name, str(ratio)), tokens + more, 0, which, Structure(prefix=tokens))
+    held = len(layout.held_after(LayoutSession(Reader(nn.Identity()), layout, tokens)._stop(tokens - 1)))
     assert held == (max(min(5, tokens), kept(tokens, ratio)) if name == "sinks" else kept(tokens, ratio))
     whole = len(layout.held_after(len(layout)))
     if name in ("window", "sinks") and percent:
@@ -167,8 +172,8 @@ def test_the_ratio_is_met_exactly_at_the_end_of_the_prefix(
 def test_memory_goes_on_growing_by_the_same_rule(case: Case) -> None:
     before = make_layout(case.method, P, 0, 0)
     after = layout_of(case)
-    flow = Continuation(prefix(1), drawn(1, 1), after, Sampling())
-    assert len(after.held_after(flow._turn(P - 1))) == len(before.held_after(len(before)))
+    read = LayoutSession(Reader(nn.Identity()), after, P)._stop(P - 1)
+    assert len(after.held_after(read)) == len(before.held_after(len(before)))
     if case.name == "ccm-merge":
         assert len(after.held_after(len(after))) <= 2 + 16
     else:
@@ -204,7 +209,7 @@ def test_the_nucleus_is_that_of_transformers() -> None:
 
     logits = torch.randn(50, 97, generator=torch.Generator().manual_seed(0)) * 3
     kept_there = TopPLogitsWarper(0.9)(None, logits).isfinite()  # type: ignore[arg-type]
-    ours = decoding._nucleus(logits.double().softmax(-1), 0.9) > 0
+    ours = sampling._nucleus(logits.double().softmax(-1), 0.9) > 0
     assert torch.equal(ours, kept_there)
 
 
@@ -212,7 +217,7 @@ def test_the_nucleus_is_that_of_transformers() -> None:
 def test_the_ends_of_the_unit_interval_are_tokens_of_the_nucleus(uniform: float) -> None:
     logits = torch.randn(8, 97, generator=torch.Generator().manual_seed(1)) * 5
     tokens = choose(logits, torch.full((8,), uniform, dtype=torch.float64), Sampling(0.5))
-    p = decoding._nucleus(logits.double().softmax(-1), 0.5)
+    p = sampling._nucleus(logits.double().softmax(-1), 0.5)
     assert bool((p.gather(1, tokens[:, None]) > 0).all())
 
 
@@ -285,11 +290,11 @@ def test_luck_belongs_to_the_prefix_not_to_its_name_or_place(tiny_tokenizer: Any
 def test_a_generation_config_that_a_model_ships_is_not_used(tmp_path: Path, llama: nn.Module) -> None:
     """Sampling and penalties of a checkpoint must not leak in: the loop never reads them."""
     case = Case("full", "0", {})
-    before = written(Reader(llama), Continuation(prefix(), drawn(2), layout_of(case), Sampling()))
+    before = written(session_of(Reader(llama), layout_of(case)), prefix(), drawn(2))
     kept_config = llama.generation_config
     try:
         llama.generation_config = type(kept_config)(do_sample=True, temperature=9.0, repetition_penalty=3.0, top_k=1)
-        after = written(Reader(llama), Continuation(prefix(), drawn(2), layout_of(case), Sampling()))
+        after = written(session_of(Reader(llama), layout_of(case)), prefix(), drawn(2))
     finally:
         llama.generation_config = kept_config
     assert torch.equal(before, after)

@@ -11,12 +11,13 @@ import torch
 from torch import Tensor, nn
 
 from kvbench.cache.evicting import EvictingCache
-from kvbench.inference.layout_session import Reader, Trace
-from kvbench.methods import METHODS, Layout, Method, Structure, kept, make_layout, make_method
+from kvbench.inference.reader import Reader
+from kvbench.methods import METHODS, Layout, LayoutMethod, Structure, kept, make_layout
 from kvbench.methods.layouts.ccm import Chunked
 from kvbench.methods.layouts.chunked import chunk_layout
 from kvbench.methods.layouts.layout import Tokens
 from tests.conftest import VOCABULARY, adapter_for
+from tests.helpers.sessions import layout_method, read_all
 
 N = 96
 TOLERANCE = 1e-5
@@ -32,8 +33,8 @@ class Case(NamedTuple):
     held: int | Callable[[Fraction], int] | None = None
 
     @property
-    def method(self) -> Method:
-        return make_method(self.name, Fraction(self.ratio), self.options)
+    def method(self) -> LayoutMethod:
+        return layout_method(self.name, self.ratio, **self.options)
 
 
 def in_chunks(n_comp: int, chunk: int) -> int:
@@ -75,7 +76,7 @@ CASES = [
 ]
 CASES += [  # methods of other packages
     Case(name, "0.5", {}) for name, kind in METHODS.items()
-    if name not in {case.name for case in CASES} and not kind.is_policy  # test_policies.py
+    if name not in {case.name for case in CASES} and issubclass(kind, LayoutMethod)  # test_policies.py
 ]
 
 
@@ -83,8 +84,8 @@ def label(case: Case) -> str:
     return "-".join([case.name, case.ratio, *(f"{k}={v}" for k, v in case.options.items())])
 
 
-def reader(model: nn.Module, method: Method) -> Reader:
-    return Reader(model, adapter_for(model, method), Trace())
+def reader(model: nn.Module, method: LayoutMethod) -> Reader:
+    return Reader(model, adapter_for(model, method))
 
 
 def ids() -> Tensor:
@@ -101,7 +102,7 @@ def expected_peak(layout: Layout, chunk: int) -> int:
 
 
 def test_every_method_is_tried() -> None:
-    assert {case.name for case in CASES} == {name for name, kind in METHODS.items() if not kind.is_policy}
+    assert {case.name for case in CASES} == {name for name, kind in METHODS.items() if issubclass(kind, LayoutMethod)}
 
 
 @pytest.mark.parametrize("case", CASES, ids=label)
@@ -114,13 +115,13 @@ def test_streamed_equals_one_pass(model: nn.Module, case: Case) -> None:
     with run.ready():
         masked = run.one_pass(ids(), layout)
         for chunk in (1, 7, 64):
-            cache, run.trace = EvictingCache(), Trace()
-            parts = list(run.stream(ids(), layout, cache, chunk))
-            streamed = torch.cat([part.logits for part in parts], 1)
+            read = read_all(run, ids(), layout, chunk)
+            session, parts = read
+            cache, streamed = session.cache, read.logits
             assert [part.start for part in parts] == [0, *(part.stop for part in parts[:-1])]
             assert (streamed - masked).abs().max() < TOLERANCE
-            assert run.trace.held == cache.entries() == held
-            assert run.trace.peak == expected_peak(layout, chunk)
+            assert session.kept == cache.entries() == held
+            assert session.peak == expected_peak(layout, chunk)
             assert cache.logical_bytes() == cache.physical_bytes()
             assert len(cache.layers) == 3
             assert all(layer.keys.shape[-2] == held for layer in cache.layers)
@@ -134,17 +135,14 @@ TURNS = (7, 3, 20, 1, 34, 15)
 def test_turns_of_any_length_and_what_follows(model: nn.Module, name: str) -> None:
     """A dialogue, compressed turn by turn, and what follows it: at once, one by one, and masked."""
     context, more = sum(TURNS), N - sum(TURNS)
-    method = make_method(name, Fraction("0.5"))
+    method = layout_method(name, "0.5")
     layout = make_layout(method, context, 0, 5, Structure(TURNS))
     expected = {"none": 0, "full": context, "local": 40, "ccm-merge": 2}.get(name, 2 * len(TURNS))
     run, text = reader(model, method), ids()
     held = layout.held_after(len(layout))
     assert len(held) == expected
     with run.ready():
-        at_once, one_by_one = EvictingCache(), EvictingCache()
-        for cache in (at_once, one_by_one):
-            for _ in run.stream(text[:, :context], layout, cache, 7):
-                pass
+        at_once, one_by_one = (read_all(run, text[:, :context], layout, 7).session.cache for _ in range(2))
         together = run.go_on(text[:, context:], context, at_once)
         steps = [
             run.go_on(text[:, context + i : context + i + 1], context + i, one_by_one) for i in range(more)
@@ -162,7 +160,7 @@ def test_turns_of_any_length_and_what_follows(model: nn.Module, name: str) -> No
 def test_what_follows_a_context_is_masked_by_hand(llama: nn.Module) -> None:
     """The same logits from one forward pass with a hand-made mask and nothing removed."""
     context, more = N - 16, 16
-    method = make_method("sentinel", Fraction("0.7"))
+    method = layout_method("sentinel", "0.7")
     layout = make_layout(method, context, 0, 5)
     run, text = reader(llama, method), ids()
     held, size = layout.held_after(len(layout)), len(layout)
@@ -171,9 +169,7 @@ def test_what_follows_a_context_is_masked_by_hand(llama: nn.Module) -> None:
     mask[size:, held] = True
     mask[size:, size:] = torch.ones(more, more, dtype=torch.bool).tril()
     with run.ready():
-        cache = EvictingCache()
-        for _ in run.stream(text[:, :context], layout, cache, 7):
-            pass
+        cache = read_all(run, text[:, :context], layout, 7).session.cache
         together = run.go_on(text[:, context:], context, cache)
         assert run.adapter is not None
         run.adapter.open_gate(layout.special_slots)
@@ -184,11 +180,13 @@ def test_what_follows_a_context_is_masked_by_hand(llama: nn.Module) -> None:
     assert (together - out.logits[:, size:]).abs().max() < TOLERANCE
 
 
-@pytest.mark.parametrize("name", [name for name, kind in METHODS.items() if kind.compresses and not kind.is_policy])
+@pytest.mark.parametrize(
+    "name", [name for name, kind in METHODS.items() if kind.compresses and issubclass(kind, LayoutMethod)]
+)
 @torch.inference_mode()
 def test_nothing_removed_is_the_base_model_exactly(model: nn.Module, name: str) -> None:
     """At ratio 0, or with no chunk yet full, a gated method is the base model bit for bit."""
-    method = make_method(name, Fraction(0))
+    method = layout_method(name, "0")
     if isinstance(method, Chunked):
         layout = chunk_layout(N, [], method.n_comp, method.who(0), method.mixture())
     else:
@@ -206,7 +204,7 @@ def test_nothing_removed_is_the_base_model_exactly(model: nn.Module, name: str) 
 @torch.inference_mode()
 def test_the_test_sees_a_wrong_mask(model: nn.Module) -> None:
     """A policy that shows one entry too few is far outside the tolerance."""
-    right = make_layout(make_method("local", Fraction("0.7")), N, 0, 0)
+    right = make_layout(layout_method("local", "0.7"), N, 0, 0)
 
     def wrong_policy(queries: Tokens, keys: Tokens) -> Tensor:
         return right.policy(queries, keys) & (keys.raw != queries.raw - 3)
@@ -218,7 +216,7 @@ def test_the_test_sees_a_wrong_mask(model: nn.Module) -> None:
 
 @torch.inference_mode()
 def test_rows_do_not_depend_on_their_batch(model: nn.Module) -> None:
-    method = make_method("sentinel", Fraction("0.7"))
+    method = layout_method("sentinel", "0.7")
     layout = make_layout(method, N, 0, 5)
     run = reader(model, method)
     with run.ready():

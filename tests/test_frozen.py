@@ -58,7 +58,8 @@ def test_an_old_folder_is_reported_and_compared(old_run: Path) -> None:
     found = {"ppl": 0, "gen_ppl": 0}
     for row in reported.document["rows"]:
         found[row["metric"]] = found.get(row["metric"], 0) + 1
-    assert found["ppl"] and found["gen_ppl"]
+    assert found["ppl"]
+    assert found["gen_ppl"]
     compared = kvbench("compare", str(old_run), str(OLD_RUN), "--json", cwd=old_run.parent)
     assert compared.code == 0, compared.err
     assert all(row["delta"] in (0, None) for row in compared.document["rows"])

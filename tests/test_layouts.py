@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kvbench.errors import UserError
-from kvbench.methods import METHODS, kept, layout_id, make_layout, make_method
+from kvbench.methods import METHODS, LayoutMethod, kept, layout_id, make_layout, make_method
 from kvbench.methods.layouts.ccm import Chunked
 from kvbench.methods.layouts.layout import CLOSE, OPEN, RAW, Layout
 from kvbench.methods.layouts.sentinel import sample_spans, span_layout
@@ -41,7 +41,9 @@ def closed_form(name: str, n: int, ratio: Fraction) -> int:
             return kept(n, ratio)
 
 
-WHOLE_AXIS = [name for name, kind in METHODS.items() if not issubclass(kind, Chunked) and not kind.is_policy]
+WHOLE_AXIS = [
+    name for name, kind in METHODS.items() if not issubclass(kind, Chunked) and issubclass(kind, LayoutMethod)
+]
 
 
 @pytest.mark.parametrize("name", WHOLE_AXIS)

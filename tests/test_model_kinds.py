@@ -21,11 +21,13 @@ from kvbench.data.documents import embedded_documents
 from kvbench.errors import UserError
 from kvbench.execution.job import Job, Order
 from kvbench.execution.worker import Worker
-from kvbench.inference.generation import Continuation, Sampling
-from kvbench.inference.layout_session import Reader
-from kvbench.inference.policy_session import Policing
+from kvbench.inference.generation import greedy
+from kvbench.inference.opening import Text, open_session
+from kvbench.inference.opening import prepared as model_prepared
+from kvbench.inference.policy_session import PolicySession
 from kvbench.judges.fluency import Scorer
-from kvbench.methods import Structure, make_layout, make_method
+from kvbench.methods import make_method
+from kvbench.methods.policies.knorm import Knorm
 from kvbench.models.attention import register
 from kvbench.models.facts import ModelFacts
 from kvbench.models.rope import fixed_rotations, frequencies, rotated, turned
@@ -33,10 +35,10 @@ from kvbench.planning.quality import Request, build_plan
 from kvbench.probe.asking import examine
 from kvbench.probe.masks import sight_of
 from kvbench.protocols.pieces import Piece
-from kvbench.protocols.score_policy import score_policed
-from kvbench.protocols.scoring import BatchScore, score_batch
+from kvbench.protocols.scoring import BatchScore, score_pieces
 from kvbench.store.folder import RunFolder
 from tests.conftest import Outcome
+from tests.helpers.sessions import texts
 from tests.test_store import CELL, record
 from tests.zoo import zoo_model, zoo_text
 
@@ -65,10 +67,7 @@ def piece_of(ids: Tensor, context: int | None = None, scored: int = 1) -> Piece:
 def scored(model: nn.Module, ids: Tensor, method: str, ratio: str = "0", execution: str = "streamed", **options: str,
            ) -> BatchScore:
     made, piece = make_method(method, Fraction(ratio), options), piece_of(ids)
-    if made.policy is not None:
-        return score_policed(model, made.policy, [piece], None, 64, 0)
-    layout = make_layout(made, ids.shape[1], 0, 3)
-    return score_batch(model, None, layout, [piece], None, execution, 64)[0]
+    return score_pieces(model, made, [piece], execution=execution)[0]
 
 
 @pytest.fixture(params=list(BY_LENGTH))
@@ -95,11 +94,8 @@ def test_what_follows_a_prefix_has_its_rotations_too(stretching: tuple[nn.Module
     ids = zoo_text(150, 2)
     own = own_nll(anew(), ids)[79:]
     piece = piece_of(ids, 80, 80)
-    layout = make_layout(make_method("full", Fraction(0)), 80, 0, 3)
-    policy = make_method("knorm", Fraction(0)).policy
-    assert policy is not None
-    by_layout, _ = score_batch(model, None, layout, [piece], None, "streamed", 64)
-    for found in (by_layout, score_policed(model, policy, [piece], None, 64, 0)):
+    for name in ("full", "knorm"):
+        found, _ = score_pieces(model, make_method(name, Fraction(0)), [piece])
         assert float((found.nll[0] - own).abs().max()) < 1e-4
 
 
@@ -109,11 +105,9 @@ def test_texts_are_written_with_the_rotations_of_the_whole_text(
     """Each word is the most probable one after all before it, in a pass that knows how long the text will be."""
     model, anew = stretching
     ids, new = zoo_text(90, 4), 20
-    layout = make_layout(make_method("full", Fraction(0)), 110, 0, 0, Structure(prefix=90))
-    greedy = torch.full((1, 1, new), torch.nan, dtype=torch.float64)
-    with torch.inference_mode(), fixed_rotations(model, 110):
-        text, reader = Continuation(ids, greedy, layout, Sampling()), Reader(model)
-        written = torch.stack(list(text.write(reader, text.read(reader))), 1)
+    with torch.inference_mode(), model_prepared(model, None, 110):
+        session = open_session(model, make_method("full", Fraction(0)), Text(90, 110, (0,)))
+        written = texts(session, ids, greedy(1, new))
     whole, other = torch.cat([ids, written], 1), anew()
     with torch.inference_mode():
         wanted = other(input_ids=whole, use_cache=False).logits[0, 89:-1].argmax(-1)
@@ -208,14 +202,13 @@ def test_budgets_in_bytes_are_of_what_is_cached(kind: str) -> None:
     shape = cache_shape(model)
     assert shape.entry_bytes == per_entry
     given = int(per_entry * 30.5)
-    made = make_method("window", Fraction(0), {"budget_bytes": str(given)}).fitted(100, shape)
-    score, _ = score_batch(model, None, make_layout(made, 100, 0, 3), [piece_of(ids)], None, "streamed", 64)
+    made = make_method("window", Fraction(0), {"budget_bytes": str(given)})
+    score, _ = score_pieces(model, made, [piece_of(ids)])
     assert 0.9 * given < score.logical <= given
     assert score.full == 100 * per_entry
     for name in () if kind == "deepseek_v3" else ("knorm", "kivi"):
-        policy = make_method(name, Fraction(0), {"budget_bytes": str(given)}).fitted(100, shape).policy
-        assert policy is not None
-        assert 0.6 * given < score_policed(model, policy, [piece_of(ids)], None, 64, 0).logical <= given
+        made = make_method(name, Fraction(0), {"budget_bytes": str(given)})
+        assert 0.6 * given < score_pieces(model, made, [piece_of(ids)])[0].logical <= given
 
 
 def test_attention_of_the_plain_code_is_computed_here() -> None:
@@ -426,13 +419,11 @@ def test_a_policy_sees_a_layer_once(llama: nn.Module) -> None:
     """What the probe compares is there: a cache that gives other values than it stores is found."""
     from kvbench.probe import asking
 
-    policy = make_method("knorm", Fraction(0)).policy
-    assert policy is not None
     cache, heard = asking._Noting(), []
-    reading = Policing(llama, policy, 40, (0,))
+    reading = PolicySession(llama, Knorm(), 40, (0,))
     reading.cache = cache
     with asking._heard(heard.append), torch.inference_mode():
-        list(reading.stream(zoo_text(40)))
+        list(reading.prefill(zoo_text(40)))
     assert asking._uncached(cache, heard) == ""
     layer, keys, values = cache.given[3]
     cache.given[3] = (layer, keys, values + 1)

@@ -15,7 +15,7 @@ import pytest
 import torch
 from torch import nn
 
-from kvbench.inference.policy_session import Policing
+from kvbench.inference.policy_session import PolicySession
 from tests.conftest import Outcome, kvbench
 from tests.test_policies import masked, read, text
 
@@ -85,7 +85,7 @@ def test_the_example_of_a_policy_removes_what_it_masks(llama: nn.Module) -> None
     logits, run = read(llama, policy, ids)
     assert float((logits - masked(llama, run, ids)).abs().max()) < 1e-5
     first = run.cache.layers[0]
-    whole = Policing(llama, space["LargeValues"](Fraction(0)), ids.shape[1], (3, 5))
+    whole = PolicySession(llama, space["LargeValues"](Fraction(0)), ids.shape[1], (3, 5))
     with torch.inference_mode():
         whole.feed(ids)
     left = whole.cache.layers[0].values.norm(dim=-1)
@@ -96,6 +96,8 @@ def test_the_example_of_a_policy_removes_what_it_masks(llama: nn.Module) -> None
 @pytest.mark.parametrize(("code", "value", "words"), [
     ("raise RuntimeError('not today')", "ends:Ends", "RuntimeError: not today"),
     ("Ends = 3", "ends:Ends", "is no subclass of kvbench.methods.Method"),
+    ("from kvbench.methods import Method\nclass Ends(Method):\n    name, summary = 'ends', 'as for kvbench 0.1'",
+     "ends:Ends", "docs/adding-a-method.md"),
     ("from kvbench.methods.layouts.windows import Local as Ends", "ends:Ends", "its name is taken"),
     ("", "ends:Ends", "AttributeError"),
     ("from kvbench.methods.layout import plain_tokens", "ends:Ends", "docs/adding-a-method.md says what has moved"),

@@ -16,16 +16,16 @@ from torch import Tensor, nn
 from transformers import DynamicCache
 
 from kvbench.inference.attention_statistics import attended, with_moments
-from kvbench.inference.generation import Sampling
-from kvbench.inference.layout_session import Reader
-from kvbench.inference.policy_session import PolicedContinuation, Policing
+from kvbench.inference.generation import greedy
+from kvbench.inference.policy_session import PolicySession
 from kvbench.methods import METHODS, kept, make_method
 from kvbench.methods.policies.policy import Policy, View, highest
 from kvbench.models.attention_hooks import WATCHER
 from kvbench.models.rope import rotated
 from tests.conftest import VOCABULARY
+from tests.helpers.sessions import texts
 
-POLICIES = [name for name, kind in METHODS.items() if kind.is_policy]
+POLICIES = [name for name, kind in METHODS.items() if issubclass(kind, Policy)]
 CHANGING = ["cam", "d2o", "fp8", "kivi", "lorc", "think"]
 """Policies after which entries are not what was computed, so that no mask can stand for them."""
 
@@ -49,11 +49,11 @@ def text(length: int = LENGTH) -> Tensor:
     return torch.randint(1, VOCABULARY, (BATCH, length), generator=torch.Generator().manual_seed(3))
 
 
-def read(model: nn.Module, policy: Policy, ids: Tensor, chunk: int | None = None) -> tuple[Tensor, Policing]:
+def read(model: nn.Module, policy: Policy, ids: Tensor, chunk: int | None = None) -> tuple[Tensor, PolicySession]:
     """Logits after every token, and the reading itself, with what it kept; at once, in chunks, if they are given."""
-    run = Policing(model, policy, ids.shape[1], (3, 5), kept=[])
+    run = PolicySession(model, policy, ids.shape[1], (3, 5), chunk=chunk, history=[])
     with torch.inference_mode():
-        parts = [part.logits for part in run.stream(ids, chunk=chunk)]
+        parts = [part.logits for part in run.prefill(ids)]
     return torch.cat(parts, 1), run
 
 
@@ -74,14 +74,14 @@ def runs_of(policy: Policy, length: int) -> Iterator[tuple[int, int]]:
 class Replayed:
     """The mask of one pass over everything: for each run of tokens, what was kept then, and the run itself."""
 
-    def __init__(self, run: Policing, heads: int, length: int) -> None:
-        assert run.kept is not None
+    def __init__(self, run: PolicySession, heads: int, length: int) -> None:
+        assert run.history is not None
         self.masks = []
         for layer in range(len(run.cache.layers)):
             mask = torch.zeros(BATCH, heads, length, length, dtype=torch.bool)
             for number, (start, stop) in enumerate(runs_of(run.policy, length)):
                 if number:
-                    seen = seen_at(run.kept[number][layer], length)
+                    seen = seen_at(run.history[number][layer], length)
                     mask[:, :, start:stop] |= seen.repeat_interleave(heads // seen.shape[1], 1)[:, :, None]
                 mask[:, :, start:stop, start:stop] |= torch.ones(stop - start, stop - start, dtype=torch.bool).tril()
             self.masks.append(mask)
@@ -96,7 +96,7 @@ class Replayed:
         pass
 
 
-def masked(model: Any, run: Policing, ids: Tensor) -> Tensor:
+def masked(model: Any, run: PolicySession, ids: Tensor) -> Tensor:
     token = WATCHER.set(Replayed(run, int(model.config.num_attention_heads), ids.shape[1]))
     try:
         with torch.inference_mode():
@@ -133,7 +133,7 @@ def test_removed_is_masked_by_what_was_kept(model: nn.Module, name: str) -> None
 def test_what_is_stored_is_what_transformers_would_attend(model: nn.Module, name: str) -> None:
     """On every family: each run of tokens, fed to the model itself with the entries that were held before it."""
     ids, policy = text(), policy_of(name, step="7")
-    run = Policing(model, policy, LENGTH, (3, 5))
+    run = PolicySession(model, policy, LENGTH, (3, 5))
     with torch.inference_mode():
         for start, stop in runs_of(policy, LENGTH):
             cache = DynamicCache()
@@ -183,9 +183,9 @@ def test_a_prefix_that_is_compressed_once_does_not_depend_on_chunks(llama: nn.Mo
 def test_rows_leave_each_other_alone(llama: nn.Module, name: str) -> None:
     ids, policy = text(), policy_of(name)
     _, both = read(llama, policy, ids)
-    alone = Policing(llama, policy, LENGTH, (5,))
+    alone = PolicySession(llama, policy, LENGTH, (5,))
     with torch.inference_mode():
-        list(alone.stream(ids[1:]))
+        list(alone.prefill(ids[1:]))
     for a, b in zip(both.cache.layers, alone.cache.layers, strict=True):
         assert torch.equal(seen_at(a.positions[1:], LENGTH), seen_at(b.positions, LENGTH))
 
@@ -211,11 +211,11 @@ def test_streaming_llm_counts_positions_in_the_cache(model: nn.Module) -> None:
     logits, run = read(model, policy, ids)
     for token in range(30, 48):  # the first layer's keys depend on nothing before: encode what was kept anew
         held = [0, 1, 2, 3, *range(token - (keep - 4), token)] if token > keep else list(range(token))
-        assert run.kept is not None
-        assert run.kept[token][0][0, 0].tolist() == held
+        assert run.history is not None
+        assert run.history[token][0][0, 0].tolist() == held
     first = run.cache.layers[0]
     with torch.inference_mode():
-        fresh = Policing(model, policy_of("streaming-llm", "0"), keep, (3, 5))
+        fresh = PolicySession(model, policy_of("streaming-llm", "0"), keep, (3, 5))
         fresh.feed(torch.cat([ids[:, :4], ids[:, 48 - (keep - 4) :]], 1))
     speeds, gap = run.cache.speeds[0], 48 - keep
     assert speeds is not None
@@ -242,16 +242,12 @@ def test_positions_in_the_cache_need_rotations(called: Callable[..., Any], model
 def test_texts_are_written_under_a_mask_of_what_was_kept(llama: nn.Module, name: str) -> None:
     """Greedy texts after a prefix that is compressed once; entries go on being removed while they are written."""
     ids, policy, new = text(40), policy_of(name, step="4"), 12
-    greedy = torch.full((BATCH, 1, new), torch.nan, dtype=torch.float64)
-    run = Policing(llama, policy, 40, (3, 5), kept=[])
-    layout = policy.layout(40 + new, np.random.default_rng(0))
-    words = PolicedContinuation(ids, greedy, layout, Sampling(), chunk=16, run=run)
+    run = PolicySession(llama, policy, 40, (3, 5), chunk=16, history=[])
     with torch.inference_mode():
-        reader = Reader(llama)
-        written = torch.stack(list(words.write(reader, words.read(reader))), 1)
-    assert run.kept is not None
+        written = texts(run, ids, greedy(BATCH, new))
+    assert run.history is not None
     # Three chunks of the prefix, then a token each.
-    kept_at, whole = run.kept[3:], torch.cat([ids, written], 1)[:, :-1]
+    kept_at, whole = run.history[3:], torch.cat([ids, written], 1)[:, :-1]
     masks = []
     for layer in range(len(run.cache.layers)):
         mask = torch.ones(whole.shape[1], whole.shape[1], dtype=torch.bool).tril().repeat(BATCH, 4, 1, 1)
@@ -272,9 +268,8 @@ def test_texts_are_written_under_a_mask_of_what_was_kept(llama: nn.Module, name:
     finally:
         WATCHER.reset(token)
     assert torch.equal(logits[:, 39:].argmax(-1), written)
-    assert words.visible_before.shape == (40 + new,)
-    assert reader.trace.held == round(run.cache.mean_entries())
-    assert policy.keeps_all or reader.trace.held < 40
+    assert len(run.visible(torch.arange(1, 40 + new))) == 39 + new
+    assert policy.keeps_all or run.kept < 40
 
 
 @pytest.mark.parametrize("name", POLICIES)
@@ -282,8 +277,7 @@ def test_a_text_that_is_continued_twice_is_the_same_text(llama: nn.Module, name:
     """Each row of the cache repeated, in whatever form it is held: the same logits, also after more has gone."""
     ids, policy = text(), policy_of(name, step="4")
     (_, one), (_, other) = (read(llama, policy, ids[:, :80]) for _ in range(2))
-    other.cache.batch_repeat_interleave(2)
-    other.lots = [lot for lot in other.lots for _ in range(2)]
+    other.expand(2)
     with torch.inference_mode():
         for token in range(80, 92):
             single = one.feed(ids[:, token : token + 1])

@@ -2,27 +2,31 @@
 
 from __future__ import annotations
 
-from contextlib import nullcontext
-
 import pytest
 import torch
 from torch import nn
 
-from kvbench.methods import make_layout
+from kvbench.inference.opening import Text, open_session
+from kvbench.inference.policy_session import PolicySession
 from kvbench.profiling.memory import CpuMemory
 from kvbench.profiling.passes import weigh_request
-from kvbench.profiling.policed import PolicedRequest
-from kvbench.profiling.request import cache_bytes
+from kvbench.profiling.request import SessionRequest, cache_bytes
 from tests.conftest import VOCABULARY
 from tests.test_policies import POLICIES, policy_of
 
 P, G = 96, 24
 
 
-def policed(model: nn.Module, name: str, **options: str) -> PolicedRequest:
+def policed(model: nn.Module, name: str, **options: str) -> SessionRequest:
     policy = policy_of(name, step="4", **options)
     prompt = torch.randint(1, VOCABULARY, (2, P), generator=torch.Generator().manual_seed(5))
-    return PolicedRequest(model, policy, prompt, make_layout(policy, P + G, 0, 3), G, 0, nullcontext)
+    session = open_session(model, policy, Text(P, P + G, (0, 1)), at_once=True)
+    return SessionRequest(session, model, prompt, G)
+
+
+def session_of(request: SessionRequest) -> PolicySession:
+    assert isinstance(request.session, PolicySession)
+    return request.session
 
 
 @pytest.mark.parametrize("name", POLICIES)
@@ -41,7 +45,7 @@ def test_a_filled_cache_has_the_size_of_one_that_was_read(llama: nn.Module, name
         assert texts[0].shape == (2, G)
         logical, physical = cache_bytes(read)
         assert physical <= 1.1 * logical
-    assert read.text.run.read == P + G - 1
+    assert session_of(read).read == P + G - 1
 
 
 def test_a_filled_cache_is_seeded(llama: nn.Module) -> None:
@@ -49,7 +53,7 @@ def test_a_filled_cache_is_seeded(llama: nn.Module) -> None:
         request = policed(llama, "snapkv")
         with torch.inference_mode():
             request.fill(seed)
-        return request.run.cache.layers[0].positions
+        return session_of(request).cache.layers[0].positions
 
     assert torch.equal(filled(1), filled(1))
     assert not torch.equal(filled(1), filled(2))

@@ -22,7 +22,7 @@ from kvbench.cache.ragged import Ragged
 from kvbench.cache.shape import CacheShape
 from kvbench.cache.stored import Packed
 from kvbench.errors import UserError
-from kvbench.inference.policy_support import check_policy
+from kvbench.inference.opening import check_method
 from kvbench.methods import METHODS
 from kvbench.methods.policies.cascading import Cascading
 from kvbench.methods.policies.kivi import Kivi
@@ -294,8 +294,7 @@ def test_channels_that_are_gone_are_those_used_least(llama: nn.Module) -> None:
 
 
 def test_channels_meet_the_bytes(llama: nn.Module) -> None:
-    policy = policy_of("think").fitted(LENGTH, CacheShape.even(1, 2, 16, 4)).policy
-    assert policy is not None
+    policy = policy_of("think").fitted(LENGTH, CacheShape.even(1, 2, 16, 4))
     for chunk in (32, None):  # at once, and step by step
         _, run = read(llama, policy, text(), chunk)
         assert run.cache.mean_entries() / LENGTH == pytest.approx(0.7, abs=0.05)
@@ -311,8 +310,8 @@ def test_layers_take_over_the_choice_of_others(llama: nn.Module) -> None:
 def test_little_is_attended_between_two_looks(llama: nn.Module) -> None:
     policy = policy_of("refreshkv", "0.5", step="8")
     _, run = read(llama, policy, text())
-    assert run.kept is not None
-    seen = [held[0].shape[-1] for held in run.kept[1:]]
+    assert run.history is not None
+    seen = [held[0].shape[-1] for held in run.history[1:]]
     assert seen[0::2] == [(read + 1) - (read + 1) // 2 for read in range(0, LENGTH, 8)][: len(seen[0::2])]
     assert seen[1::2] == list(range(8, LENGTH, 8))
     assert run.cache.physical_bytes() > LENGTH * run.cache.entry_bytes()
@@ -414,17 +413,17 @@ def test_what_a_policy_cannot_follow_is_refused_by_name(llama: Any) -> None:
     for kind, words in (("gemma2", "caps the logits"), ("gpt_oss", "learned sinks")):
         model = zoo_model(kind, register())
         with pytest.raises(UserError, match=words):
-            check_policy(policy_of("h2o"), model, kind, examine(model, zoo_text(48)))
+            check_method(policy_of("h2o"), model, kind, examine(model, zoo_text(48)))
     with pytest.raises(UserError, match="learned positions"):
-        check_policy(policy_of("cascading", positions="cache"), small_model("gpt2"), "gpt2", known)
+        check_method(policy_of("cascading", positions="cache"), small_model("gpt2"), "gpt2", known)
     with pytest.raises(UserError, match="cannot be undone"):
-        check_policy(policy_of("expected-attention"), zoo_model("cohere", register()), "cohere", known)
+        check_method(policy_of("expected-attention"), zoo_model("cohere", register()), "cohere", known)
     odd = copy.deepcopy(llama)
     odd.model.layers[0].self_attn.other = odd.model.layers[0].self_attn.k_proj
     odd.model.layers[0].self_attn.k_proj = nn.Sequential(odd.model.layers[0].self_attn.other)
     del odd.model.layers[0].self_attn.other
     with pytest.raises(UserError, match="projections"):
-        check_policy(policy_of("lorc"), odd, "odd", known)
+        check_method(policy_of("lorc"), odd, "odd", known)
 
 
 def test_a_cache_of_a_policy_is_not_used_otherwise(llama: Any) -> None:

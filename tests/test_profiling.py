@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from fractions import Fraction
 
 import numpy as np
@@ -16,9 +16,10 @@ from torch import Tensor, nn
 
 from kvbench.cache.evicting import EvictingCache
 from kvbench.errors import UserError
-from kvbench.inference.generation import Continuation, Sampling
-from kvbench.inference.layout_session import Reader
-from kvbench.methods import METHODS, Structure, make_layout, make_method
+from kvbench.inference.filling import random_entries
+from kvbench.inference.layout_session import LayoutSession
+from kvbench.inference.reader import Reader
+from kvbench.methods import METHODS, LayoutMethod, Structure, make_layout, make_method
 from kvbench.models.adapter import Adapter, AdapterCard
 from kvbench.models.random_models import SHAPES, make_shape
 from kvbench.profiling.bandwidth import copy_bandwidth
@@ -27,11 +28,12 @@ from kvbench.profiling.clock import Stopwatch, Timeline, clock_of
 from kvbench.profiling.largest_batch import COARSE, largest
 from kvbench.profiling.memory import CpuMemory, Sizes, memory_of, read_bytes, sizes_of, weights_bytes
 from kvbench.profiling.passes import time_request, weigh_request
-from kvbench.profiling.request import EvictingRequest, StockRequest, cache_bytes, random_entries
+from kvbench.profiling.request import SessionRequest, StockRequest, cache_bytes
 from kvbench.profiling.worker import is_out_of_memory
 from kvbench.statistics import fitted_slope, repeat_interval
 from kvbench.units import bytes_of, parse_bytes
 from tests.conftest import VOCABULARY, adapter_for, small_config, small_model
+from tests.helpers.sessions import layout_method, read_all, texts
 
 CPU = torch.device("cpu")
 
@@ -62,7 +64,7 @@ class FakeRequest:
 
     def read(self) -> Tensor:
         self.clock.now += 3.0
-        with self.watch.beside():
+        with self.watch.overhead():
             self.clock.now += 1.0
         return torch.zeros(1, 3)
 
@@ -72,7 +74,7 @@ class FakeRequest:
     def write(self, logits: Tensor) -> Iterator[Tensor]:
         for step in range(self.tokens):
             self.clock.now += 0.25 if step else 0.5
-            with self.watch.beside():
+            with self.watch.overhead():
                 pass  # what a method does while text is written belongs to the tokens
             yield logits.argmax(-1)
 
@@ -187,12 +189,10 @@ def test_learnt_positions_are_extended_and_said_so() -> None:
 def test_sizes_are_those_of_the_model_that_is_made(family: str, model: nn.Module) -> None:
     sizes = sizes_of(small_config(family), torch.float32)
     assert sizes.weights == sum(p.numel() * 4 for p in model.parameters())
-    reader, cache = Reader(model), EvictingCache()
-    layout = make_layout(make_method("full", Fraction(0)), 20, 0, 0)
+    layout = make_layout(layout_method("full", "0"), 20, 0, 0)
     with torch.inference_mode():
-        for _ in reader.stream(torch.ones(2, 20, dtype=torch.long), layout, cache, 20):
-            pass
-    assert sizes.entry * 2 == cache.entry_bytes()
+        session, _ = read_all(Reader(model), torch.ones(2, 20, dtype=torch.long), layout, 20)
+    assert sizes.entry * 2 == session.cache.entry_bytes()
 
 
 def test_a_step_reads_the_embeddings_only_where_they_are_the_output_too(family: str, model: nn.Module) -> None:
@@ -284,19 +284,25 @@ def bench_of(model: nn.Module) -> Bench:
     return Bench(CPU, torch.float32, model, Sizes(0, 1, 1, 1, 4), VOCABULARY)
 
 
-def evicting(model: nn.Module, name: str, ratio: str, chunk: int = 16) -> EvictingRequest:
-    method = make_method(name, Fraction(ratio))
+def session_of(request: SessionRequest) -> LayoutSession:
+    assert isinstance(request.session, LayoutSession)
+    return request.session
+
+
+def evicting(model: nn.Module, name: str, ratio: str, chunk: int = 16) -> SessionRequest:
+    method = layout_method(name, ratio)
     layout = make_layout(method, P + G, 0, 3, Structure(prefix=P))
     prompt = torch.randint(1, VOCABULARY, (2, P), generator=torch.Generator().manual_seed(5))
     watch = Stopwatch(FakeClock())
-    return EvictingRequest(model, adapter_for(model, method), prompt, layout, G, chunk, watch.beside)
+    reader = Reader(model, adapter_for(model, method), watch.overhead)
+    return SessionRequest(LayoutSession(reader, layout, P, chunk), model, prompt, G)
 
 
-def written(request: EvictingRequest | StockRequest, seed: int | None = None) -> Tensor:
+def written(request: SessionRequest | StockRequest, seed: int | None = None) -> Tensor:
     with torch.inference_mode():
         if isinstance(request, StockRequest):
             return torch.stack(list(request.write(request.read())), 1)
-        with request.ready():
+        with session_of(request).reader.ready():
             logits = request.read() if seed is None else request.fill(seed)
             return torch.stack(list(request.write(logits)), 1)
 
@@ -310,7 +316,7 @@ def test_the_stock_cache_and_ours_write_the_same(model: nn.Module) -> None:
 
 TIMED = [
     (name, "0.6") for name, kind in METHODS.items()
-    if name not in ("ccm-merge", "pic", "gist", "meanpool", "ccm-concat") and not kind.is_policy
+    if name not in ("ccm-merge", "pic", "gist", "meanpool", "ccm-concat") and issubclass(kind, LayoutMethod)
 ]
 TIMED += [(name, "0.8") for name in ("pic", "gist", "meanpool", "ccm-concat", "ccm-merge")]
 
@@ -319,15 +325,16 @@ TIMED += [(name, "0.8") for name in ("pic", "gist", "meanpool", "ccm-concat", "c
 def test_a_random_cache_stands_for_one_that_was_read(llama: nn.Module, name: str, ratio: str) -> None:
     """As many entries, the same positions and masks: filled with what reading left, it writes the same."""
     read, filled = evicting(llama, name, ratio), evicting(llama, name, ratio)
-    with torch.inference_mode(), read.ready():
+    with torch.inference_mode(), session_of(read).reader.ready():
         logits = read.read()
         twin = EvictingCache()
-        for place, layer in enumerate(read.text.cache.layers):
+        for place, layer in enumerate(session_of(read).cache.layers):
             twin.update(layer.keys.clone(), layer.values.clone(), place)
         texts = torch.stack(list(read.write(logits)), 1)
-    with torch.inference_mode(), filled.ready():
-        assert filled.text.left == twin.entries()
-        filled.text.assume(twin)
+    with torch.inference_mode(), session_of(filled).reader.ready():
+        filled.fill(7)
+        assert filled.entries == twin.entries()
+        session_of(filled).cache = twin
         assert torch.equal(torch.stack(list(filled.write(logits)), 1), texts)
     assert filled.entries == read.entries
 
@@ -335,11 +342,11 @@ def test_a_random_cache_stands_for_one_that_was_read(llama: nn.Module, name: str
 def test_a_filled_cache_has_the_size_of_one_that_was_read(llama: nn.Module) -> None:
     for name in ("full", "sinks", "sentinel"):
         request = evicting(llama, name, "0.6")
-        with torch.inference_mode(), request.ready():
+        with torch.inference_mode(), session_of(request).reader.ready():
             request.fill(7)
             logical, physical = cache_bytes(request)
         again = evicting(llama, name, "0.6")
-        with torch.inference_mode(), again.ready():
+        with torch.inference_mode(), session_of(again).reader.ready():
             again.read()
             assert cache_bytes(again) == (logical, physical)
         assert torch.equal(written(request, seed=7), written(evicting(llama, name, "0.6"), seed=7))
@@ -358,11 +365,11 @@ def test_random_entries_are_seeded(llama: nn.Module) -> None:
 def test_memory_holds_little_more_than_what_is_alive(llama: nn.Module, name: str, ratio: str) -> None:
     """At every step of writing: at most one entry in 32 above what is held, or one."""
     request = evicting(llama, name, ratio)
-    with torch.inference_mode(), request.ready():
+    with torch.inference_mode(), session_of(request).reader.ready():
         logits = request.read()
         logical, physical = cache_bytes(request)
         assert physical == logical
-        per_entry = request.text.cache.entry_bytes()
+        per_entry = session_of(request).cache.entry_bytes()
         for _ in request.write(logits):
             logical, physical = cache_bytes(request)
             assert physical <= logical + per_entry * max(1, request.held // 32)
@@ -433,21 +440,20 @@ def test_the_full_cache_is_read_at_once_without_a_mask(llama: nn.Module) -> None
 
 
 def test_continuations_draw_as_before_where_some_rows_are_greedy(llama: nn.Module) -> None:
-    layout = make_layout(make_method("full", Fraction(0)), P + G, 0, 0, Structure(prefix=P))
+    layout = make_layout(layout_method("full", "0"), P + G, 0, 0, Structure(prefix=P))
     uniforms = torch.rand(2, 2, G, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     uniforms[:, 1] = torch.nan
     prompt = torch.randint(1, VOCABULARY, (2, P), generator=torch.Generator().manual_seed(5))
-    both = Continuation(prompt, uniforms, layout, Sampling())
-    alone = replace(both, uniforms=uniforms[:, 1:])
-    reader = Reader(llama)
     with torch.inference_mode():
-        together = torch.stack(list(both.write(reader, both.read(reader))), 1).view(2, 2, G)
-        greedy = torch.stack(list(alone.write(reader, alone.read(reader))), 1).view(2, 1, G)
+        together, greedy = (
+            texts(LayoutSession(Reader(llama), layout, P), prompt, numbers).view(2, -1, G)
+            for numbers in (uniforms, uniforms[:, 1:])
+        )
     assert torch.equal(together[:, 1:], greedy)
 
 
 def test_small_models_of_all_families_can_be_timed(family: str) -> None:
     request = evicting(small_model(family), "sinks", "0.6")
-    with torch.inference_mode(), request.ready():
+    with torch.inference_mode(), session_of(request).reader.ready():
         request.fill(0)
         assert len(list(request.write(torch.zeros(2, VOCABULARY)))) == G

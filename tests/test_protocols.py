@@ -15,7 +15,7 @@ from torch import nn
 from kvbench.data.documents import Document
 from kvbench.data.tasks import RecallSpec
 from kvbench.errors import UserError
-from kvbench.methods import make_layout, make_method
+from kvbench.methods import make_method
 from kvbench.protocols.base import OPTIONS, protocol_options, resolve_protocol
 from kvbench.protocols.pieces import (
     MIN_TOKENS,
@@ -27,7 +27,7 @@ from kvbench.protocols.pieces import (
     make_tokenizer,
 )
 from kvbench.protocols.recall import recall_trials
-from kvbench.protocols.scoring import kl_histogram, score_batch
+from kvbench.protocols.scoring import kl_histogram, score_pieces
 from tests.conftest import VOCABULARY, small_adapter
 
 TEXT = "The mill at Anselbrook — nine flat stones, an otter named Brindle. " * 40
@@ -128,8 +128,8 @@ def test_full_scores_are_those_of_a_plain_forward(
     model: nn.Module, execution: str, context: int | None, scored: int
 ) -> None:
     pieces = [piece_of(80, context, scored, seed) for seed in (0, 1)]
-    layout = make_layout(make_method("full", Fraction(0)), pieces[0].context, 0, 0)
-    score, _ = score_batch(model, None, layout, pieces, None, execution, 16)
+    full = make_method("full", Fraction(0))
+    score, _ = score_pieces(model, full, pieces, execution=execution, chunk=16)
     for row, piece in enumerate(pieces):
         assert score.nll[row].tolist() == pytest.approx(naive_nll(model, piece.ids, scored), abs=1e-4)
     assert score.visible / score.queries == pytest.approx(1.0)
@@ -145,13 +145,13 @@ def test_executions_agree_and_kl_is_the_naive_one(
 ) -> None:
     pieces = [piece_of(80, context, scored, seed) for seed in (0, 1)]
     adapter = small_adapter(llama) if name == "sentinel" else None
-    n = pieces[0].context
-    _, reference = score_batch(
-        llama, None, make_layout(make_method("full", Fraction(0)), n, 0, 0), pieces, None, "streamed", 16, True
+    _, reference = score_pieces(llama, make_method("full", Fraction(0)), pieces, chunk=16, keep_reference=True)
+    streamed, masked = (
+        score_pieces(
+            llama, make_method(name, Fraction("0.5")), pieces, reference, adapter=adapter, execution=execution,
+            chunk=16,
+        )[0] for execution in ("streamed", "onepass")
     )
-    layout = make_layout(make_method(name, Fraction("0.5")), n, 0, 3)
-    streamed, _ = score_batch(llama, adapter, layout, pieces, reference, "streamed", 16)
-    masked, _ = score_batch(llama, adapter, layout, pieces, reference, "onepass", 16)
     assert (streamed.nll - masked.nll).abs().max() < 1e-5
     assert (streamed.held, streamed.visible, streamed.queries) == (masked.held, masked.visible, masked.queries)
     assert streamed.kl is not None
@@ -167,8 +167,7 @@ def test_executions_agree_and_kl_is_the_naive_one(
 @torch.inference_mode()
 def test_mean_ratio_is_the_share_that_queries_do_not_see(llama: nn.Module) -> None:
     piece = piece_of(64)
-    layout = make_layout(make_method("window", Fraction("0.5")), 64, 0, 0)
-    score, _ = score_batch(llama, None, layout, [piece], None, "streamed", 16)
+    score, _ = score_pieces(llama, make_method("window", Fraction("0.5")), [piece], chunk=16)
     expected = [min(i, 32) / i for i in range(1, 63)]
     assert score.queries == len(expected)
     assert score.visible == pytest.approx(sum(expected))

@@ -14,7 +14,7 @@ from transformers import DynamicCache
 
 from kvbench.cache.shape import CacheShape
 from kvbench.errors import UserError
-from kvbench.inference.policy_session import Policing
+from kvbench.inference.policy_session import PolicySession
 from kvbench.methods import kept, make_method
 from kvbench.methods.policies.policy import Policy
 from kvbench.methods.policies.random import drawn
@@ -181,7 +181,7 @@ def test_a_text_that_is_continued_twice_keeps_its_threshold(llama: nn.Module) ->
         assert layer.carried.tolist() == [carried[0], carried[0], carried[1], carried[1]]
 
 
-def _assert_same(run: Policing, layers: list[Held], row: int) -> None:
+def _assert_same(run: PolicySession, layers: list[Held], row: int) -> None:
     for mine, theirs in zip(run.cache.layers, layers, strict=True):
         assert mine.positions[row].tolist() == theirs.places
         assert float((mine.keys[row] - theirs.keys).abs().max()) < 1e-5
@@ -223,13 +223,13 @@ def test_what_follows_a_context_is_attended_under_refreshkv(llama: nn.Module, ea
     context, step, policy = 40, 8, policy_of("refreshkv", "0.6", step="8", kernel="3")
     keep = kept(context, policy.ratio)
     ids = torch.randint(1, VOCABULARY, (1, LENGTH), generator=torch.Generator().manual_seed(9))
-    run = Policing(llama, policy, context, (3,), kept=[])
+    run = PolicySession(llama, policy, context, (3,), chunk=context, history=[])
     with torch.inference_mode():
-        list(run.stream(ids[:, :context], chunk=context))
-        parts = list(run.follow(ids[:, context:]))
+        list(run.prefill(ids[:, :context]))
+        parts = list(run.extend(ids[:, context:]))
     assert [(p.start, p.stop) for p in parts] == [(0, 1), (1, 8), (8, 9), (9, 16), (16, 17), (17, 20)]
-    assert run.kept is not None
-    held = dict(zip((context + p.start for p in parts), run.kept[1:], strict=True))
+    assert run.history is not None
+    held = dict(zip((context + p.start for p in parts), run.history[1:], strict=True))
     for start, layers in held.items():
         for places in layers:
             for head in range(HEADS):

@@ -12,16 +12,16 @@ import pytest
 import torch
 from torch import nn
 
-from kvbench.inference.policy_session import Policing
-from kvbench.methods import METHODS, kept, make_layout, make_method
+from kvbench.inference.policy_session import PolicySession
+from kvbench.methods import METHODS, kept, make_method
+from kvbench.methods.policies.policy import Policy
 from kvbench.protocols.pieces import Piece
-from kvbench.protocols.score_policy import Informed, score_policed
-from kvbench.protocols.scoring import score_batch
+from kvbench.protocols.scoring import score_pieces
 from kvbench.reporting.tables.format import reading_note
 from kvbench.store.records import Row
 from tests.conftest import VOCABULARY, Outcome
 
-POLICIES = [name for name, kind in METHODS.items() if kind.is_policy]
+POLICIES = [name for name, kind in METHODS.items() if issubclass(kind, Policy)]
 Call = Callable[[Sequence[str | Path]], Outcome]
 
 
@@ -36,11 +36,9 @@ def test_nothing_removed_is_the_full_cache_though_the_question_was_looked_at(lla
     if name in ("kivi", "fp8", "think", "lorc"):
         pytest.skip("not exact at any ratio, or has none at 0")
     pieces = [piece_of(90, 80, seed=seed) for seed in (0, 1)]
-    full = make_layout(make_method("full", Fraction(0)), 80, 0, 0)
-    expected, _ = score_batch(llama, None, full, pieces, None, "streamed", 16)
-    policy = make_method(name, Fraction(0)).policy
-    assert policy is not None
-    found = score_policed(llama, policy, pieces, None, 16, 0)
+    expected, found = (
+        score_pieces(llama, make_method(method, Fraction(0)), pieces, chunk=16)[0] for method in ("full", name)
+    )
     assert (found.nll - expected.nll).abs().max() < 1e-4
     assert found.held == 80
     assert (found.full, found.queries) == (expected.full, expected.queries)
@@ -49,9 +47,10 @@ def test_nothing_removed_is_the_full_cache_though_the_question_was_looked_at(lla
 @torch.inference_mode()
 @pytest.mark.parametrize("name", POLICIES)
 def test_a_known_question_takes_no_place(llama: nn.Module, name: str) -> None:
-    policy = make_method(name, Fraction("0.4"), {"window": "8"} if "window" in METHODS[name].known else {}).policy
-    assert policy is not None
-    found = [score_policed(llama, policy, [piece_of(90, 80, ahead)], None, 16, 0) for ahead in (0, 1)]
+    ratio, options = "0.2" if name == "think" else "0.4", {"window": "8"} if "window" in METHODS[name].known else {}
+    policy = make_method(name, Fraction(ratio), options)
+    assert isinstance(policy, Policy)
+    found = [score_pieces(llama, policy, [piece_of(90, 80, ahead)], chunk=16)[0] for ahead in (0, 1)]
     assert found[0].held == found[1].held
     assert found[0].visible == pytest.approx(found[1].visible)
     looks = policy.looks_at or policy.sums or policy.takes_moments
@@ -73,12 +72,12 @@ def test_snapkv_chooses_by_the_queries_of_the_whole_question(llama: nn.Module) -
     """Against a loop over the attention of one plain pass: the last token's query counts, its entry does not."""
     piece, window, n = piece_of(50, 40), 4, 40
     options = {"window": str(window), "kernel": "1"}
-    policy = make_method("snapkv", Fraction("0.5"), options).policy
-    assert policy is not None
+    policy = make_method("snapkv", Fraction("0.5"), options)
+    assert isinstance(policy, Policy)
     ids = torch.tensor([piece.ids])
-    runs = [Informed(llama, policy, n, [0], ahead=ids[:, n : n + 1]), Policing(llama, policy, n, [0])]
-    for run in runs:
-        list(run.stream(ids[:, :n], n, 16))
+    runs = [PolicySession(llama, policy, n, [0], chunk=16) for _ in range(2)]
+    for run, ahead in zip(runs, (ids[:, n : n + 1], None), strict=True):
+        list(run.prefill(ids[:, :n], n, ahead))
     differs = False
     for number, attention in enumerate(attention_of(llama, ids[:, : n + 1])):
         heads = runs[0].cache.layers[number].positions.shape[1]
@@ -99,14 +98,14 @@ def test_snapkv_chooses_by_the_queries_of_the_whole_question(llama: nn.Module) -
 @torch.inference_mode()
 def test_the_whole_answer_is_predicted_from_what_is_left(llama: nn.Module) -> None:
     """What the context was before it was compressed does not reach the first token of the answer either."""
-    policy = make_method("knorm", Fraction("0.8")).policy
-    assert policy is not None
+    policy = make_method("knorm", Fraction("0.8"))
+    assert isinstance(policy, Policy)
     piece = piece_of(90, 80)
     ids = torch.tensor([piece.ids])
-    run = Policing(llama, policy, 80, [0])
-    list(run.stream(ids[:, :80], 80, 16))
+    run = PolicySession(llama, policy, 80, [0], chunk=16)
+    list(run.prefill(ids[:, :80], 80))
     expected = run.feed(ids[:, 80:-1])[0].double().log_softmax(-1)
-    found = score_policed(llama, policy, [piece], None, 16, 0)
+    found = score_pieces(llama, policy, [piece], chunk=16)[0]
     nll = -expected.gather(-1, ids[0, 81:, None])[:, 0]
     assert found.nll[0].tolist() == pytest.approx(nll.tolist(), abs=1e-5)
     plain = llama(ids).logits[0, 80].double().log_softmax(-1)[ids[0, 81]]

@@ -13,7 +13,7 @@ from torch import nn
 
 from kvbench.cache.evicting import EvictingCache
 from kvbench.errors import UserError
-from kvbench.inference.layout_session import Reader, Trace
+from kvbench.inference.reader import Reader
 from kvbench.methods import Structure, make_layout, make_method
 from kvbench.methods.layouts.layout import CLOSE, OPEN, RAW
 from kvbench.methods.layouts.sentinel import span_layout
@@ -49,7 +49,7 @@ def test_closing_later_makes_the_same_summary(llama: nn.Module) -> None:
     found = []
     for recent in (0, 9):
         layout = span_layout([6, 34 - 12], [12], recent)
-        run, cache = Reader(llama, adapter_for(llama, method), Trace()), EvictingCache()
+        run, cache = Reader(llama, adapter_for(llama, method)), EvictingCache()
         with run.ready():
             run.one_pass(ids, layout, cache=cache)
         slot = int(layout.tokens.slot[layout.tokens.kind == CLOSE])

@@ -18,14 +18,14 @@ from torch import nn
 from kvbench.data.documents import Document, load_corpus
 from kvbench.data.tasks import OnlineSpec, RecallSpec, load_task
 from kvbench.judges.fluency import Scorer
-from kvbench.methods import make_layout, make_method
+from kvbench.methods import make_method
 from kvbench.models.references import assets
 from kvbench.protocols.base import OPTIONS, protocol_options
 from kvbench.protocols.generate import cut_for_writing, resolve_writing
 from kvbench.protocols.online import online_trials
 from kvbench.protocols.pieces import Piece, Tokenizer, make_tokenizer
 from kvbench.protocols.recall import recall_trials
-from kvbench.protocols.scoring import score_batch
+from kvbench.protocols.scoring import score_pieces
 from kvbench.training.recipes import goes_on
 from tests.conftest import small_model
 
@@ -205,8 +205,7 @@ def test_an_answer_costs_what_a_plain_loop_over_the_one_text_says(pieces_with_a_
         ends = list(accumulate(map(len, tokens)))
         logits = model(torch.tensor([ids])).logits[0].double().log_softmax(-1)
         expected = -sum(float(logits[k - 1, ids[k]]) for k, end in enumerate(ends) if end > border)
-        layout = make_layout(make_method("full", Fraction(0)), piece.context, 0, 0, piece.structure)
-        score, _ = score_batch(model, None, layout, [piece], None, "streamed", 16)
+        score, _ = score_pieces(model, make_method("full", Fraction(0)), [piece], chunk=16)
         assert float(score.nll.sum()) == pytest.approx(expected, abs=1e-4)
         assert piece.version == 2
 

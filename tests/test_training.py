@@ -23,7 +23,7 @@ from torch import nn
 
 from kvbench.data.facts import FACT_LOW, NAMES, fact
 from kvbench.errors import UserError
-from kvbench.inference.layout_session import Reader
+from kvbench.inference.reader import Reader
 from kvbench.methods import make_layout, make_method
 from kvbench.models.adapter import WEIGHTS, Adapter, AdapterCard, read_card
 from kvbench.training.adapter_training import AdapterPlan, step_layout, step_loss, text_loss, train_adapter

@@ -2,23 +2,23 @@
 
 from __future__ import annotations
 
-from fractions import Fraction
-
 import pytest
 import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
-from kvbench.cache.evicting import EvictingCache
 from kvbench.errors import UserError
-from kvbench.inference.layout_session import Reader
-from kvbench.inference.policy_session import Policing
-from kvbench.inference.policy_support import check_policy
-from kvbench.methods import make_layout, make_method
+from kvbench.inference.opening import check_method
+from kvbench.inference.policy_session import PolicySession
+from kvbench.inference.reader import Reader
+from kvbench.methods import make_layout
+from kvbench.methods.layouts.full import Full
+from kvbench.methods.policies.h2o import H2o
 from kvbench.models.attention import register
 from kvbench.models.facts import ModelFacts
 from kvbench.models.loading import _check_attention
 from kvbench.probe.asking import examine
+from tests.helpers.sessions import read_all
 from tests.zoo import zoo_config, zoo_model, zoo_text
 
 ADMITTED = (
@@ -59,16 +59,14 @@ def own_logits(kind: str) -> Tensor:
 
 
 def full_logits(model: nn.Module) -> Tensor:
-    layout = make_layout(make_method("full", Fraction(0)), LENGTH, 0, 0)
+    layout = make_layout(Full(), LENGTH, 0, 0)
     with torch.inference_mode():
-        return torch.cat([p.logits for p in Reader(model).stream(zoo_text(LENGTH), layout, EvictingCache(), 7)], 1)
+        return read_all(Reader(model), zoo_text(LENGTH), layout, 7).logits
 
 
 def policy_logits(model: nn.Module) -> Tensor:
-    policy = make_method("h2o", Fraction(0)).policy
-    assert policy is not None
     with torch.inference_mode():
-        return torch.cat([p.logits for p in Policing(model, policy, LENGTH, (0,)).stream(zoo_text(LENGTH))], 1)
+        return torch.cat([p.logits for p in PolicySession(model, H2o(), LENGTH, (0,)).prefill(zoo_text(LENGTH))], 1)
 
 
 def test_many_types_are_admitted() -> None:
@@ -81,13 +79,11 @@ def test_what_is_admitted_is_read_as_the_model_reads(kind: str) -> None:
     model, own, facts = zoo_model(kind, register()), own_logits(kind), checked(kind)
     facts.check_length(kind, LENGTH, "")
     assert float((full_logits(model) - own).abs().max()) < TOLERANCE
-    policy = make_method("h2o", Fraction(0)).policy
-    assert policy is not None
     if kind in LAYOUTS_ONLY:
         with pytest.raises(UserError, match=LAYOUTS_ONLY[kind]):
-            check_policy(policy, model, kind, facts)
+            check_method(H2o(), model, kind, facts)
     else:
-        check_policy(policy, model, kind, facts)
+        check_method(H2o(), model, kind, facts)
         assert float((policy_logits(model) - own).abs().max()) < TOLERANCE
 
 

@@ -11,11 +11,11 @@ from torch import Tensor, nn
 
 from benchmarks.gpu.cells import Found
 from benchmarks.gpu.workshop import Workshop, small_adapter
-from kvbench.cache.evicting import EvictingCache
 from kvbench.doctor.replay import removed_and_masked
-from kvbench.inference.layout_session import Reader
-from kvbench.inference.policy_session import Policing
-from kvbench.methods import METHODS, Method, make_layout, make_method
+from kvbench.inference.layout_session import LayoutSession
+from kvbench.inference.policy_session import PolicySession
+from kvbench.inference.reader import Reader
+from kvbench.methods import METHODS, LayoutMethod, Method, make_layout, make_method
 from kvbench.methods.policies.policy import Policy
 
 TOLERANCES = {"float32": (1e-4, "logits"), "bfloat16": (0.1, "nats")}
@@ -79,14 +79,15 @@ def layout_cell(shop: Workshop, dtype: str, name: str, found: Found) -> None:
     model, ids = shop.small_model(dtype), shop.ids(shop.scale.text)
     worst, at = 0.0, ""
     for label, method in ways_of(name, shop.scale.ratios):
+        assert isinstance(method, LayoutMethod)
         layout = make_layout(method, ids.shape[1], 0, 5)
         adapter = small_adapter(model, method.trainable[0], method.n_rows) if method.needs_adapter else None
         reader = Reader(model, adapter)
         with torch.inference_mode(), reader.ready():
             masked = reader.one_pass(ids, layout)
             for chunk in shop.scale.chunks:
-                cache = EvictingCache()
-                streamed = torch.cat([part.logits for part in reader.stream(ids, layout, cache, chunk)], 1)
+                session = LayoutSession(reader, layout, layout.n_raw, chunk)
+                streamed, cache = torch.cat([part.logits for part in session.prefill(ids)], 1), session.cache
                 worst, at = max((worst, at), (apart(streamed, masked, ids, dtype), f"{label}, chunks of {chunk}"))
                 if cache.entries() != len(layout.held_after(len(layout))):
                     found.is_right, found.says = False, f"{cache.entries()} entries are held ({label})"
@@ -122,7 +123,7 @@ def _transformers(model: nn.Module, policy: Policy, ids: Tensor, dtype: str) -> 
     """Every run of tokens also by the model itself, with a cache of its own kind that holds the same entries."""
     from transformers import DynamicCache
 
-    run = Policing(model, policy, ids.shape[1], (3, 5))
+    run = PolicySession(model, policy, ids.shape[1], (3, 5))
     mine, theirs, stop = [], [], 0
     with torch.inference_mode():
         while stop < ids.shape[1]:

@@ -9,7 +9,8 @@ from benchmarks.gpu import matrices, speed
 from benchmarks.gpu.cells import Cell, Found
 from benchmarks.gpu.workshop import Workshop
 from kvbench.doctor import CHECKS, Check, Subject
-from kvbench.methods import METHODS
+from kvbench.methods import METHODS, LayoutMethod
+from kvbench.methods.policies.policy import Policy
 
 COMPARED = ("full", "sinks", "snapkv", "sentinel", "kivi")
 STOCK = "full-dynamic"
@@ -48,14 +49,14 @@ def _checked(shop: Workshop, dtype: str, check: Callable[[Subject], Check], foun
 def _layouts(shop: Workshop, dtype: str) -> list[Cell]:
     return [
         Cell(f"streamed is one pass, {dtype}", name, _untimed(partial(matrices.layout_cell, shop, dtype, name)))
-        for name, kind in METHODS.items() if not kind.is_policy
+        for name, kind in METHODS.items() if issubclass(kind, LayoutMethod)
     ]
 
 
 def _policies(shop: Workshop, dtype: str) -> list[Cell]:
     return [
         Cell(f"removed is masked, {dtype}", name, _untimed(partial(matrices.policy_cell, shop, dtype, name)))
-        for name, kind in METHODS.items() if kind.is_policy
+        for name, kind in METHODS.items() if issubclass(kind, Policy)
     ]
 
 

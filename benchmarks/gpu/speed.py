@@ -15,7 +15,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from benchmarks.gpu.cells import Found, NotHereError
 from benchmarks.gpu.workshop import Workshop
-from kvbench.inference.layout_session import Reader
+from kvbench.inference.reader import Reader
 from kvbench.methods import METHODS, make_layout
 from kvbench.methods.base import Method
 from kvbench.methods.layouts.layout import Layout
@@ -188,13 +188,13 @@ def _call(shop: Workshop, name: str) -> Callable[[], Tensor]:
 def _timed(bench: Bench, cell: Cell, seed: int, tokens: int | None = None) -> Timed:
     with bench.ready(cell):
         return time_request(
-            lambda watch: bench.request(cell, seed, watch.beside), clock_of(bench.device), bench.device, None, tokens
+            lambda watch: bench.request(cell, seed, watch.overhead), clock_of(bench.device), bench.device, None,
+            tokens,
         )
 
 
 def _check_fits(bench: Bench, cell: Cell) -> None:
     """On a GPU; a CPU's memory is not asked for, which would take psutil."""
-    bench.layout_of(cell)
     why = bench.refusal(cell) if bench.device.type == "cuda" else None
     if why is not None:
         raise NotHereError(f"It {why}.")

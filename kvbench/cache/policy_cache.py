@@ -247,16 +247,16 @@ class PolicedCache(EvictingCache):
         """
         if WATCHER.get() is None:
             raise UserError(
-                f"{type(self).__name__} is filled by kvbench.inference.policy_session.Policing only: rows and heads "
+                f"{type(self).__name__} is filled by a PolicySession only: rows and heads "
                 "hold different entries, which the model's own mask, left-padded batches, beams and generate() do "
                 "not know.",
-                "Read texts of one length with Policing.stream, or write with PolicedContinuation.",
+                "Open a session (kvbench.inference.opening), which reads texts of one length.",
             )
         while len(self.layers) <= layer_idx:
             self.layers.append(PolicedLayer())
         layer = self.layers[layer_idx]
         layer.extend(key_states, value_states, self.read)
-        if layer.ragged is not None:  # attended head by head: see Policing.attend
+        if layer.ragged is not None:  # attended head by head: see PolicySession.attend
             return key_states, value_states
         keys, values = layer.present() if self.looks else layer.attended()
         return self.turn(layer_idx, keys), values

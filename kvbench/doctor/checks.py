@@ -8,21 +8,20 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from kvbench.cache.evicting import EvictingCache
-from kvbench.doctor.examined import Subject
+from kvbench.doctor.examined import Subject, method_of
 from kvbench.errors import UserError
-from kvbench.inference.generation import Continuation, Sampling
-from kvbench.inference.layout_session import Reader
-from kvbench.methods import Structure, make_layout, make_method, parse_ratio
+from kvbench.inference.generation import greedy, read_prompt, written
+from kvbench.inference.opening import Text, open_session, prepared
+from kvbench.inference.sampling import Sampling
 from kvbench.models.rope import fresh_rotations
 from kvbench.profiling.clock import clock_of
 from kvbench.profiling.passes import time_request
-from kvbench.profiling.request import EvictingRequest
+from kvbench.profiling.request import SessionRequest
 from kvbench.protocols.pieces import cut_blocks
 from kvbench.statistics import Table, bootstrap_intervals
 
-METHODS = (("window", "0.5"), ("local", "0.7"), ("sinks", "0.7"), ("scattered", "0.5"))
-"""Methods without an adapter, at the ratios that they are tried at."""
+LAYOUTS = (("window", "0.5"), ("local", "0.7"), ("sinks", "0.7"), ("scattered", "0.5"))
+"""Methods without an adapter whose mask is known before the text is read, at the ratios that they are tried at."""
 POLICIES = (("knorm", "0.5"), ("h2o", "0.5"), ("snapkv", "0.7"), ("streaming-llm", "0.7"))
 """Policies, where the model can be read under one."""
 NOISE, ROUNDS = {"cpu": 0.05, "cuda": 0.02}, 9
@@ -49,15 +48,13 @@ class Check:
 
 def nothing_removed_is_full(subject: Subject) -> Check:
     """At ratio 0 every method scores, and writes, as the full cache does."""
-    full = subject.score(subject.layout("full", "0"))
-    scores = [subject.score(subject.layout(name, "0")) for name, _ in METHODS]
-    scores += [subject.score_policy(name, "0") for name, _ in policies(subject)]
+    full = subject.score("full", "0")
+    scores = [subject.score(name, "0") for name, _ in methods(subject)]
     worst = max(float((score.nll - full.nll).abs().mean()) for score in scores)
     # In half precision a near tie may fall the other way between two kernels: texts are compared in float32.
     exact = next(subject.loaded.model.parameters()).dtype == torch.float32
-    same = not exact or all(
-        torch.equal(_written(subject, name), _written(subject, "full")) for name, _ in METHODS[:2]
-    )
+    writing = (*LAYOUTS[:2], *policies(subject)[:2])
+    same = not exact or all(torch.equal(_written(subject, name), _written(subject, "full")) for name, _ in writing)
     return Check(
         "ratio 0 is the full cache", worst <= subject.tolerance and same,
         f"nll differs by {worst:.1e} nats" + (f", greedy texts {'equal' if same else 'DIFFER'}" if exact else ""),
@@ -78,7 +75,7 @@ def targets_are_scored_once(subject: Subject) -> Check:
     with torch.inference_mode(), fresh_rotations(subject.loaded.model):
         logits = subject.loaded.model(input_ids=ids, use_cache=False).logits[:, :-1].float()
     plain = -logits.log_softmax(-1).gather(-1, ids[:, 1:, None])[..., 0].double().cpu()
-    apart = float((subject.score(subject.layout("full", "0")).nll - plain).abs().mean())
+    apart = float((subject.score("full", "0").nll - plain).abs().mean())
     return Check(
         "targets are scored once", wrong == 0 and apart <= subject.tolerance,
         f"{len(subject.documents)} documents, {wrong} wrong cuts; {apart:.1e} nats from a plain loop",
@@ -89,14 +86,9 @@ def targets_are_scored_once(subject: Subject) -> Check:
 def batches_change_nothing(subject: Subject) -> Check:
     """A block scores the same alone and beside others."""
     worst = 0.0
-    for name, ratio in METHODS:
-        layout = subject.layout(name, ratio)
-        together = subject.score(layout).nll
-        alone = torch.cat([subject.score(layout, [piece]).nll for piece in subject.pieces])
-        worst = max(worst, float((together - alone).abs().mean()))
-    for name, ratio in policies(subject):
-        together = subject.score_policy(name, ratio).nll
-        alone = torch.cat([subject.score_policy(name, ratio, [piece]).nll for piece in subject.pieces])
+    for name, ratio in methods(subject):
+        together = subject.score(name, ratio).nll
+        alone = torch.cat([subject.score(name, ratio, [piece]).nll for piece in subject.pieces])
         worst = max(worst, float((together - alone).abs().mean()))
     return Check(
         "a batch changes no score", worst <= subject.tolerance, f"differs by {worst:.1e} nats",
@@ -106,9 +98,9 @@ def batches_change_nothing(subject: Subject) -> Check:
 
 def documents_leave_nothing_behind(subject: Subject) -> Check:
     """In another order, documents score the same."""
-    layout, worst = subject.layout("sinks", "0.7"), 0.0
-    there = [subject.score(layout, [piece]).nll for piece in subject.pieces]
-    back = [subject.score(layout, [piece]).nll for piece in reversed(subject.pieces)]
+    worst = 0.0
+    there = [subject.score("sinks", "0.7", [piece]).nll for piece in subject.pieces]
+    back = [subject.score("sinks", "0.7", [piece]).nll for piece in reversed(subject.pieces)]
     for one, other in zip(there, reversed(back), strict=True):
         worst = max(worst, float((one - other).abs().max()))
     return Check(
@@ -120,11 +112,10 @@ def documents_leave_nothing_behind(subject: Subject) -> Check:
 def masked_is_removed(subject: Subject) -> Check:
     """Entries masked in one pass and entries really removed give the same scores."""
     worst, at = 0.0, ""
-    for name, ratio in METHODS:
-        layout = subject.layout(name, ratio)
-        masked = subject.score(layout, execution="onepass").nll
+    for name, ratio in LAYOUTS:
+        masked = subject.score(name, ratio, execution="onepass").nll
         for chunk in (7, 64):
-            apart = float((subject.score(layout, chunk=chunk).nll - masked).abs().mean())
+            apart = float((subject.score(name, ratio, chunk=chunk).nll - masked).abs().mean())
             worst, at = max((worst, at), (apart, f"{name} in chunks of {chunk}"))
     return Check(
         "masked is removed", worst <= subject.tolerance, f"differs by {worst:.1e} nats ({at})",
@@ -135,16 +126,8 @@ def masked_is_removed(subject: Subject) -> Check:
 def removed_is_freed(subject: Subject) -> Check:
     """What is removed takes no memory: distinct storages against entries held."""
     worst = 0.0
-    for name, ratio in METHODS:
-        layout, cache = subject.layout(name, ratio), EvictingCache()
-        reader = Reader(subject.loaded.model)
-        with torch.inference_mode(), reader.ready():
-            for _ in reader.stream(subject.ids(), layout, cache, 64):
-                pass
-        held = len(layout.held_after(len(layout)))
-        worst = max(worst, cache.physical_bytes() / (held * cache.entry_bytes()))
-    for name, ratio in policies(subject):
-        score = subject.score_policy(name, ratio)
+    for name, ratio in methods(subject):
+        score = subject.score(name, ratio)
         worst = max(worst, score.physical / score.logical)
     return Check(
         "what is removed is freed", 1 <= worst <= 1.05, f"physical / logical bytes {worst:.3f}",
@@ -155,13 +138,14 @@ def removed_is_freed(subject: Subject) -> Check:
 def time_repeats(subject: Subject) -> Check:
     """The full cache, timed against itself."""
     new, length = 16, subject.block - 16
-    layout = make_layout(make_method("full", parse_ratio("0")), subject.block, 0, 0, Structure(prefix=length))
-    prompt, device = subject.ids()[:1, :length], subject.device
+    model, device = subject.loaded.model, subject.device
+    text, prompt = Text(length, subject.block, (0,)), subject.ids()[:1, :length]
 
     def seconds() -> float:
         found = time_request(
-            lambda watch: EvictingRequest(
-                subject.loaded.model, None, prompt, layout, new, len(layout), watch.beside
+            lambda watch: SessionRequest(
+                open_session(model, method_of("full", "0"), text, at_once=True, overhead=watch.overhead),
+                model, prompt, new,
             ), clock_of(device), device, None,
         )
         return found.timeline.tpot_s
@@ -191,12 +175,11 @@ def intervals_are_right(subject: Subject) -> Check:
 
 def _written(subject: Subject, method: str) -> torch.Tensor:
     """A greedy text after half of a block, nothing removed."""
-    half, new = subject.block // 2, 16
-    layout = make_layout(make_method(method, parse_ratio("0")), half + new, 0, 0, Structure(prefix=half))
-    greedy = torch.full((1, 1, new), torch.nan, dtype=torch.float64)
-    text, reader = Continuation(subject.ids()[:1, :half], greedy, layout, Sampling()), Reader(subject.loaded.model)
-    with torch.inference_mode(), reader.ready():
-        return torch.stack(list(text.write(reader, text.read(reader))), 1)
+    half, new, model = subject.block // 2, 16, subject.loaded.model
+    with torch.inference_mode(), prepared(model, None, half + new):
+        session = open_session(model, method_of(method, "0"), Text(half, half + new, (0,)))
+        logits = read_prompt(session, subject.ids()[:1, :half])
+        return torch.stack(list(written(session, logits, greedy(1, new), Sampling())), 1)
 
 
 def carried_out(run: Callable[[Subject], Check], subject: Subject) -> Check:
@@ -222,3 +205,8 @@ def halves_are_alike(subject: Subject) -> Check:
 def policies(subject: Subject) -> tuple[tuple[str, str], ...]:
     """Those that the model can be read under, with ratios."""
     return () if subject.facts.policy_refusal else POLICIES
+
+
+def methods(subject: Subject) -> tuple[tuple[str, str], ...]:
+    """All that need no adapter and can be used on the model, of every mechanism, with ratios."""
+    return (*LAYOUTS, *policies(subject))

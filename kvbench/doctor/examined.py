@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fractions import Fraction
 
 import torch
@@ -10,25 +10,22 @@ from torch import Tensor
 
 from kvbench.data.documents import Document, embedded_documents
 from kvbench.errors import UserError
-from kvbench.methods import Layout, make_layout, make_method
-from kvbench.methods.policies.policy import Policy
+from kvbench.methods import Method, make_method
 from kvbench.models.facts import ModelFacts
 from kvbench.models.loading import Loaded, load_model
 from kvbench.models.references import resolve_model
 from kvbench.probe.asking import LENGTH, examine
 from kvbench.probe.kept import sample
 from kvbench.protocols.pieces import Piece, Tokenizer, cut_blocks, make_tokenizer
-from kvbench.protocols.score_policy import score_policed
-from kvbench.protocols.scoring import BatchScore, score_batch
+from kvbench.protocols.scoring import BatchScore, score_pieces
 
 BLOCK, BLOCKS = 256, 6
 """Tokens of a block, or the model's context if that is less, and how many are read."""
 
-def policy_of(method: str, ratio: str) -> Policy:
+
+def method_of(name: str, ratio: str) -> Method:
     """With windows that suit a block."""
-    policy = make_method(method, Fraction(ratio), {"window": "8", "positions": "absolute"}).policy
-    assert policy is not None, "it is one"
-    return policy
+    return make_method(name, Fraction(ratio), {"window": "8", "positions": "absolute"})
 
 
 @dataclass(frozen=True)
@@ -57,23 +54,13 @@ class Subject:
     def block(self) -> int:
         return len(self.pieces[0].ids)
 
-    def layout(self, method: str, ratio: str, which: int = 3) -> Layout:
-        return make_layout(make_method(method, Fraction(ratio)), self.block, 0, which)
-
     def score(
-        self, layout: Layout, pieces: list[Piece] | None = None, execution: str = "streamed", chunk: int = 64
+        self, name: str, ratio: str, pieces: list[Piece] | None = None, execution: str = "streamed", chunk: int = 64
     ) -> BatchScore:
-        """Score blocks (all of them by default) under a layout."""
-        score, _ = score_batch(
-            self.loaded.model, None, layout, list(pieces or self.pieces), None, execution, chunk
-        )
-        return score
-
-    def score_policy(self, method: str, ratio: str, pieces: list[Piece] | None = None) -> BatchScore:
-        """Score blocks (all of them by default) under a policy, what it removes really removed."""
-        return score_policed(
-            self.loaded.model, policy_of(method, ratio), list(pieces or self.pieces), None, self.block, 0
-        )
+        """Score blocks (all of them by default) under a method."""
+        alike = [replace(piece, layout=3) for piece in pieces or self.pieces]  # so that they can share a session
+        found, _ = score_pieces(self.loaded.model, method_of(name, ratio), alike, execution=execution, chunk=chunk)
+        return found
 
     def ids(self) -> Tensor:
         return torch.tensor([piece.ids for piece in self.pieces], device=self.device)

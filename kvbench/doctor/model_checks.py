@@ -8,10 +8,11 @@ from transformers import DynamicCache
 
 from kvbench.cache.shape import cache_shape
 from kvbench.doctor.checks import Check, policies
-from kvbench.doctor.examined import Subject, policy_of
+from kvbench.doctor.examined import Subject, method_of
 from kvbench.doctor.replay import removed_and_masked
 from kvbench.errors import UserError
-from kvbench.inference.policy_session import Policing
+from kvbench.inference.policy_session import PolicySession
+from kvbench.methods.policies.policy import Policy
 from kvbench.models.attention import plain_attention
 from kvbench.models.attention_hooks import LISTENER, Attended
 from kvbench.models.rope import FAR, apart_in_pairs, fixed_rotations, frequencies, fresh_rotations, rotated
@@ -93,8 +94,8 @@ def policies_see_attention(subject: Subject) -> Check:
         return Check(name, True, f"policies are refused: {subject.facts.policy_refusal}", "")
     model, ids = subject.loaded.model, subject.ids()[:1]
     with torch.inference_mode(), fixed_rotations(model, ids.shape[1]):
-        run = Policing(model, policy_of("h2o", "0"), ids.shape[1], (0,))
-        for _ in run.stream(ids):
+        run = PolicySession(model, _policy("h2o", "0"), ids.shape[1], (0,))
+        for _ in run.prefill(ids):
             pass
         with plain_attention(model):
             own = model(input_ids=ids, use_cache=False, output_attentions=True).attentions
@@ -111,11 +112,17 @@ def policies_see_attention(subject: Subject) -> Check:
     )
 
 
+def _policy(name: str, ratio: str) -> Policy:
+    found = method_of(name, ratio)
+    assert isinstance(found, Policy)
+    return found
+
+
 def _both_ways(subject: Subject, method: str, ratio: str) -> tuple[Tensor, Tensor]:
     """Nats of every token but the first, with entries removed and with them masked."""
     model, ids = subject.loaded.model, subject.ids()[:2]
     with torch.inference_mode(), fixed_rotations(model, ids.shape[1]):
-        both = removed_and_masked(model, policy_of(method, ratio), ids)
+        both = removed_and_masked(model, _policy(method, ratio), ids)
     log_p = (logits[:, :-1].float().log_softmax(-1) for logits in (both.removed, both.masked))
     removed, masked = (-of_all.gather(-1, ids[:, 1:, None]) for of_all in log_p)
     return removed, masked

@@ -8,17 +8,15 @@ from __future__ import annotations
 
 import math
 
-import torch
-
 from kvbench.data.rows import hub_rows
 from kvbench.data.tasks import load_task
 from kvbench.doctor.checks import Check
 from kvbench.doctor.examined import Subject
-from kvbench.methods import make_layout, make_method, parse_ratio
+from kvbench.methods import make_method, parse_ratio
 from kvbench.models.loading import Loaded, load_model
 from kvbench.models.references import resolve_model
 from kvbench.protocols.pieces import Piece
-from kvbench.protocols.scoring import score_batch
+from kvbench.protocols.scoring import score_pieces
 
 MODEL, PUBLISHED, WITHIN = "openai-community/gpt2-large", 19.44, 0.05
 WINDOW = 1024
@@ -50,9 +48,7 @@ def windowed_perplexity(loaded: Loaded, text: str, window: int) -> float:
         if len(part) < 2:
             continue
         piece = Piece("text", part, len(part), 1, 0, 0)
-        layout = make_layout(make_method("full", parse_ratio("0")), len(part), 0, 0)
-        with torch.inference_mode():
-            score, _ = score_batch(loaded.model, None, layout, [piece], None, "streamed", window)
+        score, _ = score_pieces(loaded.model, make_method("full", parse_ratio("0")), [piece], chunk=window)
         nll += float(score.nll.sum())
         count += score.nll.numel()
     return math.exp(nll / count)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from kvbench.cache.policy_cache import PolicedCache
-from kvbench.inference.policy_session import Policing
+from kvbench.inference.policy_session import PolicySession
 from kvbench.methods.policies.policy import Policy
 from kvbench.models.attention_hooks import WATCHER
 
@@ -29,8 +29,8 @@ def removed_and_masked(model: Any, policy: Policy, ids: Tensor) -> BothWays:
         policy: one that changes no entry and no position, so that a mask can stand for it.
         ids: int64 ``[batch, n]``.
     """
-    run, runs, parts = Policing(model, policy, ids.shape[1], (3, 5), kept=[]), [], []
-    for part in run.stream(ids):
+    run, runs, parts = PolicySession(model, policy, ids.shape[1], (3, 5), history=[]), [], []
+    for part in run.prefill(ids):
         runs.append((part.start, part.stop))
         parts.append(part.logits)
     token = WATCHER.set(_Replayed(run, runs, ids.shape[1]))
@@ -48,9 +48,9 @@ def removed_and_masked(model: Any, policy: Policy, ids: Tensor) -> BothWays:
 class _Replayed:
     """The mask of one pass over everything: for each run of tokens, what was kept then, and the run itself."""
 
-    def __init__(self, run: Policing, runs: list[tuple[int, int]], length: int) -> None:
-        assert run.kept is not None
-        self.masks = [_mask_of(run.kept, layer, runs, length) for layer in range(len(run.cache.layers))]
+    def __init__(self, run: PolicySession, runs: list[tuple[int, int]], length: int) -> None:
+        assert run.history is not None
+        self.masks = [_mask_of(run.history, layer, runs, length) for layer in range(len(run.cache.layers))]
 
     def mask(self, layer: int, *_: Any) -> Tensor:
         return self.masks[layer]

@@ -10,19 +10,16 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from kvbench.cache.evicting import EvictingCache
 from kvbench.data.documents import Document
-from kvbench.execution.workload import together
-from kvbench.inference.generation import Continuation, Sampling
-from kvbench.inference.layout_session import Reader
-from kvbench.inference.policy_session import PolicedContinuation, Policing
+from kvbench.inference.generation import read_prompt, written
+from kvbench.inference.opening import open_session, prepared, rows_together
+from kvbench.inference.sampling import Sampling
+from kvbench.inference.session import CacheBytes
 from kvbench.judges.encoder import packed
-from kvbench.methods import Layout
-from kvbench.methods.policies.policy import Policy
 from kvbench.models.loading import Loaded, end_tokens
-from kvbench.models.rope import fixed_rotations
 from kvbench.protocols.generate import Writing, uniforms
 from kvbench.protocols.pieces import Cut, Piece
+from kvbench.protocols.scoring import text_of
 from kvbench.store.records import HUMAN, Cell, GenerationRecord, Output
 
 if TYPE_CHECKING:
@@ -90,24 +87,18 @@ def _written(
     worker: Worker, cell: Cell, writing: Writing, batch: list[Piece], groups: dict[str, str]
 ) -> list[GenerationRecord]:
     runner, records = worker.runners[cell.key], []
-    for rows in together(batch, runner.method):
-        pieces = [batch[row] for row in rows]
-        started = time.perf_counter()
-        layout = worker.layout(runner, pieces[0])
-        records += _continued(worker, runner, writing, pieces, layout, groups, started)
+    for rows in rows_together(runner.method, [piece.layout for piece in batch]):
+        records += _continued(worker, runner, writing, [batch[row] for row in rows], groups)
     return records
 
 
 def _continued(
-    worker: Worker, runner: Runner, writing: Writing, pieces: list[Piece], layout: Layout,
-    groups: dict[str, str], started: float,
+    worker: Worker, runner: Runner, writing: Writing, pieces: list[Piece], groups: dict[str, str]
 ) -> list[GenerationRecord]:
-    loaded = worker.loaded
-    policy = worker.fitted(runner.method, pieces[0].context).policy
-    with fixed_rotations(loaded.model, len(pieces[0].ids)):
-        texts, held, peak, sizes, before = written_ids(loaded, runner, writing, pieces, layout, policy)
+    loaded, started = worker.loaded, time.perf_counter()
+    texts, kept, peak, sizes, before = written_ids(loaded, runner, writing, pieces)
     seconds = (time.perf_counter() - started) / len(pieces)
-    visible, queries = _visibility(before, pieces[0], texts)
+    visible, queries = _visibility(before, texts)
     names = [
         (kind, writing.decodings[:place].count(kind)) for place, kind in enumerate(writing.decodings)
     ]
@@ -123,8 +114,9 @@ def _continued(
     return [
         GenerationRecord(
             piece.document, groups[piece.document], tuple(judged[i * len(names) : (i + 1) * len(names)]),
-            piece.context, held, visible[i], queries[i], peak,
-            kv_logical=sizes[0] / len(pieces), kv_physical=sizes[1] / len(pieces), kv_full=sizes[2] / len(pieces),
+            piece.context, kept, visible[i], queries[i], peak,
+            kv_logical=sizes.logical / len(pieces), kv_physical=sizes.physical / len(pieces),
+            kv_full=sizes.full / len(pieces),
             seconds=round(seconds, 4),
         )
         for i, piece in enumerate(pieces)
@@ -132,56 +124,41 @@ def _continued(
 
 
 def written_ids(
-    loaded: Loaded, runner: Runner, writing: Writing, pieces: list[Piece], layout: Layout, policy: Policy | None
-) -> tuple[list[list[tuple[int, ...]]], int, int, tuple[int, int, int], Tensor]:
+    loaded: Loaded, runner: Runner, writing: Writing, pieces: list[Piece]
+) -> tuple[list[list[tuple[int, ...]]], int, int, CacheBytes, Tensor]:
     """What is written after each piece's prefix.
 
     Returns:
-        Ids by piece and output, without the end token; entries held when the prefix had been read;
-        the most ever held; (logical, physical, full) bytes of the cache at that moment; and for every
-        token, how many earlier entries were seen where the next one was chosen.
+        Ids by piece and output, without the end token; entries kept when the prefix had been read; the most ever
+        held; bytes of the cache at that moment; and for every token that can be written, the share of the tokens
+        before it that was seen where it was chosen.
     """
-    device = next(loaded.model.parameters()).device
-    prefix = torch.tensor([piece.ids[: piece.context] for piece in pieces], device=device)
-    drawn = torch.stack([torch.from_numpy(uniforms(piece, writing, runner.cell.seed)) for piece in pieces])
+    first, model, cell = pieces[0], loaded.model, runner.cell
+    drawn = torch.stack([torch.from_numpy(uniforms(piece, writing, cell.seed)) for piece in pieces])
     ends = end_tokens(loaded)
-    settings = (prefix, drawn, layout, Sampling(writing.top_p, writing.temperature), ends, writing.chunk)
-    if policy is None:
-        text = Continuation(*settings, evicts=runner.cell.execution == "streamed")
-    else:
-        lots = [piece.layout for piece in pieces]
-        text = PolicedContinuation(*settings, run=Policing(
-            loaded.model, policy, prefix.shape[1], lots, runner.cell.seed
-        ))
-    reader = Reader(loaded.model, runner.adapter)
-    with torch.inference_mode(), reader.ready():
-        logits = text.read(reader)
-        held = reader.trace.held
-        logical, physical, full = _cache_bytes(text.cache, held, prefix.shape[1])
-        sizes = (logical if policy is None else text.cache.logical_bytes(), physical, full)
-        ids = torch.stack(list(text.write(reader, logits)), dim=1).cpu()
-    if not bool(text.is_finite):
-        raise RuntimeError("the model's predictions are not finite (overflow, or damaged weights)")
+    with torch.inference_mode(), prepared(model, runner.adapter, len(first.ids)):
+        session = open_session(
+            model, runner.method, text_of(pieces), adapter=runner.adapter, seed=cell.seed, execution=cell.execution,
+            chunk=writing.chunk,
+        )
+        prefix = torch.tensor([piece.ids[: piece.context] for piece in pieces], device=session.device)
+        logits = read_prompt(session, prefix)
+        kept, sizes = session.kept, session.bytes()
+        steps = written(session, logits, drawn, Sampling(writing.top_p, writing.temperature), ends)
+        ids = torch.stack(list(steps), dim=1).cpu()
     found = [tuple(i for i in row if i >= 0 and i not in ends) for row in ids.tolist()]
     outputs = len(writing.decodings)
+    queries = torch.arange(max(1, first.context - 1), len(first.ids) - 1)
     return (
-        [found[i : i + outputs] for i in range(0, len(found), outputs)], held, reader.trace.peak, sizes,
-        text.visible_before,
+        [found[i : i + outputs] for i in range(0, len(found), outputs)], kept, session.peak, sizes,
+        session.visible(queries) / queries,
     )
 
 
-def _cache_bytes(cache: EvictingCache, held: int, raw: int) -> tuple[int, int, int]:
-    per_entry = cache.entry_bytes()
-    return held * per_entry, cache.physical_bytes(), raw * per_entry
-
-
-def _visibility(
-    before: Tensor, piece: Piece, texts: list[list[tuple[int, ...]]]
-) -> tuple[list[float], list[int]]:
+def _visibility(shares: Tensor, texts: list[list[tuple[int, ...]]]) -> tuple[list[float], list[int]]:
     """By document: sum over the queries that wrote a token of entries visible / text tokens before; queries."""
-    places = torch.arange(max(1, piece.context - 1), len(before) - 1)
-    share = torch.cumsum(before[places] / places, 0)
-    lengths = [[min(len(ids), len(places)) for ids in rows] for rows in texts]
+    share = torch.cumsum(shares, 0)
+    lengths = [[min(len(ids), len(shares)) for ids in rows] for rows in texts]
     sums = [float(sum(share[n - 1] for n in row if n)) for row in lengths]
     return sums, [sum(row) for row in lengths]
 

@@ -17,7 +17,7 @@ import time
 import traceback
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fractions import Fraction
 from pathlib import Path
 from typing import IO, Any
@@ -30,20 +30,19 @@ from kvbench.errors import UserError
 from kvbench.execution.accumulator import DocumentSums
 from kvbench.execution.generation import write_window
 from kvbench.execution.job import Job, Order
-from kvbench.execution.workload import Work, batches, cut_task, together, tokens_of
-from kvbench.inference.policy_support import check_policy
+from kvbench.execution.workload import Work, batches, cut_task, tokens_of
+from kvbench.inference.opening import check_method, places_needed, rows_together
 from kvbench.judges.loading import check_mauve, load_judges
-from kvbench.methods import Layout, Method, Structure, make_layout, make_method
-from kvbench.methods.layouts.mask_example import Mask, example_mask
+from kvbench.methods import Method, make_method
+from kvbench.methods.layouts.mask_example import Mask
 from kvbench.models.adapter import Adapter
 from kvbench.models.fingerprint import check_unchanged
 from kvbench.models.loading import load_model
 from kvbench.models.references import ModelReference
-from kvbench.models.rope import frequencies, has_rotary
+from kvbench.models.rope import has_rotary
 from kvbench.probe.kept import apart_at, probed
 from kvbench.protocols.pieces import Cut, Piece
-from kvbench.protocols.score_policy import score_policed
-from kvbench.protocols.scoring import BatchScore, Reference, score_batch
+from kvbench.protocols.scoring import BatchScore, Reference, score_pieces, text_of
 from kvbench.store.records import HUMAN, Cell, DocumentRecord, Failure, GenerationRecord
 
 WINDOW = 64
@@ -65,7 +64,6 @@ class Worker:
     def __init__(self, job: Job, events: IO[str]) -> None:
         self.job = job
         self.events = events
-        self.layouts: dict[tuple[int, int, Fraction, str, int, Structure], Layout] = {}
         self.failed: set[str] = set()
         self.unable: list[Failure] = []
 
@@ -132,21 +130,12 @@ class Worker:
     def _check_cell(self, cell: Cell, longest: int, pieces: Sequence[Piece], in_chunks: bool) -> None:
         method = self.runners[cell.key].method
         method.check(longest, in_chunks)
-        if method.policy is not None:
-            check_policy(method.policy, self.loaded.model, cell.model, self.facts)
-        if method.n_rows:
-            self.facts.check_embeddings(cell.model, method.name)
+        check_method(method, self.loaded.model, cell.model, self.facts)
+        shape = cache_shape(self.loaded.model)
         for context in {piece.context for piece in pieces}:
-            self.fitted(method, context).check(context, in_chunks)
-        if method.unrotates:
-            frequencies(self.loaded.model)
+            method.fitted(context, shape).check(context, in_chunks)
         for piece in pieces:
-            layout = make_layout(self.fitted(method, piece.context), piece.planned, cell.seed, 0, piece.structure)
-            self._check_positions(cell, layout, len(piece.ids) - piece.planned)
-
-    def fitted(self, method: Method, context: int) -> Method:
-        """The method for texts of that many tokens, its budget turned into what it works with."""
-        return method.fitted(context, cache_shape(self.loaded.model))
+            self._check_positions(cell, method, piece)
 
     def _check_at_length(self, cell: Cell) -> None:
         """See that texts as long as the longest are read as the model itself reads them.
@@ -165,15 +154,17 @@ class Worker:
                 "Measure it on shorter texts, or choose another model.",
             )
 
-    def _check_positions(self, cell: Cell, layout: Layout, more: int) -> None:
+    def _check_positions(self, cell: Cell, method: Method, piece: Piece) -> None:
         """Learned positions end with the model's context; rotary ones go on."""
-        needed = max(int(layout.position.max()) + 1, layout.n_raw + more)
+        length = len(piece.ids)
+        layout = places_needed(method, self.loaded.model, text_of([replace(piece, layout=0)]), cell.seed)
+        needed = max(layout, length)
         written = int(cell.options["new_tokens"]) if cell.options.get("new_tokens", "auto") != "auto" else 0
         if needed > self.loaded.context and not has_rotary(self.loaded.model):
             raise UserError(
                 f"{cell.model} has learned positions up to {self.loaded.context}, and {cell.method} needs "
                 f"{needed} on this task.",
-                _shorter(cell.protocol, self.loaded.context - max(0, needed - layout.n_raw - more) - written),
+                _shorter(cell.protocol, self.loaded.context - (needed - length) - written),
             )
 
     def announce(self) -> None:
@@ -202,7 +193,7 @@ class Worker:
             cell = runner.cell
             name = f"{cell.method} {cell.ratio_asked or ''}".strip()
             if name not in found and key not in {failure.cell for failure in self.unable}:
-                mask = example_mask(runner.method, cell.seed)
+                mask = runner.method.mask_example(cell.seed)
                 if mask is not None:
                     found[name] = mask
         return found
@@ -253,18 +244,14 @@ class Worker:
         runner = self.runners[cell.key]
         is_full, kept = cell.method == "full", None
         with self.guarded(cell):
-            for rows in together(batch, runner.method):
+            for rows in rows_together(runner.method, [piece.layout for piece in batch]):
                 pieces = [batch[row] for row in rows]
                 started = time.perf_counter()
                 theirs, chunk = reference.rows(rows) if reference else None, int(cell.options["chunk"])
-                policy = self.fitted(runner.method, pieces[0].context).policy
-                if policy is not None:
-                    score = score_policed(self.loaded.model, policy, pieces, theirs, chunk, cell.seed)
-                else:
-                    score, kept = score_batch(
-                        self.loaded.model, runner.adapter, self.layout(runner, pieces[0]), pieces, theirs,
-                        cell.execution, chunk, keep_reference=is_full,
-                    )
+                score, kept = score_pieces(
+                    self.loaded.model, runner.method, pieces, theirs, adapter=runner.adapter,
+                    execution=cell.execution, chunk=chunk, seed=cell.seed, keep_reference=is_full,
+                )
                 self._store(cell, pieces, score, pending, time.perf_counter() - started)
         return kept
 
@@ -279,16 +266,6 @@ class Worker:
             failure = Failure(cell.key, f"{cell.label}: {reason}", getattr(error, "hint", ""))
             print(traceback.format_exc(), file=sys.stderr)
             self.say("failed", **dataclasses.asdict(failure))
-
-    def layout(self, runner: Runner, piece: Piece) -> Layout:
-        method = self.fitted(runner.method, piece.context)
-        which = piece.layout if method.seeded else 0
-        key = (piece.planned, runner.cell.seed, method.ratio, method.name, which, piece.structure)
-        if key not in self.layouts:
-            if len(self.layouts) >= 512:
-                self.layouts.clear()
-            self.layouts[key] = make_layout(method, piece.planned, runner.cell.seed, which, piece.structure)
-        return self.layouts[key]
 
     def _store(
         self, cell: Cell, batch: list[Piece], score: BatchScore,

@@ -15,7 +15,7 @@ from kvbench.data.tasks import Task, load_task
 from kvbench.errors import UserError
 from kvbench.execution.job import Job
 from kvbench.judges.choice import NOTHING
-from kvbench.methods import Method, make_method
+from kvbench.methods import make_method
 from kvbench.models.facts import ModelFacts
 from kvbench.models.loading import Loaded
 from kvbench.protocols.base import HIDDEN, KNOWN, Protocol, resolve_protocol
@@ -171,18 +171,6 @@ def batches(documents: tuple[tuple[Document, Cut], ...], vocabulary: int) -> Ite
         rows = max(1, min(MAX_ROWS, MAX_SCORES // max(1, targets * vocabulary)))
         for start in range(0, len(ordered), rows):
             yield ordered[start : start + rows]
-
-
-def together(batch: list[Piece], method: Method) -> list[list[int]]:
-    """Rows of a batch that can be read under one layout, so that their entries are evicted together."""
-    if method.by_text:
-        return [[row] for row in range(len(batch))]
-    if not method.seeded:
-        return [list(range(len(batch)))]
-    found: dict[int, list[int]] = {}
-    for row, piece in enumerate(batch):
-        found.setdefault(piece.layout, []).append(row)
-    return list(found.values())
 
 
 def _tokenizer_hash(loaded: Loaded) -> str:

@@ -13,40 +13,47 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from kvbench.cache.policy_cache import PolicedCache
+from kvbench.cache.policy_cache import PolicedCache, PolicedLayer
+from kvbench.cache.shape import cache_shape
 from kvbench.inference.attention_statistics import QUERIES_AT_ONCE, attended, with_moments, with_queries
-from kvbench.inference.generation import Continuation
-from kvbench.inference.layout_session import Reader, Scored
+from kvbench.inference.filling import random_entries
+from kvbench.inference.session import CacheBytes, Scored
 from kvbench.methods.policies.policy import Merged, Policy, View
 from kvbench.models.attention_hooks import WATCHER
+from kvbench.models.configuration import text_config
 from kvbench.models.rope import frequencies
 
 
 @dataclass
-class Policing:
+class PolicySession:
     """A batch of texts being read under a policy; a fresh one for every batch.
 
     Attributes:
         total: text tokens that will be read under it, or up to which the budget is met.
-        lots: a number of each row that depends on its text only.
+        row_seeds: a number of each row that depends on its text only.
+        chunk: tokens of the context that are fed at a time where nothing is removed before its end; None where
+            entries are removed on the way.
         seen: for every token read, how many earlier entries it saw (the mean over layers).
         peak: the most entries that a layer ever held.
-        kept: if asked for, what every layer attended when each run of tokens was fed: ``[batch, heads, entries]``
+        history: if asked for, what every layer attended when each run of tokens was fed: ``[batch, heads, entries]``
             places, -1 for none.
-        beside: entered around all that is done besides the model's own forward pass, so that it can be timed.
+        overhead: entered around all that is done besides the model's own forward pass, so that it can be timed.
         context: tokens that were read before what follows them; None while they are read.
+        ahead: tokens behind those read whose queries the policy has seen as well.
     """
 
     model: nn.Module
     policy: Policy
     total: int
-    lots: Sequence[int]
+    row_seeds: Sequence[int]
     seed: int = 0
+    chunk: int | None = None
     seen: list[float] = field(default_factory=list)
     peak: int = 0
-    kept: list[list[Tensor]] | None = None
-    beside: Callable[[], AbstractContextManager[object]] = nullcontext
+    history: list[list[Tensor]] | None = None
+    overhead: Callable[[], AbstractContextManager[object]] = nullcontext
     context: int | None = None
+    ahead: int = 0
 
     def __post_init__(self) -> None:
         needs_speeds = self.policy.turned or self.policy.takes_moments
@@ -54,34 +61,108 @@ class Policing:
         self.cache = PolicedCache(self.policy.turned, self.speeds)
         self.read = self.since = 0
 
-    def stream(self, ids: Tensor, first: int = 0, chunk: int | None = None) -> Iterator[Scored]:
-        """Feed text as the policy wants it fed, and remove entries where they are due.
-
-        Args:
-            ids: ``[batch, n]``.
-            first: token among these from which on logits are wanted.
-            chunk: tokens to feed at a time, if nothing is to be removed before the end.
-        """
+    def prefill(self, ids: Tensor, first: int = 0, ahead: Tensor | None = None) -> Iterator[Scored]:
+        """Feed text as the policy wants it fed, and remove entries where they are due, and at the end."""
         start, length = 0, ids.shape[1]
         while start < length:
-            stop = min(length, start + (chunk or self.policy.run_length(self.read)))
+            stop = min(length, start + (self.chunk or self.policy.run_length(self.read)))
             logits = self.feed(ids[:, start:stop], slice(max(0, first - start), None))
-            if stop == length or (chunk is None and self.is_due):
+            if stop == length and self.chunk is not None and ahead is not None:
+                self._look_ahead(ahead)
+            if stop == length or (self.chunk is None and self.is_due):
                 self.remove()
+            self.ahead = 0
             if stop > first:
                 yield Scored(max(start, first), stop, logits)
             start = stop
 
-    def follow(self, ids: Tensor) -> Iterator[Scored]:
+    def extend(self, ids: Tensor) -> Iterator[Scored]:
         """Feed what comes after the context: it is attended, and nothing more is removed.
 
         What was set aside of the context is looked at again, where the policy does that.
         """
         self.context = self.read
         if self.policy.keeps_all:
-            yield from self.stream(ids)
+            self.chunk = None
+            yield from self.prefill(ids)
         elif ids.shape[1]:
             yield Scored(0, ids.shape[1], self.feed(ids))
+
+    def expand(self, copies: int) -> None:
+        self.cache.batch_repeat_interleave(copies)
+        self.row_seeds = [seed for seed in self.row_seeds for _ in range(copies)]
+
+    def step(self, ids: Tensor) -> Tensor:
+        logits = self.feed(ids[:, None])
+        if self.is_due:
+            self.remove()
+        return logits[:, -1]
+
+    def fill(self, batch: int, seed: int) -> None:
+        """Random entries for the whole context, layer by layer, of which the policy keeps its own."""
+        device = next(self.model.parameters()).device
+        generator = torch.Generator(device).manual_seed(seed)
+        heads = int(text_config(self.model.config).num_attention_heads)
+        self.read, chosen = self.total, dict[int, Tensor]()
+        self.cache.layers = [PolicedLayer() for _ in cache_shape(self.model).layers]
+        for number, (keys, values) in enumerate(random_entries(self.model, batch, self.total, seed)):
+            layer = self.cache.layers[number]
+            layer.extend(keys, values, 0)
+            shape = (batch, heads, max(1, self.policy.looks_at), keys.shape[-1])
+            queries = torch.empty(shape, dtype=keys.dtype, device=keys.device).normal_(generator=generator)
+            layer.scaling = float(keys.shape[-1]) ** -0.5
+            if self.policy.looks_at:
+                layer.queries = queries
+            if self.policy.sums:
+                layer.sums.uniform_(generator=generator)
+            if self.policy.takes_moments:
+                layer.moments = shape[2], queries.float().sum(2), (queries.transpose(-1, -2) @ queries).float()
+            self.remove_from(number, chosen)
+        self.peak = self.cache.most_entries()
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.model.parameters()).device
+
+    @property
+    def kept(self) -> int:
+        return round(self.cache.mean_entries())
+
+    @property
+    def attended(self) -> int:
+        """Packed entries by the bytes that they take."""
+        return round(self.cache.mean_seen())
+
+    def bytes(self) -> CacheBytes:
+        cache = self.cache
+        return CacheBytes(cache.logical_bytes(), cache.physical_bytes(), self.total * cache.entry_bytes())
+
+    def tensors(self) -> list[Tensor]:
+        return self.cache.tensors()
+
+    def visible(self, queries: Tensor) -> Tensor:
+        return torch.tensor(self.seen, dtype=torch.float64)[queries.clamp(max=len(self.seen) - 1)]
+
+    def distance(self, targets: Tensor) -> Tensor | None:
+        """None: entries are removed at many places."""
+        return None
+
+    def _look_ahead(self, ids: Tensor) -> None:
+        """See the queries of text behind the context, in passing, if the policy looks at queries.
+
+        They attend the whole context, as all queries before them do, and their own entries are let go of again: the
+        text is then read anew, from what is left.
+        """
+        policy, count = self.policy, ids.shape[1]
+        if not count or not (policy.looks_at or policy.sums or policy.takes_moments):
+            return
+        self.feed(ids, slice(0, 0))
+        for number, layer in enumerate(self.cache.layers):
+            self._observe(number, None)
+            layer.forget(count)
+        self.read -= count
+        self.ahead = count
+        del self.seen[-count:]
 
     @property
     def is_due(self) -> bool:
@@ -92,8 +173,8 @@ class Policing:
         m, cache = ids.shape[1], self.cache
         cache.looks = self.policy.looks(self.read)
         held = cache.mean_entries() if cache.looks else cache.mean_seen()
-        if self.kept is not None:
-            self.kept.append([(x.positions if cache.looks else x.seen()).clone() for x in cache.layers])
+        if self.history is not None:
+            self.history.append([(x.positions if cache.looks else x.seen()).clone() for x in cache.layers])
         cache.read = cache.begin = self.read
         places = torch.arange(self.read, self.read + m, device=ids.device)
         token = WATCHER.set(self)
@@ -115,7 +196,7 @@ class Policing:
     def remove(self) -> None:
         """Let the policy choose, in every layer that holds more than its budget."""
         self.since = 0
-        with self.beside():
+        with self.overhead():
             chosen: dict[int, Tensor] = {}
             for number in range(len(self.cache.layers)):
                 self.remove_from(number, chosen)
@@ -149,9 +230,11 @@ class Policing:
         none = torch.zeros((), device=keys.device).expand(keys.shape[:3])
         sums = layer.sums[..., first:last] if self.policy.sums else none
         return View(
-            keys, values, layer.positions[..., first:last], sums, layer.queries, layer.scaling,
-            self.read, number, len(self.cache.layers), torch.tensor(list(self.lots), device=keys.device), self.seed,
-            layer.moments, self.speeds[number] if self.speeds else None, layer.carried,
+            keys=keys, values=values, positions=layer.positions[..., first:last], sums=sums, queries=layer.queries,
+            scaling=layer.scaling, read=self.read + (self.ahead if layer.queries is not None else 0), layer=number,
+            layers=len(self.cache.layers), lots=torch.tensor(list(self.row_seeds), device=keys.device),
+            seed=self.seed, moments=layer.moments, speeds=self.speeds[number] if self.speeds else None,
+            carried=layer.carried,
         )
 
     def mask(self, layer: int, queries: int, keys: int, device: torch.device) -> Tensor | None:
@@ -172,7 +255,7 @@ class Policing:
         if policy.looks_at or policy.sums or policy.takes_moments:
             stored.pending.append(query)
             if sum(pending.shape[2] for pending in stored.pending) >= QUERIES_AT_ONCE:
-                with self.beside():
+                with self.overhead():
                     self._observe(layer, keys)
 
     def _observe(self, number: int, keys: Tensor | None) -> None:
@@ -197,43 +280,3 @@ class Policing:
             first = layer.read - query.shape[2]
             speeds = self.speeds[number] if self.speeds else None
             layer.moments = with_moments(layer.moments, query, first, policy.sinks, speeds)
-
-
-@dataclass
-class PolicedContinuation(Continuation):
-    """A batch of prefixes and what is written after each, under a policy: the same loop, fed in another way.
-
-    The prefix is compressed once, when it has been read, unless the policy is told to do it block by block; while
-    text is written, entries are removed after every ``step`` tokens.
-    """
-
-    run: Policing = field(kw_only=True)
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        self.cache = self.run.cache
-
-    def read(self, reader: Reader) -> Tensor:
-        once, last = self.run.policy.option("prefill") == "once", self.prefix.shape[1] - 1
-        *_, part = self.run.stream(self.prefix, last, self.chunk if once else None)
-        self._note(reader)
-        return part.logits[:, -1]
-
-    def write(self, reader: Reader, logits: Tensor) -> Iterator[Tensor]:
-        self.run.lots = [lot for lot in self.run.lots for _ in range(self.uniforms.shape[1])]
-        yield from super().write(reader, logits)
-
-    def _step(self, reader: Reader, ids: Tensor, token: int) -> Tensor:
-        logits = self.run.feed(ids[:, None])
-        if self.run.is_due:
-            self.run.remove()
-        self._note(reader)
-        return logits[:, -1]
-
-    def _note(self, reader: Reader) -> None:
-        reader.trace.held, reader.trace.peak = round(self.run.cache.mean_entries()), self.run.peak
-
-    @property
-    def visible_before(self) -> Tensor:
-        seen, length = self.run.seen, self.prefix.shape[1] + self.new_tokens
-        return torch.tensor(seen + seen[-1:] * (length - len(seen)), dtype=torch.float64)

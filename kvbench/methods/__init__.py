@@ -5,19 +5,17 @@ Methods of other packages come in by the entry point group ``kvbench.methods`` (
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterator, Mapping
 from fractions import Fraction
 from functools import cached_property
 from importlib.metadata import entry_points
-
-import numpy as np
 
 from kvbench.errors import UserError, unknown
 from kvbench.methods.base import Method, Option, kept, parse_ratio, ratio_text
 from kvbench.methods.layouts.ccm import CcmConcat, CcmMerge, Gist, MeanPool, Pic
 from kvbench.methods.layouts.full import Adapted, Full, NoContext
 from kvbench.methods.layouts.layout import RUNNING, Layout, Structure
+from kvbench.methods.layouts.method import LAYOUT_IDS, LayoutMethod, layout_id, make_layout
 from kvbench.methods.layouts.scattered import Scattered, ScatteredTuned
 from kvbench.methods.layouts.sentinel import Sentinel
 from kvbench.methods.layouts.windows import Local, LocalTuned, Sinks, SinksTuned, Window
@@ -31,6 +29,7 @@ from kvbench.methods.policies.kivi import Fp8, Kivi
 from kvbench.methods.policies.knorm import Knorm
 from kvbench.methods.policies.lagkv import LagKv
 from kvbench.methods.policies.lorc import Lorc
+from kvbench.methods.policies.policy import Policy
 from kvbench.methods.policies.random import Random
 from kvbench.methods.policies.refreshkv import RefreshKv
 from kvbench.methods.policies.snapkv import ChunkKv, PyramidKv, SnapKv
@@ -38,8 +37,6 @@ from kvbench.methods.policies.streaming_llm import StreamingLlm
 from kvbench.methods.policies.think import Think
 from kvbench.methods.policies.tova import Tova
 from kvbench.store.faults import GROUP
-
-LAYOUT_IDS = 16
 
 _OWN: tuple[type[Method], ...] = (
     Full, NoContext, Window, Sinks, Local, Scattered, Sentinel, CcmConcat, CcmMerge, Gist, MeanPool, Pic,
@@ -77,6 +74,12 @@ class _Methods(Mapping[str, type[Method]]):
                     f"The method {entry.name!r} of another package ({entry.value}) is no subclass of "
                     "kvbench.methods.Method, or its name is taken.", "Mend or uninstall that package.",
                 )
+            if not issubclass(kind, (LayoutMethod, Policy)):
+                raise UserError(
+                    f"The method {entry.name!r} of another package ({entry.value}) says neither by a layout nor by "
+                    "scores what is removed.",
+                    "It may be written for another kvbench: docs/adding-a-method.md says what it is a subclass of.",
+                )
             found[kind.name] = kind
         return found
 
@@ -105,20 +108,7 @@ def make_method(name: str, ratio: Fraction, options: dict[str, str] | None = Non
     return kind(ratio if with_ratio else Fraction(0), mine, **budget)
 
 
-def layout_id(document: str, block: int) -> int:
-    """Which of the 16 layouts a block gets: the same for all methods, whatever the batch."""
-    digest = hashlib.sha256(f"{document}\0{block}".encode()).digest()
-    return int.from_bytes(digest[:8], "big") % LAYOUT_IDS
-
-
-def make_layout(method: Method, n: int, seed: int, which: int, text: Structure = RUNNING) -> Layout:
-    """The layout of a block: a function of (seed, n, ratio, id) and of the text's own structure."""
-    ratio = method.ratio
-    rng = np.random.default_rng([seed, n, ratio.numerator, ratio.denominator, which])
-    return method.layout(n, rng, text)
-
-
 __all__ = [
-    "GROUP", "LAYOUT_IDS", "METHODS", "RUNNING", "Layout", "Method", "Option", "Structure", "kept", "layout_id",
-    "make_layout", "make_method", "parse_ratio", "ratio_text",
+    "GROUP", "LAYOUT_IDS", "METHODS", "RUNNING", "Layout", "LayoutMethod", "Method", "Option", "Structure", "kept",
+    "layout_id", "make_layout", "make_method", "parse_ratio", "ratio_text",
 ]

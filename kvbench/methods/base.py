@@ -1,8 +1,8 @@
-"""What a compression method is: a name, an exact ratio, and a layout for a block."""
+"""What a compression method is: a name, an exact ratio, and options."""
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
+from abc import ABC
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from decimal import Decimal
@@ -10,13 +10,13 @@ from fractions import Fraction
 from typing import TYPE_CHECKING, ClassVar
 
 from kvbench.errors import UserError, unknown
-from kvbench.methods.layouts.layout import RUNNING, Layout, Structure
 
 if TYPE_CHECKING:
     import numpy as np
 
     from kvbench.cache.shape import CacheShape
-    from kvbench.methods.policies.policy import Policy
+    from kvbench.methods.layouts.layout import Layout
+    from kvbench.methods.layouts.mask_example import Mask
 
 
 TRAINED_PERCENT = (5, 95)
@@ -112,8 +112,8 @@ class Method(ABC):
     takes_budget: ClassVar[tuple[str, ...]] = ("tokens", "bytes")
     needs_adapter: ClassVar[bool] = False
     seeded: ClassVar[bool] = False
-    is_policy: ClassVar[bool] = False
     removes: ClassVar[bool] = True
+    executions: ClassVar[tuple[str, ...]] = ("streamed",)
     position_rule: ClassVar[str] = "absolute"
     known: ClassVar[dict[str, Option]] = {}
     trainable: ClassVar[tuple[str, ...]] = ()
@@ -122,18 +122,6 @@ class Method(ABC):
     options: dict[str, str] = field(default_factory=dict)
     budget_tokens: int = 0
     budget_bytes: int = 0
-
-    @abstractmethod
-    def layout(self, n: int, rng: np.random.Generator, text: Structure = RUNNING) -> Layout:
-        """The layout of a block of ``n`` text tokens.
-
-        Args:
-            rng: used by seeded methods only.
-            text: what is known of the text besides its length.
-
-        Raises:
-            UserError: the ratio is beyond what the method can reach on ``n`` tokens.
-        """
 
     def check(self, longest: int, in_chunks: bool) -> None:  # noqa: B027  # most methods have nothing to check
         """See that the method can be used on text of that many tokens.
@@ -191,14 +179,23 @@ class Method(ABC):
         return cls.takes_ratio
 
     @classmethod
-    def drawn(cls, n: int, rng: np.random.Generator, options: dict[str, str]) -> Layout:
-        """A layout to train on: the ratio is drawn, so that one adapter serves the whole axis."""
-        percent = int(rng.integers(*TRAINED_PERCENT, endpoint=True))
-        return cls(Fraction(percent, 100), options).layout(n, rng)
+    def training_layout(cls, n: int, rng: np.random.Generator, options: dict[str, str]) -> Layout:
+        """What an adapter reads a text of ``n`` tokens under in a step of its training.
 
-    @property
-    def policy(self) -> Policy | None:
-        """Itself, if it chooses what to keep from what was computed; None if its layout says it."""
+        Raises:
+            UserError: the method trains nothing.
+        """
+        raise UserError(f"{cls.name} has nothing that could be trained.")
+
+    def check_text(self, n: int, prefix: int, seed: int) -> None:  # noqa: B027  # most methods take any text
+        """See that the method can be used on a text of ``n`` tokens that are written from ``prefix`` on.
+
+        Raises:
+            UserError: it cannot, and why.
+        """
+
+    def mask_example(self, seed: int) -> Mask | None:
+        """A picture of who sees whom in a short text; None where that is not known beforehand."""
         return None
 
     def option(self, name: str) -> str:

@@ -12,7 +12,7 @@ from fractions import Fraction
 from pathlib import Path
 
 from kvbench.errors import UserError, unknown
-from kvbench.methods import METHODS, Method, Structure, make_layout, make_method, parse_ratio, ratio_text
+from kvbench.methods import METHODS, Method, make_method, parse_ratio, ratio_text
 from kvbench.models.fingerprint import fingerprint
 from kvbench.models.random_models import check_shape, is_shape
 from kvbench.models.references import ModelReference, find_adapter, resolve_model
@@ -112,7 +112,7 @@ def build_profile_plan(request: ProfileRequest) -> ProfilePlan:
         for length in request.seq_lens:
             method.check(length, in_chunks=False)
             method.check_kept(length)
-            make_layout(method, length + request.new_tokens, request.seed, 0, Structure(prefix=length))
+            method.check_text(length + request.new_tokens, length, request.seed)
     budget = parse_bytes(request.budget) if request.budget else 0
     model = None
     if is_shape(request.model):

@@ -206,13 +206,12 @@ def _content(cells: Sequence[Cell]) -> str:
 
 
 def _check_execution(request: Request, methods: Sequence[Method]) -> None:
-    if request.execution != "streamed":
-        for method in methods:
-            if method.policy is not None:
-                raise UserError(
-                    f"{method.name} chooses from what was computed and has no mask beforehand: --execution "
-                    f"{request.execution} cannot be had.", "Leave --execution out.",
-                )
+    for method in methods:
+        if request.execution not in method.executions:
+            raise UserError(
+                f"{method.name} chooses from what was computed and has no mask beforehand: --execution "
+                f"{request.execution} cannot be had.", "Leave --execution out.",
+            )
 
 
 def _judging(request: Request, writes: bool) -> tuple[Judging, dict[str, str]]:

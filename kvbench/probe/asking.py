@@ -12,13 +12,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from kvbench.cache.evicting import EvictingCache
 from kvbench.cache.policy_cache import PolicedCache
 from kvbench.errors import UserError
-from kvbench.inference.layout_session import Reader
-from kvbench.inference.policy_session import Policing
-from kvbench.methods import Layout, make_layout, make_method
-from kvbench.methods.policies.policy import Policy
+from kvbench.inference.layout_session import LayoutSession
+from kvbench.inference.policy_session import PolicySession
+from kvbench.inference.reader import Reader
+from kvbench.methods import Layout, make_layout
+from kvbench.methods.layouts.full import Full
+from kvbench.methods.layouts.windows import Window
+from kvbench.methods.policies.knorm import Knorm
 from kvbench.models.attention import plain_attention
 from kvbench.models.attention_hooks import LISTENER, MASKS, Attended, Rule
 from kvbench.models.configuration import context_of, text_config
@@ -65,7 +67,7 @@ def examine(model: nn.Module, ids: Tensor) -> ModelFacts:
 def apart(model: nn.Module, ids: Tensor) -> float:
     """Nats per token between two ways of reading a text, the worse of two pairs: the model's own forward pass and
     what is read with every entry stored; half of the entries masked, and really removed."""
-    half = make_layout(make_method("window", Fraction(1, 2)), ids.shape[1], 0, 0)
+    half = make_layout(Window(Fraction(1, 2)), ids.shape[1], 0, 0)
     with torch.inference_mode(), fixed_rotations(model, ids.shape[1]):
         streamed = _nll_streamed(model, ids, 64)
         masked, removed = _nll(Reader(model).one_pass(ids, half), ids), _nll_streamed(model, ids, 64, half)
@@ -143,7 +145,7 @@ class _Probe:
 
     def _check_masks(self) -> None:
         """A window, masked in one pass and really removed."""
-        layout = make_layout(make_method("window", Fraction(1, 2)), self.length, 0, 0)
+        layout = make_layout(Window(Fraction(1, 2)), self.length, 0, 0)
         what, ids = "reading it under a mask", self.ids
         masked = self._tried(lambda: _nll(Reader(self.model).one_pass(ids, layout), ids), what)
         removed = self._tried(lambda: _nll_streamed(self.model, ids, CHUNK, layout), what)
@@ -174,13 +176,12 @@ class _Probe:
             return f"{name} caps the logits of its attention, and a policy would be given others."
         if "s_aux" in beside:
             return f"{name} attends learned sinks beside its entries, which a policy does not know."
-        policy = make_method("knorm", Fraction(0)).policy
-        assert isinstance(policy, Policy)
-        run, cache = Policing(self.model, policy, self.length, (0,)), _Noting()
+        policy = Knorm()
+        run, cache = PolicySession(self.model, policy, self.length, (0,)), _Noting()
         run.cache, heard = cache, list[Attended]()
         try:
             with _heard(heard.append):
-                logits = [part.logits for part in run.stream(self.ids)]
+                logits = [part.logits for part in run.prefill(self.ids)]
         except (*Faults, UserError) as error:
             storing = {layer for layer, *_ in cache.given}
             shared = [str(call.layer) for call in calls if call.layer not in storing]
@@ -275,9 +276,9 @@ def _nll(logits: Tensor, ids: Tensor) -> Tensor:
 
 def _nll_streamed(model: nn.Module, ids: Tensor, chunk: int, layout: Layout | None = None) -> Tensor:
     """With entries stored, and removed if there is a layout."""
-    layout = layout or make_layout(make_method("full", Fraction(0)), ids.shape[1], 0, 0)
+    layout = layout or make_layout(Full(), ids.shape[1], 0, 0)
     parts = []
-    for part in Reader(model).stream(ids, layout, EvictingCache(), chunk):
+    for part in LayoutSession(Reader(model), layout, ids.shape[1], chunk).prefill(ids):
         targets = ids[:, part.start + 1 : part.stop + 1]
         log_p = part.logits[:, : targets.shape[1]].float().log_softmax(-1)
         parts.append(-log_p.gather(-1, targets[..., None])[..., 0])

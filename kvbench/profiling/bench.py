@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import AbstractContextManager, ExitStack, nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from fractions import Fraction
 from pathlib import Path
@@ -11,11 +11,9 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from kvbench.cache.shape import cache_shape
 from kvbench.errors import UserError
-from kvbench.inference.policy_support import check_policy
-from kvbench.methods import Layout, Method, Structure, make_layout, make_method
-from kvbench.methods.policies.policy import Policy
+from kvbench.inference.opening import Text, check_method, demand, open_session, prepared
+from kvbench.methods import Method, make_method
 from kvbench.models.adapter import Adapter, AdapterCard
 from kvbench.models.device import pick_device
 from kvbench.models.facts import ModelFacts
@@ -23,12 +21,11 @@ from kvbench.models.fingerprint import check_unchanged
 from kvbench.models.loading import load_model
 from kvbench.models.random_models import is_shape, make_shape, random_model
 from kvbench.models.references import ModelReference
-from kvbench.models.rope import fixed_rotations, has_rotary
+from kvbench.models.rope import has_rotary
 from kvbench.planning.profile import RANDOM
 from kvbench.probe.kept import probed
 from kvbench.profiling.memory import Sizes, free_bytes, sizes_of, sizes_of_model
-from kvbench.profiling.policed import PolicedRequest
-from kvbench.profiling.request import EvictingRequest, Request, StockRequest
+from kvbench.profiling.request import Request, SessionRequest, StockRequest
 from kvbench.store.profile_records import AGAIN, FULL, STOCK
 from kvbench.store.records import Cell
 from kvbench.units import bytes_of
@@ -54,8 +51,6 @@ class Bench:
     notes: tuple[str, ...]
     facts: ModelFacts
     _adapters: dict[str, Adapter | None] = field(default_factory=dict)
-    _layouts: dict[str, Layout] = field(default_factory=dict)
-    _policies: dict[str, Policy | None] = field(default_factory=dict)
 
     def adapter_of(self, cell: Cell) -> Adapter | None:
         """The cell's adapter, loaded or made of random numbers; None if the method has none."""
@@ -63,8 +58,6 @@ class Bench:
             return None
         if cell.key not in self._adapters:
             method = method_of(cell)
-            if method.n_rows:
-                self.facts.check_embeddings(cell.model, method.name)
             if cell.adapter == RANDOM:
                 torch.manual_seed(cell.seed)
                 card = AdapterCard(cell.method, method.trainable[0], RANK, float(RANK), method.n_rows, "random", "")
@@ -75,31 +68,8 @@ class Bench:
             self._adapters[cell.key] = adapter.eval().requires_grad_(False).to(self.device, self.dtype)
         return self._adapters[cell.key]
 
-    def layout_of(self, cell: Cell) -> Layout:
-        if cell.key not in self._layouts:
-            prompt, new = int(cell.options["seq_len"]), int(cell.options["new_tokens"])
-            self._layouts[cell.key] = make_layout(
-                method_of(cell), prompt + new, cell.seed, 0, Structure(prefix=prompt)
-            )
-            _ = self._layouts[cell.key].last_query  # planned once, before anything is timed
-        return self._layouts[cell.key]
-
-    def policy_of(self, cell: Cell) -> Policy | None:
-        """The cell's policy, fitted to its prompt; None if it has a layout instead.
-
-        Raises:
-            UserError: it cannot be used on this model, or at this length.
-        """
-        if cell.key not in self._policies:
-            length = int(cell.options["seq_len"])
-            policy = None if cell.method == STOCK else method_of(cell).fitted(length, cache_shape(self.model)).policy
-            if policy is not None:
-                check_policy(policy, self.model, cell.model, self.facts)
-            self._policies[cell.key] = policy
-        return self._policies[cell.key]
-
     def request(
-        self, cell: Cell, seed: int, beside: Callable[[], AbstractContextManager[object]] = nullcontext
+        self, cell: Cell, seed: int, overhead: Callable[[], AbstractContextManager[object]] = nullcontext
     ) -> Request:
         """A request of the cell, with prompt ids that no other seed has."""
         options = cell.options
@@ -108,43 +78,27 @@ class Bench:
         prompt = torch.randint(self.vocabulary, shape, generator=generator).to(self.device)
         if cell.method == STOCK:
             return StockRequest(self.model, prompt, int(options["new_tokens"]))
-        layout, policy = self.layout_of(cell), self.policy_of(cell)
-        if policy is not None:
-            return PolicedRequest(
-                self.model, policy, prompt, layout, int(options["new_tokens"]), cell.seed, beside
-            )
-        # The whole prompt at once is what the full cache is fastest with.
-        chunk = len(layout) if layout.is_plain else int(options["chunk"])
-        return EvictingRequest(
-            self.model, self.adapter_of(cell), prompt, layout, int(options["new_tokens"]), chunk, beside
+        session = open_session(
+            self.model, method_of(cell), _text_of(cell), adapter=self.adapter_of(cell), seed=cell.seed,
+            chunk=int(options["chunk"]), at_once=True, overhead=overhead,
         )
+        return SessionRequest(session, self.model, prompt, int(options["new_tokens"]))
 
-    def ready(self, cell: Cell) -> ExitStack:
-        """The model as it reads texts of the cell's length, with its adapter applied, until the stack is closed."""
-        stack = ExitStack()
+    def ready(self, cell: Cell) -> AbstractContextManager[None]:
+        """The model as it reads texts of the cell's length, with its adapter applied.
+
+        Raises:
+            UserError: the cell's method cannot be used on this model.
+        """
+        check_method(method_of(cell), self.model, cell.model, self.facts)
         length = int(cell.options["seq_len"]) + int(cell.options["new_tokens"])
-        stack.enter_context(fixed_rotations(self.model, length))
-        adapter = self.adapter_of(cell)
-        if adapter is not None:
-            stack.enter_context(adapter.applied(self.model))
-        return stack
+        return prepared(self.model, self.adapter_of(cell), length)
 
     def needed(self, cell: Cell) -> int:
         """About the least bytes that the cell takes, weights included."""
-        prompt, new = int(cell.options["seq_len"]), int(cell.options["new_tokens"])
-        layout = self.layout_of(cell)
-        policy = self.policy_of(cell)
-        if policy is not None:
-            is_read = cell.options["fill"] != "synthetic"
-            once = is_read and policy.option("prefill") == "once"
-            held = prompt if once or policy.keeps_all else policy.budget(prompt, prompt, 0, 1)
-            fed = prompt if once else policy.run_length(0) if is_read else 1
-            return self.sizes.needed(int(cell.options["batch_size"]), 0 if policy.packs else held, fed)
-        whole = layout.is_plain
-        chunk = prompt if whole else min(int(cell.options["chunk"]), len(layout))
-        entries = prompt + new if whole else len(layout.held_after(int(layout.raw_slots[prompt - 1]) + 1))
-        fed = 1 if cell.options["fill"] == "synthetic" else chunk
-        return self.sizes.needed(int(cell.options["batch_size"]), entries, fed)
+        is_read = cell.options["fill"] != "synthetic"
+        found = demand(method_of(cell), self.model, _text_of(cell), cell.seed, int(cell.options["chunk"]), is_read)
+        return self.sizes.needed(int(cell.options["batch_size"]), found.entries, found.fed)
 
     def refusal(self, cell: Cell) -> str | None:
         """Why the cell cannot be run in the memory that is free; None if it may fit."""
@@ -158,6 +112,11 @@ class Bench:
 def method_of(cell: Cell) -> Method:
     name = FULL if cell.method in (AGAIN, STOCK) else cell.method
     return make_method(name, Fraction(cell.ratio_asked or "0"), cell.options)
+
+
+def _text_of(cell: Cell) -> Text:
+    prompt = int(cell.options["seq_len"])
+    return Text(prompt, prompt + int(cell.options["new_tokens"]), tuple(range(int(cell.options["batch_size"]))))
 
 
 def make_bench(location: str, cell: Cell, positions: int) -> Bench:

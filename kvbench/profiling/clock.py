@@ -71,7 +71,7 @@ class Stopwatch:
     aside: list[tuple[Any, Any]] = field(default_factory=list)
 
     @contextmanager
-    def beside(self) -> Iterator[None]:
+    def overhead(self) -> Iterator[None]:
         """Around what is not the model's own forward pass; counted until the prompt has been read."""
         before = self.clock.mark() if self.prefilled is None else None
         yield

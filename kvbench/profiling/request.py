@@ -3,20 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Protocol
 
-import torch
 from torch import Tensor, nn
 
-from kvbench.cache.evicting import EvictingCache, storage_bytes
-from kvbench.cache.shape import cache_shape
-from kvbench.inference.generation import Continuation, Sampling
-from kvbench.inference.layout_session import Reader
-from kvbench.methods import Layout
-from kvbench.models.adapter import Adapter
-from kvbench.models.configuration import text_config
+from kvbench.cache.evicting import storage_bytes
+from kvbench.inference.filling import random_entries, random_logits
+from kvbench.inference.generation import greedy, read_prompt, written
+from kvbench.inference.sampling import Sampling
+from kvbench.inference.session import Session
 
 
 class Request(Protocol):
@@ -51,92 +47,48 @@ class Request(Protocol):
         """All that the cache holds."""
 
 
-def random_entries(
-    model: nn.Module, batch: int, entries: int, seed: int
-) -> Iterator[tuple[Tensor, Tensor]]:
-    """Keys and values ``[batch, heads, entries, width]`` of every layer: seeded, normal, of no meaning.
-
-    All rows of the batch are alike, which changes nothing for time and saves most of the drawing.
-    """
-    like = next(model.parameters())
-    generator = torch.Generator(like.device).manual_seed(seed)
-    for heads, *widths in cache_shape(model).layers:
-        keys, values = (
-            torch.empty(1, heads, entries, width, dtype=like.dtype, device=like.device).normal_(generator=generator)
-            .expand(batch, -1, -1, -1).clone(memory_format=torch.contiguous_format)
-            for width in widths
-        )
-        yield keys, values
-
-
-def random_logits(model: nn.Module, batch: int, seed: int) -> Tensor:
-    like = next(model.parameters())
-    generator = torch.Generator(like.device).manual_seed(seed)
-    size = int(text_config(model.config).vocab_size)
-    return torch.empty(batch, size, dtype=like.dtype, device=like.device).normal_(generator=generator)
-
-
 @dataclass
-class EvictingRequest:
-    """A method's layout in our cache.
+class SessionRequest:
+    """A method's session.
 
     Attributes:
         prompt: ids ``[batch, P]``.
-        layout: of P + new tokens.
-        chunk: tokens of the prompt that are fed at a time.
-        beside: see :class:`kvbench.inference.layout_session.Reader`.
     """
 
+    session: Session
     model: nn.Module
-    adapter: Adapter | None
     prompt: Tensor
-    layout: Layout
     new_tokens: int
-    chunk: int
-    beside: Any
-
-    def __post_init__(self) -> None:
-        greedy = torch.full((len(self.prompt), 1, self.new_tokens), torch.nan, dtype=torch.float64)
-        self.text = Continuation(self.prompt, greedy, self.layout, Sampling(), chunk=self.chunk)
-        self.reader = Reader(self.model, self.adapter, beside=self.beside)
-
-    def ready(self) -> AbstractContextManager[Reader]:
-        return self.reader.ready()
 
     def read(self) -> Tensor:
-        return self.text.read(self.reader)
+        return read_prompt(self.session, self.prompt)
 
     def fill(self, seed: int) -> Tensor:
-        cache = EvictingCache()
-        for place, (keys, values) in enumerate(
-            random_entries(self.model, len(self.prompt), self.text.left, seed)
-        ):
-            cache.update(keys, values, place)
-        self.text.assume(cache)
-        self.reader.trace.held = self.reader.trace.peak = self.text.left
+        self.session.fill(len(self.prompt), seed)
         return random_logits(self.model, len(self.prompt), seed)
 
     def write(self, logits: Tensor) -> Iterator[Tensor]:
-        return self.text.write(self.reader, logits)
+        uniforms = greedy(len(self.prompt), self.new_tokens)
+        return written(self.session, logits, uniforms, Sampling(), check=False)
 
     @property
     def entries(self) -> int:
-        return self.text.cache.entries()
+        return self.session.attended
 
     @property
     def held(self) -> int:
-        return self.reader.trace.held
+        return self.session.kept
 
     @property
     def peak(self) -> int:
-        return self.reader.trace.peak
+        return self.session.peak
 
     @property
     def live_bytes(self) -> int:
-        return self.held * self.text.cache.entry_bytes()
+        return self.session.bytes().logical
 
     def tensors(self) -> list[Tensor]:
-        return self.text.cache.tensors()
+        return self.session.tensors()
 
 
 @dataclass

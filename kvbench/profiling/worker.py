@@ -95,7 +95,6 @@ class Worker:
         warm = {}
         for cell in cells:
             with self.guarded(cell, bench):
-                bench.layout_of(cell)
                 warm[cell.method] = self._warm(bench, cell)
         is_slow = STOCK in warm and FULL in warm and warm[STOCK] > SLOW * warm[FULL]
         bandwidth: float | None = copy_bandwidth(bench.device)
@@ -130,7 +129,7 @@ class Worker:
         fill = seed if cell.options["fill"] == "synthetic" else None
         with bench.ready(cell):
             found = time_request(
-                lambda watch: bench.request(cell, seed, watch.beside), clock_of(bench.device), bench.device, fill,
+                lambda watch: bench.request(cell, seed, watch.overhead), clock_of(bench.device), bench.device, fill,
                 tokens,
             )
         line, is_read = found.timeline, fill is None

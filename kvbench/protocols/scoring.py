@@ -4,19 +4,18 @@ and what the cache held."""
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from kvbench.cache.evicting import EvictingCache
-from kvbench.inference.layout_session import Reader, Trace
-from kvbench.methods.layouts.layout import OPEN, RAW, Layout
+from kvbench.inference.opening import Text, open_session, prepared
+from kvbench.inference.session import CacheBytes, Session
+from kvbench.methods import Method
 from kvbench.metrics.agreement import KL_BINS, KL_HIGH, KL_LOW
 from kvbench.models.adapter import Adapter
-from kvbench.models.rope import fixed_rotations
 from kvbench.protocols.pieces import Piece
 
 DISTANCES = (0, 1, 2, 3, 4, 8, 16, 32, 64)
@@ -91,55 +90,55 @@ class BatchScore:
     full: int
 
 
-def score_batch(
-    model: nn.Module, adapter: Adapter | None, layout: Layout, pieces: list[Piece],
-    reference: Reference | None, execution: str, chunk: int, keep_reference: bool = False,
+def score_pieces(
+    model: nn.Module, method: Method, pieces: Sequence[Piece], reference: Reference | None = None, *,
+    adapter: Adapter | None = None, execution: str = "streamed", chunk: int = 64, seed: int = 0,
+    keep_reference: bool = False,
 ) -> tuple[BatchScore, Reference | None]:
-    """Read a batch of pieces (equal ``shape``, and equal layouts) under a layout and score its targets.
+    """Read a batch of pieces under a method, and score their targets.
 
     Args:
-        execution: ``streamed`` (entries really removed) or ``onepass`` (masked).
-        chunk: tokens fed at a time when streamed.
+        pieces: of equal ``shape``, and such that they can share a session (``rows_together``).
+        reference: the full cache's predictions for the batch, to compare these with.
+        execution, chunk: see :func:`kvbench.inference.opening.open_session`.
         keep_reference: return this batch's predictions, to compare the other methods with.
     """
-    device = next(model.parameters()).device
     first = pieces[0]
-    ids = torch.tensor([piece.ids for piece in pieces], device=device)
-    targets = ids[:, first.scored :]
-    reader = Reader(model, adapter, Trace())
-    cache = EvictingCache()
-    rows = Rows(targets, first.scored, reference, keep_reference)
-    with torch.inference_mode(), fixed_rotations(model, len(first.ids)), reader.ready():
-        context, wanted = ids[:, : first.context], first.scored - 1
-        for start, logits in _context_logits(reader, context, layout, cache, execution, chunk, wanted):
-            rows.add(start, logits)
-        held = reader.trace.held
-        sizes = _cache_bytes(cache, held, first.context)
-        if execution == "onepass" and len(ids[0]) > first.context:
-            cache.keep(layout.held_after(len(layout)).to(device))
-        if len(first.ids) > first.context + 1:
-            rest = reader.go_on(ids[:, first.context : -1], first.context, cache)
-            rows.add(first.context, rest)
-    visible, queries = _visibility(layout, first)
-    score = rows.score(
-        _since(layout, first), torch.arange(first.scored, len(first.ids)), visible, queries, held, reader.trace.peak,
-        sizes,
+    with torch.inference_mode(), prepared(model, adapter, len(first.ids)):
+        session = open_session(
+            model, method, text_of(pieces), adapter=adapter, seed=seed, execution=execution, chunk=chunk
+        )
+        return score(session, pieces, reference, keep_reference)
+
+
+def text_of(pieces: Sequence[Piece]) -> Text:
+    """What a session is opened for, to read a batch of pieces."""
+    first = pieces[0]
+    return Text(
+        first.context, first.planned, tuple(piece.layout for piece in pieces), first.context < len(first.ids),
+        first.structure,
     )
-    return score, rows.collected()
 
 
-def _context_logits(
-    reader: Reader, ids: Tensor, layout: Layout, cache: EvictingCache, execution: str, chunk: int, wanted: int
-) -> Iterator[tuple[int, Tensor]]:
-    """(text token, logits after it and those that follow it) over the context, from ``wanted`` on."""
-    if execution == "onepass":
-        wanted = min(wanted, layout.n_raw)
-        logits = reader.one_pass(ids, layout, slice(wanted, None), cache=cache)
-        reader.trace = Trace(len(layout.held_after(len(layout))), len(layout))
-        yield wanted, logits
-        return
-    for part in reader.stream(ids, layout, cache, chunk, wanted):
-        yield part.start, part.logits
+def score(
+    session: Session, pieces: Sequence[Piece], reference: Reference | None = None, keep_reference: bool = False
+) -> tuple[BatchScore, Reference | None]:
+    """The same, in a session that has just been opened."""
+    first = pieces[0]
+    ids = torch.tensor([piece.ids for piece in pieces], device=session.device)
+    context, behind = ids[:, : first.context], ids[:, first.context :]
+    rows = Rows(ids[:, first.scored :], first.scored, reference, keep_reference)
+    for part in session.prefill(context, first.scored - 1, behind[:, : first.ahead]):
+        rows.add(part.start, part.logits)
+    kept, sizes = session.kept, session.bytes()
+    for part in session.extend(behind[:, :-1]):
+        rows.add(first.context + part.start, part.logits)
+    queries = torch.arange(max(1, first.scored - 1), len(first.ids) - 1)
+    targets = torch.arange(first.scored, len(first.ids))
+    visible = float((session.visible(queries) / queries).sum())
+    return rows.score(
+        session.distance(targets), targets, visible, len(queries), kept, session.peak, sizes
+    ), rows.collected()
 
 
 class Rows:
@@ -191,7 +190,7 @@ class Rows:
 
     def score(
         self, since: Tensor | None, position: Tensor, visible: float, queries: int, held: int, peak: int,
-        sizes: tuple[int, int, int],
+        sizes: CacheBytes,
     ) -> BatchScore:
         """All that was collected, with what is known of the cache."""
         return BatchScore(
@@ -205,35 +204,6 @@ class Rows:
             return None
         parts = [(p.probabilities, p.negentropy, p.best, p.nll) for p in self._kept]
         return Reference(*(torch.cat(field, 1) for field in zip(*parts, strict=True)))
-
-
-def _cache_bytes(cache: EvictingCache, held: int, raw: int) -> tuple[int, int, int]:
-    """(logical, physical, full) bytes, by the shape of the cache's own tensors."""
-    per_entry = cache.entry_bytes()
-    return held * per_entry, cache.physical_bytes(), raw * per_entry
-
-
-def _visibility(layout: Layout, piece: Piece) -> tuple[float, int]:
-    """(sum over scoring queries of entries visible / text tokens before, number of queries)."""
-    queries = torch.arange(max(1, piece.scored - 1), len(piece.ids) - 1)
-    inside = queries < piece.context
-    after = len(layout.held_after(len(layout))) + queries - piece.context
-    before = layout.visible_before[queries.clamp(max=piece.context - 1)]
-    seen = torch.where(inside, before, after)
-    return float((seen / queries).sum()), len(queries)
-
-
-def _since(layout: Layout, piece: Piece) -> Tensor | None:
-    """Text tokens between the last replacement of entries and each target."""
-    boundary = (layout.tokens.kind != RAW) & (layout.tokens.kind != OPEN)
-    if not bool(boundary.any()):
-        return None
-    texts = torch.cumsum(layout.tokens.kind == RAW, 0)
-    begin = torch.cummax(torch.where(boundary, texts, -1), 0).values  # text tokens before the last boundary
-    at_text = begin[layout.raw_slots]
-    target = torch.arange(piece.scored, len(piece.ids))
-    last = torch.where(target < layout.n_raw, at_text[target.clamp(max=layout.n_raw - 1)], begin[-1])
-    return torch.where(last < 0, -1, target - last)
 
 
 def loss_by(

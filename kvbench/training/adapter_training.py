@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from kvbench.inference.layout_session import Reader
+from kvbench.inference.reader import Reader
 from kvbench.methods import METHODS
 from kvbench.methods.layouts.layout import Layout, everything, plain_tokens
 from kvbench.models.adapter import Adapter
@@ -73,7 +73,7 @@ class AdapterPlan:
 def step_layout(plan: AdapterPlan, step: int) -> Layout:
     """The layout of a step: ratio and spans are functions of (seed, step)."""
     rng = np.random.default_rng([plan.seed, step, 1])
-    return METHODS[plan.method].drawn(plan.length, rng, plan.options)
+    return METHODS[plan.method].training_layout(plan.length, rng, plan.options)
 
 
 def text_loss(logits: Tensor, ids: Tensor) -> Tensor:

@@ -8,23 +8,21 @@ from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
-from torch.nn import functional
 
-from kvbench.cache.evicting import EvictingCache
 from kvbench.data.documents import Document
 from kvbench.data.rows import TEXT, read_rows
 from kvbench.data.tasks import RecallSpec
 from kvbench.errors import UserError
-from kvbench.inference.layout_session import Reader
-from kvbench.methods import METHODS, make_layout, make_method
+from kvbench.methods import LAYOUT_IDS, METHODS, make_method
 from kvbench.models.adapter import Adapter
-from kvbench.models.rope import fixed_rotations
 from kvbench.protocols.pieces import MIN_TOKENS, Piece, Tokenizer
 from kvbench.protocols.recall import recall_trials
+from kvbench.protocols.scoring import score_pieces
 
 RATIOS = ("0.3", "0.5", "0.7", "0.8", "0.9")
+_WHOLE = 1 << 16
+"""Tokens that are fed at a time: all of them."""
 _TRIALS = RecallSpec(distances=(30, 120, 240, 400), trials=10, context=32)
 
 
@@ -67,37 +65,25 @@ class HeldOut:
         self, model: nn.Module, adapter: Adapter | None, method: str, ratios: Sequence[str] = RATIOS,
         options: dict[str, str] | None = None,
     ) -> dict[str, dict[str, float]]:
-        """Nats per token and recall accuracy, by the ratios that the method can reach."""
-        reader = Reader(model, adapter)
-        device = next(model.parameters()).device
+        """Nats per token and recall accuracy, by the ratios that the method can reach.
+
+        Args:
+            method: of any mechanism; one that chooses from what was computed is scored as it removes entries.
+        """
         found = {}
-        with torch.inference_mode(), reader.ready():
-            for ratio in ratios if METHODS[method].takes_ratio else ("0",):
-                kind = make_method(method, Fraction(ratio), options)
-                try:
-                    kind.check(min(map(len, self.blocks)), in_chunks=False)
-                except UserError:  # out of this method's reach
-                    continue
-                nll = tokens = 0.0
-                for i, block in enumerate(self.blocks):
-                    ids = torch.tensor([block], device=device)
-                    layout = make_layout(kind, len(block), 0, i % 16)
-                    with fixed_rotations(model, len(block)):
-                        logits = reader.one_pass(ids, layout, slice(0, -1))[0].float()
-                    nll += float(functional.cross_entropy(logits, ids[0, 1:], reduction="sum"))
-                    tokens += len(block) - 1
-                correct = 0
-                for piece in self.trials:
-                    ids = torch.tensor([piece.ids], device=device)
-                    layout = make_layout(kind, piece.context, 0, piece.layout)
-                    cache = EvictingCache()
-                    with fixed_rotations(model, len(piece.ids)):
-                        for _ in reader.stream(ids[:, : piece.context], layout, cache, len(layout)):
-                            pass
-                        logits = reader.go_on(ids[:, piece.context : -1], piece.context, cache)
-                    answer = ids[0, piece.scored :]
-                    correct += int((logits[0, -len(answer) :].argmax(-1) == answer).all())
-                found[ratio] = {"nll": round(nll / tokens, 4)}
-                if self.trials:
-                    found[ratio]["recall"] = round(correct / len(self.trials), 3)
+        blocks = [Piece(str(i), ids, len(ids), 1, 0, i % LAYOUT_IDS) for i, ids in enumerate(self.blocks)]
+        for ratio in ratios if METHODS[method].takes_ratio else ("0",):
+            kind = make_method(method, Fraction(ratio), options)
+            try:
+                kind.check(min(map(len, self.blocks)), in_chunks=False)
+            except UserError:  # out of this method's reach
+                continue
+            scored, answered = (
+                [score_pieces(model, kind, [piece], adapter=adapter, chunk=_WHOLE)[0] for piece in pieces]
+                for pieces in (blocks, self.trials)
+            )
+            tokens = sum(score.nll.numel() for score in scored)
+            found[ratio] = {"nll": round(sum(float(score.nll.sum()) for score in scored) / tokens, 4)}
+            if answered:
+                found[ratio]["recall"] = round(sum(bool(score.hit.all()) for score in answered) / len(answered), 3)
         return found

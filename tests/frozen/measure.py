@@ -1,7 +1,7 @@
 """What must not move while the code is rearranged: keys of cells, and every number of a few small runs.
 
-``python tests/frozen/measure.py OUT.json`` measures with the kvbench that Python finds; two checkouts are held against
-each other, to the last digit, with ``--against OTHER.json``.
+``python tests/frozen/measure.py OUT.json`` measures with the kvbench that Python finds; two checkouts are held
+against each other, to the last digit, with ``--against OTHER.json``.
 """
 
 from __future__ import annotations
@@ -22,7 +22,8 @@ NUMBERS_SEEN, KEYS_SEEN = FOLDER / "expected.json", FOLDER / "keys.json"
 """What version 0.1 measured, and its keys of cells: these stay for ever, since folders are continued by them."""
 
 METHODS = (
-    "sentinel", "ccm-merge", "meanpool", "snapkv", "h2o", "kivi", "streaming-llm", "refreshkv", "cam", "adakv", "random",
+    "sentinel", "ccm-merge", "meanpool", "snapkv", "h2o", "kivi", "streaming-llm", "refreshkv", "cam", "adakv",
+    "random",
 )
 SHORT = ("--ratio", "0.8", "--limit", "2", "--threads", "1", "--json")
 RUNS: dict[str, tuple[str, ...]] = {
@@ -30,21 +31,26 @@ RUNS: dict[str, tuple[str, ...]] = {
         "sweep", "--task", "minidocs", *(f"--method={name}" for name in METHODS), "--set", "step=8", "--seed", "0",
         "--seed", "1", "--set", "block=160", *SHORT,
     ),
-    "recall": ("run", "--task", "recall", "--method", "ccm-concat", "--method", "snapkv", "--method", "sinks", *SHORT),
+    "recall": (
+        "run", "--task", "recall", "--method", "ccm-concat", "--method", "snapkv", "--method", "sinks", *SHORT,
+    ),
     "stream": (
-        "run", "--task", "minidocs", "--protocol", "stream", "--set", "tokens=160", "--method", "sentinel", "--method",
-        "tova", "--method", "ccm-concat", "--set", "budget=96", *SHORT,
+        "run", "--task", "minidocs", "--protocol", "stream", "--set", "tokens=160", "--method", "sentinel",
+        "--method", "tova", "--method", "ccm-concat", "--set", "budget=96", *SHORT,
     ),
     "prefix": (
         "run", "--task", "minidocs", "--protocol", "prefix", "--method", "pyramidkv", "--method", "window", *SHORT,
     ),
-    "masked": ("run", "--task", "minidocs", "--execution", "onepass", "--method", "sinks", "--set", "block=96", *SHORT),
+    "masked": (
+        "run", "--task", "minidocs", "--execution", "onepass", "--method", "sinks", "--set", "block=96", *SHORT,
+    ),
     "generate": (
         "run", "--task", "minidocs-gen", "--method", "sentinel", "--method", "h2o", "--set", "prefix=96", "--set",
         "new_tokens=12", "--metric", "gen_ppl", "--metric", "rougeL", "--metric", "rep4", *SHORT,
     ),
     "online": (
-        "run", "--task", "online", "--task", "online-profiles", "--method", "ccm-merge", "--method", "ccm-concat", *SHORT,
+        "run", "--task", "online", "--task", "online-profiles", "--method", "ccm-merge", "--method", "ccm-concat",
+        *SHORT,
     ),
 }
 WORDS = ("task", "protocol", "method", "ratio_asked", "removal", "metric", "n", "unit", "baseline", "seed")
@@ -60,19 +66,21 @@ REQUESTS: dict[str, tuple[str, ...]] = {
     )), "--ratio", "0.8"),
     "channels": ("run", "--task", "minidocs", "--method", "think", "--ratio", "0.3"),
     "options": (
-        "run", "--task", "minidocs", "--method", "sinks", "--method", "snapkv", "--set", "sink=2", "--set", "window=16",
-        "--set", "block=96", "--ratio", "0.5", "--seed", "7", "--dtype", "bfloat16", "--device", "cpu",
+        "run", "--task", "minidocs", "--method", "sinks", "--method", "snapkv", "--set", "sink=2", "--set",
+        "window=16", "--set", "block=96", "--ratio", "0.5", "--seed", "7", "--dtype", "bfloat16", "--device", "cpu",
     ),
     "budget": ("run", "--task", "minidocs", "--method", "h2o", "--method", "window", "--budget-tokens", "64"),
     "onepass": ("run", "--task", "minidocs", "--method", "sentinel", "--execution", "onepass", "--ratio", "0.7"),
     "stream": ("run", "--task", "minidocs", "--protocol", "stream", "--method", "tova", "--method", "sentinel"),
-    "prefix": ("run", "--task", "minidocs", "--protocol", "prefix", "--method", "snapkv", "--method", "ccm-merge", "--ratio", "0.8"),
+    "prefix": ("run", "--task", "minidocs", "--protocol", "prefix", "--method", "snapkv", "--method", "ccm-merge",
+               "--ratio", "0.8"),
     "recall": ("run", "--task", "recall", "--method", "snapkv", "--method", "gist", "--ratio", "0.8", "--set",
                "question=known"),
-    "online": ("run", "--task", "online", "--task", "online-profiles", "--method", "ccm-concat", "--ratio", "0.8"),
+    "online": ("run", "--task", "online", "--task", "online-profiles", "--method", "ccm-concat",
+               "--ratio", "0.8"),
     "generate": ("run", "--task", "minidocs-gen", "--method", "sentinel", "--method", "kivi"),
-    "profile": ("profile", "--method", "sinks", "--method", "snapkv", "--method", "sentinel", "--method", "pic", "--method", "sinks-tuned",
-                "--seq-len", "512", "--ratio", "0.75"),
+    "profile": ("profile", "--method", "sinks", "--method", "snapkv", "--method", "sentinel", "--method", "pic",
+                "--method", "sinks-tuned", "--seq-len", "512", "--ratio", "0.75"),
 }
 
 Measured = dict[str, dict[str, Any]]
@@ -148,13 +156,18 @@ def _said(place: Path, *words: str) -> dict[str, Any]:
     return document
 
 
+def compact(found: Any) -> str:
+    """JSON with a line per row, so that differences can be read."""
+    return json.dumps(found, sort_keys=True, separators=(",", ":")).replace('],"', '],\n"') + "\n"
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("out", type=Path)
     parser.add_argument("--against", type=Path)
     given = parser.parse_args()
     found = measured()
-    given.out.write_text(json.dumps(found, sort_keys=True, separators=(",", ":")).replace('],"', '],\n"') + "\n", encoding="utf-8")
+    given.out.write_text(compact(found), encoding="utf-8")
     if given.against is not None:
         wrong = differences(found, json.loads(given.against.read_text(encoding="utf-8")))
         print("\n".join(wrong[:40]) or "equal to the last digit")

@@ -19,6 +19,7 @@ from kvbench.methods.base import Method, Option, ratio_text
 from kvbench.methods.layouts.ccm_budget import STREAMING, budget_layout, check_budget, refuse_budget
 from kvbench.methods.layouts.chunked import Merge, Pool, Who, chunk_layout, equal_chunks
 from kvbench.methods.layouts.layout import COMP, RUNNING, SUM, Layout, Structure
+from kvbench.methods.layouts.method import LayoutMethod
 
 SHORTEST, LONGEST = 8, 128
 """Bounds on the tokens of a chunk of running text."""
@@ -46,7 +47,7 @@ def chunk_length(method: Method, n_comp: int) -> int:
 
 
 @dataclass(frozen=True)
-class Chunked(Method):
+class Chunked(LayoutMethod):
     """What the methods of this file share: the ratio sets the chunk, options set the rest."""
 
     position_rule = "shared"
@@ -112,7 +113,7 @@ class Chunked(Method):
         return chunk_layout(n, chunks, self.n_comp, self.who(len(chunks)), self.mixture())
 
     @classmethod
-    def drawn(cls, n: int, rng: np.random.Generator, options: dict[str, str]) -> Layout:
+    def training_layout(cls, n: int, rng: np.random.Generator, options: dict[str, str]) -> Layout:
         """Chunks of one length, drawn evenly on a logarithmic scale; now and then the rest stays raw."""
         method = cls(Fraction(0), options)
         length = round(float(np.exp(rng.uniform(np.log(SHORTEST), np.log(min(LONGEST, n // 2))))))
@@ -217,7 +218,7 @@ class Gist(Chunked):
         return super().layout(n, rng, text)
 
     @classmethod
-    def drawn(cls, n: int, rng: np.random.Generator, options: dict[str, str]) -> Layout:
+    def training_layout(cls, n: int, rng: np.random.Generator, options: dict[str, str]) -> Layout:
         method = cls(Fraction(0), options)
         length = round(float(np.exp(rng.uniform(np.log(SHORTEST), np.log(3 * n // 4)))))
         return chunk_layout(n, [length], method.n_comp, method.who(1), None)

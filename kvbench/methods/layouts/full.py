@@ -8,15 +8,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from kvbench.methods.base import Method
 from kvbench.methods.layouts.layout import RUNNING, Layout, Structure, Tokens, everything, plain_tokens
+from kvbench.methods.layouts.method import LayoutMethod
 
 NONE_CHUNK = 32
 """Tokens in a chunk of the ``none`` control; part of its signature."""
 
 
 @dataclass(frozen=True)
-class Full(Method):
+class Full(LayoutMethod):
     """Every entry is held: the baseline of every comparison."""
 
     name = "full"
@@ -31,7 +31,7 @@ class Full(Method):
 
 
 @dataclass(frozen=True)
-class NoContext(Method):
+class NoContext(LayoutMethod):
     """Only the current disjoint chunk of 32 tokens is seen: the floor that recovery is taken from.
 
     Where the text itself comes in chunks, such as turns, only the current one is seen.

@@ -8,14 +8,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from kvbench.methods.base import Method, Option, kept
+from kvbench.methods.base import Option, kept
 from kvbench.methods.layouts.layout import RUNNING, Layout, Structure, Tokens, plain_tokens
+from kvbench.methods.layouts.method import LayoutMethod
 
 _DROPPED, _KEPT = 0, 1
 
 
 @dataclass(frozen=True)
-class Scattered(Method):
+class Scattered(LayoutMethod):
     """kept(N, r) columns of the block (or the prefix), drawn without replacement; self is always visible.
 
     The published code draws each column by itself with probability 1 - r, so that the number

@@ -12,15 +12,16 @@ import torch
 from torch import Tensor
 
 from kvbench.errors import UserError
-from kvbench.methods.base import Method, Option
+from kvbench.methods.base import Option
 from kvbench.methods.layouts.layout import CLOSE, OPEN, OUTSIDE, RAW, RUNNING, Layout, Structure, Tokens
+from kvbench.methods.layouts.method import LayoutMethod
 from kvbench.methods.layouts.sentinel_published import word_spans
 
 MAX_SPAN = 25
 
 
 @dataclass(frozen=True)
-class Sentinel(Method):
+class Sentinel(LayoutMethod):
     """Spans of text between an opening and a closing sentinel, of which one entry remains.
 
     The closing sentinel sees its own span and the opening sentinel only, so that its keys and

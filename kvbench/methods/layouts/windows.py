@@ -10,9 +10,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from kvbench.methods.base import Method, Option, kept
+from kvbench.methods.base import Option, kept
 from kvbench.methods.layouts.ccm_budget import STREAMING, budget_layout, check_budget, refuse_budget
 from kvbench.methods.layouts.layout import RUNNING, Layout, Structure, Tokens, plain_tokens
+from kvbench.methods.layouts.method import LayoutMethod
 
 SINKS = 4
 """First entries that ``sinks`` always holds."""
@@ -24,7 +25,7 @@ def _fixed_at(n: int, text: Structure, ratio: Fraction) -> int:
 
 
 @dataclass(frozen=True)
-class Window(Method):
+class Window(LayoutMethod):
     """The last kept(N, r) entries, a constant number over the block (or the prefix) of N tokens.
 
     Early in a block it sees more than a proportional window does; ``ratio_mean`` shows this.
@@ -44,7 +45,7 @@ class Window(Method):
 
 
 @dataclass(frozen=True)
-class Local(Method):
+class Local(LayoutMethod):
     """The last kept(n, r) of the n entries read so far: a window that grows with the text.
 
     This is the local-attention baseline of the Sentinel paper's code: query i sees the keys
@@ -66,7 +67,7 @@ class Local(Method):
 
 
 @dataclass(frozen=True)
-class Sinks(Method):
+class Sinks(LayoutMethod):
     """The 4 first entries and a recent window, max(5, kept(n, r)) together at every n.
 
     After StreamingLLM (arXiv 2309.17453), with two departures: the window grows with the text,

@@ -16,11 +16,8 @@ from torch import Tensor, nn
 
 from kvbench.errors import UserError
 from kvbench.methods.base import Method, Option, kept, ratio_text
-from kvbench.methods.layouts.layout import RUNNING, Layout, Structure, everything, plain_tokens
 
 if TYPE_CHECKING:
-    import numpy as np
-
     from kvbench.cache.stored import Packed
 
 
@@ -103,7 +100,6 @@ class Policy(Method):
         packs: nothing is removed, and older entries are stored in another form.
     """
 
-    is_policy: ClassVar[bool] = True
     window: ClassVar[int] = 0
     sums: ClassVar[bool] = False
     decay: ClassVar[float] = 1.0
@@ -126,15 +122,6 @@ class Policy(Method):
         """More sinks than by default need room: they are held whatever the ratio, which would not be met."""
         if "sinks" in self.known and self.sinks > int(self.known["sinks"].default):
             check_room(self, n, "sinks", "the ratio would not be met")
-
-    def layout(self, n: int, rng: np.random.Generator, text: Structure = RUNNING) -> Layout:
-        """What is fed: the text, and nothing else."""
-        tokens = plain_tokens(n)
-        return Layout(tokens, tokens.raw, everything, n)
-
-    @property
-    def policy(self) -> Policy:
-        return self
 
     @property
     def turned(self) -> int:

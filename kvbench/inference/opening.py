@@ -1,0 +1,184 @@
+"""Opening sessions: the one place that asks which mechanism a method has."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
+from fractions import Fraction
+from functools import lru_cache
+from typing import NamedTuple
+
+from torch import nn
+
+from kvbench.cache.shape import cache_shape
+from kvbench.errors import UserError
+from kvbench.inference.layout_session import LayoutSession, MaskedSession
+from kvbench.inference.policy_session import PolicySession
+from kvbench.inference.reader import Reader
+from kvbench.inference.session import Session
+from kvbench.methods import RUNNING, Layout, LayoutMethod, Method, Structure, make_layout
+from kvbench.methods.policies.policy import Policy
+from kvbench.models.adapter import Adapter
+from kvbench.models.facts import OTHER_METHOD, ModelFacts
+from kvbench.models.rope import fixed_rotations, frequencies
+
+ONEPASS = "onepass"
+"""The execution in which entries are masked and not removed."""
+
+
+@dataclass(frozen=True)
+class Text:
+    """What a session is opened for: the rows of a batch have all of it in common.
+
+    Attributes:
+        context: tokens that are read first, and compressed.
+        planned: tokens up to which the method goes on compressing; those beyond the context are written.
+        row_seeds: a number of each row that depends on its text only, from 0 to 15.
+        is_used_afterwards: the context is read for what follows it; otherwise it is scored while it is read.
+        structure: what is known of the text besides its length.
+    """
+
+    context: int
+    planned: int
+    row_seeds: tuple[int, ...]
+    is_used_afterwards: bool = False
+    structure: Structure = RUNNING
+
+    @property
+    def is_written(self) -> bool:
+        return self.planned > self.context
+
+
+def open_session(
+    model: nn.Module, method: Method, text: Text, *, adapter: Adapter | None = None, seed: int = 0,
+    execution: str = "streamed", chunk: int = 64, at_once: bool = False,
+    overhead: Callable[[], AbstractContextManager[object]] = nullcontext,
+) -> Session:
+    """A session of a method, to be used while the model is :func:`prepared` for the adapter and the length.
+
+    Args:
+        execution: ``streamed`` (entries really removed) or ``onepass`` (masked).
+        chunk: tokens that are fed at a time.
+        at_once: feed a context whole where the method allows it, as is fastest.
+        overhead: entered around all that is done outside the model's own forward pass, so that it can be timed.
+
+    Raises:
+        UserError: the budget is below what the method needs.
+    """
+    method = method.fitted(text.context, cache_shape(model))
+    if isinstance(method, Policy):
+        once = (text.is_used_afterwards or text.is_written) and method.option("prefill") == "once"
+        return PolicySession(
+            model, method, text.context, text.row_seeds, seed, (text.context if at_once else chunk) if once else None,
+            overhead=overhead,
+        )
+    layout = _planned(method, text, seed)
+    if at_once and layout.is_plain:
+        chunk = len(layout)
+    kind = MaskedSession if execution == ONEPASS and not text.is_written else LayoutSession
+    return kind(Reader(model, adapter, overhead), layout, text.context, chunk, evicts=execution != ONEPASS)
+
+
+@contextmanager
+def prepared(model: nn.Module, adapter: Adapter | None, length: int) -> Iterator[None]:
+    """The model as it reads texts of that length, with the adapter applied."""
+    with fixed_rotations(model, length), Reader(model, adapter).ready():
+        yield
+
+
+def rows_together(method: Method, row_seeds: Sequence[int]) -> list[list[int]]:
+    """The rows of a batch that can share a session: where a layout is drawn by row, those of one layout."""
+    if method.by_text:
+        return [[row] for row in range(len(row_seeds))]
+    if not method.seeded:
+        return [list(range(len(row_seeds)))]
+    found: dict[int, list[int]] = {}
+    for row, seed in enumerate(row_seeds):
+        found.setdefault(seed, []).append(row)
+    return list(found.values())
+
+
+def check_method(method: Method, model: nn.Module, name: str, facts: ModelFacts) -> None:
+    """See that what a method needs of a model, and does to its positions, is what the model does.
+
+    Args:
+        name: of the model, for the user.
+
+    Raises:
+        UserError: it is not.
+    """
+    if method.n_rows:
+        facts.check_embeddings(name, method.name)
+    if method.unrotates:
+        frequencies(model)
+    if isinstance(method, Policy):
+        if facts.policy_refusal:
+            raise UserError(f"{name}: {facts.policy_refusal} ({method.name})", OTHER_METHOD)
+        if method.turned and frequencies(model) is None:
+            raise UserError(
+                f"{name} has learned positions, which cannot be counted anew in the cache.",
+                "Use --set positions=absolute.",
+            )
+        if method.takes_moments:
+            frequencies(model)
+        with method.on(model):
+            pass
+
+
+def places_needed(method: Method, model: nn.Module, text: Text, seed: int) -> int:
+    """How many positions the planned tokens of a text take, special tokens included."""
+    method = method.fitted(text.context, cache_shape(model))
+    if isinstance(method, Policy):
+        return text.planned
+    return int(_planned(method, text, seed).position.max()) + 1
+
+
+class Demand(NamedTuple):
+    """What a session takes at most.
+
+    Attributes:
+        entries: that the cache holds beside those being fed; packed ones count as none.
+        fed: tokens that are fed at a time.
+    """
+
+    entries: int
+    fed: int
+
+
+def demand(method: Method, model: nn.Module, text: Text, seed: int, chunk: int, is_read: bool) -> Demand:
+    """About the least that a prompt takes, and what is written after it.
+
+    Args:
+        chunk: tokens that are fed at a time, where the prompt cannot be fed at once.
+        is_read: the prompt is read; otherwise the cache is filled.
+    """
+    method, prompt = method.fitted(text.context, cache_shape(model)), text.context
+    if isinstance(method, Policy):
+        once = is_read and method.option("prefill") == "once"
+        held = prompt if once or method.keeps_all else method.budget(prompt, prompt, 0, 1)
+        fed = prompt if once else method.run_length(0) if is_read else 1
+        return Demand(0 if method.packs else held, fed)
+    layout = _planned(method, text, seed)
+    if layout.is_plain:
+        return Demand(text.planned, prompt if is_read else 1)
+    held = len(layout.held_after(int(layout.raw_slots[prompt - 1]) + 1))
+    return Demand(held, min(chunk, len(layout)) if is_read else 1)
+
+
+def _planned(method: Method, text: Text, seed: int) -> Layout:
+    """The layout of a text, planned once for all batches that are alike."""
+    which = text.row_seeds[0] if method.seeded else 0
+    options = tuple(sorted(method.options.items()))
+    structure = text.structure._replace(prefix=text.context if text.is_written else 0)
+    return _layout(type(method), method.ratio, options, method.budget_tokens, text.planned, seed, which, structure)
+
+
+@lru_cache(maxsize=512)
+def _layout(
+    kind: type[LayoutMethod], ratio: Fraction, options: tuple[tuple[str, str], ...], budget: int, n: int, seed: int,
+    which: int, structure: Structure,
+) -> Layout:
+    layout = make_layout(kind(ratio, dict(options), budget), n, seed, which, structure)
+    _ = layout.last_query  # planned now, so that no clock runs meanwhile
+    return layout

@@ -1,0 +1,163 @@
+"""A model being fed text under a layout, with the method's adapter if it has one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from kvbench.cache.evicting import EvictingCache, Mixing
+from kvbench.methods.layouts.layout import Layout
+from kvbench.models.adapter import Adapter
+from kvbench.models.rope import frequencies
+
+
+@dataclass
+class Reader:
+    """Feeds text under a layout to a model.
+
+    Logits are those of the *text* tokens only, in order; the sentinels that a layout inserts are fed and not scored.
+
+    Attributes:
+        overhead: entered around all that a step does outside the model's own forward pass, so that it can be timed.
+    """
+
+    model: nn.Module
+    adapter: Adapter | None = None
+    overhead: Callable[[], AbstractContextManager[object]] = nullcontext
+
+    @contextmanager
+    def ready(self) -> Iterator[Reader]:
+        """The model with the adapter applied."""
+        with ExitStack() as stack:
+            if self.adapter is not None:
+                stack.enter_context(self.adapter.applied(self.model))
+            yield self
+
+    @contextmanager
+    def bare(self) -> Iterator[None]:
+        """The base model again, inside ``ready``, for the length of the block."""
+        if self.adapter is None:
+            yield
+            return
+        with self.adapter.closed(self.model):
+            yield
+
+    def inputs(self, ids: Tensor, layout: Layout, slots: slice = slice(None)) -> Tensor:
+        """What is fed of text ``[batch, n]`` under a layout: ids, or embeddings where an adapter has rows of its own.
+
+        Text is fed by its ids, since some models take more from them than embeddings (tables by layer, routes).
+
+        Args:
+            slots: which of the fed sequence; the text among them must be in ``ids``.
+
+        Returns:
+            int64 ``[batch, slots]``, or embeddings ``[batch, slots, width]``.
+        """
+        source = sent(layout.source[slots], ids.device)
+        text = ids[:, source.clamp(max=ids.shape[1] - 1)]
+        if self.adapter is None or len(layout) == layout.n_raw:
+            return text  # any other tokens are addresses, and nothing that is computed at them is read
+        embedded: Tensor = self.model.get_input_embeddings()(text)  # type: ignore[operator]
+        special = self.adapter.rows.to(embedded.dtype)[(source - layout.n_raw).clamp(min=0)]
+        return torch.where((source < layout.n_raw)[:, None], embedded, special)
+
+    def written(self, ids: Tensor, layout: Layout, slots: slice) -> Tensor:
+        """What is fed of written tokens ``[rows, 1]``: the token, and the special tokens behind it.
+
+        Special tokens are ids where they are addresses, which are not read, and embeddings where they are rows.
+        """
+        count = slots.stop - slots.start
+        if count == 1:
+            return ids
+        if self.adapter is None:
+            return ids.expand(-1, count)
+        row = layout.tokens.row[slots].to(ids.device, non_blocking=True)
+        text: Tensor = self.model.get_input_embeddings()(ids)  # type: ignore[operator]
+        special = self.adapter.rows.to(text.dtype)[row.clamp(min=0)].expand(len(ids), -1, -1)
+        return torch.where((row < 0)[None, :, None], text, special)
+
+    def one_pass(
+        self, ids: Tensor, layout: Layout, keep: slice = slice(None), cache: EvictingCache | None = None
+    ) -> Tensor:
+        """Logits ``[batch, kept, vocabulary]`` of the text tokens ``keep`` under the mask."""
+        device = ids.device
+        self.open_gate(layout.special_slots.to(device))
+        if layout.mixture is not None:
+            cache = EvictingCache() if cache is None else cache
+            cache.mixing = self.mixing(layout, 0, torch.arange(len(layout)), device)
+        mask = None if layout.is_plain else layout.mask[None, None].to(device)
+        return self.forward(
+            self.inputs(ids, layout), mask, layout.position.to(device),
+            layout.read_slots[keep].to(device), cache, 0,
+        )
+
+    def go_on(self, ids: Tensor, position: int, cache: EvictingCache) -> Tensor:
+        """Feed text ``[batch, m]`` after a compressed context, without further compression.
+
+        Args:
+            position: position id of the first of these tokens.
+
+        Returns:
+            Logits ``[batch, m, vocabulary]``.
+        """
+        held, m = cache.entries(), ids.shape[1]
+        mask = torch.ones(m, held + m, dtype=torch.bool).tril(held)[None, None].to(ids.device)
+        self.open_gate(torch.empty(0, dtype=torch.long, device=ids.device))
+        cache.mixing = None
+        places = torch.arange(position, position + m, device=ids.device)
+        return self.forward(ids, mask, places, torch.arange(m, device=ids.device), cache, position)
+
+    def mixing(self, layout: Layout, first: int, present: Tensor, device: torch.device) -> Mixing | None:
+        """What the forward pass of the slots from ``first`` on has to mix, given what is present."""
+        mixture = layout.mixture
+        if mixture is None:
+            return None
+        places, weights = mixture.among(first, present)
+        if len(places) == 0:
+            return None
+        turns: tuple[tuple[Tensor, Tensor] | None, ...] = ()
+        speeds = None
+        if mixture.unrotated:
+            with self.bare():  # asked as it is
+                speeds = frequencies(self.model)
+        if speeds is not None:
+            position = sent(layout.position[present], device)[:, None]
+            known = {id(speed): position * sent(speed, device) for speed in speeds if speed is not None}
+            turned = {key: (angles.cos(), angles.sin()) for key, angles in known.items()}
+            turns = tuple(turned.get(id(speed)) for speed in speeds)
+        return Mixing(sent(places, device), sent(weights, device), turns)
+
+    def open_gate(self, special: Tensor) -> None:
+        """Say which of the coming inputs are special tokens."""
+        if self.adapter is not None:
+            self.adapter.open_gate(special)
+
+    def forward(
+        self, inputs: Tensor, mask: Tensor | None, position: Tensor, keep: Tensor,
+        cache: EvictingCache | None, begin: int,
+    ) -> Tensor:
+        """Logits ``[batch, keep, vocabulary]`` of ids or embeddings, fed at their positions.
+
+        Args:
+            begin: position of the first of them.
+        """
+        extra: dict[str, Any] = {} if cache is None else {"past_key_values": cache}
+        if cache is not None:
+            cache.begin = begin
+        extra["inputs_embeds" if inputs.is_floating_point() else "input_ids"] = inputs
+        out = self.model(
+            attention_mask=mask, position_ids=position[None],
+            use_cache=cache is not None, logits_to_keep=keep, **extra,
+        )
+        logits: Tensor = out.logits
+        return logits
+
+
+def sent(tensor: Tensor, device: torch.device) -> Tensor:
+    """The tensor on the device, without waiting for what the device is doing."""
+    return tensor.to(device, non_blocking=True)
