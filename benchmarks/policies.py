@@ -12,7 +12,7 @@ import torch
 from benchmarks.pairs import compare_times
 from kvbench.inference.opening import Text, open_session
 from kvbench.methods import METHODS, Method, make_method
-from kvbench.methods.policies.policy import Policy
+from kvbench.methods.policies.policy import CachePolicy
 from kvbench.models.loading import load_model
 from kvbench.models.references import resolve_model
 from kvbench.profiling.clock import WallClock
@@ -47,7 +47,7 @@ def main() -> None:
     full = Writing(model, make_method("full", Fraction(0)))
     print(f"writing {NEW} tokens after {LENGTH} at 0.7, removed every 16; rival: the full cache, the same loop")
     for name, kind in METHODS.items():
-        if issubclass(kind, Policy):
+        if issubclass(kind, CachePolicy):
             mine = Writing(model, make_method(name, Fraction(REACHES.get(name, "0.7"))))
             compare_times(name, mine.seconds, full.seconds, 0.9, repeats=9)
 

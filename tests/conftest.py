@@ -95,9 +95,9 @@ def small_adapter(model: nn.Module, gate: str = "gated", n_rows: int = 2) -> Ada
 
 def adapter_for(model: nn.Module, method: Method, gate: str | None = None) -> Adapter | None:
     """An adapter that the method can be read with; None if it needs none."""
-    if not method.needs_adapter:
+    if not method.adapter_kinds:
         return None
-    return small_adapter(model, gate or method.trainable[0], method.n_rows)
+    return small_adapter(model, gate or method.adapter_kinds[0], method.n_rows)
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -15,7 +15,7 @@ from kvbench.cache.evicting import EvictingCache
 from kvbench.errors import UserError
 from kvbench.inference.reader import Reader
 from kvbench.methods import Layout, Structure, make_layout, make_method
-from kvbench.methods.layouts.ccm import chunk_length
+from kvbench.methods.layouts.chunks import chunk_length
 from kvbench.methods.layouts.layout import COMP, RAW, SUM
 from kvbench.models.attention import register
 from kvbench.models.rope import frequencies, rotated
@@ -234,6 +234,6 @@ def test_chunks_longer_than_the_text_are_refused() -> None:
 
 def test_chunked_methods_are_all_tried_here() -> None:
     from kvbench.methods import METHODS
-    from kvbench.methods.layouts.ccm import Chunked
+    from kvbench.methods.layouts.chunks import Chunked
 
     assert {name for name, kind in METHODS.items() if issubclass(kind, Chunked)} == set(CHUNKED)

@@ -22,7 +22,7 @@ from kvbench.inference import layout_session as runtime
 from kvbench.inference import opening
 from kvbench.judges.encoder import SentenceEncoder
 from kvbench.methods.layouts import windows
-from kvbench.methods.policies.policy import Policy
+from kvbench.methods.policies.policy import CachePolicy
 from kvbench.models import rope as rotary
 from kvbench.models.facts import ModelFacts
 from kvbench.probe import asking
@@ -245,13 +245,13 @@ def test_bytes_that_are_worked_out_from_a_configuration_are_seen(
 
 def test_a_policy_that_chooses_by_another_place_is_seen(subject: Subject, monkeypatch: pytest.MonkeyPatch) -> None:
     """What it kept and what it says that it kept are two."""
-    chosen = Policy.chosen
+    chosen = CachePolicy.chosen
 
-    def shifted(self: Policy, view: Any, keep: int) -> Tensor:
+    def shifted(self: CachePolicy, view: Any, keep: int) -> Tensor:
         view.positions.sub_(1).clamp_(min=0)
         return chosen(self, view, keep)
 
-    monkeypatch.setattr(Policy, "chosen", shifted)
+    monkeypatch.setattr(CachePolicy, "chosen", shifted)
     assert "chosen_is_masked" in failing(subject)
 
 

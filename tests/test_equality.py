@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from kvbench.cache.evicting import EvictingCache
 from kvbench.inference.reader import Reader
 from kvbench.methods import METHODS, Layout, LayoutMethod, Structure, kept, make_layout
-from kvbench.methods.layouts.ccm import Chunked
 from kvbench.methods.layouts.chunked import chunk_layout
+from kvbench.methods.layouts.chunks import Chunked
 from kvbench.methods.layouts.layout import Tokens
 from tests.conftest import VOCABULARY, adapter_for
 from tests.helpers.sessions import layout_method, read_all
@@ -181,7 +181,7 @@ def test_what_follows_a_context_is_masked_by_hand(llama: nn.Module) -> None:
 
 
 @pytest.mark.parametrize(
-    "name", [name for name, kind in METHODS.items() if kind.compresses and issubclass(kind, LayoutMethod)]
+    "name", [name for name, kind in METHODS.items() if kind.compresses() and issubclass(kind, LayoutMethod)]
 )
 @torch.inference_mode()
 def test_nothing_removed_is_the_base_model_exactly(model: nn.Module, name: str) -> None:

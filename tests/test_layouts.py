@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from kvbench.errors import UserError
 from kvbench.methods import METHODS, LayoutMethod, kept, layout_id, make_layout, make_method
-from kvbench.methods.layouts.ccm import Chunked
+from kvbench.methods.layouts.chunks import Chunked
 from kvbench.methods.layouts.layout import CLOSE, OPEN, RAW, Layout
 from kvbench.methods.layouts.sentinel import sample_spans, span_layout
 

@@ -27,7 +27,7 @@ from kvbench.inference.opening import prepared as model_prepared
 from kvbench.inference.policy_session import PolicySession
 from kvbench.judges.fluency import Scorer
 from kvbench.methods import make_method
-from kvbench.methods.policies.knorm import Knorm
+from kvbench.methods.policies.knorm import KNorm
 from kvbench.models.attention import register
 from kvbench.models.facts import ModelFacts
 from kvbench.models.rope import fixed_rotations, frequencies, rotated, turned
@@ -420,7 +420,7 @@ def test_a_policy_sees_a_layer_once(llama: nn.Module) -> None:
     from kvbench.probe import asking
 
     cache, heard = asking._Noting(), []
-    reading = PolicySession(llama, Knorm(), 40, (0,))
+    reading = PolicySession(llama, KNorm(), 40, (0,))
     reading.cache = cache
     with asking._heard(heard.append), torch.inference_mode():
         list(reading.prefill(zoo_text(40)))

@@ -80,7 +80,7 @@ def test_the_example_passes_the_proof(place: tuple[Path, dict[str, str]]) -> Non
 def test_the_example_of_a_policy_removes_what_it_masks(llama: nn.Module) -> None:
     space: dict[str, Any] = {"__name__": "example"}
     exec(re.findall(r"```python\n(.*?)```", PAGE, flags=re.S)[1], space)
-    policy = space["LargeValues"](Fraction(1, 2), {"step": "7"})
+    policy = space["LargeValues"](Fraction(1, 2), step=7)
     ids = text()
     logits, run = read(llama, policy, ids)
     assert float((logits - masked(llama, run, ids)).abs().max()) < 1e-5

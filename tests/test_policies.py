@@ -19,13 +19,13 @@ from kvbench.inference.attention_statistics import attended, with_moments
 from kvbench.inference.generation import greedy
 from kvbench.inference.policy_session import PolicySession
 from kvbench.methods import METHODS, kept, make_method
-from kvbench.methods.policies.policy import Policy, View, highest
-from kvbench.models.attention_hooks import WATCHER
+from kvbench.methods.policies.policy import CachePolicy, LayerView, highest
+from kvbench.models.attention_hooks import OBSERVER
 from kvbench.models.rope import rotated
 from tests.conftest import VOCABULARY
 from tests.helpers.sessions import texts
 
-POLICIES = [name for name, kind in METHODS.items() if issubclass(kind, Policy)]
+POLICIES = [name for name, kind in METHODS.items() if issubclass(kind, CachePolicy)]
 CHANGING = ["cam", "d2o", "fp8", "kivi", "lorc", "think"]
 """Policies after which entries are not what was computed, so that no mask can stand for them."""
 
@@ -33,7 +33,7 @@ MASKED = [name for name in POLICIES if name not in CHANGING]
 LENGTH, BATCH = 96, 2
 
 
-def policy_of(name: str, ratio: str = "0.6", **options: str) -> Policy:
+def policy_of(name: str, ratio: str = "0.6", **options: str) -> CachePolicy:
     """With windows that suit a short text."""
     usual = {
         "window": "8", "kernel": "3", "lag": "8", "positions": "absolute", "size": "4", "residual": "16",
@@ -41,7 +41,7 @@ def policy_of(name: str, ratio: str = "0.6", **options: str) -> Policy:
     }
     ratio = "0.3" if name == "think" and ratio != "0" else ratio
     method = make_method(name, Fraction(ratio), {**usual, **options})
-    assert isinstance(method, Policy)
+    assert isinstance(method, CachePolicy)
     return method
 
 
@@ -49,7 +49,7 @@ def text(length: int = LENGTH) -> Tensor:
     return torch.randint(1, VOCABULARY, (BATCH, length), generator=torch.Generator().manual_seed(3))
 
 
-def read(model: nn.Module, policy: Policy, ids: Tensor, chunk: int | None = None) -> tuple[Tensor, PolicySession]:
+def read(model: nn.Module, policy: CachePolicy, ids: Tensor, chunk: int | None = None) -> tuple[Tensor, PolicySession]:
     """Logits after every token, and the reading itself, with what it kept; at once, in chunks, if they are given."""
     run = PolicySession(model, policy, ids.shape[1], (3, 5), chunk=chunk, history=[])
     with torch.inference_mode():
@@ -63,7 +63,7 @@ def seen_at(places: Tensor, length: int) -> Tensor:
     return seen.scatter_(-1, places.masked_fill(places < 0, length), True)[..., :length]
 
 
-def runs_of(policy: Policy, length: int) -> Iterator[tuple[int, int]]:
+def runs_of(policy: CachePolicy, length: int) -> Iterator[tuple[int, int]]:
     start = 0
     while start < length:
         stop = min(length, start + policy.run_length(start))
@@ -92,12 +92,12 @@ class Replayed:
     def attend(self, *_: Any) -> None:
         pass
 
-    def watch(self, *_: Any) -> None:
+    def observe(self, *_: Any) -> None:
         pass
 
 
 def masked(model: Any, run: PolicySession, ids: Tensor) -> Tensor:
-    token = WATCHER.set(Replayed(run, int(model.config.num_attention_heads), ids.shape[1]))
+    token = OBSERVER.set(Replayed(run, int(model.config.num_attention_heads), ids.shape[1]))
     try:
         with torch.inference_mode():
             out: Tensor = model(
@@ -106,7 +106,7 @@ def masked(model: Any, run: PolicySession, ids: Tensor) -> Tensor:
             ).logits
         return out
     finally:
-        WATCHER.reset(token)
+        OBSERVER.reset(token)
 
 
 @pytest.mark.parametrize("name", MASKED)
@@ -159,7 +159,7 @@ def test_removed_is_masked_at_any_step(llama: nn.Module, name: str, step: int) -
     assert float((logits - masked(llama, run, ids)).abs().max()) < 1e-5
 
 
-@pytest.mark.parametrize("name", [name for name in POLICIES if METHODS[name].takes_ratio])
+@pytest.mark.parametrize("name", [name for name in POLICIES if "ratio" in METHODS[name].budgets])
 def test_nothing_removed_is_the_full_cache(llama: nn.Module, name: str) -> None:
     ids = text()
     logits, run = read(llama, policy_of(name, "0"), ids)
@@ -217,7 +217,7 @@ def test_streaming_llm_counts_positions_in_the_cache(model: nn.Module) -> None:
     with torch.inference_mode():
         fresh = PolicySession(model, policy_of("streaming-llm", "0"), keep, (3, 5))
         fresh.feed(torch.cat([ids[:, :4], ids[:, 48 - (keep - 4) :]], 1))
-    speeds, gap = run.cache.speeds[0], 48 - keep
+    speeds, gap = run.cache.inv_freq[0], 48 - keep
     assert speeds is not None
     angle = gap * speeds[None]
     stored = first.keys.clone()
@@ -258,7 +258,7 @@ def test_texts_are_written_under_a_mask_of_what_was_kept(llama: nn.Module, name:
         masks.append(mask)
     replayed = object.__new__(Replayed)
     replayed.masks = masks
-    token = WATCHER.set(replayed)
+    token = OBSERVER.set(replayed)
     try:
         with torch.inference_mode():
             logits = llama(
@@ -266,7 +266,7 @@ def test_texts_are_written_under_a_mask_of_what_was_kept(llama: nn.Module, name:
                 position_ids=torch.arange(whole.shape[1])[None],
             ).logits
     finally:
-        WATCHER.reset(token)
+        OBSERVER.reset(token)
     assert torch.equal(logits[:, 39:].argmax(-1), written)
     assert len(run.visible(torch.arange(1, 40 + new))) == 39 + new
     assert policy.keeps_all or run.kept < 40
@@ -408,16 +408,18 @@ def test_the_command_measures_policies_on_every_kind_of_task(called: Callable[..
             assert all("evicts every 8" in r["signature"] for r in mine)
 
 
-def view_of(found: Any, rows: slice = slice(None)) -> View:
+def view_of(found: Any, rows: slice = slice(None)) -> LayerView:
     """A layer with the keys, values and last queries that kvpress was given (tests/parity/make_fixtures.py)."""
     keys, values, queries = (torch.from_numpy(found[name])[rows] for name in ("keys", "values", "queries"))
     length = keys.shape[2]
     positions = torch.arange(length).expand(keys.shape[:3])
-    return View(
-        keys, values, positions, torch.zeros_like(positions, dtype=torch.float32), queries, keys.shape[-1] ** -0.5,
-        length, 0, 1, torch.zeros(len(keys), dtype=torch.long), 0,
-        with_moments(None, torch.from_numpy(found["all_queries"])[rows], 0, 4, None),
-        torch.from_numpy(found["speeds"]),
+    return LayerView(
+        keys=keys, values=values, positions=positions,
+        attention_sums=torch.zeros_like(positions, dtype=torch.float32), queries=queries,
+        scaling=keys.shape[-1] ** -0.5, read=length, layer=0, layers=1,
+        row_seeds=torch.zeros(len(keys), dtype=torch.long), seed=0,
+        query_moments=with_moments(None, torch.from_numpy(found["all_queries"])[rows], 0, 4, None),
+        inv_freq=torch.from_numpy(found["speeds"]),
     )
 
 

@@ -15,24 +15,24 @@ from torch import nn
 from torch.nn import functional
 
 from kvbench.cache.evicting import EvictingCache, storage_bytes
-from kvbench.cache.policy_cache import PolicedCache
+from kvbench.cache.policy_cache import PolicyCache
 from kvbench.cache.pruned_channels import Thinned
 from kvbench.cache.quantized import Codes, Float8, Quantised
 from kvbench.cache.ragged import Ragged
 from kvbench.cache.shape import CacheShape
-from kvbench.cache.stored import Packed
+from kvbench.cache.stored import StoredEntries
 from kvbench.errors import UserError
 from kvbench.inference.opening import check_method
 from kvbench.methods import METHODS
 from kvbench.methods.policies.cascading import Cascading
-from kvbench.methods.policies.kivi import Kivi
+from kvbench.methods.policies.kivi import KIVI
 from kvbench.methods.policies.low_rank import low_rank
-from kvbench.methods.policies.policy import View
+from kvbench.methods.policies.policy import LayerView
 from kvbench.methods.policies.random import drawn
-from kvbench.methods.policies.snapkv import SnapKv
-from kvbench.methods.policies.think import Think
+from kvbench.methods.policies.snapkv import SnapKV
+from kvbench.methods.policies.think import ThinK
 from kvbench.models.attention import register
-from kvbench.models.attention_hooks import WATCHER
+from kvbench.models.attention_hooks import OBSERVER
 from kvbench.models.facts import ModelFacts
 from kvbench.probe.asking import examine
 from tests.conftest import small_model
@@ -42,14 +42,14 @@ from tests.zoo import zoo_model, zoo_text
 SHAPE = CacheShape.even(2, 2, 32, 4)
 
 
-def view(entries: int = 24, seed: int = 0, **more: Any) -> View:
+def view(entries: int = 24, seed: int = 0, **more: Any) -> LayerView:
     generator = torch.Generator().manual_seed(seed)
     keys, values = (torch.randn(2, 2, entries, 8, generator=generator) for _ in range(2))
     sums = torch.rand(2, 2, entries, generator=generator)
     queries = torch.randn(2, 4, 8, 8, generator=generator)
     places = torch.arange(entries).expand(2, 2, entries)
-    fields = {"keys": keys, "values": values, "positions": places, "sums": sums, "queries": queries, **more}
-    return View(**fields, scaling=0.4, read=entries, layer=0, layers=2, lots=torch.tensor([3, 5]), seed=0)
+    fields = {"keys": keys, "values": values, "positions": places, "attention_sums": sums, "queries": queries, **more}
+    return LayerView(**fields, scaling=0.4, read=entries, layer=0, layers=2, row_seeds=torch.tensor([3, 5]), seed=0)
 
 
 class Chain:
@@ -88,7 +88,7 @@ class Chain:
 @settings(max_examples=60, deadline=None)
 def test_cascades_are_those_of_a_chain_of_lists(caches: int, sinks: int, more: int, step: int, seed: int) -> None:
     budget = sinks + caches + more
-    method = Cascading(options={"caches": str(caches), "sinks": str(sinks)}, budget_tokens=budget)
+    method = Cascading(caches=caches, sinks=sinks, budget_tokens=budget)
     length = 90
     worth = torch.rand(length, generator=torch.Generator().manual_seed(seed))
     chain = Chain(sinks, [(budget - sinks + i) // caches for i in range(caches)], worth.tolist())
@@ -100,8 +100,9 @@ def test_cascades_are_those_of_a_chain_of_lists(caches: int, sinks: int, more: i
             chain.push(token)
         if held.shape[-1] > budget:
             some = torch.zeros(1, 1, held.shape[-1], 4)
-            seen = View(
-                some, some, held, worth[held], None, 1.0, int(new[-1]) + 1, 0, 1, torch.zeros(1, dtype=torch.long), 0
+            seen = LayerView(
+                keys=some, values=some, positions=held, attention_sums=worth[held], queries=None, scaling=1.0,
+                read=int(new[-1]) + 1, layer=0, layers=1, row_seeds=torch.zeros(1, dtype=torch.long), seed=0,
             )
             held = held.gather(-1, method.chosen(seen, budget))
         assert held[0, 0].tolist() == chain.held
@@ -122,9 +123,9 @@ def test_positions_in_the_cache_are_those_of_a_shorter_text(llama: nn.Module, na
     layer = run.cache.layers[0]
     held = layer.held
     run.cache.read = run.read
-    token = WATCHER.set(run)
+    token = OBSERVER.set(run)
     attended, _ = run.cache.update(layer.keys[:, :, :0], layer.values[:, :, :0], 0)
-    WATCHER.reset(token)
+    OBSERVER.reset(token)
     for row in range(2):
         for head in range(2):
             kept = ids[row, layer.positions[row, head]]
@@ -189,7 +190,7 @@ def test_values_are_spread_over_the_next_entries(last: int) -> None:
     for row in range(2):
         for head in range(2):
             wanted = seen.values[row, head].clone()
-            mean = [float(seen.sums[row, head, i]) / (last - i) for i in range(last)]
+            mean = [float(seen.attention_sums[row, head, i]) / (last - i) for i in range(last)]
             usual = sum(mean[14:stop]) / (stop - 14)
             merged = 0
             for i in range(4, 14):
@@ -252,7 +253,7 @@ def test_few_bits_take_few_bytes(llama: nn.Module, bits: str, most: float) -> No
     of_keys = 2 * 2 * width * (packed * int(bits) // 8 + packed // 8 * 4)
     of_values = 2 * 2 * packed * (width * int(bits) // 8 + width // 8 * 4)
     assert sum(t.nbytes for p in layer.packed for t in p.tensors()) == of_keys + of_values
-    fitted = Kivi(Fraction(1, 5), {"fit": "bytes", "residual": "16", "group": "8"})
+    fitted = KIVI(Fraction(1, 5), fit="bytes", residual=16, group=8)
     shape = CacheShape.even(1, 2, width, 4)
     assert float(fitted._entries(LENGTH, int(bits), shape)) == pytest.approx(layer.entries())
 
@@ -261,7 +262,7 @@ def test_what_is_packed_later_changes_nothing_before() -> None:
     seen = view(32)
     parts = [(seen.keys[:, :, a:b], seen.values[:, :, a:b]) for a, b in ((0, 16), (16, 32))]
     small = Float8.of(*parts[0])
-    pairs: list[tuple[Packed, Packed]] = [
+    pairs: list[tuple[StoredEntries, StoredEntries]] = [
         (Quantised.of(*parts[0], 4, 8), Quantised.of(*parts[1], 4, 8)), (small, Float8.of(*parts[1], small.scales)),
     ]
     for first, second in pairs:
@@ -274,8 +275,8 @@ def test_what_is_packed_later_changes_nothing_before() -> None:
 
 
 def test_channels_that_are_gone_are_those_used_least(llama: nn.Module) -> None:
-    policy, seen = Think(Fraction(1, 4), {"recent": "0"}), view(32)
-    found = policy.packed(seen, ())
+    policy, seen = ThinK(Fraction(1, 4), recent=0), view(32)
+    found = policy.pack(seen, ())
     assert found is not None
     thinned, count = found
     assert isinstance(thinned, Thinned)
@@ -326,7 +327,7 @@ def test_sinks_stay_however_little_may_be_held(llama: nn.Module, name: str) -> N
             assert layer.positions[..., :4].tolist() == [[[0, 1, 2, 3]] * 2] * 2
 
 
-@pytest.mark.parametrize("name", sorted(name for name, kind in METHODS.items() if "sinks" in kind.known))
+@pytest.mark.parametrize("name", sorted(name for name, kind in METHODS.items() if "sinks" in kind.options()))
 def test_more_sinks_than_are_kept_are_refused(name: str) -> None:
     """The usual ones always stay, in a short tail too."""
     policy_of(name, "0.9").fitted(40, SHAPE)
@@ -354,35 +355,35 @@ def test_budgets_become_ratios() -> None:
     entries = policy_of("knorm").fitted(100, SHAPE)
     assert entries.ratio == Fraction(3, 5)
     for asked in ({"budget_tokens": 30}, {"budget_bytes": 30 * SHAPE.entry_bytes + 5}):
-        method = type(entries)(Fraction(0), {}, **asked).fitted(100, SHAPE)
+        method = type(entries)(Fraction(0), **asked).fitted(100, SHAPE)
         assert method.ratio == Fraction(70, 100)
         assert [method.budget(n, 100, 0, 2) for n in (10, 50, 100, 300)] == [10, 30, 30, 30]
     assert type(entries)(budget_tokens=300).fitted(100, SHAPE).ratio == 0
     with pytest.raises(UserError, match="--budget-tokens 8 is below the 9 entries that snapkv needs"):
-        SnapKv(options={"window": "8"}, budget_tokens=8).fitted(100, SHAPE)
+        SnapKV(window=8, budget_tokens=8).fitted(100, SHAPE)
 
 
 def test_bits_are_the_most_that_fit() -> None:
-    def bits(percent: int) -> str:
-        return Kivi(Fraction(percent, 100), {"fit": "bytes", "residual": "0"}).fitted(320, SHAPE).option("bits")
+    def bits(percent: int) -> int | None:
+        return KIVI(Fraction(percent, 100), fit="bytes", residual=0).fitted(320, SHAPE).bits
 
-    shares = {b: float(Kivi(options={"residual": "0"})._entries(320, int(b), SHAPE)) / 320 for b in ("8", "4", "2")}
-    assert shares == {"8": 9 / 32, "4": 5 / 32, "2": 3 / 32}
-    assert [bits(p) for p in (10, 71, 72, 84, 85, 90)] == ["8", "8", "4", "4", "2", "2"]
+    shares = {b: float(KIVI(residual=0)._entries(320, b, SHAPE)) / 320 for b in (8, 4, 2)}
+    assert shares == {8: 9 / 32, 4: 5 / 32, 2: 3 / 32}
+    assert [bits(p) for p in (10, 71, 72, 84, 85, 90)] == [8, 8, 4, 4, 2, 2]
     with pytest.raises(UserError, match="with 2 bits"):
         bits(91)
     for percent in (10, 30, 50, 72, 80, 86):
-        fitted = Kivi(Fraction(percent, 100), {"fit": "bytes", "residual": "0"}).fitted(333, SHAPE)
-        taken = fitted._entries(333, int(fitted.option("bits")), SHAPE)
+        fitted = KIVI(Fraction(percent, 100), fit="bytes", residual=0).fitted(333, SHAPE)
+        assert fitted.bits is not None
+        taken = fitted._entries(333, fitted.bits, SHAPE)
         assert 0 <= Fraction(100 - percent, 100) * 333 - taken < 32
     with pytest.raises(UserError, match="keys are half"):
-        Think(Fraction(49, 100)).fitted(100, SHAPE)
+        ThinK(Fraction(49, 100)).fitted(100, SHAPE)
     half = CacheShape.even(2, 2, 32, 2)
-    whole = Kivi(options={"group": "4"}, budget_bytes=1 << 40).fitted(100, half)
-    assert whole.option("bits") == "8"
-    assert whole.number("residual") == 100
-    budget = Kivi(options={"residual": "0"}, budget_bytes=20 * SHAPE.entry_bytes)
-    assert budget.fitted(100, SHAPE).option("bits") == "4"
+    whole = KIVI(group=4, budget_bytes=1 << 40).fitted(100, half)
+    assert (whole.bits, whole.residual) == (8, 100)
+    budget = KIVI(residual=0, budget_bytes=20 * SHAPE.entry_bytes)
+    assert budget.fitted(100, SHAPE).bits == 4
 
 
 def test_weights_of_low_rank_are_the_best_of_that_rank(model: nn.Module, family: str) -> None:
@@ -429,8 +430,8 @@ def test_what_a_policy_cannot_follow_is_refused_by_name(llama: Any) -> None:
 def test_a_cache_of_a_policy_is_not_used_otherwise(llama: Any) -> None:
     """By generate(), with its masks, beams and left-padded batches, or by what takes tokens back."""
     with pytest.raises(UserError, match="left-padded"), torch.inference_mode():
-        llama.generate(text(8), past_key_values=PolicedCache(), max_new_tokens=2)
-    cache = PolicedCache()
+        llama.generate(text(8), past_key_values=PolicyCache(), max_new_tokens=2)
+    cache = PolicyCache()
     with pytest.raises(UserError, match="cropped"):
         cache.crop(-1)
     with pytest.raises(UserError, match="beams"):

@@ -400,9 +400,9 @@ def test_compaction_moves_only_the_last_entries(llama: nn.Module) -> None:
 
 def test_a_random_adapter_fits_every_trained_method(llama: nn.Module) -> None:
     for name, kind in METHODS.items():
-        if kind.needs_adapter:
+        if kind.adapter_kinds:
             method = make_method(name, Fraction("0.8"))
-            card = AdapterCard(name, kind.trainable[0], 8, 8.0, method.n_rows, "random", "")
+            card = AdapterCard(name, kind.adapter_kinds[0], 8, 8.0, method.n_rows, "random", "")
             assert Adapter.fresh(card, llama).rows.shape[0] == method.n_rows
 
 

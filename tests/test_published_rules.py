@@ -16,8 +16,9 @@ from kvbench.cache.shape import CacheShape
 from kvbench.errors import UserError
 from kvbench.inference.policy_session import PolicySession
 from kvbench.methods import kept, make_method
-from kvbench.methods.policies.policy import Policy
+from kvbench.methods.policies.policy import CachePolicy
 from kvbench.methods.policies.random import drawn
+from kvbench.methods.policies.think import ThinK
 from tests.conftest import VOCABULARY
 from tests.test_policies import policy_of, read, text
 from tests.test_policy_rules import view
@@ -241,7 +242,7 @@ def test_what_follows_a_context_is_attended_under_refreshkv(llama: nn.Module, ea
 
 
 def _follow_by_masks(
-    eager: Any, policy: Policy, ids: Tensor, held: dict[int, list[Tensor]], logits: Tensor, context: int, keep: int
+    eager: Any, policy: CachePolicy, ids: Tensor, held: dict[int, list[Tensor]], logits: Tensor, context: int, keep: int
 ) -> None:
     """One pass under a mask of what was attended gives the same logits, and its attention the same choices."""
     length = ids.shape[1]
@@ -281,9 +282,8 @@ def test_channels_that_stay_are_within_the_bytes(width: int) -> None:
     shape, recent = CacheShape.even(4, 2, width, 4), 32
     for n in (200, 512, 1000):
         for given in range(shape.entry_bytes * (n // 2), shape.entry_bytes * n, shape.entry_bytes * 3 + 5):
-            method = make_method("think", Fraction(0), {"budget_bytes": str(given)})
             try:
-                channels = int(method.fitted(n, shape).options["channels"])
+                channels = ThinK(budget_bytes=given).fitted(n, shape).channels
             except UserError:
                 continue
             old = n - recent

@@ -14,14 +14,14 @@ from torch import nn
 
 from kvbench.inference.policy_session import PolicySession
 from kvbench.methods import METHODS, kept, make_method
-from kvbench.methods.policies.policy import Policy
+from kvbench.methods.policies.policy import CachePolicy
 from kvbench.protocols.pieces import Piece
 from kvbench.protocols.scoring import score_pieces
 from kvbench.reporting.tables.format import reading_note
 from kvbench.store.records import Row
 from tests.conftest import VOCABULARY, Outcome
 
-POLICIES = [name for name, kind in METHODS.items() if issubclass(kind, Policy)]
+POLICIES = [name for name, kind in METHODS.items() if issubclass(kind, CachePolicy)]
 Call = Callable[[Sequence[str | Path]], Outcome]
 
 
@@ -47,14 +47,13 @@ def test_nothing_removed_is_the_full_cache_though_the_question_was_looked_at(lla
 @torch.inference_mode()
 @pytest.mark.parametrize("name", POLICIES)
 def test_a_known_question_takes_no_place(llama: nn.Module, name: str) -> None:
-    ratio, options = "0.2" if name == "think" else "0.4", {"window": "8"} if "window" in METHODS[name].known else {}
+    ratio, options = "0.2" if name == "think" else "0.4", {"window": "8"} if "window" in METHODS[name].options() else {}
     policy = make_method(name, Fraction(ratio), options)
-    assert isinstance(policy, Policy)
+    assert isinstance(policy, CachePolicy)
     found = [score_pieces(llama, policy, [piece_of(90, 80, ahead)], chunk=16)[0] for ahead in (0, 1)]
     assert found[0].held == found[1].held
     assert found[0].visible == pytest.approx(found[1].visible)
-    looks = policy.looks_at or policy.sums or policy.takes_moments
-    assert bool(torch.equal(found[0].nll, found[1].nll)) or bool(looks)
+    assert bool(torch.equal(found[0].nll, found[1].nll)) or policy.observes
 
 
 def attention_of(model: nn.Module, ids: torch.Tensor) -> list[torch.Tensor]:
@@ -73,7 +72,7 @@ def test_snapkv_chooses_by_the_queries_of_the_whole_question(llama: nn.Module) -
     piece, window, n = piece_of(50, 40), 4, 40
     options = {"window": str(window), "kernel": "1"}
     policy = make_method("snapkv", Fraction("0.5"), options)
-    assert isinstance(policy, Policy)
+    assert isinstance(policy, CachePolicy)
     ids = torch.tensor([piece.ids])
     runs = [PolicySession(llama, policy, n, [0], chunk=16) for _ in range(2)]
     for run, ahead in zip(runs, (ids[:, n : n + 1], None), strict=True):
@@ -99,7 +98,7 @@ def test_snapkv_chooses_by_the_queries_of_the_whole_question(llama: nn.Module) -
 def test_the_whole_answer_is_predicted_from_what_is_left(llama: nn.Module) -> None:
     """What the context was before it was compressed does not reach the first token of the answer either."""
     policy = make_method("knorm", Fraction("0.8"))
-    assert isinstance(policy, Policy)
+    assert isinstance(policy, CachePolicy)
     piece = piece_of(90, 80)
     ids = torch.tensor([piece.ids])
     run = PolicySession(llama, policy, 80, [0], chunk=16)

@@ -13,7 +13,7 @@ from kvbench.inference.policy_session import PolicySession
 from kvbench.inference.reader import Reader
 from kvbench.methods import make_layout
 from kvbench.methods.layouts.full import Full
-from kvbench.methods.policies.h2o import H2o
+from kvbench.methods.policies.h2o import H2O
 from kvbench.models.attention import register
 from kvbench.models.facts import ModelFacts
 from kvbench.models.loading import _check_attention
@@ -66,7 +66,7 @@ def full_logits(model: nn.Module) -> Tensor:
 
 def policy_logits(model: nn.Module) -> Tensor:
     with torch.inference_mode():
-        return torch.cat([p.logits for p in PolicySession(model, H2o(), LENGTH, (0,)).prefill(zoo_text(LENGTH))], 1)
+        return torch.cat([p.logits for p in PolicySession(model, H2O(), LENGTH, (0,)).prefill(zoo_text(LENGTH))], 1)
 
 
 def test_many_types_are_admitted() -> None:
@@ -81,9 +81,9 @@ def test_what_is_admitted_is_read_as_the_model_reads(kind: str) -> None:
     assert float((full_logits(model) - own).abs().max()) < TOLERANCE
     if kind in LAYOUTS_ONLY:
         with pytest.raises(UserError, match=LAYOUTS_ONLY[kind]):
-            check_method(H2o(), model, kind, facts)
+            check_method(H2O(), model, kind, facts)
     else:
-        check_method(H2o(), model, kind, facts)
+        check_method(H2O(), model, kind, facts)
         assert float((policy_logits(model) - own).abs().max()) < TOLERANCE
 
 

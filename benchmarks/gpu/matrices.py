@@ -16,7 +16,7 @@ from kvbench.inference.layout_session import LayoutSession
 from kvbench.inference.policy_session import PolicySession
 from kvbench.inference.reader import Reader
 from kvbench.methods import METHODS, LayoutMethod, Method, make_layout, make_method
-from kvbench.methods.policies.policy import Policy
+from kvbench.methods.policies.policy import CachePolicy
 
 TOLERANCES = {"float32": (1e-4, "logits"), "bfloat16": (0.1, "nats")}
 """How far two ways to the same numbers may lie apart: the largest difference of logits; in half precision, where
@@ -81,7 +81,7 @@ def layout_cell(shop: Workshop, dtype: str, name: str, found: Found) -> None:
     for label, method in ways_of(name, shop.scale.ratios):
         assert isinstance(method, LayoutMethod)
         layout = make_layout(method, ids.shape[1], 0, 5)
-        adapter = small_adapter(model, method.trainable[0], method.n_rows) if method.needs_adapter else None
+        adapter = small_adapter(model, method.adapter_kinds[0], method.n_rows) if method.adapter_kinds else None
         reader = Reader(model, adapter)
         with torch.inference_mode(), reader.ready():
             masked = reader.one_pass(ids, layout)
@@ -102,7 +102,7 @@ def policy_cell(shop: Workshop, dtype: str, name: str, found: Found) -> None:
     for step in shop.scale.steps:
         options = {**SHORT, "step": step, **({"positions": "absolute"} if name in KEEPS_POSITIONS else {})}
         method = make_method(name, Fraction("0.3" if name == "think" else "0.6"), options)
-        assert isinstance(method, Policy)
+        assert isinstance(method, CachePolicy)
         against = _transformers if name in CHANGING else _masked
         difference, cache = against(shop.small_model(dtype), method, shop.ids(shop.scale.text), dtype)
         worst, at = max((worst, at), (difference, f"step {step}"))
@@ -113,13 +113,13 @@ def policy_cell(shop: Workshop, dtype: str, name: str, found: Found) -> None:
     judge(found, worst, dtype, at)
 
 
-def _masked(model: Any, policy: Policy, ids: Tensor, dtype: str) -> tuple[float, Any]:
+def _masked(model: Any, policy: CachePolicy, ids: Tensor, dtype: str) -> tuple[float, Any]:
     with torch.inference_mode():
         both = removed_and_masked(model, policy, ids)
     return apart(both.removed, both.masked, ids, dtype), both.cache
 
 
-def _transformers(model: nn.Module, policy: Policy, ids: Tensor, dtype: str) -> tuple[float, Any]:
+def _transformers(model: nn.Module, policy: CachePolicy, ids: Tensor, dtype: str) -> tuple[float, Any]:
     """Every run of tokens also by the model itself, with a cache of its own kind that holds the same entries."""
     from transformers import DynamicCache
 

@@ -10,7 +10,7 @@ from benchmarks.gpu.cells import Cell, Found
 from benchmarks.gpu.workshop import Workshop
 from kvbench.doctor import CHECKS, Check, Subject
 from kvbench.methods import METHODS, LayoutMethod
-from kvbench.methods.policies.policy import Policy
+from kvbench.methods.policies.policy import CachePolicy
 
 COMPARED = ("full", "sinks", "snapkv", "sentinel", "kivi")
 STOCK = "full-dynamic"
@@ -56,7 +56,7 @@ def _layouts(shop: Workshop, dtype: str) -> list[Cell]:
 def _policies(shop: Workshop, dtype: str) -> list[Cell]:
     return [
         Cell(f"removed is masked, {dtype}", name, _untimed(partial(matrices.policy_cell, shop, dtype, name)))
-        for name, kind in METHODS.items() if issubclass(kind, Policy)
+        for name, kind in METHODS.items() if issubclass(kind, CachePolicy)
     ]
 
 

@@ -37,10 +37,10 @@ class Side:
 
     def cells(self, setting: str) -> list[Cell]:
         """The chosen cells of a setting; without a choice, all that are no controls or baselines."""
-        mine = [c for c in self.folder.cells() if c.setting == setting and c.method != HUMAN]
+        mine = [c for c in self.folder.cells() if c.setting == setting and c.name != HUMAN]
         if self.method is None:
             return [c for c in mine if c.role == "method"]
-        return [c for c in mine if c.method == self.method and self.ratio in (None, c.ratio_asked)]
+        return [c for c in mine if c.name == self.method and self.ratio in (None, c.ratio_asked)]
 
 
 @dataclass(frozen=True)
@@ -59,7 +59,7 @@ class Pair:
 
 
 def parse_side(text: str) -> Side:
-    """``RUN``, ``RUN:METHOD`` or ``RUN:METHOD:RATIO``.
+    """``RUN``, ``RUN:METHOD`` or ``RUN:METHOD:RATIO``; the method with its own options, as it was asked for.
 
     Raises:
         UserError: not a run folder, or it has no such cell.
@@ -67,10 +67,11 @@ def parse_side(text: str) -> Side:
     path, method, ratio = text, None, None
     if not Path(path).is_dir():
         parts = text.split(":")
-        for cut in (len(parts) - 1, len(parts) - 2):
-            if cut > 0 and Path(":".join(parts[:cut])).is_dir():
+        for cut in range(len(parts) - 1, max(0, len(parts) - 4), -1):
+            if Path(":".join(parts[:cut])).is_dir():
                 path, rest = ":".join(parts[:cut]), parts[cut:]
-                method, ratio = rest[0], rest[1] if len(rest) > 1 else None
+                ratio = rest.pop() if len(rest) > 1 and "=" not in rest[-1] else None
+                method = ":".join(rest)
                 break
     folder = RunFolder(Path(path))
     cells = folder.cells()
@@ -80,10 +81,10 @@ def parse_side(text: str) -> Side:
             "could be the machine's.", "Profile both methods in one run: kvbench profile --method A --method B.",
         )
     if method is not None:
-        names = dict.fromkeys(cell.method for cell in cells)
+        names = dict.fromkeys(cell.name for cell in cells)
         if method not in names:
             raise unknown(f"method of {path}", method, names)
-        ratios = dict.fromkeys(c.ratio_asked or "-" for c in cells if c.method == method)
+        ratios = dict.fromkeys(c.ratio_asked or "-" for c in cells if c.name == method)
         if ratio is not None and ratio not in ratios:
             raise unknown(f"ratio of {method} in {path}", ratio, ratios)
     return Side(text, folder, method, ratio)
@@ -148,8 +149,8 @@ def _paired(first: Sequence[Cell], second: Sequence[Cell]) -> list[tuple[Cell, C
     """The one cell of each side, or those of the same method and ratio."""
     if len(first) == len(second) == 1:
         return [(first[0], second[0])]
-    named = {(c.method, c.ratio_asked): c for c in first}
-    same = [(named[c.method, c.ratio_asked], c) for c in second if (c.method, c.ratio_asked) in named]
+    named = {(c.name, c.ratio_asked): c for c in first}
+    same = [(named[c.name, c.ratio_asked], c) for c in second if (c.name, c.ratio_asked) in named]
     if same:
         return same
     ratios = {c.ratio_asked: c for c in first}
@@ -187,7 +188,7 @@ def _compared(first: Side, second: Side, a: Cell, b: Cell, info: dict[str, Any])
     if info["kind"] == "generation":
         records = {standing.key: first.folder.texts(a), b.key: second.folder.texts(b)}
         people = next((first.folder.texts(c) for c in first.folder.cells()
-                       if c.setting == a.setting and c.method == HUMAN), {})
+                       if c.setting == a.setting and c.name == HUMAN), {})
         _complete(info, records[standing.key], first, a)
         _complete(info, records[b.key], second, b)
         rows = decoded_rows([standing, b], records, people, info)
@@ -197,7 +198,7 @@ def _compared(first: Side, second: Side, a: Cell, b: Cell, info: dict[str, Any])
         _complete(info, theirs, second, b)
         chosen = info["documents"]
         rows = scored_rows([(standing, [mine[n] for n in chosen]), (b, [theirs[n] for n in chosen])], info)
-    is_first = {id(row): row.method == "full" and row.baseline is None for row in rows}
+    is_first = {id(row): row.name == "full" and row.baseline is None for row in rows}
     at = {(r.metric, r.params.get("bin")): r for r in rows if is_first[id(r)]}
     shown = tuple(
         replace(r, method=b.method, baseline=names[0]) for r in rows

@@ -54,8 +54,8 @@ def bin_rows(
     parts: list[Measured], kinds: Sequence[Metric], info: dict[str, Any], bin_name: str | None
 ) -> list[Row]:
     """Rows of one task, or of one bin of it, with p-values as they come."""
-    full = next((p for p in parts if p.cell.method == "full"), None)
-    none = next((p for p in parts if p.cell.method == "none"), None)
+    full = next((p for p in parts if p.cell.name == "full"), None)
+    none = next((p for p in parts if p.cell.name == "none"), None)
     per_part = [_rows_of(p, full, none, kinds, info, bin_name) for p in parts]
     rows = [row for part in per_part for row in part]
     order = list(dict.fromkeys(row.metric for row in rows))

@@ -76,7 +76,7 @@ def profile_results(
                 rows.append(_plain_row(cell, info, "max_batch", float(ended.batch), probes, 1, "probe"))
             elif folder.failure(cell) is None:
                 failures.append(Failure(
-                    cell.key, f"{cell.method} at {cell.options['seq_len']}: the search for the largest batch has not "
+                    cell.key, f"{cell.name} at {cell.options['seq_len']}: the search for the largest batch has not "
                     "ended.", "Run the same command again to continue.",
                 ))
             continue
@@ -84,7 +84,7 @@ def profile_results(
             (r for r in records if isinstance(r, TimingRecord) and not r.warmup), key=lambda r: r.pair
         )
         memory = next((r for r in records if isinstance(r, MemoryRecord)), None)
-        is_weighed = memory is not None or cell.method == AGAIN or "memory_budget" in cell.options
+        is_weighed = memory is not None or cell.name == AGAIN or "memory_budget" in cell.options
         done = len({t.repeat for t in times})
         is_whole = done >= info["repeats"] and is_weighed
         if times and (done >= info["repeats"] or folder.failure(cell) is None):
@@ -113,11 +113,11 @@ def _baseline(part: Profiled, group: Sequence[Profiled], seconds: Callable[[Prof
     The twin is compared with ``full``, and stands for it where it failed. Without either there is no
     comparison: the cache of transformers alone would flatter every method.
     """
-    named = {p.cell.method: p for p in group}
+    named = {p.cell.name: p for p in group}
     ours, stock = named.get(FULL) or named.get(AGAIN), named.get(STOCK)
     if ours is None:
         return None
-    if part.cell.method == AGAIN and part is not ours:
+    if part.cell.name == AGAIN and part is not ours:
         return ours
     if stock is None or len(stock.times) < len(ours.times) or seconds(stock) >= seconds(ours):
         return None if part is ours else ours  # the other one is absent, or slow and timed only once per process
@@ -125,7 +125,7 @@ def _baseline(part: Profiled, group: Sequence[Profiled], seconds: Callable[[Prof
 
 
 def _time_rows(part: Profiled, group: Sequence[Profiled], info: dict[str, Any]) -> list[Row]:
-    is_twin = part.cell.method == AGAIN
+    is_twin = part.cell.name == AGAIN
     rival = _baseline(part, group, lambda p: -float(np.median(p.speed)))
     sooner = _baseline(part, group, lambda p: float(np.median([t.ttft_s or 0.0 for t in p.times])))
     times, rows = part.times, []
@@ -213,8 +213,8 @@ def _cost_rows(found: Sequence[Profiled], info: dict[str, Any]) -> list[Row]:
     """What a token costs per entry kept, and per token of the prompt: slopes over the lengths."""
     rows = []
     usual = [p for p in found if "memory_budget" not in p.cell.options]
-    for key in dict.fromkeys((p.cell.method, p.cell.ratio_asked, p.batch) for p in usual):
-        mine = [p for p in usual if (p.cell.method, p.cell.ratio_asked, p.batch) == key]
+    for key in dict.fromkeys((p.cell.name, p.cell.ratio_asked, p.batch) for p in usual):
+        mine = [p for p in usual if (p.cell.name, p.cell.ratio_asked, p.batch) == key]
         if len({p.cell.options["seq_len"] for p in mine}) < 3:
             continue
         y = np.array([t.tpot_s for p in mine for t in p.times])
@@ -248,7 +248,7 @@ def _row(
         len({t.repeat for t in part.times}), "repeat", interval,
         part=part, delta=delta, p_value=p_value,
         delta_interval=repeat_interval(paired) if paired is not None and delta is not None else _NONE,
-        baseline=rival.cell.method if rival is not None and paired is not None else None,
+        baseline=rival.cell.name if rival is not None and paired is not None else None,
     )
 
 
@@ -266,7 +266,7 @@ def _plain_row(
         "new_tokens": int(options["new_tokens"]), "step": None,
         "bin": f"budget={options['memory_budget']}" if "memory_budget" in options else None,
         "adapter": None if cell.adapter is None else Path(cell.adapter).name, "position_rule": cell.position_rule,
-        **remarks_of(cell), "cache": "transformers" if cell.method == STOCK else "kvbench", "entries_mean": entries,
+        **remarks_of(cell), "cache": "transformers" if cell.name == STOCK else "kvbench", "entries_mean": entries,
         "notes": list(info["notes"]), "warnings": _warnings(part), **more,
     }
     average = first.raw + (len(first.gaps) + 1) / 2 if first else 1.0

@@ -30,9 +30,9 @@ def generation_rows(folder: RunFolder, cells: Sequence[Cell], info: dict[str, An
     marked ``decode=greedy``. Cells whose role is ``reference`` are compared with, but not shown.
     """
     records = {cell.key: folder.texts(cell) for cell in cells}
-    people = next((records[cell.key] for cell in cells if cell.method == HUMAN), {})
+    people = next((records[cell.key] for cell in cells if cell.name == HUMAN), {})
     shown = [cell for cell in cells if cell.role != "reference"]
-    written = [cell for cell in shown if cell.method != HUMAN]
+    written = [cell for cell in shown if cell.name != HUMAN]
     if not written:
         return []
     main = _kinds(written, records)[0]
@@ -46,7 +46,7 @@ def decoded_rows(
     shown: Sequence[Cell], records: dict[str, Records], people: Records, info: dict[str, Any]
 ) -> list[Row]:
     """Rows of all metrics that are sums over documents, for every way of decoding; drawn texts first."""
-    written = [cell for cell in shown if cell.method != HUMAN]
+    written = [cell for cell in shown if cell.name != HUMAN]
     kinds = _kinds(written, records)
     rows: list[Row] = []
     for decode in kinds:
@@ -66,7 +66,7 @@ def _decoding_rows(
     cells: Sequence[Cell], records: dict[str, Records], people: Records, info: dict[str, Any], decode: str,
     bin_name: str | None,
 ) -> list[Row]:
-    full = next((records[c.key] for c in cells if c.method == "full"), None)
+    full = next((records[c.key] for c in cells if c.name == "full"), None)
     samples = {c.key: _samples(c, records[c.key], people, full, info, decode) for c in cells}
     kinds = [m for m in metrics.TEXT_METRICS if bin_name is None or m is not metrics.PREFIX_MATCH]
     parts = [_aggregate(c, records[c.key], samples[c.key], kinds) for c in cells]
@@ -78,7 +78,7 @@ def _match_rows(
     cells: Sequence[Cell], records: dict[str, Records], people: Records, info: dict[str, Any]
 ) -> list[Row]:
     """Agreement of the greedy texts with the full cache's: a row of the main table."""
-    full = next((records[c.key] for c in cells if c.method == "full"), None)
+    full = next((records[c.key] for c in cells if c.name == "full"), None)
     parts = []
     for cell in cells:
         samples = _samples(cell, records[cell.key], people, full, info, "greedy")
@@ -99,7 +99,7 @@ def _samples(
         person = people.get(name)
         reference = person.of("human")[0] if person is not None else None
         outputs = mine[name].of(decode)
-        if cell.method == HUMAN:
+        if cell.name == HUMAN:
             outputs, reference = mine[name].of("human"), _stranger(names, i, people)
         found[name] = Sample(
             outputs, None if reference is None else reference.text, None if reference is None else reference.vector,
@@ -141,7 +141,7 @@ def _aggregate(
     sums = _summed(columns, len(groups), usable)
     peaks = [records[name].peak for name in samples]
     missing = {metric.name for metric in kinds} - usable
-    if cell.method == HUMAN:  # people keep no cache
+    if cell.name == HUMAN:  # people keep no cache
         missing |= {metric.name for metric in metrics.MEMORY}
     return Measured(cell, len(samples), tuple(groups), sums, max(peaks), sum(peaks) / len(peaks), frozenset(missing))
 
@@ -173,7 +173,7 @@ def _distinct_rows(
         for name, sample in samples[part.cell.key].items():
             by_group[records[part.cell.key][name].group] += [output.text for output in sample.outputs[:1]]
         found[part.cell.key] = distinct_metric.distinct(list(by_group.values()), limit)
-    full = next((p for p in parts if p.cell.method == "full"), None)
+    full = next((p for p in parts if p.cell.name == "full"), None)
     rows = []
     for part in parts:
         mine = found[part.cell.key]
@@ -203,7 +203,7 @@ def _mauve_rows(
             stored = parse_json(path.read_text(encoding="utf-8"))
             if stored["documents"] == len(info["documents"]):
                 values[cell.key] = stored["values"]
-    full = next((c for c in cells if c.method == "full" and c.key in values), None)
+    full = next((c for c in cells if c.name == "full" and c.key in values), None)
     rows = []
     for cell in (c for c in cells if c.key in values):
         samples = _samples(cell, records[cell.key], people, None, info, decode)

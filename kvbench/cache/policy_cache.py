@@ -14,15 +14,15 @@ from torch import Tensor
 
 from kvbench.cache.evicting import EvictingCache, EvictingLayer
 from kvbench.cache.ragged import Ragged
-from kvbench.cache.stored import Packed, taken
+from kvbench.cache.stored import StoredEntries, gather_entries
 from kvbench.errors import UserError
-from kvbench.models.attention_hooks import WATCHER
+from kvbench.models.attention_hooks import OBSERVER
 from kvbench.models.rope import rotated
 
 NO_HOLES = torch.empty(0, dtype=torch.long)
 
 
-class PolicedLayer(EvictingLayer):
+class PolicyLayer(EvictingLayer):
     """Keys and values ``[batch, heads, entries, width]`` behind what is packed, and what a policy knows of them all.
 
     Attributes:
@@ -33,25 +33,25 @@ class PolicedLayer(EvictingLayer):
             of their outer products.
         scaling: of the layer's attention.
         carried: what the policy handed on when entries were last removed ``[batch, ...]``; None for nothing.
-        focus: copies of the entries that are attended until the next look at all, and of those since; None if all
+        subset: copies of the entries that are attended until the next look at all, and of those since; None if all
             are attended.
         ragged: all entries, where some heads have fewer than others; None where all have as many.
     """
 
     def __init__(self) -> None:
         super().__init__()
-        self.packed: tuple[Packed, ...] = ()
+        self.packed: tuple[StoredEntries, ...] = ()
         self.pending: list[Tensor] = []
         self.queries: Tensor | None = None
         self.moments: tuple[int, Tensor, Tensor] | None = None
         self.scaling = 1.0
         self.carried: Tensor | None = None
-        self.focus: EvictingLayer | None = None
+        self.subset: EvictingLayer | None = None
         self.ragged: Ragged | None = None
         self.read = self._packed_entries = 0
         self._positions = torch.empty(0, dtype=torch.long)
         self._sums = torch.empty(0)
-        self._focused = torch.empty(0, dtype=torch.long)
+        self._subset_positions = torch.empty(0, dtype=torch.long)
 
     @property
     def held(self) -> int:
@@ -95,8 +95,8 @@ class PolicedLayer(EvictingLayer):
             self.ragged.append(keys, values)
         else:
             self.append(keys, values, NO_HOLES)
-        if self.focus is not None:
-            self.focus.append(keys, values, NO_HOLES)
+        if self.subset is not None:
+            self.subset.append(keys, values, NO_HOLES)
         self.read = read + keys.shape[-2]
 
     def present(self) -> tuple[Tensor, Tensor]:
@@ -117,21 +117,21 @@ class PolicedLayer(EvictingLayer):
 
     def attended(self) -> tuple[Tensor, Tensor]:
         """Keys and values of the entries in focus, and of those that came after."""
-        return self.present() if self.focus is None else (self.focus.keys, self.focus.values)
+        return self.present() if self.subset is None else (self.subset.keys, self.subset.values)
 
     @property
     def attends(self) -> int:
         """Entries that are attended."""
-        return self.held if self.focus is None else int(self.focus.keys.shape[-2])
+        return self.held if self.subset is None else int(self.subset.keys.shape[-2])
 
     def seen(self) -> Tensor:
         """The positions of the entries that are attended, int64 ``[batch, heads, entries]``."""
-        if self.focus is None:
+        if self.subset is None:
             return self.positions
-        since = self.attends - self._focused.shape[-1]
-        return torch.cat([self._focused, self.positions[..., self.held - since :]], -1)
+        since = self.attends - self._subset_positions.shape[-1]
+        return torch.cat([self._subset_positions, self.positions[..., self.held - since :]], -1)
 
-    def look_at(self, entries: Tensor, context: int | None = None) -> None:
+    def attend_only(self, entries: Tensor, context: int | None = None) -> None:
         """Attend only these entries from now on, and those to come; all of them stay.
 
         Args:
@@ -141,9 +141,9 @@ class PolicedLayer(EvictingLayer):
             after = torch.arange(context, self.held, device=entries.device)
             entries = torch.cat([entries, after.expand(*entries.shape[:2], -1)], -1)
         keys, values = self.present()
-        self.focus = EvictingLayer()
-        self.focus.append(taken(keys, entries), taken(values, entries), NO_HOLES)
-        self._focused = self.positions.gather(-1, entries)
+        self.subset = EvictingLayer()
+        self.subset.append(gather_entries(keys, entries), gather_entries(values, entries), NO_HOLES)
+        self._subset_positions = self.positions.gather(-1, entries)
 
     def choose(self, entries: Tensor, present: tuple[Tensor, Tensor]) -> None:
         """Keep only these entries of ``present``, copied, so that the rest is freed.
@@ -160,7 +160,7 @@ class PolicedLayer(EvictingLayer):
             self.ragged = Ragged.of(keys, values, entries)
             self.replace(keys[:, :, :0].clone(), values[:, :, :0].clone())
         else:
-            self.replace(taken(keys, at), taken(values, at))
+            self.replace(gather_entries(keys, at), gather_entries(values, at))
         self._positions = positions.gather(-1, at).masked_fill_(none, -1)
         if sums is not None:
             self._sums = sums.gather(-1, at).masked_fill_(none, 0)
@@ -173,14 +173,14 @@ class PolicedLayer(EvictingLayer):
         if sums is not None:
             self._sums = sums[..., :-count].clone()
 
-    def pack(self, packed: Packed, count: int) -> None:
+    def pack(self, packed: StoredEntries, count: int) -> None:
         """The first ``count`` of the entries that are held as they are are now ``packed``."""
         self.packed = packed.after(self.packed)
         self._packed_entries += count
         self.replace(self.keys[:, :, count:].clone(), self.values[:, :, count:].clone())
 
     def tensors(self) -> list[Tensor]:
-        copies = [] if self.focus is None else [self.focus.keys, self.focus.values]
+        copies = [] if self.subset is None else [self.subset.keys, self.subset.values]
         return [self.keys, self.values, *self._packed_tensors(), *copies]
 
     def _packed_tensors(self) -> list[Tensor]:
@@ -214,28 +214,28 @@ class PolicedLayer(EvictingLayer):
         if self.moments is not None:
             self.moments = self.moments[0], more(self.moments[1]), more(self.moments[2])
         self.carried = None if self.carried is None else more(self.carried)
-        if self.focus is not None:
-            self.focus.batch_repeat_interleave(repeats)
-            self._focused = more(self._focused)
+        if self.subset is not None:
+            self.subset.batch_repeat_interleave(repeats)
+            self._subset_positions = more(self._subset_positions)
         super().batch_repeat_interleave(repeats)
 
 
-class PolicedCache(EvictingCache):
-    """A cache of :class:`PolicedLayer`.
+class PolicyCache(EvictingCache):
+    """A cache of :class:`PolicyLayer`.
 
     Attributes:
         read: text tokens read before the coming forward pass.
-        turned: of the first entries, how many are read at their place in the cache instead of that in the text, as
-            in StreamingLLM, where the others are at their place anyway.
-        speeds: angle per position of each pair of coordinates by layer, for these; None where a layer turns nothing.
-        looks: whether the coming forward pass attends all entries, where layers have some in focus.
+        rerotated: how many of the first keys are re-rotated to their index in the cache, as in StreamingLLM, where
+            the others are at their place anyway.
+        inv_freq: angle per position of each pair of coordinates by layer, for these; None where a layer turns nothing.
+        is_full_step: whether the coming forward pass attends all entries, where layers have some in focus.
     """
 
-    layers: list[PolicedLayer]
+    layers: list[PolicyLayer]
 
-    def __init__(self, turned: int = 0, speeds: Sequence[Tensor | None] = ()) -> None:
+    def __init__(self, rerotated: int = 0, inv_freq: Sequence[Tensor | None] = ()) -> None:
         super().__init__()
-        self.read, self.turned, self.speeds, self.looks = 0, turned, speeds, False
+        self.read, self.rerotated, self.inv_freq, self.is_full_step = 0, rerotated, inv_freq, False
 
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
@@ -245,7 +245,7 @@ class PolicedCache(EvictingCache):
         Raises:
             UserError: the model is called by itself, with a mask of its own.
         """
-        if WATCHER.get() is None:
+        if OBSERVER.get() is None:
             raise UserError(
                 f"{type(self).__name__} is filled by a PolicySession only: rows and heads "
                 "hold different entries, which the model's own mask, left-padded batches, beams and generate() do "
@@ -253,24 +253,24 @@ class PolicedCache(EvictingCache):
                 "Open a session (kvbench.inference.opening), which reads texts of one length.",
             )
         while len(self.layers) <= layer_idx:
-            self.layers.append(PolicedLayer())
+            self.layers.append(PolicyLayer())
         layer = self.layers[layer_idx]
         layer.extend(key_states, value_states, self.read)
         if layer.ragged is not None:  # attended head by head: see PolicySession.attend
             return key_states, value_states
-        keys, values = layer.present() if self.looks else layer.attended()
-        return self.turn(layer_idx, keys), values
+        keys, values = layer.present() if self.is_full_step else layer.attended()
+        return self.rerotate(layer_idx, keys), values
 
-    def turn(self, number: int, keys: Tensor) -> Tensor:
+    def rerotate(self, number: int, keys: Tensor) -> Tensor:
         """The keys of a layer as they are attended: as if nothing lay between them, if they are turned."""
-        layer, speeds = self.layers[number], self.speeds[number] if self.speeds else None
-        count, gap = min(self.turned, layer.held), layer.read - layer.held
-        if not count or speeds is None or gap == 0:
+        layer, inv_freq = self.layers[number], self.inv_freq[number] if self.inv_freq else None
+        count, gap = min(self.rerotated, layer.held), layer.read - layer.held
+        if not count or inv_freq is None or gap == 0:
             return keys
         # Rotations are relative: turning an entry on by the gap behind it is the same as counting all others back.
         # It is turned anew from what is stored, for rounding would add up.
         angle = (torch.arange(gap, gap + count, device=keys.device) - layer.positions[..., :count])[..., None]
-        angle = angle * speeds.to(keys.device)
+        angle = angle * inv_freq.to(keys.device)
         first = rotated(keys[:, :, :count], angle.cos(), angle.sin())
         return torch.cat([first, keys[:, :, count:]], -2)
 
@@ -288,7 +288,7 @@ class PolicedCache(EvictingCache):
 
     def mean_seen(self) -> float:
         """Entries that the next forward pass will attend, per row and head, over layers."""
-        found = [layer.entries() if layer.focus is None else layer.attends for layer in self.layers]
+        found = [layer.entries() if layer.subset is None else layer.attends for layer in self.layers]
         return sum(found) / max(1, len(found))
 
     def most_entries(self) -> int:

@@ -7,11 +7,11 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from kvbench.cache.stored import Packed, with_room
+from kvbench.cache.stored import StoredEntries, with_room
 
 
 @dataclass(frozen=True)
-class Thinned(Packed):
+class Thinned(StoredEntries):
     """Keys without some of their channels, which are zero when they are attended; values whole.
 
     A channel that is zero in the key adds nothing to the logits, whatever the query holds there: this equals
@@ -45,7 +45,7 @@ class Thinned(Packed):
     def tensors(self) -> list[Tensor]:
         return [self.keys, self.values, self.channels]
 
-    def repeated(self, repeats: int) -> Packed:
+    def repeated(self, repeats: int) -> StoredEntries:
         keys, values, channels = (
             t.repeat_interleave(repeats, dim=0) for t in (self.keys, self.values, self.channels)
         )

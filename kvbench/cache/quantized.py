@@ -9,7 +9,7 @@ from functools import reduce
 import torch
 from torch import Tensor
 
-from kvbench.cache.stored import Packed, with_room
+from kvbench.cache.stored import StoredEntries, with_room
 
 
 @dataclass(frozen=True)
@@ -78,7 +78,7 @@ def _split(packed: Tensor, bits: int) -> Tensor:
 
 
 @dataclass(frozen=True)
-class Quantised(Packed):
+class Quantised(StoredEntries):
     """Keys quantised per channel over groups of entries, values per entry over groups of channels.
 
     Attributes:
@@ -109,13 +109,13 @@ class Quantised(Packed):
     def tensors(self) -> list[Tensor]:
         return [*self.keys.tensors(), *self.values.tensors()]
 
-    def repeated(self, repeats: int) -> Packed:
+    def repeated(self, repeats: int) -> StoredEntries:
         def more(tensor: Tensor) -> Tensor:
             return tensor.repeat_interleave(repeats, dim=0)
 
         return replace(self, keys=self.keys.map(more), values=self.values.map(more))
 
-    def after(self, earlier: tuple[Packed, ...]) -> tuple[Packed, ...]:
+    def after(self, earlier: tuple[StoredEntries, ...]) -> tuple[StoredEntries, ...]:
         """Codes are only ever added to: what was quantised once is not quantised again."""
         if not earlier or not isinstance(earlier[-1], Quantised):
             return (*earlier, self)
@@ -125,7 +125,7 @@ class Quantised(Packed):
 
 
 @dataclass(frozen=True)
-class Float8(Packed):
+class Float8(StoredEntries):
     """Keys and values in 8-bit floating point (e4m3), each with one scale per row and head, set by the first entries.
 
     Attributes:
@@ -164,13 +164,13 @@ class Float8(Packed):
     def tensors(self) -> list[Tensor]:
         return [self.keys, self.values, self.scales]
 
-    def repeated(self, repeats: int) -> Packed:
+    def repeated(self, repeats: int) -> StoredEntries:
         keys, values = (
             t.view(torch.uint8).repeat_interleave(repeats, dim=0).view(t.dtype) for t in (self.keys, self.values)
         )
         return replace(self, keys=keys, values=values, scales=self.scales.repeat_interleave(repeats, dim=1))
 
-    def after(self, earlier: tuple[Packed, ...]) -> tuple[Packed, ...]:
+    def after(self, earlier: tuple[StoredEntries, ...]) -> tuple[StoredEntries, ...]:
         if not earlier or not isinstance(earlier[-1], Float8):
             return (*earlier, self)
         last = earlier[-1]

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 
-class Packed(ABC):
+class StoredEntries(ABC):
     """Some of a layer's entries, older than those that are held as they are."""
 
     @abstractmethod
@@ -24,10 +24,10 @@ class Packed(ABC):
         """All that is stored, scales and indices included."""
 
     @abstractmethod
-    def repeated(self, repeats: int) -> Packed:
+    def repeated(self, repeats: int) -> StoredEntries:
         """Each row that many times."""
 
-    def after(self, earlier: tuple[Packed, ...]) -> tuple[Packed, ...]:
+    def after(self, earlier: tuple[StoredEntries, ...]) -> tuple[StoredEntries, ...]:
         """These entries behind earlier ones."""
         return (*earlier, self)
 
@@ -42,7 +42,7 @@ def with_room(tensor: Tensor, room: int) -> Tensor:
     return wide
 
 
-def taken(tensor: Tensor, entries: Tensor) -> Tensor:
+def gather_entries(tensor: Tensor, entries: Tensor) -> Tensor:
     """``[batch, heads, kept, width]`` of ``[batch, heads, entries, width]``: whole rows are copied, which is faster
     than to gather number by number."""
     rows = torch.arange(tensor.shape[0], device=tensor.device)[:, None, None]

@@ -46,7 +46,7 @@ def print_plans(plans: Sequence[Plan], path: Path, as_json: bool) -> None:
             limit = plan.request.limit or len(corpus.documents)
             total, unknown = total + (cost or 0.0), unknown + (cost is None)
             table.add_row(
-                cell.key, cell.model, cell.method, cell.ratio_asked or "-", str(cell.seed), cell.role, cell.variant,
+                cell.key, cell.model, cell.name, cell.ratio_asked or "-", str(cell.seed), cell.role, cell.workload,
                 cell.protocol, str(min(limit, len(corpus.documents))), str(len(folder.documents(cell))),
                 "?" if cost is None else duration_of(cost),
             )

@@ -48,9 +48,9 @@ def _methods() -> list[dict[str, str]]:
     return [
         {
             "name": name, "holds": kind.summary, "paper": kind.paper or "-",
-            "needs": f"adapter ({', '.join(kind.trainable)})" if kind.needs_adapter else "-",
-            "ratio": "yes" if kind.takes_ratio else "-", "removal": "real" if kind.removes else "none",
-            "options": " ".join(f"{key}={option.default}" for key, option in kind.known.items()) or "-",
+            "needs": f"adapter ({', '.join(kind.adapter_kinds)})" if kind.adapter_kinds else "-",
+            "ratio": "yes" if "ratio" in kind.budgets else "-", "removal": "real" if kind.removes() else "none",
+            "options": " ".join(f"{key}={option.default}" for key, option in kind.options().items()) or "-",
         }
         for name, kind in METHODS.items()
     ]

@@ -170,7 +170,7 @@ def _print_plan(plan: ProfilePlan, as_json: bool) -> None:
     from rich.table import Table
 
     from kvbench.methods import kept
-    from kvbench.methods.base import parse_ratio
+    from kvbench.methods.budget import parse_ratio
     from kvbench.store.folder import RunFolder
 
     folder, request = RunFolder(plan.folder), plan.request
@@ -185,7 +185,7 @@ def _print_plan(plan: ProfilePlan, as_json: bool) -> None:
         entries = kept(length, parse_ratio(cell.ratio_asked or "0")) if is_known else None
         batch = cell.options["batch_size"]
         table.add_row(
-            cell.key, cell.method, cell.ratio_asked or "-", str(length), "largest" if batch == "0" else batch,
+            cell.key, cell.name, cell.ratio_asked or "-", str(length), "largest" if batch == "0" else batch,
             "-" if entries is None else str(entries), str(len(folder.measurements(cell))),
         )
     Console().print(table)

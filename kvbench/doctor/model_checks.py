@@ -12,7 +12,7 @@ from kvbench.doctor.examined import Subject, method_of
 from kvbench.doctor.replay import removed_and_masked
 from kvbench.errors import UserError
 from kvbench.inference.policy_session import PolicySession
-from kvbench.methods.policies.policy import Policy
+from kvbench.methods.policies.policy import CachePolicy
 from kvbench.models.attention import plain_attention
 from kvbench.models.attention_hooks import LISTENER, Attended
 from kvbench.models.rope import FAR, apart_in_pairs, fixed_rotations, frequencies, fresh_rotations, rotated
@@ -112,9 +112,9 @@ def policies_see_attention(subject: Subject) -> Check:
     )
 
 
-def _policy(name: str, ratio: str) -> Policy:
+def _policy(name: str, ratio: str) -> CachePolicy:
     found = method_of(name, ratio)
-    assert isinstance(found, Policy)
+    assert isinstance(found, CachePolicy)
     return found
 
 

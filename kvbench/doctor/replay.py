@@ -7,10 +7,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from kvbench.cache.policy_cache import PolicedCache
+from kvbench.cache.policy_cache import PolicyCache
 from kvbench.inference.policy_session import PolicySession
-from kvbench.methods.policies.policy import Policy
-from kvbench.models.attention_hooks import WATCHER
+from kvbench.methods.policies.policy import CachePolicy
+from kvbench.models.attention_hooks import OBSERVER
 
 
 class BothWays(NamedTuple):
@@ -19,10 +19,10 @@ class BothWays(NamedTuple):
 
     removed: Tensor
     masked: Tensor
-    cache: PolicedCache
+    cache: PolicyCache
 
 
-def removed_and_masked(model: Any, policy: Policy, ids: Tensor) -> BothWays:
+def removed_and_masked(model: Any, policy: CachePolicy, ids: Tensor) -> BothWays:
     """Read a text twice.
 
     Args:
@@ -33,7 +33,7 @@ def removed_and_masked(model: Any, policy: Policy, ids: Tensor) -> BothWays:
     for part in run.prefill(ids):
         runs.append((part.start, part.stop))
         parts.append(part.logits)
-    token = WATCHER.set(_Replayed(run, runs, ids.shape[1]))
+    token = OBSERVER.set(_Replayed(run, runs, ids.shape[1]))
     try:
         masked = model(
             input_ids=ids, use_cache=False,
@@ -41,7 +41,7 @@ def removed_and_masked(model: Any, policy: Policy, ids: Tensor) -> BothWays:
             position_ids=torch.arange(ids.shape[1], device=ids.device)[None],
         ).logits
     finally:
-        WATCHER.reset(token)
+        OBSERVER.reset(token)
     return BothWays(torch.cat(parts, 1), masked, run.cache)
 
 
@@ -58,7 +58,7 @@ class _Replayed:
     def attend(self, *_: Any) -> None:
         """As the mask says."""
 
-    def watch(self, *_: Any) -> None:
+    def observe(self, *_: Any) -> None:
         """Nothing is learned."""
 
 

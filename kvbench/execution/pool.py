@@ -97,7 +97,7 @@ def _most_parts(plan: Plan) -> int:
     """Parts that there can be at most: a child without one would load the model for nothing."""
     if not plan.request.limit or any(cell.protocol == "online" for cell in plan.cells):
         return MOST_CHILDREN  # a document is many trials there
-    return len({cell.variant for cell in plan.cells}) * -(-plan.request.limit // FEW)
+    return len({cell.workload for cell in plan.cells}) * -(-plan.request.limit // FEW)
 
 
 def _has_large_judge(judging: Judging) -> bool:

@@ -62,7 +62,7 @@ class Ledger:
             folder.path.mkdir(parents=True, exist_ok=True)
             if self.fresh and not self.opened:
                 folder.clear()
-            settings = {cell.variant: cell.setting for cell in plan.cells}
+            settings = {cell.workload: cell.setting for cell in plan.cells}
             self.tasks |= {settings[name]: info for name, info in tasks.items()}
             self.probes[plan.model.name] = probe
             earlier = folder.manifest()["tasks"] if (folder.path / RUN).exists() else {}

@@ -44,7 +44,7 @@ def parts_of(cells: Sequence[Cell], tasks: dict[str, dict[str, Any]]) -> list[Pa
     """
     found = []
     for variant, info in tasks.items():
-        mine = tuple(cell for cell in cells if cell.variant == variant)
+        mine = tuple(cell for cell in cells if cell.workload == variant)
         documents, lengths = info["documents"], info["lengths"]
         size = MANY if len(documents) >= 256 else FEW
         for start in range(0, len(documents), size):

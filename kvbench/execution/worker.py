@@ -93,7 +93,7 @@ class Worker:
                 check_unchanged(Path(cell.adapter), cell.adapter_hash or "")
                 parameter = next(self.loaded.model.parameters())
                 self.adapters[cell.adapter] = adapter.to(parameter.device, parameter.dtype)
-        names = dict.fromkeys(cell.variant for cell in job.cells)
+        names = dict.fromkeys(cell.workload for cell in job.cells)
         self.works = [cut_task(job, name, self.loaded, self.facts) for name in names]
         self.runners = {cell.key: self._runner(cell) for cell in job.cells if cell.method != HUMAN}
         for work in self.works:
@@ -191,7 +191,7 @@ class Worker:
         found: dict[str, Mask] = {}
         for key, runner in self.runners.items():
             cell = runner.cell
-            name = f"{cell.method} {cell.ratio_asked or ''}".strip()
+            name = f"{cell.name} {cell.ratio_asked or ''}".strip()
             if name not in found and key not in {failure.cell for failure in self.unable}:
                 mask = runner.method.mask_example(cell.seed)
                 if mask is not None:

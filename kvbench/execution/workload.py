@@ -56,7 +56,7 @@ class Work:
     @property
     def name(self) -> str:
         """The variant that is measured, such as ``recall:known``."""
-        return self.cells[0].variant
+        return self.cells[0].workload
 
 
 def cut_task(job: Job, name: str, loaded: Loaded, facts: ModelFacts) -> Work:
@@ -68,7 +68,7 @@ def cut_task(job: Job, name: str, loaded: Loaded, facts: ModelFacts) -> Work:
     Raises:
         UserError: the lengths do not fit the model, no document is long enough, or the texts have changed.
     """
-    cells = tuple(cell for cell in job.cells if cell.variant == name)
+    cells = tuple(cell for cell in job.cells if cell.workload == name)
     first = cells[0]
     task = load_task(job.task_files[first.task])
     question = first.options.get("question", HIDDEN)

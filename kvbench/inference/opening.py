@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
-from fractions import Fraction
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -18,7 +17,7 @@ from kvbench.inference.policy_session import PolicySession
 from kvbench.inference.reader import Reader
 from kvbench.inference.session import Session
 from kvbench.methods import RUNNING, Layout, LayoutMethod, Method, Structure, make_layout
-from kvbench.methods.policies.policy import Policy
+from kvbench.methods.policies.policy import CachePolicy
 from kvbench.models.adapter import Adapter
 from kvbench.models.facts import OTHER_METHOD, ModelFacts
 from kvbench.models.rope import fixed_rotations, frequencies
@@ -67,12 +66,13 @@ def open_session(
         UserError: the budget is below what the method needs.
     """
     method = method.fitted(text.context, cache_shape(model))
-    if isinstance(method, Policy):
-        once = (text.is_used_afterwards or text.is_written) and method.option("prefill") == "once"
+    if isinstance(method, CachePolicy):
+        once = (text.is_used_afterwards or text.is_written) and method.prefill == "once"
         return PolicySession(
             model, method, text.context, text.row_seeds, seed, (text.context if at_once else chunk) if once else None,
             overhead=overhead,
         )
+    assert isinstance(method, LayoutMethod)
     layout = _planned(method, text, seed)
     if at_once and layout.is_plain:
         chunk = len(layout)
@@ -112,15 +112,15 @@ def check_method(method: Method, model: nn.Module, name: str, facts: ModelFacts)
         facts.check_embeddings(name, method.name)
     if method.unrotates:
         frequencies(model)
-    if isinstance(method, Policy):
+    if isinstance(method, CachePolicy):
         if facts.policy_refusal:
             raise UserError(f"{name}: {facts.policy_refusal} ({method.name})", OTHER_METHOD)
-        if method.turned and frequencies(model) is None:
+        if method.rerotated and frequencies(model) is None:
             raise UserError(
                 f"{name} has learned positions, which cannot be counted anew in the cache.",
                 "Use --set positions=absolute.",
             )
-        if method.takes_moments:
+        if method.needs.moments:
             frequencies(model)
         with method.on(model):
             pass
@@ -129,8 +129,9 @@ def check_method(method: Method, model: nn.Module, name: str, facts: ModelFacts)
 def places_needed(method: Method, model: nn.Module, text: Text, seed: int) -> int:
     """How many positions the planned tokens of a text take, special tokens included."""
     method = method.fitted(text.context, cache_shape(model))
-    if isinstance(method, Policy):
+    if isinstance(method, CachePolicy):
         return text.planned
+    assert isinstance(method, LayoutMethod)
     return int(_planned(method, text, seed).position.max()) + 1
 
 
@@ -154,11 +155,12 @@ def demand(method: Method, model: nn.Module, text: Text, seed: int, chunk: int, 
         is_read: the prompt is read; otherwise the cache is filled.
     """
     method, prompt = method.fitted(text.context, cache_shape(model)), text.context
-    if isinstance(method, Policy):
-        once = is_read and method.option("prefill") == "once"
+    if isinstance(method, CachePolicy):
+        once = is_read and method.prefill == "once"
         held = prompt if once or method.keeps_all else method.budget(prompt, prompt, 0, 1)
         fed = prompt if once else method.run_length(0) if is_read else 1
         return Demand(0 if method.packs else held, fed)
+    assert isinstance(method, LayoutMethod)
     layout = _planned(method, text, seed)
     if layout.is_plain:
         return Demand(text.planned, prompt if is_read else 1)
@@ -166,19 +168,15 @@ def demand(method: Method, model: nn.Module, text: Text, seed: int, chunk: int, 
     return Demand(held, min(chunk, len(layout)) if is_read else 1)
 
 
-def _planned(method: Method, text: Text, seed: int) -> Layout:
+def _planned(method: LayoutMethod, text: Text, seed: int) -> Layout:
     """The layout of a text, planned once for all batches that are alike."""
     which = text.row_seeds[0] if method.seeded else 0
-    options = tuple(sorted(method.options.items()))
     structure = text.structure._replace(prefix=text.context if text.is_written else 0)
-    return _layout(type(method), method.ratio, options, method.budget_tokens, text.planned, seed, which, structure)
+    return _layout(method, text.planned, seed, which, structure)
 
 
 @lru_cache(maxsize=512)
-def _layout(
-    kind: type[LayoutMethod], ratio: Fraction, options: tuple[tuple[str, str], ...], budget: int, n: int, seed: int,
-    which: int, structure: Structure,
-) -> Layout:
-    layout = make_layout(kind(ratio, dict(options), budget), n, seed, which, structure)
+def _layout(method: LayoutMethod, n: int, seed: int, which: int, structure: Structure) -> Layout:
+    layout = make_layout(method, n, seed, which, structure)
     _ = layout.last_query  # planned now, so that no clock runs meanwhile
     return layout

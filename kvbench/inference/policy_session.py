@@ -13,13 +13,13 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from kvbench.cache.policy_cache import PolicedCache, PolicedLayer
+from kvbench.cache.policy_cache import PolicyCache, PolicyLayer
 from kvbench.cache.shape import cache_shape
 from kvbench.inference.attention_statistics import QUERIES_AT_ONCE, attended, with_moments, with_queries
 from kvbench.inference.filling import random_entries
 from kvbench.inference.session import CacheBytes, Scored
-from kvbench.methods.policies.policy import Merged, Policy, View
-from kvbench.models.attention_hooks import WATCHER
+from kvbench.methods.policies.policy import CachePolicy, LayerView, Merged
+from kvbench.models.attention_hooks import OBSERVER
 from kvbench.models.configuration import text_config
 from kvbench.models.rope import frequencies
 
@@ -43,7 +43,7 @@ class PolicySession:
     """
 
     model: nn.Module
-    policy: Policy
+    policy: CachePolicy
     total: int
     row_seeds: Sequence[int]
     seed: int = 0
@@ -56,9 +56,9 @@ class PolicySession:
     ahead: int = 0
 
     def __post_init__(self) -> None:
-        needs_speeds = self.policy.turned or self.policy.takes_moments
-        self.speeds = (frequencies(self.model) if needs_speeds else None) or ()
-        self.cache = PolicedCache(self.policy.turned, self.speeds)
+        needs_inv_freq = self.policy.rerotated or self.policy.needs.moments
+        self.inv_freq = (frequencies(self.model) if needs_inv_freq else None) or ()
+        self.cache = PolicyCache(self.policy.rerotated, self.inv_freq)
         self.read = self.since = 0
 
     def prefill(self, ids: Tensor, first: int = 0, ahead: Tensor | None = None) -> Iterator[Scored]:
@@ -104,18 +104,18 @@ class PolicySession:
         generator = torch.Generator(device).manual_seed(seed)
         heads = int(text_config(self.model.config).num_attention_heads)
         self.read, chosen = self.total, dict[int, Tensor]()
-        self.cache.layers = [PolicedLayer() for _ in cache_shape(self.model).layers]
+        self.cache.layers = [PolicyLayer() for _ in cache_shape(self.model).layers]
         for number, (keys, values) in enumerate(random_entries(self.model, batch, self.total, seed)):
             layer = self.cache.layers[number]
             layer.extend(keys, values, 0)
-            shape = (batch, heads, max(1, self.policy.looks_at), keys.shape[-1])
+            shape = (batch, heads, max(1, self.policy.window), keys.shape[-1])
             queries = torch.empty(shape, dtype=keys.dtype, device=keys.device).normal_(generator=generator)
             layer.scaling = float(keys.shape[-1]) ** -0.5
-            if self.policy.looks_at:
+            if self.policy.window:
                 layer.queries = queries
-            if self.policy.sums:
+            if self.policy.needs.attention:
                 layer.sums.uniform_(generator=generator)
-            if self.policy.takes_moments:
+            if self.policy.needs.moments:
                 layer.moments = shape[2], queries.float().sum(2), (queries.transpose(-1, -2) @ queries).float()
             self.remove_from(number, chosen)
         self.peak = self.cache.most_entries()
@@ -154,7 +154,7 @@ class PolicySession:
         text is then read anew, from what is left.
         """
         policy, count = self.policy, ids.shape[1]
-        if not count or not (policy.looks_at or policy.sums or policy.takes_moments):
+        if not count or not policy.observes:
             return
         self.feed(ids, slice(0, 0))
         for number, layer in enumerate(self.cache.layers):
@@ -171,13 +171,13 @@ class PolicySession:
     def feed(self, ids: Tensor, wanted: slice = slice(None)) -> Tensor:
         """Logits ``[batch, wanted, vocabulary]`` of text ``[batch, m]`` after what was read; nothing is removed."""
         m, cache = ids.shape[1], self.cache
-        cache.looks = self.policy.looks(self.read)
-        held = cache.mean_entries() if cache.looks else cache.mean_seen()
+        cache.is_full_step = self.policy.is_full_step(self.read)
+        held = cache.mean_entries() if cache.is_full_step else cache.mean_seen()
         if self.history is not None:
-            self.history.append([(x.positions if cache.looks else x.seen()).clone() for x in cache.layers])
+            self.history.append([(x.positions if cache.is_full_step else x.seen()).clone() for x in cache.layers])
         cache.read = cache.begin = self.read
         places = torch.arange(self.read, self.read + m, device=ids.device)
-        token = WATCHER.set(self)
+        token = OBSERVER.set(self)
         try:
             with self.policy.on(self.model):
                 out = self.model(
@@ -186,7 +186,7 @@ class PolicySession:
                     logits_to_keep=torch.arange(m, device=ids.device)[wanted],
                 )
         finally:
-            WATCHER.reset(token)
+            OBSERVER.reset(token)
         self.read, self.since = self.read + m, self.since + m
         self.seen += [held + i for i in range(m)]
         self.peak = max(self.peak, cache.most_entries())
@@ -213,27 +213,29 @@ class PolicySession:
             if entries is None:
                 entries = chosen[number] = policy.chosen(view, keep)
             if policy.keeps_all:
-                layer.look_at(entries, self.context)
+                layer.attend_only(entries, self.context)
             else:
                 merged = Merged(*policy.merged(view, entries))
                 layer.choose(entries, (merged.keys, merged.values))
                 layer.carried = merged.carried
         if policy.packs:
-            found = policy.packed(self._view(number, layer.first_plain), layer.packed)
+            found = policy.pack(self._view(number, layer.first_plain), layer.packed)
             if found is not None:
                 layer.pack(*found)
 
-    def _view(self, number: int, first: int = 0, last: int | None = None) -> View:
+    def _view(self, number: int, first: int = 0, last: int | None = None) -> LayerView:
         """A layer's entries from the ``first`` on, which is 0 or the first that is not packed, up to the ``last``."""
         layer = self.cache.layers[number]
         keys, values = (t[:, :, :last] for t in ((layer.keys, layer.values) if first else layer.present()))
         none = torch.zeros((), device=keys.device).expand(keys.shape[:3])
-        sums = layer.sums[..., first:last] if self.policy.sums else none
-        return View(
-            keys=keys, values=values, positions=layer.positions[..., first:last], sums=sums, queries=layer.queries,
-            scaling=layer.scaling, read=self.read + (self.ahead if layer.queries is not None else 0), layer=number,
-            layers=len(self.cache.layers), lots=torch.tensor(list(self.row_seeds), device=keys.device),
-            seed=self.seed, moments=layer.moments, speeds=self.speeds[number] if self.speeds else None,
+        sums = layer.sums[..., first:last] if self.policy.needs.attention else none
+        return LayerView(
+            keys=keys, values=values, positions=layer.positions[..., first:last], attention_sums=sums,
+            queries=layer.queries, scaling=layer.scaling,
+            read=self.read + (self.ahead if layer.queries is not None else 0), layer=number,
+            layers=len(self.cache.layers), row_seeds=torch.tensor(list(self.row_seeds), device=keys.device),
+            seed=self.seed, query_moments=layer.moments,
+            inv_freq=self.inv_freq[number] if self.inv_freq else None,
             carried=layer.carried,
         )
 
@@ -248,11 +250,11 @@ class PolicySession:
         ragged = self.cache.layers[layer].ragged
         return None if ragged is None else ragged.attention(query, scaling)
 
-    def watch(self, layer: int, query: Tensor, keys: Tensor, scaling: float) -> None:
+    def observe(self, layer: int, query: Tensor, keys: Tensor, scaling: float) -> None:
         """Set the queries aside: they are looked at together, once there are many, or before entries are removed."""
         policy, stored = self.policy, self.cache.layers[layer]
         stored.scaling = scaling
-        if policy.looks_at or policy.sums or policy.takes_moments:
+        if policy.observes:
             stored.pending.append(query)
             if sum(pending.shape[2] for pending in stored.pending) >= QUERIES_AT_ONCE:
                 with self.overhead():
@@ -269,14 +271,14 @@ class PolicySession:
             return
         query = torch.cat(layer.pending, 2) if len(layer.pending) > 1 else layer.pending[0]
         layer.pending = []
-        if policy.looks_at:
-            layer.queries = with_queries(layer.queries, query, policy.looks_at)
-        if policy.sums:
-            keys = self.cache.turn(number, layer.present()[0]) if keys is None else keys
-            if policy.decay != 1:
-                layer.sums.mul_(policy.decay ** query.shape[2])
-            layer.sums.add_(attended(query, keys, layer.scaling, layer.positions, policy.decay))
-        if policy.takes_moments:
+        if policy.window:
+            layer.queries = with_queries(layer.queries, query, policy.window)
+        if policy.needs.attention:
+            keys = self.cache.rerotate(number, layer.present()[0]) if keys is None else keys
+            if policy.needs.decay != 1:
+                layer.sums.mul_(policy.needs.decay ** query.shape[2])
+            layer.sums.add_(attended(query, keys, layer.scaling, layer.positions, policy.needs.decay))
+        if policy.needs.moments:
             first = layer.read - query.shape[2]
-            speeds = self.speeds[number] if self.speeds else None
-            layer.moments = with_moments(layer.moments, query, first, policy.sinks, speeds)
+            inv_freq = self.inv_freq[number] if self.inv_freq else None
+            layer.moments = with_moments(layer.moments, query, first, policy.sinks, inv_freq)

@@ -5,11 +5,12 @@ from __future__ import annotations
 from abc import ABC
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from decimal import Decimal
+from enum import StrEnum
 from fractions import Fraction
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, ClassVar, Self
 
-from kvbench.errors import UserError, unknown
+from kvbench.errors import UserError
+from kvbench.methods.options import Option, options_of
 
 if TYPE_CHECKING:
     import numpy as np
@@ -23,81 +24,33 @@ TRAINED_PERCENT = (5, 95)
 """Ratios that training draws from, in per cent."""
 
 
-def parse_ratio(text: str | float) -> Fraction:
-    """The asked share of entries to remove, as an exact decimal in [0, 1).
+class Effect(StrEnum):
+    """What a method does to the entries of a cache."""
 
-    Raises:
-        UserError: not a number, or outside the interval.
-    """
-    try:
-        ratio = Fraction(Decimal(str(text)))
-    except (ArithmeticError, ValueError):
-        raise UserError(
-            f"--ratio {text!s} is not a number.", "Give the share to remove, such as 0.7."
-        ) from None
-    if not 0 <= ratio < 1:
-        raise UserError(
-            f"--ratio {text!s} is outside [0, 1).",
-            "It is the share of cache entries that is removed: 0.7 keeps 30 %.",
-        )
-    return ratio
-
-
-def ratio_text(ratio: Fraction) -> str:
-    """The ratio as its shortest exact decimal, such as ``0.7``."""
-    exact = Decimal(ratio.numerator) / Decimal(ratio.denominator)
-    return f"{exact.normalize():f}"
-
-
-def kept(n: int, ratio: Fraction, min_keep: int = 1) -> int:
-    """Entries held after ``n`` text tokens: ``max(min_keep, n - floor(ratio * n))``, exactly."""
-    return max(min_keep, n - (ratio.numerator * n) // ratio.denominator)
-
-
-@dataclass(frozen=True)
-class Option:
-    """A ``--set`` key of a method: one of some words, or a whole number.
-
-    Attributes:
-        default: the value when nothing is given, as text.
-        choices: the allowed words; empty for a number.
-        least, most: bounds of a number.
-        trained: part of what an adapter learns; an adapter trained with another value is refused.
-    """
-
-    default: str
-    choices: tuple[str, ...] = ()
-    least: int = 0
-    most: int | None = None
-    trained: bool = False
-
-    def parsed(self, name: str, value: str) -> str:
-        """The value in its one spelling.
-
-        Raises:
-            UserError: not an allowed value.
-        """
-        if self.choices:
-            if value not in self.choices:
-                raise unknown(f"value for --set {name}=", value, self.choices)
-            return value
-        bounds = f"at least {self.least}" if self.most is None else f"{self.least} to {self.most}"
-        if not value.isdecimal() or int(value) < self.least or int(value) > (self.most or int(value)):
-            raise UserError(f"--set {name}={value}: not a whole number of {bounds}.")
-        return str(int(value))
+    NONE = "none"
+    EVICTS = "evicts"
+    PACKS = "packs"
+    ATTENDS_LESS = "attends less"
+    COMPUTES_LESS = "computes less"
 
 
 @dataclass(frozen=True)
 class Method(ABC):
     """A compression method with its parameters resolved.
 
-    Subclasses say in their docstring what they hold, which paper they follow and where they
-    depart from it.
+    It is a :class:`kvbench.methods.layouts.method.LayoutMethod` or a
+    :class:`kvbench.methods.policies.policy.CachePolicy`. Subclasses say in their docstring what they hold, which paper
+    they follow and where they depart from it; their options are fields, made by
+    :func:`kvbench.methods.options.option`.
 
     Attributes:
         ratio: asked share of entries to remove; 0 for methods that take none.
-        options: what ``--set`` gave, by name; every name is in ``known``.
         budget_tokens, budget_bytes: entries, or bytes of a text's cache, to keep instead of a share; 0 for none.
+        budgets: how it can be told how much to keep: by ``ratio``, ``tokens``, ``bytes``.
+        adapter_kinds: adapters that it can be trained with; empty for a method that needs none.
+        effect: what it does to the cache.
+        seeded: its layout is drawn, by the seed and the text.
+        executions: how it can be measured.
         version: of the rule. What was measured by another is not found again, and reports say that it is outdated.
         note: what rows say behind the name.
     """
@@ -107,21 +60,32 @@ class Method(ABC):
     paper: ClassVar[str] = ""
     version: ClassVar[int] = 1
     note: ClassVar[str] = ""
-    takes_ratio: ClassVar[bool] = True
-    compresses: ClassVar[bool] = True
-    takes_budget: ClassVar[tuple[str, ...]] = ("tokens", "bytes")
-    needs_adapter: ClassVar[bool] = False
+    budgets: ClassVar[tuple[str, ...]] = ("ratio", "tokens", "bytes")
+    adapter_kinds: ClassVar[tuple[str, ...]] = ()
+    effect: ClassVar[Effect] = Effect.EVICTS
     seeded: ClassVar[bool] = False
-    removes: ClassVar[bool] = True
     executions: ClassVar[tuple[str, ...]] = ("streamed",)
     position_rule: ClassVar[str] = "absolute"
-    known: ClassVar[dict[str, Option]] = {}
-    trainable: ClassVar[tuple[str, ...]] = ()
 
     ratio: Fraction = Fraction(0)
-    options: dict[str, str] = field(default_factory=dict)
-    budget_tokens: int = 0
-    budget_bytes: int = 0
+    budget_tokens: int = field(default=0, kw_only=True)
+    budget_bytes: int = field(default=0, kw_only=True)
+
+    @classmethod
+    def options(cls) -> dict[str, Option]:
+        """What ``--set`` can give, by name."""
+        return options_of(cls)
+
+    @classmethod
+    def of(cls, ratio: Fraction, given: Mapping[str, str], **budget: int) -> Self:
+        """The method with options as they are given on a command line; others are ignored.
+
+        Raises:
+            UserError: not an allowed value.
+        """
+        known = cls.options()
+        values = {name: known[name].value(name, text) for name, text in given.items() if name in known}
+        return cls(ratio, **values, **budget)
 
     def check(self, longest: int, in_chunks: bool) -> None:  # noqa: B027  # most methods have nothing to check
         """See that the method can be used on text of that many tokens.
@@ -151,7 +115,7 @@ class Method(ABC):
             return self.ratio
         return max(Fraction(0), 1 - Fraction(self.budget_bytes, n * shape.entry_bytes))
 
-    def fitted(self, n: int, shape: CacheShape) -> Method:
+    def fitted(self, n: int, shape: CacheShape) -> Self:
         """The method for a text of ``n`` tokens, its budget turned into what it works with.
 
         Raises:
@@ -173,10 +137,9 @@ class Method(ABC):
             self, ratio=max(Fraction(0), Fraction(n - tokens, n)), budget_tokens=tokens, budget_bytes=0
         )
 
-    @classmethod
-    def uses_ratio(cls, options: Mapping[str, str], in_chunks: bool) -> bool:
+    def uses_ratio(self, in_chunks: bool) -> bool:
         """Whether a ratio decides what is removed; ``in_chunks``: the text comes in chunks of its own."""
-        return cls.takes_ratio
+        return "ratio" in self.budgets
 
     @classmethod
     def training_layout(cls, n: int, rng: np.random.Generator, options: dict[str, str]) -> Layout:
@@ -198,18 +161,10 @@ class Method(ABC):
         """A picture of who sees whom in a short text; None where that is not known beforehand."""
         return None
 
-    def option(self, name: str) -> str:
-        """The value given for an option, or its default."""
-        option = self.known[name]
-        return option.parsed(name, self.options[name]) if name in self.options else option.default
-
-    def number(self, name: str) -> int:
-        return int(self.option(name))
-
     @property
     def resolved(self) -> dict[str, str]:
-        """All options that take part, with their values."""
-        return {name: self.option(name) for name in self.known}
+        """All options that take part, with their values as text."""
+        return {name: option.text(getattr(self, name)) for name, option in self.options().items()}
 
     @property
     def rule_version(self) -> int:
@@ -235,7 +190,7 @@ class Method(ABC):
     @property
     def unrotates(self) -> bool:
         """Whether keys are turned back to be averaged, which not every model allows."""
-        return "merge_at" in self.known and self.option("merge_at") == "unrotated"
+        return False
 
     @property
     def n_rows(self) -> int:
@@ -244,5 +199,15 @@ class Method(ABC):
 
     @property
     def trained_options(self) -> dict[str, str]:
-        """The options that an adapter of this method is bound to."""
-        return {name: self.option(name) for name, option in self.known.items() if option.trained}
+        """The options that an adapter of this method is bound to, as text."""
+        return {name: option.text(getattr(self, name)) for name, option in self.options().items() if option.trained}
+
+    @classmethod
+    def compresses(cls) -> bool:
+        """Whether it does anything to the cache at all."""
+        return cls.effect is not Effect.NONE
+
+    @classmethod
+    def removes(cls) -> bool:
+        """Whether what it says to remove takes no memory any more."""
+        return cls.effect in (Effect.NONE, Effect.EVICTS, Effect.PACKS)

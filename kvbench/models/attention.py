@@ -22,7 +22,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import causal_mask_function, sdpa_mask
 
-from kvbench.models.attention_hooks import LISTENER, MASKS, WATCHER, Attended, Rule, Watcher
+from kvbench.models.attention_hooks import LISTENER, MASKS, OBSERVER, Attended, AttentionObserver, Rule
 
 NAME = "kvbench"
 """Not to contain "sdpa": transformers would refuse models that cap their logits, which are computed here."""
@@ -48,9 +48,9 @@ def attention(
             getattr(module, "layer_idx", None), query, key, value, tuple(beside), attention_mask,
             bool(getattr(module, "is_causal", True)),
         ))
-    watcher = WATCHER.get()
-    if watcher is not None:
-        return _watched(watcher, module, query, key, value, **extra), None
+    observer = OBSERVER.get()
+    if observer is not None:
+        return _watched(observer, module, query, key, value, **extra), None
     if softcap is not None or sinks is not None:
         return _exact(query, key, value, attention_mask, extra.get("scaling"), softcap, sinks), None
     if torch.is_grad_enabled() and query.device.type == "cpu":
@@ -123,14 +123,16 @@ def _mask(*args: Any, mask_function: Rule = causal_mask_function, **kwargs: Any)
     return mask
 
 
-def _watched(watcher: Watcher, module: Any, query: Tensor, key: Tensor, value: Tensor, **extra: Any) -> Tensor:
+def _watched(
+    observer: AttentionObserver, module: Any, query: Tensor, key: Tensor, value: Tensor, **extra: Any
+) -> Tensor:
     if extra.get("softcap") is not None or extra.get("s_aux") is not None:
         raise RuntimeError(f"{type(module).__name__} caps its attention or adds to it, which policies cannot follow")
     scaling, number = extra.get("scaling"), int(module.layer_idx)
-    out = watcher.attend(number, query, scaling)
+    out = observer.attend(number, query, scaling)
     if out is None:
-        out = _masked(watcher.mask(number, query.shape[2], key.shape[2], query.device), query, key, value, scaling)
-    watcher.watch(number, query, key, query.shape[-1] ** -0.5 if scaling is None else scaling)
+        out = _masked(observer.mask(number, query.shape[2], key.shape[2], query.device), query, key, value, scaling)
+    observer.observe(number, query, key, query.shape[-1] ** -0.5 if scaling is None else scaling)
     return out.transpose(1, 2).contiguous()
 
 

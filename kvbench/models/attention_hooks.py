@@ -11,32 +11,32 @@ import torch
 from torch import Tensor
 
 
-class Watcher(Protocol):
+class AttentionObserver(Protocol):
     """Is shown what every layer attends with, once its new entries are stored."""
 
     def mask(self, layer: int, queries: int, keys: int, device: torch.device) -> Tensor | None:
         """bool ``[queries, keys]`` or ``[batch, heads or query heads, queries, keys]``; None for all, causally."""
 
     def attend(self, layer: int, query: Tensor, scaling: float | None) -> Tensor | None:
-        """The output ``[batch, query heads, q, width]``, where the watcher attends by itself; None otherwise."""
+        """The output ``[batch, query heads, q, width]``, where the observer attends by itself; None otherwise."""
 
-    def watch(self, layer: int, query: Tensor, keys: Tensor, scaling: float) -> None:
+    def observe(self, layer: int, query: Tensor, keys: Tensor, scaling: float) -> None:
         """Rotated queries ``[batch, query heads, q, d]`` of a layer, and the keys that they attended."""
 
 
-WATCHER: ContextVar[Watcher | None] = ContextVar("watcher", default=None)
+OBSERVER: ContextVar[AttentionObserver | None] = ContextVar("observer", default=None)
 """Who decides the mask of every layer by itself and sees its queries; the model's own mask is then not used. Layers
 that hold different numbers of entries have no mask in common."""
 
 
 @contextmanager
 def unwatched() -> Iterator[None]:
-    """Without a watcher, for a model that is asked something while others use it."""
-    token = WATCHER.set(None)
+    """Without a observer, for a model that is asked something while others use it."""
+    token = OBSERVER.set(None)
     try:
         yield
     finally:
-        WATCHER.reset(token)
+        OBSERVER.reset(token)
 
 
 class Attended(NamedTuple):

@@ -4,14 +4,25 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 from kvbench.errors import UserError
 from kvbench.methods import METHODS, Method
 from kvbench.models.adapter import AdapterCard, read_card
 from kvbench.models.references import ModelReference, find_adapter, given_adapter
 
-Entry = tuple[Method, str, Path | None]
-"""A method, its role, and its adapter once it has one."""
+
+class Entry(NamedTuple):
+    """A method of a request, its role, and its adapter once it has one.
+
+    Attributes:
+        variant: options that it was asked for with, apart from others, such as ``window=16``.
+    """
+
+    method: Method
+    role: str
+    adapter: Path | None = None
+    variant: str = ""
 
 
 class Adapters:
@@ -31,14 +42,17 @@ class Adapters:
         Raises:
             UserError: an adapter is missing, of no use, or made for another model or other options.
         """
-        found = [(m, role, self._folder(m) if m.needs_adapter else None) for m, role, _ in entries]
-        on_text = [f for _, _, f in found if f is not None and read_card(f).gate != "gated"]
-        if on_text and not any(m.name == "adapted" for m, _, _ in found):
-            found.append((METHODS["adapted"](), "control", self._control(on_text[0])))
-        used = {folder for _, _, folder in found}
+        found = [
+            entry._replace(adapter=self._folder(entry.method) if entry.method.adapter_kinds else None)
+            for entry in entries
+        ]
+        on_text = [e.adapter for e in found if e.adapter is not None and read_card(e.adapter).gate != "gated"]
+        if on_text and not any(entry.method.name == "adapted" for entry in found):
+            found.append(Entry(METHODS["adapted"](), "control", self._control(on_text[0])))
+        used = {entry.adapter for entry in found}
         for folder, card in self.given.items():
             if folder not in used:
-                asked = any(m.name == card.method for m, _, _ in found)
+                asked = any(entry.method.name == card.method for entry in found)
                 raise UserError(
                     f"The adapter in {folder} was trained for {card.method!r}, "
                     + ("for which another one is given." if asked else "which is not asked for."),
@@ -78,7 +92,7 @@ class Adapters:
                 f"--data TEXTS.jsonl --out ADAPTER.",
             )
         for name, wanted in method.trained_options.items():
-            trained = card.options.get(name, method.known[name].default)
+            trained = card.options.get(name, method.options()[name].default)
             if trained != wanted:
                 raise UserError(
                     f"The adapter in {folder} was trained with {name}={trained}, and {name}={wanted} is asked for.",

@@ -6,12 +6,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 
-from kvbench.errors import UserError
+from kvbench.errors import UserError, unknown
 from kvbench.methods import METHODS, Method, make_method
 from kvbench.planning.adapters import Entry
 from kvbench.units import parse_bytes
 
-CONTROLS, RIVALS = ("full", "none"), ("local", "scattered", "sinks")
+CONTROLS, BASELINES = ("full", "none"), ("local", "scattered", "sinks")
 ANY_LENGTH = 1 << 40
 """Stands for the length of the text, which is only known once it has been cut."""
 
@@ -66,8 +66,53 @@ def parse_budget(tokens: int | None, size: str | None, equal: bool, ratios: Sequ
     return Budget(tokens or 0, parse_bytes(size, "--budget-bytes") if size is not None else 0, equal)
 
 
+@dataclass(frozen=True)
+class Choice:
+    """A method as it is asked for.
+
+    Attributes:
+        given: options of its own, before those that are given to all, as name and value.
+    """
+
+    name: str
+    given: tuple[tuple[str, str], ...] = ()
+
+    @property
+    def options(self) -> dict[str, str]:
+        return dict(self.given)
+
+    @property
+    def variant(self) -> str:
+        """The options that are not what they are by default, such as ``window=16,pool=mean``."""
+        known = METHODS[self.name].options()
+        return ",".join(f"{key}={value}" for key, value in self.given if value != known[key].default)
+
+
+def parse_choice(text: str) -> Choice:
+    """``snapkv``, or ``snapkv:window=16,pool=mean``.
+
+    Raises:
+        UserError: no such method, or it has no such option.
+    """
+    name, colon, rest = text.partition(":")
+    if name not in METHODS:
+        raise unknown("method", name, METHODS)
+    known, given = METHODS[name].options(), {}
+    for pair in rest.split(",") if colon else ():
+        key, equals, value = (part.strip() for part in pair.partition("="))
+        if not equals:
+            raise UserError(
+                f"--method {text}: {pair!r} is not of the form key=value.",
+                f"Write --method {name}:key=value,key=value.",
+            )
+        if key not in known:
+            raise unknown(f"option of {name}", key, known)
+        given[key] = known[key].text(known[key].value(key, value))
+    return Choice(name, tuple(given.items()))
+
+
 def entries_of(
-    asked: Sequence[str], ratios: Sequence[Fraction], budget: Budget, options: dict[str, str], baselines: bool,
+    asked: Sequence[Choice], ratios: Sequence[Fraction], budget: Budget, options: dict[str, str], baselines: bool,
     in_chunks: bool,
 ) -> list[Entry]:
     """Controls first, then rivals and the asked methods, once per ratio that they take, or at the budget.
@@ -78,25 +123,27 @@ def entries_of(
     Raises:
         UserError: a method that was asked for has no use for the budget.
     """
-    asked = list(dict.fromkeys(asked))
+    names = [choice.name for choice in asked]
     if budget.is_constant and in_chunks:
         raise UserError("A text that comes in chunks has no budget of its own.", "Give a --ratio instead.")
-    wanted: list[tuple[str, str]] = [("full", "control")]
-    if "none" in asked or (baselines and not in_chunks):
-        wanted += [("none", "control")]
-    if baselines and not in_chunks and any(METHODS[name].compresses for name in asked):
-        wanted += [(name, "baseline") for name in RIVALS if name not in asked]
-    wanted += [(name, "method") for name in asked if name not in CONTROLS]
-    return [
-        (method, role, None) for name, role in wanted
-        for method in _methods(name, ratios, budget, options, in_chunks)
+    wanted: list[tuple[Choice, str]] = [(Choice("full"), "control")]
+    if "none" in names or (baselines and not in_chunks):
+        wanted += [(Choice("none"), "control")]
+    if baselines and not in_chunks and any(METHODS[name].compresses() for name in names):
+        wanted += [(Choice(name), "baseline") for name in BASELINES if name not in names]
+    wanted += [(choice, "method") for choice in asked if choice.name not in CONTROLS]
+    found = [
+        Entry(method, role, variant=choice.variant) for choice, role in wanted
+        for method in _methods(choice, ratios, budget, options, in_chunks)
         if role != "baseline" or not budget.tokens or budget.tokens >= method.minimum
     ]
+    return list({(entry.method.name, entry.method): entry for entry in reversed(found)}.values())[::-1]
 
 
 def _methods(
-    name: str, ratios: Sequence[Fraction], budget: Budget, options: dict[str, str], in_chunks: bool
+    choice: Choice, ratios: Sequence[Fraction], budget: Budget, options: dict[str, str], in_chunks: bool
 ) -> list[Method]:
+    name, options = choice.name, {**options, **choice.options}
     kind, given = METHODS[name], {**options, **budget.options}
     if budget.is_constant and "budget" in options:
         said = f"--budget-{'tokens' if budget.tokens else 'bytes'}"
@@ -104,13 +151,14 @@ def _methods(
         raise UserError(f"{said} and {other} both say what is kept.", "Leave one of them out.")
     if budget.is_constant and name not in CONTROLS:
         unit = "tokens" if budget.tokens else "bytes"
-        if unit not in kind.takes_budget:
+        others = [other for other in kind.budgets if other != "ratio"]
+        if unit not in others:
             raise UserError(
                 f"{name} cannot be given a budget in {unit}.",
-                f"It takes one in {kind.takes_budget[0]}." if kind.takes_budget else "Leave it out.",
+                f"It takes one in {others[0]}." if others else "Leave it out.",
             )
         return [make_method(name, Fraction(0), given)]
-    with_ratio = kind.uses_ratio(given, in_chunks)
+    with_ratio = make_method(name, Fraction(0), given).uses_ratio(in_chunks)
     return [make_method(name, ratio, given) for ratio in (dict.fromkeys(ratios) if with_ratio else [Fraction(0)])]
 
 
@@ -125,9 +173,9 @@ def possible(
     found: list[Entry] = []
     reasons: dict[str, UserError] = {}
     for entry in entries:
-        method = entry[0]
+        method = entry.method
         try:
-            if budget.equal and method.compresses and "bytes" not in method.takes_budget:
+            if budget.equal and method.compresses() and "bytes" not in method.budgets:
                 raise UserError(
                     f"{method.name} cannot be set to a number of bytes, as --equal-bytes asks.", "Leave it out."
                 )
@@ -140,6 +188,6 @@ def possible(
         else:
             found.append(entry)
     for name, reason in reasons.items():
-        if not any(method.name == name for method, _, _ in found):
+        if not any(entry.method.name == name for entry in found):
             raise reason
     return found

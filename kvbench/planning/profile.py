@@ -16,7 +16,8 @@ from kvbench.methods import METHODS, Method, make_method, parse_ratio, ratio_tex
 from kvbench.models.fingerprint import fingerprint
 from kvbench.models.random_models import check_shape, is_shape
 from kvbench.models.references import ModelReference, find_adapter, resolve_model
-from kvbench.planning.adapters import Adapters
+from kvbench.planning.adapters import Adapters, Entry
+from kvbench.planning.methods import parse_choice
 from kvbench.store.profile_records import AGAIN, FULL, STOCK
 from kvbench.store.records import Cell
 from kvbench.units import parse_bytes
@@ -102,13 +103,11 @@ def build_profile_plan(request: ProfileRequest) -> ProfilePlan:
     _check_numbers(request)
     ratios = [parse_ratio(text) for text in request.ratios]
     wanted = _wanted(request, ratios)
-    known = {name for method, _ in wanted for name in method.known}
+    known = {name for method, *_ in wanted for name in method.options()}
     for key in request.options:
         if key not in known:
             raise unknown("--set key", key, known)
-    for method, _ in wanted:
-        for key in method.known:
-            method.option(key)
+    for method, *_ in wanted:
         for length in request.seq_lens:
             method.check(length, in_chunks=False)
             method.check_kept(length)
@@ -121,42 +120,45 @@ def build_profile_plan(request: ProfileRequest) -> ProfilePlan:
             raise UserError(f"--revision is for models on the hub; {request.model} is a shape.", "Leave it out.")
     else:
         model = resolve_model(request.model, request.revision)
-    folders = _adapters(request, model, [method for method, _ in wanted])
+    folders = _adapters(request, model, [entry.method for entry in wanted])
 
-    def cell(method: Method, role: str, name: str, length: int, batch: int, **more: str) -> Cell:
-        folder = folders.get(method.name)
+    def cell(entry: Entry, name: str, length: int, batch: int, **more: str) -> Cell:
+        method = entry.method
+        folder = folders.get(method)
         return Cell(
             model=request.model, revision=model.revision if model else None,
             model_hash=model.fingerprint if model else "",
             dtype="float32" if request.dtype == "auto" and request.device == "cpu" else request.dtype,
             device=request.device, method=name,
-            ratio_asked=ratio_text(method.ratio) if method.uses_ratio(method.options, False) else None,
-            role=role, task=PROFILE, task_version=1, data_hash="random ids", protocol=PROFILE, execution="streamed",
+            ratio_asked=ratio_text(method.ratio) if method.uses_ratio(False) else None,
+            role=entry.role, task=PROFILE, task_version=1, data_hash="random ids", protocol=PROFILE,
+            execution="streamed",
             options={
                 "seq_len": str(length), "batch_size": str(batch), "new_tokens": str(request.new_tokens),
                 "fill": request.fill, "chunk": str(request.chunk), "threads": str(request.threads),
                 "rounds": str(request.rounds), **more,
                 **method.resolved,
             },
-            adapter=(str(folder) if folder else RANDOM) if method.needs_adapter else None,
+            adapter=(str(folder) if folder else RANDOM) if method.adapter_kinds else None,
             adapter_hash=fingerprint(folder) if folder else None, seed=request.seed,
-            position_rule=method.position_rule, removes=method.removes, version=method.version, note=method.note,
+            position_rule=method.position_rule, removes=method.removes(), version=method.version, note=method.note,
+            variant=entry.variant,
         )
 
-    controls = [(METHODS[FULL](), "control", name) for name in (AGAIN, STOCK)]
-    named = [(wanted[0][0], "control", FULL), *(controls if request.baselines else ())]
-    named += [(method, role, method.name) for method, role in wanted[1:]]
+    controls = [(wanted[0], name) for name in (AGAIN, STOCK)]
+    named = [(wanted[0], FULL), *(controls if request.baselines else ())]
+    named += [(entry, entry.method.name) for entry in wanted[1:]]
     groups = tuple(
-        tuple(cell(method, role, name, length, batch) for method, role, name in named)
+        tuple(cell(entry, name, length, batch) for entry, name in named)
         for length in request.seq_lens for batch in request.batch_sizes
     )
     searches = tuple(
-        cell(method, role, name, length, 0, memory_budget=request.budget or "")
-        for length in request.seq_lens for method, role, name in named if name != AGAIN
+        cell(entry, name, length, 0, memory_budget=request.budget or "")
+        for length in request.seq_lens for entry, name in named if name != AGAIN
     ) if request.budget else ()
     plan = ProfilePlan(request, model, groups, searches, budget, Path(), "")
     content = hashlib.sha256(json.dumps(sorted(c.request for c in plan.cells)).encode()).hexdigest()[:10]
-    asked = "+".join(dict.fromkeys(method.name for method, _ in wanted[1:]))[:40] or "full"
+    asked = "+".join(dict.fromkeys(entry.method.name for entry in wanted[1:]))[:40] or "full"
     lengths = "+".join(str(length) for length in request.seq_lens)[:40]
     folder = request.out or request.reports / f"profile-{asked}-{lengths}-{content}"
     return replace(plan, folder=folder, content=content)
@@ -167,47 +169,46 @@ def at_batch(cell: Cell, batch: int) -> Cell:
     return dataclasses.replace(cell, options={**cell.options, "batch_size": str(batch)})
 
 
-def _wanted(request: ProfileRequest, ratios: Sequence[Fraction]) -> list[tuple[Method, str]]:
+def _wanted(request: ProfileRequest, ratios: Sequence[Fraction]) -> list[Entry]:
     """The full cache first, then the asked methods, once per ratio that they take."""
-    found: list[tuple[Method, str]] = [(METHODS[FULL](), "control")]
-    for name in dict.fromkeys(request.methods):
-        if name not in METHODS:
-            raise unknown("method", name, METHODS)
+    found = [Entry(METHODS[FULL](), "control")]
+    for choice in (parse_choice(text) for text in dict.fromkeys(request.methods)):
+        name, options = choice.name, {**request.options, **choice.options}
         if name == FULL:
             continue
-        with_ratio = METHODS[name].uses_ratio(request.options, False)
+        with_ratio = make_method(name, Fraction(0), options).uses_ratio(False)
         for ratio in dict.fromkeys(ratios) if with_ratio else [Fraction(0)]:
-            method = make_method(name, ratio, request.options)
+            method = make_method(name, ratio, options)
             if method.by_text:
                 raise UserError(
                     f"{name} with sampler=published draws spans of words, and profiled prompts are random tokens.",
                     "Leave out --set sampler=published.",
                 )
-            found.append((method, "method"))
+            found.append(Entry(method, "method", variant=choice.variant))
     return found
 
 
 def _adapters(
     request: ProfileRequest, model: ModelReference | None, methods: Sequence[Method]
-) -> dict[str, Path | None]:
+) -> dict[Method, Path | None]:
     """Adapter folders by method; None where a random one will do."""
-    trained = [method for method in methods if method.needs_adapter]
+    trained = [method for method in methods if method.adapter_kinds]
     if model is None:
         if request.adapters:
             raise UserError(
                 f"--adapter cannot be used with {request.model}: its weights are random, and so are its adapters.",
                 "Leave it out.",
             )
-        return dict.fromkeys((method.name for method in trained), None)
+        return dict.fromkeys(trained, None)
     given = Adapters(request.adapters, model)
-    entries = [(method, "method", None) for method in trained if given.has(method)]
-    found: dict[str, Path | None] = {m.name: folder for m, _, folder in given.given_to(entries)}
+    entries = [Entry(method, "method") for method in trained if given.has(method)]
+    found: dict[Method, Path | None] = {entry.method: entry.adapter for entry in given.given_to(entries)}
     for method in trained:
-        if method.name not in found:
+        if method not in found:
             try:
-                found[method.name] = find_adapter(method.name, model, method.trained_options)
+                found[method] = find_adapter(method.name, model, method.trained_options)
             except UserError:
-                found[method.name] = None
+                found[method] = None
     return found
 
 

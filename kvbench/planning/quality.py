@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,12 +15,12 @@ from kvbench.data.rows import TEXT
 from kvbench.data.tasks import Task, load_task
 from kvbench.errors import UserError, unknown
 from kvbench.judges.choice import ENCODER, NOTHING, SENTENCES, Judging
-from kvbench.methods import METHODS, Method, parse_ratio, ratio_text
+from kvbench.methods import Method, parse_ratio, ratio_text
 from kvbench.metrics import GENERATION_NAMES, NEED_ENCODER, NEED_SCORER
 from kvbench.models.fingerprint import fingerprint
 from kvbench.models.references import ModelReference, resolve_model
 from kvbench.planning.adapters import Adapters, Entry
-from kvbench.planning.methods import NO_BUDGET, Budget, entries_of, possible
+from kvbench.planning.methods import NO_BUDGET, Budget, entries_of, parse_choice, possible
 from kvbench.protocols.base import HIDDEN, KNOWN, OPTIONS, PROTOCOLS, RECALL_OPTIONS, protocol_options
 from kvbench.store.records import HUMAN, ITSELF, Cell
 
@@ -108,9 +109,7 @@ def build_plan(request: Request, omit: bool = False) -> Plan:
         raise unknown("--execution", request.execution, EXECUTIONS)
     if request.protocol is not None and request.protocol not in PROTOCOLS:
         raise unknown("protocol", request.protocol, PROTOCOLS)
-    for name in request.methods:
-        if name not in METHODS:
-            raise unknown("method", name, METHODS)
+    asked = [parse_choice(text) for text in dict.fromkeys(request.methods)]
     ratios = [parse_ratio(text) for text in request.ratios]
     tasks = {name: load_task(name) for name in dict.fromkeys(request.tasks)}
     if request.data is not None and len(tasks) > 1:
@@ -131,7 +130,7 @@ def build_plan(request: Request, omit: bool = False) -> Plan:
     protocols = {name: _protocol_of(task, request) for name, task in tasks.items()}
     wanted = {
         name: entries_of(
-            request.methods, ratios, request.budget, request.options, request.baselines, task.kind == "online"
+            asked, ratios, request.budget, request.options, request.baselines, task.kind == "online"
         )
         for name, task in tasks.items()
     }
@@ -143,17 +142,17 @@ def build_plan(request: Request, omit: bool = False) -> Plan:
     for name, entries in wanted.items():
         in_chunks = tasks[name].kind == "online"
         wanted[name] = possible(entries, request.budget, in_chunks, omitted if omit else None)
-    _check_execution(request, [method for entries in wanted.values() for method, _, _ in entries])
+    _check_execution(request, [entry.method for entries in wanted.values() for entry in entries])
     model = resolve_model(request.model, request.revision)
     corpora = {name: load_corpus(task, request.data, request.column) for name, task in tasks.items()}
     judging, judged = _judging(request, any(task.kind == "generation" for task in tasks.values()))
     adapters = Adapters(request.adapters, model)
     cells = []
-    variants = [(name, asked) for name, task in tasks.items() for asked in _variants(
+    variants = [(name, of_task) for name, task in tasks.items() for of_task in _variants(
         protocol_options(protocols[name], _options_of(task, protocols[name]), request.options)
     )]
-    for name, asked in variants:
-        task, options = tasks[name], asked
+    for name, of_task in variants:
+        task, options = tasks[name], of_task
         in_chunks = task.kind == "online"
         measured: dict[str, Any] = {
             "model": model.name, "revision": model.revision, "model_hash": model.fingerprint,
@@ -167,18 +166,18 @@ def build_plan(request: Request, omit: bool = False) -> Plan:
                 method=HUMAN, ratio_asked=None, role="control" if request.baselines else "reference",
                 options=options, adapter=None, adapter_hash=None, **measured,
             ))
-        for method, role, adapter in adapters.given_to(wanted[name]):
-            with_ratio = not request.budget.is_constant and method.uses_ratio(method.options, in_chunks)
+        for method, role, adapter, variant in adapters.given_to(wanted[name]):
+            with_ratio = not request.budget.is_constant and method.uses_ratio(in_chunks)
             cells.append(Cell(
                 method=method.name, ratio_asked=ratio_text(method.ratio) if with_ratio else None, role=role,
                 options={**options, **method.resolved, **method.budget_given},
                 adapter=None if adapter is None else str(adapter),
                 adapter_hash=None if adapter is None else fingerprint(adapter),
-                position_rule=method.position_rule, removes=method.removes, version=method.rule_version,
-                note=method.note, **measured,
+                position_rule=method.position_rule, removes=method.removes(), version=method.rule_version,
+                note=method.note, variant=variant, **measured,
             ))
     content = _content(cells)
-    named = "+".join(dict.fromkeys(request.methods))[:40]
+    named = re.sub("[:=,]", "-", "+".join(dict.fromkeys(request.methods)))[:40]
     shown = request.budget.label or "+".join(dict.fromkeys(map(ratio_text, ratios)))[:40]
     folder = request.out or request.reports / f"{named}-{shown}-{content}"
     return Plan(
@@ -200,8 +199,8 @@ def _variants(options: dict[str, str]) -> list[dict[str, str]]:
 
 def _content(cells: Sequence[Cell]) -> str:
     """What a run's folder is named after and known by; a question that comes on top of the hidden one adds to it."""
-    hidden = {cell.task for cell in cells if cell.variant == cell.task}
-    keys = [cell.request for cell in cells if cell.variant == cell.task or cell.task not in hidden]
+    hidden = {cell.task for cell in cells if cell.workload == cell.task}
+    keys = [cell.request for cell in cells if cell.workload == cell.task or cell.task not in hidden]
     return hashlib.sha256(json.dumps(sorted(keys)).encode()).hexdigest()[:10]
 
 
@@ -271,11 +270,8 @@ def _options_of(task: Task, protocol: str) -> tuple[str, ...]:
 
 def _check_options(request: Request, methods: Sequence[Entry], options: Sequence[tuple[str, ...]]) -> None:
     known = {name for names in options for name in names}
-    for method, _, _ in methods:
-        known |= set(method.known)
+    for method, *_ in methods:
+        known |= set(method.options())
     for key in request.options:
         if key not in known:
             raise unknown("--set key", key, known)
-    for method, _, _ in methods:
-        for key in method.known:
-            method.option(key)

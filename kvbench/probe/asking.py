@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from kvbench.cache.policy_cache import PolicedCache
+from kvbench.cache.policy_cache import PolicyCache
 from kvbench.errors import UserError
 from kvbench.inference.layout_session import LayoutSession
 from kvbench.inference.policy_session import PolicySession
@@ -20,7 +20,7 @@ from kvbench.inference.reader import Reader
 from kvbench.methods import Layout, make_layout
 from kvbench.methods.layouts.full import Full
 from kvbench.methods.layouts.windows import Window
-from kvbench.methods.policies.knorm import Knorm
+from kvbench.methods.policies.knorm import KNorm
 from kvbench.models.attention import plain_attention
 from kvbench.models.attention_hooks import LISTENER, MASKS, Attended, Rule
 from kvbench.models.configuration import context_of, text_config
@@ -176,7 +176,7 @@ class _Probe:
             return f"{name} caps the logits of its attention, and a policy would be given others."
         if "s_aux" in beside:
             return f"{name} attends learned sinks beside its entries, which a policy does not know."
-        policy = Knorm()
+        policy = KNorm()
         run, cache = PolicySession(self.model, policy, self.length, (0,)), _Noting()
         run.cache, heard = cache, list[Attended]()
         try:
@@ -219,7 +219,7 @@ class _Probe:
         return f"in {name}, {what}."
 
 
-class _Noting(PolicedCache):
+class _Noting(PolicyCache):
     """Notes what every layer was given to attend."""
 
     def __init__(self) -> None:

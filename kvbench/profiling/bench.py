@@ -60,7 +60,7 @@ class Bench:
             method = method_of(cell)
             if cell.adapter == RANDOM:
                 torch.manual_seed(cell.seed)
-                card = AdapterCard(cell.method, method.trainable[0], RANK, float(RANK), method.n_rows, "random", "")
+                card = AdapterCard(cell.method, method.adapter_kinds[0], RANK, float(RANK), method.n_rows, "random", "")
                 adapter = Adapter.fresh(card, self.model)
             else:
                 adapter = Adapter.load(Path(cell.adapter), self.model)

@@ -95,13 +95,13 @@ class Worker:
         warm = {}
         for cell in cells:
             with self.guarded(cell, bench):
-                warm[cell.method] = self._warm(bench, cell)
+                warm[cell.name] = self._warm(bench, cell)
         is_slow = STOCK in warm and FULL in warm and warm[STOCK] > SLOW * warm[FULL]
         bandwidth: float | None = copy_bandwidth(bench.device)
         started, number, rounds = time.perf_counter(), 0, job.rounds or ROUNDS
         while number < rounds:
             for cell in cells if (number + job.repeat) % 2 == 0 else reversed(cells):
-                tokens = SLOW_TOKENS if is_slow and cell.method == STOCK else None
+                tokens = SLOW_TOKENS if is_slow and cell.name == STOCK else None
                 if number and tokens:
                     continue
                 with self.guarded(cell, bench):

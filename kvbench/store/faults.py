@@ -39,6 +39,7 @@ def remarks_of(cell: Cell) -> dict[str, Any]:
     """What the rows of a cell say besides its numbers: a version above 1, what the method notes, and its fault."""
     found = {
         "version": cell.version if cell.version > 1 else None, "note": cell.note or None, "outdated": fault_of(cell),
+        "variant": cell.variant or None,
     }
     return {name: value for name, value in found.items() if value is not None}
 
@@ -49,6 +50,8 @@ def named(method: str, remarks: Mapping[str, Any]) -> str:
     Args:
         remarks: parameters of a row, or :func:`remarks_of` a cell.
     """
+    if remarks.get("variant"):
+        method = f"{method}:{remarks['variant']}"
     found = [remarks["note"]] if remarks.get("note") else []
     found += [OUTDATED] if remarks.get("outdated") else []
     return f"{method} ({', '.join(found)})" if found else method

@@ -31,6 +31,7 @@ class Cell:
         removes: the method makes the cache smaller; otherwise it saves computation, or shows quality only.
         version: of the method's rule; in the key above 1, so that the keys of all others are what they were.
         note: what rows say behind the name of the method.
+        variant: options that the method was asked for with, apart from others, such as ``window=16``.
     """
 
     model: str
@@ -54,6 +55,7 @@ class Cell:
     removes: bool = True
     version: int = 1
     note: str = ""
+    variant: str = ""
 
     @cached_property
     def key(self) -> str:
@@ -67,7 +69,7 @@ class Cell:
 
     def _hash(self, more: dict[str, int]) -> str:
         content = dataclasses.asdict(self)
-        for name in ("role", "adapter", "removes", "version", "note"):
+        for name in ("role", "adapter", "removes", "version", "note", "variant"):
             content.pop(name)
         content |= more
         text = json.dumps(content, sort_keys=True)
@@ -79,7 +81,12 @@ class Cell:
         return ("real" if self.execution == "streamed" else "masked") if self.removes else "none"
 
     @property
-    def variant(self) -> str:
+    def name(self) -> str:
+        """The method as it was asked for: ``snapkv``, or ``snapkv:window=16``."""
+        return f"{self.method}:{self.variant}" if self.variant else self.method
+
+    @property
+    def workload(self) -> str:
         """What is cut once: the task, and which question of it is asked where that is another than its first."""
         question = self.options.get("question")
         return self.task if question is None else f"{self.task}:{question}"
@@ -87,7 +94,7 @@ class Cell:
     @property
     def setting(self) -> str:
         """What is measured under the same: task, question, model and seed. Cells are compared within it."""
-        return f"{self.variant}@{self.model}#{self.seed}"
+        return f"{self.workload}@{self.model}#{self.seed}"
 
     @property
     def writes(self) -> bool:
@@ -104,8 +111,8 @@ class Cell:
         """For people: ``sentinel 0.7 on minidocs``."""
         ratio = f" {self.ratio_asked}" if self.ratio_asked is not None else ""
         if self.is_profile:
-            return f"{self.method}{ratio} at {self.options['seq_len']} x {self.options['batch_size']}"
-        return f"{self.method}{ratio} on {self.variant}"
+            return f"{self.name}{ratio} at {self.options['seq_len']} x {self.options['batch_size']}"
+        return f"{self.name}{ratio} on {self.workload}"
 
 
 @dataclass(frozen=True)
@@ -303,6 +310,12 @@ class Row:
     baseline: str | None
     seed: int
     signature: str
+
+    @property
+    def name(self) -> str:
+        """The method as it was asked for: ``snapkv``, or ``snapkv:window=16``."""
+        variant = self.params.get("variant")
+        return f"{self.method}:{variant}" if variant else self.method
 
 
 @dataclass(frozen=True)

@@ -72,7 +72,7 @@ class HeldOut:
         """
         found = {}
         blocks = [Piece(str(i), ids, len(ids), 1, 0, i % LAYOUT_IDS) for i, ids in enumerate(self.blocks)]
-        for ratio in ratios if METHODS[method].takes_ratio else ("0",):
+        for ratio in ratios if "ratio" in METHODS[method].budgets else ("0",):
             kind = make_method(method, Fraction(ratio), options)
             try:
                 kind.check(min(map(len, self.blocks)), in_chunks=False)

@@ -205,7 +205,7 @@ def run_base_training(
 
 
 def _plan(request: AdapterRequest) -> AdapterPlan:
-    trained = [name for name, kind in METHODS.items() if kind.needs_adapter]
+    trained = [name for name, kind in METHODS.items() if kind.adapter_kinds]
     if request.method not in trained:
         raise unknown("trained method", request.method, trained)
     given = dict(request.options)
@@ -216,8 +216,8 @@ def _plan(request: AdapterRequest) -> AdapterPlan:
     if not 0 <= dropout < 1:
         raise UserError(f"--set dropout={request.options['dropout']} is not a number in [0, 1).")
     kind = METHODS[request.method]
-    bound = [name for name, option in kind.known.items() if option.trained]
-    choices = {**_CHOICES, "adapter": kind.trainable}
+    bound = [name for name, option in kind.options().items() if option.trained]
+    choices = {**_CHOICES, "adapter": kind.adapter_kinds}
     for key, value in given.items():
         if key not in (*choices, *bound):
             raise unknown("--set key", key, (*choices, "dropout", *bound))
@@ -225,7 +225,7 @@ def _plan(request: AdapterRequest) -> AdapterPlan:
             raise unknown(f"value for --set {key}=", value, choices[key])
     options = make_method(request.method, Fraction(0), given).trained_options
     return AdapterPlan(
-        method=request.method, adapter=given.get("adapter", kind.trainable[0]), steps=request.steps,
+        method=request.method, adapter=given.get("adapter", kind.adapter_kinds[0]), steps=request.steps,
         batch=request.batch, length=request.length, lr=request.lr, rank=request.rank,
         dropout=dropout, seed=request.seed, autocast=given.get("autocast", "bfloat16"),
         objective=given.get("objective", "text"), options=options, warmup=min(100, max(1, request.steps // 10)),

@@ -18,17 +18,12 @@ import torch
 from torch import Tensor
 
 from kvbench.errors import UserError
-from kvbench.methods.base import Method, Option
 from kvbench.methods.layouts.layout import COMP, RAW, SUM, Layout, Tokens
+from kvbench.methods.layouts.method import LayoutMethod
+from kvbench.methods.options import option
 
 if TYPE_CHECKING:
     from kvbench.methods.layouts.chunked import Merge, Pool
-
-STREAMING = {
-    "budget": Option("0"), "memory": Option("8", least=1), "compress": Option("64", least=2),
-    "sink": Option("1", least=0),
-}
-"""``budget=0`` turns the streaming form off, and the other keys with it."""
 
 _NEVER = 1 << 60
 
@@ -48,41 +43,54 @@ class Cut(NamedTuple):
     memory: int
 
 
-def refuse_budget(method: Method) -> None:
-    """A budget is for running text.
+@dataclass(frozen=True)
+class UnderBudget(LayoutMethod):
+    """What methods share that have a streaming form; ``budget=0`` turns it off, and the other options with it."""
 
-    Raises:
-        UserError: the method has one.
-    """
-    if "budget" in method.known and method.number("budget"):
-        raise UserError(
-            f"--set budget= is for running text, and {method.name} would read text in chunks of its own.",
-            "Use it with --protocol stream.",
-        )
+    budget: int = option(0, "entries at which the cache is cut; 0: no streaming form")
+    memory: int = option(8, "entries of memory that are kept, under --set budget=", least=1)
+    compress: int = option(64, "tokens that are compressed at a cut, under --set budget=", least=2)
+    sink: int = option(1, "first tokens that stay, under --set budget=")
+
+    @property
+    def streams(self) -> bool:
+        """Whether the cache has a budget."""
+        return self.budget > 0
+
+    @property
+    def resolved(self) -> dict[str, str]:
+        return {k: v for k, v in super().resolved.items() if self.streams or k not in UnderBudget.options()}
+
+    def check_budget(self, n_comp: int, in_chunks: bool) -> None:
+        """See that the budget has room for sinks, memory and the tokens to compress.
+
+        Raises:
+            UserError: it has not, or the text comes in chunks of its own.
+        """
+        if not self.streams:
+            return
+        if in_chunks:
+            raise UserError(
+                f"--set budget= is for running text, and {self.name} would read text in chunks of its own.",
+                "Use it with --protocol stream.",
+            )
+        if self.memory % n_comp:
+            raise UserError(
+                f"--set memory={self.memory} is no multiple of n_comp={n_comp}.", "Memory is kept in whole steps."
+            )
+        if self.compress <= n_comp:
+            raise UserError(f"--set compress={self.compress}: {n_comp} entries of memory would save nothing.")
+        if self.budget < self.sink + self.memory + self.compress:
+            raise UserError(
+                f"--set budget={self.budget} is less than sinks, memory and tokens to compress together "
+                f"({self.sink} + {self.memory} + {self.compress}).",
+                "Raise the budget, or lower --set memory= or --set compress=.",
+            )
 
 
-def check_budget(method: Method, n_comp: int) -> None:
-    """See that the budget has room for sinks, memory and the tokens to compress.
-
-    Raises:
-        UserError: it has not.
-    """
-    budget, memory, compress, sink = (method.number(name) for name in STREAMING)
-    if memory % n_comp:
-        raise UserError(f"--set memory={memory} is no multiple of n_comp={n_comp}.", "Memory is kept in whole steps.")
-    if compress <= n_comp:
-        raise UserError(f"--set compress={compress}: {n_comp} entries of memory would save nothing.")
-    if budget < sink + memory + compress:
-        raise UserError(
-            f"--set budget={budget} is less than sinks, memory and tokens to compress together "
-            f"({sink} + {memory} + {compress}).",
-            "Raise the budget, or lower --set memory= or --set compress=.",
-        )
-
-
-def cuts(n: int, method: Method, n_comp: int, most: int) -> list[Cut]:
+def cuts(n: int, method: UnderBudget, n_comp: int, most: int) -> list[Cut]:
     """The cuts while ``n`` tokens are read, with at most ``most`` entries of memory."""
-    budget, _, compress, sink = (method.number(name) for name in STREAMING)
+    budget, compress, sink = method.budget, method.compress, method.sink
     found: list[Cut] = []
     start, memory = sink, 0
     for i in range(n):
@@ -94,20 +102,20 @@ def cuts(n: int, method: Method, n_comp: int, most: int) -> list[Cut]:
     return found
 
 
-def window_cuts(n: int, method: Method) -> list[Cut]:
+def window_cuts(n: int, method: UnderBudget, n_comp: int) -> list[Cut]:
     """The cuts of a window without memory that holds as many entries as ``ccm-concat`` would."""
-    with_memory = cuts(n, method, method.number("n_comp"), method.number("memory"))
+    with_memory = cuts(n, method, n_comp, method.memory)
     found: list[Cut] = []
-    start, before = method.number("sink"), 0
+    start, before = method.sink, 0
     for cut in with_memory:
-        stop = start + method.number("compress") - (cut.memory - before)
+        stop = start + method.compress - (cut.memory - before)
         found.append(Cut(cut.after, start, stop, 0))
         start, before = stop, cut.memory
     return found
 
 
 @dataclass(frozen=True, eq=False)
-class Budgeted:
+class BudgetVisibility:
     """Who sees whom: text sees what is still held, memory tokens the sinks, the memory and what they compress.
 
     Attributes:
@@ -134,11 +142,14 @@ class Budgeted:
         )
 
 
-def budget_layout(method: Method, n: int, n_comp: int, mixture: Merge | Pool | None) -> Layout:
-    """The layout of ``n`` tokens under a budget; without memory tokens if ``n_comp`` is 0."""
-    sink = method.number("sink")
-    most = n_comp if mixture is not None else method.number("memory")
-    made = cuts(n, method, n_comp, most) if n_comp else window_cuts(n, method)
+def budget_layout(
+    method: UnderBudget, n: int, n_comp: int, mixture: Merge | Pool | None, with_memory: bool = True
+) -> Layout:
+    """The layout of ``n`` tokens under a budget; of a window that is as long as with memory, or with memory tokens."""
+    sink = method.sink
+    most = n_comp if mixture is not None else method.memory
+    made = cuts(n, method, n_comp, most) if with_memory else window_cuts(n, method, n_comp)
+    n_comp = n_comp if with_memory else 0
     special = [] if n_comp == 0 else [COMP] + ([SUM] if mixture is not None else [])
     unit_of = torch.full((n,), len(made))
     parts: list[tuple[Tensor, Tensor, Tensor, Tensor]] = []  # kind, raw, unit, row
@@ -166,7 +177,7 @@ def budget_layout(method: Method, n: int, n_comp: int, mixture: Merge | Pool | N
     for e in range(len(made)):
         last = ends[e + lasts] if e + lasts < len(made) else _NEVER
         until[(kind == memory_kind) & (unit == e)] = last
-    policy = Budgeted(until, memory_kind, sink)
+    policy = BudgetVisibility(until, memory_kind, sink)
     chunks = [cut.stop - cut.start for cut in made]
     return Layout(
         tokens, raw + row + 1, policy, n, next_unit=len(made),

@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from kvbench.methods.base import Effect
 from kvbench.methods.layouts.layout import RUNNING, Layout, Structure, Tokens, everything, plain_tokens
 from kvbench.methods.layouts.method import LayoutMethod
 
@@ -21,9 +22,8 @@ class Full(LayoutMethod):
 
     name = "full"
     summary = "the whole cache, nothing removed"
-    takes_ratio = False
-    takes_budget = ()
-    compresses = False
+    budgets = ()
+    effect = Effect.NONE
 
     def layout(self, n: int, rng: np.random.Generator, text: Structure = RUNNING) -> Layout:
         tokens = plain_tokens(n)
@@ -39,9 +39,8 @@ class NoContext(LayoutMethod):
 
     name = "none"
     summary = f"no context beyond the current disjoint chunk of {NONE_CHUNK} tokens"
-    takes_ratio = False
-    takes_budget = ()
-    compresses = False
+    budgets = ()
+    effect = Effect.NONE
 
     def layout(self, n: int, rng: np.random.Generator, text: Structure = RUNNING) -> Layout:
         if text.chunks:
@@ -70,5 +69,4 @@ class Adapted(Full):
 
     name = "adapted"
     summary = "a plain adapter's model with the whole cache: the effect of tuning alone"
-    needs_adapter = True
-    trainable = ("plain", "full")
+    adapter_kinds = ("plain", "full")

@@ -39,7 +39,7 @@ class LayoutMethod(Method):
     def training_layout(cls, n: int, rng: np.random.Generator, options: dict[str, str]) -> Layout:
         """A layout to train on: the ratio is drawn, so that one adapter serves the whole axis."""
         percent = int(rng.integers(*TRAINED_PERCENT, endpoint=True))
-        return cls(Fraction(percent, 100), options).layout(n, rng)
+        return cls.of(Fraction(percent, 100), options).layout(n, rng)
 
     def check_text(self, n: int, prefix: int, seed: int) -> None:
         make_layout(self, n, seed, 0, Structure(prefix=prefix))

@@ -8,9 +8,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from kvbench.methods.base import Option, kept
+from kvbench.methods.budget import kept
 from kvbench.methods.layouts.layout import RUNNING, Layout, Structure, Tokens, plain_tokens
 from kvbench.methods.layouts.method import LayoutMethod
+from kvbench.methods.options import option
 
 _DROPPED, _KEPT = 0, 1
 
@@ -27,11 +28,14 @@ class Scattered(LayoutMethod):
     summary = "kept(N, r) random columns of the block"
     paper = "arXiv 2310.08152 (baseline)"
     seeded = True
-    known = {"sampler": Option("exact", ("exact", "published"))}
+
+    sampler: str = option(
+        "exact", "how columns are drawn: exactly as many as are kept, or each by itself", choices=("exact", "published")
+    )
 
     def layout(self, n: int, rng: np.random.Generator, text: Structure = RUNNING) -> Layout:
         unit = torch.full((n,), _DROPPED)
-        if self.option("sampler") == "published":
+        if self.sampler == "published":
             columns = np.flatnonzero(rng.random(n) >= float(self.ratio))
         else:
             prefix = text.prefix or n
@@ -50,8 +54,7 @@ class ScatteredTuned(Scattered):
 
     name = "scattered-tuned"
     summary = "the same, with a LoRA trained under such masks"
-    needs_adapter = True
-    trainable = ("plain", "full")
+    adapter_kinds = ("plain", "full")
 
 
 def _kept_column(queries: Tokens, keys: Tokens) -> Tensor:

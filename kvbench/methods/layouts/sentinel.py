@@ -12,10 +12,10 @@ import torch
 from torch import Tensor
 
 from kvbench.errors import UserError
-from kvbench.methods.base import Option
 from kvbench.methods.layouts.layout import CLOSE, OPEN, OUTSIDE, RAW, RUNNING, Layout, Structure, Tokens
 from kvbench.methods.layouts.method import LayoutMethod
 from kvbench.methods.layouts.sentinel_published import word_spans
+from kvbench.methods.options import option
 
 MAX_SPAN = 25
 
@@ -44,16 +44,14 @@ class Sentinel(LayoutMethod):
     name = "sentinel"
     summary = "one trained summary entry per closed span of 2 to 25 tokens"
     paper = "arXiv 2310.08152"
-    needs_adapter = True
-    trainable = ("gated", "plain", "full")
+    adapter_kinds = ("gated", "plain", "full")
     seeded = True
     position_rule = "shared"
-    known = {
-        "sampler": Option("exact", ("exact", "published")),
-        "span": Option(str(MAX_SPAN), least=2, most=512),
-        "recent": Option("0"),
-        "predict_from_cr": Option("false", ("false", "true"), trained=True),
-    }
+
+    sampler: str = option("exact", "how spans are drawn", choices=("exact", "published"))
+    span: int = option(MAX_SPAN, "the most tokens of a span", least=2, most=512)
+    recent: int = option(0, "last tokens that stay raw")
+    predict_from_cr: bool = option(False, "the closing sentinel predicts the token after its span", trained=True)
 
     @property
     def n_rows(self) -> int:
@@ -61,30 +59,30 @@ class Sentinel(LayoutMethod):
 
     @property
     def by_text(self) -> bool:
-        return self.option("sampler") == "published"
+        return self.sampler == "published"
 
     def check(self, longest: int, in_chunks: bool) -> None:
-        if self.number("recent") and self.option("predict_from_cr") == "true":
+        if self.recent and self.predict_from_cr:
             raise UserError(
                 "--set recent= and predict_from_cr=true exclude each other: a span that is closed later "
                 "has no closing sentinel when its next token is predicted."
             )
-        recent = self.number("recent")
+        recent = self.recent
         if recent and self.by_text:
             raise UserError(
                 "--set recent= and sampler=published exclude each other: the published spans lie anywhere in a line."
             )
-        if recent and recent > _widest(longest, self.ratio, self.number("span")):
+        if recent and recent > _widest(longest, self.ratio, self.span):
             raise UserError(
                 f"sentinel cannot remove {float(self.ratio):g} of {longest} tokens outside the last {recent}: each "
-                f"span of up to {self.number('span')} tokens keeps one entry.",
-                f"Ask for a ratio of at most {_most_removed(longest, self.number('span'), recent) / longest:.3g}, or "
+                f"span of up to {self.span} tokens keeps one entry.",
+                f"Ask for a ratio of at most {_most_removed(longest, self.span, recent) / longest:.3g}, or "
                 "a smaller --set recent=.",
             )
 
     def layout(self, n: int, rng: np.random.Generator, text: Structure = RUNNING) -> Layout:
-        recent, top = self.number("recent"), self.number("span")
-        if self.option("sampler") == "published":
+        recent, top = self.recent, self.span
+        if self.sampler == "published":
             if text.words is None:
                 raise UserError(
                     "--set sampler=published draws spans of words, which this task does not know.",
@@ -97,7 +95,7 @@ class Sentinel(LayoutMethod):
             gaps, lengths = sample_spans(text.prefix or n, self.ratio, rng, top, recent)
             if text.prefix:
                 gaps, lengths = _written_too(gaps, lengths, n, self.ratio, rng, top, recent)
-        return span_layout(gaps, lengths, recent, self.option("predict_from_cr") == "true")
+        return span_layout(gaps, lengths, recent, self.predict_from_cr)
 
 
 def sample_spans(

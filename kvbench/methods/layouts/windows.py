@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from fractions import Fraction
 
@@ -10,10 +9,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from kvbench.methods.base import Option, kept
-from kvbench.methods.layouts.ccm_budget import STREAMING, budget_layout, check_budget, refuse_budget
+from kvbench.methods.budget import kept
+from kvbench.methods.layouts.ccm_budget import UnderBudget, budget_layout
 from kvbench.methods.layouts.layout import RUNNING, Layout, Structure, Tokens, plain_tokens
 from kvbench.methods.layouts.method import LayoutMethod
+from kvbench.methods.options import option
 
 SINKS = 4
 """First entries that ``sinks`` always holds."""
@@ -67,7 +67,7 @@ class Local(LayoutMethod):
 
 
 @dataclass(frozen=True)
-class Sinks(LayoutMethod):
+class Sinks(UnderBudget):
     """The 4 first entries and a recent window, max(5, kept(n, r)) together at every n.
 
     After StreamingLLM (arXiv 2309.17453), with two departures: the window grows with the text,
@@ -77,14 +77,14 @@ class Sinks(LayoutMethod):
     that budget.
     """
 
-    known = {**STREAMING, "n_comp": Option("2", least=1, most=32)}
     name = "sinks"
     summary = "the 4 first entries and a recent window, max(5, kept(n, r)) together"
     paper = "after arXiv 2309.17453"
 
-    @classmethod
-    def uses_ratio(cls, options: Mapping[str, str], in_chunks: bool) -> bool:
-        return options.get("budget", "0") == "0"
+    n_comp: int = option(2, "entries of memory that ccm-concat would make, under --set budget=", least=1, most=32)
+
+    def uses_ratio(self, in_chunks: bool) -> bool:
+        return not self.streams
 
     @property
     def minimum(self) -> int:
@@ -92,17 +92,14 @@ class Sinks(LayoutMethod):
 
     @property
     def resolved(self) -> dict[str, str]:
-        return super().resolved if self.number("budget") else {}
+        return super().resolved if self.streams else {}
 
     def check(self, longest: int, in_chunks: bool) -> None:
-        if in_chunks:
-            refuse_budget(self)
-        elif self.number("budget"):
-            check_budget(self, self.number("n_comp"))
+        self.check_budget(self.n_comp, in_chunks)
 
     def layout(self, n: int, rng: np.random.Generator, text: Structure = RUNNING) -> Layout:
-        if self.number("budget"):
-            return budget_layout(self, n, 0, None)
+        if self.streams:
+            return budget_layout(self, n, self.n_comp, None, with_memory=False)
         num, den = self.ratio.numerator, self.ratio.denominator
         most = _fixed_at(n, text, self.ratio)
 
@@ -122,8 +119,7 @@ class LocalTuned(Local):
 
     name = "local-tuned"
     summary = "the same, with a LoRA trained under such windows"
-    needs_adapter = True
-    trainable = ("plain", "full")
+    adapter_kinds = ("plain", "full")
 
 
 @dataclass(frozen=True)
@@ -132,5 +128,4 @@ class SinksTuned(Sinks):
 
     name = "sinks-tuned"
     summary = "the same, with a LoRA trained under such windows"
-    needs_adapter = True
-    trainable = ("plain", "full")
+    adapter_kinds = ("plain", "full")

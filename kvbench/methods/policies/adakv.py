@@ -7,13 +7,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from kvbench.methods.base import Option
-from kvbench.methods.policies.policy import View
-from kvbench.methods.policies.snapkv import SnapKv
+from kvbench.methods.options import option
+from kvbench.methods.policies.policy import LayerView
+from kvbench.methods.policies.snapkv import SnapKV
 
 
 @dataclass(frozen=True)
-class AdaKv(SnapKv):
+class AdaKV(SnapKV):
     """As SnapKV, with the entries of a layer shared among its heads by what all of them attend most.
 
     Of the entries before the window, each head gets ``floor`` per cent of an even share and, of the rest, what it
@@ -25,16 +25,17 @@ class AdaKv(SnapKv):
     name = "adakv"
     summary = "as snapkv, with the budget of a layer shared among its heads by need"
     paper = "arXiv 2407.11550"
-    known = SnapKv.known | {"floor": Option("50", most=100)}
 
-    def chosen(self, view: View, keep: int) -> Tensor:
+    floor: int = option(50, "per cent of an even share that every head gets", most=100)
+
+    def chosen(self, view: LayerView, keep: int) -> Tensor:
         there = view.positions >= 0
-        window = min(self.looks_at, keep)
+        window = min(self.window, keep)
         recent = torch.arange(view.entries, device=there.device) >= view.entries - window
         open_ = there & ~recent
         worth = self._worth(view).masked_fill(~open_, float("-inf"))
         even, heads = keep - window, worth.shape[1]
-        share = self.number("floor")
+        share = self.floor
         have = open_.sum(-1)
         best = _best(worth.flatten(1), heads * even).view_as(worth)
         caps = ((100 - share) * best.sum(-1) + share * even) // 100

@@ -7,12 +7,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from kvbench.methods.base import Option
-from kvbench.methods.policies.policy import Policy, View
+from kvbench.methods.options import option
+from kvbench.methods.policies.policy import CachePolicy, LayerView, Needs
 
 
 @dataclass(frozen=True)
-class Cascading(Policy):
+class Cascading(CachePolicy):
     """Holds the first ``sinks`` entries and a chain of ``caches``, kept(N, r) together, a constant number.
 
     The newest sub-cache takes every token. What falls out of one is offered to the next, and sub-cache i takes what
@@ -27,34 +27,33 @@ class Cascading(Policy):
     summary = "the 4 first entries and sub-caches that let through ever fewer tokens, by attention"
     paper = "arXiv 2406.17808"
     position_rule = "cache"
-    sums = True
-    decay = 0.9999
-    known = Policy.known | {
-        "sinks": Option("4"), "caches": Option("4", least=1, most=16),
-        "positions": Option("cache", ("cache", "absolute")),
-    }
+    needs = Needs(attention=True, decay=0.9999)
+
+    sinks: int = option(4, "first entries that stay")
+    caches: int = option(4, "sub-caches", least=1, most=16)
+    positions: str = option("cache", "where keys are taken to be", choices=("cache", "absolute"))
 
     @property
     def minimum(self) -> int:
-        return self.sinks + self.number("caches")
+        return self.sinks + self.caches
 
     @property
-    def turned(self) -> int:
-        return 1 << 40 if self.option("positions") == "cache" else 0
+    def rerotated(self) -> int:
+        return 1 << 40 if self.positions == "cache" else 0
 
     def budget(self, read: int, total: int, layer: int, layers: int) -> int:
         return self.constant(total)
 
-    def chosen(self, view: View, keep: int) -> Tensor:
+    def chosen(self, view: LayerView, keep: int) -> Tensor:
         alive = torch.arange(view.entries, device=view.keys.device).expand(view.keys.shape[:3])
         late = view.entries - keep
         for push in range(view.read - late - keep, view.read - keep):
-            alive = _without(alive, self._dropped(alive, view.sums, push + 1, keep))
+            alive = _without(alive, self._dropped(alive, view.attention_sums, push + 1, keep))
         return alive
 
     def _dropped(self, alive: Tensor, sums: Tensor, push: int, keep: int) -> Tensor:
         """The place ``[batch, heads, 1]`` in ``alive`` of the entry that a new token, the ``push``-th, pushes out."""
-        sinks, caches = self.sinks, self.number("caches")
+        sinks, caches = self.sinks, self.caches
         taking = min(caches, (push & -push).bit_length())  # sub-caches that take a token now, the newest first
         if taking == caches:
             return alive.new_full((*alive.shape[:2], 1), sinks)

@@ -7,13 +7,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from kvbench.methods.base import Option
-from kvbench.methods.policies.policy import Policy, View, protect_first
+from kvbench.methods.options import option
+from kvbench.methods.policies.policy import CachePolicy, LayerView, Needs, protect_first
 from kvbench.models.rope import rotated
 
 
 @dataclass(frozen=True)
-class ExpectedAttention(Policy):
+class ExpectedAttention(CachePolicy):
     """Holds the entries that normal queries with the mean and covariance of those so far would attend most.
 
     Queries are averaged before they are rotated, from the ``sinks`` first tokens on, which stay; the mean is turned
@@ -26,12 +26,14 @@ class ExpectedAttention(Policy):
     name = "expected-attention"
     summary = "the entries that queries like those so far are expected to attend most"
     paper = "arXiv 2510.00636"
-    takes_moments = True
-    known = Policy.known | {"sinks": Option("4", least=1), "future": Option("512", least=1)}
+    needs = Needs(moments=True)
 
-    def scores(self, view: View) -> Tensor:
+    sinks: int = option(4, "first entries that stay, and are not averaged over", least=1)
+    future: int = option(512, "places ahead that rotations are averaged over", least=1)
+
+    def scores(self, view: LayerView) -> Tensor:
         norms = view.values.float().norm(dim=-1)
-        if view.moments is None or view.moments[0] == 0:  # nothing has been read behind the sinks
+        if view.query_moments is None or view.query_moments[0] == 0:  # nothing has been read behind the sinks
             return protect_first(norms, view.positions, self.sinks)
         mean, covariance = self._turned(view)
         batch, heads, _, width = view.keys.shape
@@ -44,16 +46,16 @@ class ExpectedAttention(Policy):
         expected = logits.masked_fill(first, float("-inf")).softmax(-1).mean(2)
         return protect_first(expected * norms, view.positions, self.sinks)
 
-    def _turned(self, view: View) -> tuple[Tensor, Tensor]:
+    def _turned(self, view: LayerView) -> tuple[Tensor, Tensor]:
         """Mean ``[batch, query heads, width]`` and covariance of the queries, at the average of the coming places."""
-        assert view.moments is not None
-        count, total, squares = view.moments
+        assert view.query_moments is not None
+        count, total, squares = view.query_moments
         mean = total / count
         covariance = squares / count - mean[..., :, None] * mean[..., None, :]
-        if view.speeds is None:
+        if view.inv_freq is None:
             return mean, covariance
-        places = torch.arange(view.read, view.read + self.number("future"), device=mean.device)
-        angles = places[:, None] * view.speeds.to(mean.device)
+        places = torch.arange(view.read, view.read + self.future, device=mean.device)
+        angles = places[:, None] * view.inv_freq.to(mean.device)
         cosine, sine = angles.cos().mean(0), angles.sin().mean(0)
         turned = rotated(rotated(covariance, cosine, sine).transpose(-1, -2), cosine, sine)
         return rotated(mean, cosine, sine), turned

@@ -6,11 +6,11 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from kvbench.methods.policies.policy import Policy, View, protect_last
+from kvbench.methods.policies.policy import CachePolicy, LayerView, Needs, protect_last
 
 
 @dataclass(frozen=True)
-class H2o(Policy):
+class H2O(CachePolicy):
     """Holds the entries with the most attention, summed over all queries so far, and as many recent ones.
 
     Each is half of the budget. Sums are those of the query heads of each head together, and are not divided by how
@@ -20,11 +20,11 @@ class H2o(Policy):
     name = "h2o"
     summary = "the entries with the most attention so far, and as many recent ones"
     paper = "arXiv 2306.14048"
-    sums = True
+    needs = Needs(attention=True)
 
     def recent(self, read: int) -> int:
         """Recent entries that stay."""
         return self.held_after(read) // 2
 
-    def scores(self, view: View) -> Tensor:
-        return protect_last(view.sums, self.recent(view.read))
+    def scores(self, view: LayerView) -> Tensor:
+        return protect_last(view.attention_sums, self.recent(view.read))

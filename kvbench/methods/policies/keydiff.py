@@ -7,11 +7,11 @@ from dataclasses import dataclass
 from torch import Tensor
 from torch.nn import functional
 
-from kvbench.methods.policies.policy import Policy, View
+from kvbench.methods.policies.policy import CachePolicy, LayerView
 
 
 @dataclass(frozen=True)
-class KeyDiff(Policy):
+class KeyDiff(CachePolicy):
     """Holds the entries whose keys are least like the mean of all normalised keys of their head.
 
     ``prefill=blocks`` removes after every ``step`` tokens of a prefix, which is what the method was designed for; by
@@ -22,7 +22,7 @@ class KeyDiff(Policy):
     summary = "the entries whose keys are least like the mean key"
     paper = "arXiv 2504.15364"
 
-    def scores(self, view: View) -> Tensor:
+    def scores(self, view: LayerView) -> Tensor:
         keys = view.keys.float()
         anchor = functional.normalize(keys, dim=-1).mean(-2, keepdim=True)
         return -functional.cosine_similarity(keys, anchor, dim=-1)

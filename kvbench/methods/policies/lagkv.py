@@ -7,12 +7,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from kvbench.methods.base import Option
-from kvbench.methods.policies.policy import Policy, View
+from kvbench.methods.options import option
+from kvbench.methods.policies.policy import CachePolicy, LayerView
 
 
 @dataclass(frozen=True)
-class LagKv(Policy):
+class LagKV(CachePolicy):
     """Windows of ``lag`` entries after the ``sinks``; each is scored against the next one.
 
     Keys and values are scaled, channel by channel, by the least and the greatest of the next window; an entry's
@@ -25,10 +25,12 @@ class LagKv(Policy):
     name = "lagkv"
     summary = "the entries that stand out against the next window of keys and values"
     paper = "arXiv 2504.04704"
-    known = Policy.known | {"sinks": Option("4"), "lag": Option("32", least=2)}
 
-    def scores(self, view: View) -> Tensor:
-        sinks, lag, n = self.sinks, self.number("lag"), view.entries
+    sinks: int = option(4, "first entries that stay")
+    lag: int = option(32, "entries of a window", least=2)
+
+    def scores(self, view: LayerView) -> Tensor:
+        sinks, lag, n = self.sinks, self.lag, view.entries
         windows = max(0, n - sinks) // lag
         recent = torch.arange(n, device=view.keys.device).float()
         scores = (2 + recent).expand(view.keys.shape[:3]).clone()  # beyond all ranks; the later the more

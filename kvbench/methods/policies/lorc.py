@@ -7,12 +7,13 @@ from dataclasses import dataclass
 
 from torch import nn
 
+from kvbench.methods.base import Effect
 from kvbench.methods.policies.low_rank import columns_of, low_rank
-from kvbench.methods.policies.policy import Policy
+from kvbench.methods.policies.policy import CachePolicy
 
 
 @dataclass(frozen=True)
-class Lorc(Policy):
+class LoRC(CachePolicy):
     """Computes keys and values by weights of low rank, so that a cache could hold fewer numbers per entry.
 
     The ratio is what such a cache would remove: of the d numbers of all heads it would hold kept(d, r), the rank.
@@ -25,8 +26,8 @@ class Lorc(Policy):
     summary = "keys and values by weights of low, uniform rank: the quality of it, nothing is removed yet"
     note = "uniform rank"
     paper = "arXiv 2410.03111"
-    takes_budget = ()
-    removes = False
+    budgets = ("ratio",)
+    effect = Effect.COMPUTES_LESS
 
     def budget(self, read: int, total: int, layer: int, layers: int) -> int:
         return read

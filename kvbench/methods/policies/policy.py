@@ -8,53 +8,55 @@ half precision ties decide the set. Entries are attended first and removed after
 from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from kvbench.errors import UserError
-from kvbench.methods.base import Method, Option, kept, ratio_text
+from kvbench.methods.base import Effect, Method
+from kvbench.methods.budget import kept, ratio_text
+from kvbench.methods.options import option
 
 if TYPE_CHECKING:
-    from kvbench.cache.stored import Packed
+    from kvbench.cache.stored import StoredEntries
 
 
-@dataclass(frozen=True)
-class View:
+@dataclass(frozen=True, kw_only=True)
+class LayerView:
     """A layer when something has to be removed from it.
 
     Attributes:
         keys, values: ``[batch, heads, entries, width]``; keys as they are cached, rotated to their places.
         positions: int64 ``[batch, heads, entries]``, ascending; -1 in front where a head has fewer than another.
-        sums: float32 ``[batch, heads, entries]``: attention received so far, summed over queries and over the
-            query heads of each head; zero unless the policy sums.
-        queries: the last ``Policy.looks_at`` queries ``[batch, query heads, w, width]``, rotated; None if that is 0.
+        attention_sums: float32 ``[batch, heads, entries]``: attention received so far, summed over queries and over
+            the query heads of each head; zero unless the policy needs it.
+        queries: the last ``CachePolicy.window`` queries ``[batch, query heads, w, width]``, rotated; None if that is 0.
         scaling: of the attention's logits.
         read: text tokens read so far.
         layer, layers: which of how many.
-        lots: int64 ``[batch]``, a number of each row that depends on its text only, for policies that draw.
+        row_seeds: int64 ``[batch]``, a seed of each row that depends on its text only, for policies that draw.
         seed: of the run.
-        moments: of the queries so far, before they were rotated, if the policy takes them: how many, their sum
+        query_moments: of the queries so far, before they were rotated, if the policy takes them: how many, their sum
             ``[batch, query heads, width]`` and the sum of their outer products.
-        speeds: angle per position of each pair of coordinates, where the policy needs it and keys are rotated.
-        carried: what :meth:`Policy.merged` handed on when entries were last removed from this layer; None before.
+        inv_freq: angle per position of each pair of coordinates, where the policy needs it and keys are rotated.
+        carried: what :meth:`CachePolicy.merged` handed on when entries were last removed from this layer; None before.
     """
 
     keys: Tensor
     values: Tensor
     positions: Tensor
-    sums: Tensor
+    attention_sums: Tensor
     queries: Tensor | None
     scaling: float
     read: int
     layer: int
     layers: int
-    lots: Tensor
+    row_seeds: Tensor
     seed: int
-    moments: tuple[int, Tensor, Tensor] | None = None
-    speeds: Tensor | None = None
+    query_moments: tuple[int, Tensor, Tensor] | None = None
+    inv_freq: Tensor | None = None
     carried: Tensor | None = None
 
     @property
@@ -80,7 +82,7 @@ class Merged(NamedTuple):
 
     Attributes:
         keys, values: ``[batch, heads, entries, width]``, of those that go as well.
-        carried: ``[batch, ...]``, handed on to the next removal from the layer (``View.carried``); None for nothing.
+        carried: ``[batch, ...]``, handed on to the next removal from the layer; None for nothing.
     """
 
     keys: Tensor
@@ -88,28 +90,40 @@ class Merged(NamedTuple):
     carried: Tensor | None = None
 
 
-class Policy(Method):
+class Needs(NamedTuple):
+    """What a policy has to be shown, besides keys, values and its ``window`` of last queries.
+
+    Attributes:
+        attention: the attention of all queries, summed; ``decay``: what is left of it after each further query.
+        moments: mean and covariance of the queries.
+    """
+
+    attention: bool = False
+    decay: float = 1.0
+    moments: bool = False
+
+
+@dataclass(frozen=True)
+class CachePolicy(Method):
     """A method that scores entries.
 
     Attributes:
-        window: queries that it looks at, unless it has an option of that name.
-        sums: whether attention is summed over all queries; ``decay``: what is left of it after each further one.
-        takes_moments: whether queries are averaged.
+        needs: what it is to be shown.
         shares_heads: all heads of a layer keep the same entries.
-        keeps_all: what is not chosen stays, unattended until the next look at everything.
-        packs: nothing is removed, and older entries are stored in another form.
+        step, prefill: options of every policy.
+        window: last queries that it is shown; ``sinks``: first tokens of the text that stay. Options, where a policy
+            makes them one.
     """
 
-    window: ClassVar[int] = 0
-    sums: ClassVar[bool] = False
-    decay: ClassVar[float] = 1.0
-    takes_moments: ClassVar[bool] = False
+    needs: ClassVar[Needs] = Needs()
     shares_heads: ClassVar[bool] = False
-    keeps_all: ClassVar[bool] = False
-    packs: ClassVar[bool] = False
-    known: ClassVar[dict[str, Option]] = {
-        "step": Option("16", least=1), "prefill": Option("once", ("once", "blocks")),
-    }
+
+    step: int = option(16, "tokens that are read or written between two removals", least=1)
+    prefill: str = option(
+        "once", "whether a context is compressed when it has been read, or after every step", choices=("once", "blocks")
+    )
+    window: int = field(default=0, kw_only=True)
+    sinks: int = field(default=0, kw_only=True)
 
     def check(self, longest: int, in_chunks: bool) -> None:
         if in_chunks:
@@ -120,23 +134,29 @@ class Policy(Method):
 
     def check_kept(self, n: int) -> None:
         """More sinks than by default need room: they are held whatever the ratio, which would not be met."""
-        if "sinks" in self.known and self.sinks > int(self.known["sinks"].default):
+        sinks = self.options().get("sinks")
+        if sinks is not None and self.sinks > int(sinks.default):
             check_room(self, n, "sinks", "the ratio would not be met")
 
     @property
-    def turned(self) -> int:
-        """Of the first entries, how many are read at their place in the cache instead of that in the text."""
+    def rerotated(self) -> int:
+        """How many of the first keys are re-rotated to their index in the cache (StreamingLLM)."""
         return 0
 
     @property
-    def looks_at(self) -> int:
-        """Queries that have to be kept for it."""
-        return self.number("window") if "window" in self.known else self.window
+    def packs(self) -> bool:
+        """Whether nothing is removed, and older entries are stored in another form."""
+        return self.effect is Effect.PACKS
 
     @property
-    def sinks(self) -> int:
-        """First tokens of the text that stay."""
-        return self.number("sinks") if "sinks" in self.known else 0
+    def keeps_all(self) -> bool:
+        """Whether what is not chosen stays, unattended until the next step with full attention."""
+        return self.effect is Effect.ATTENDS_LESS
+
+    @property
+    def observes(self) -> bool:
+        """Whether it has to be shown queries."""
+        return bool(self.window or self.needs.attention or self.needs.moments)
 
     @property
     def minimum(self) -> int:
@@ -163,39 +183,39 @@ class Policy(Method):
 
     def run_length(self, read: int) -> int:
         """How many tokens are fed at a time where entries are removed on the way."""
-        return self.number("step")
+        return self.step
 
     def is_due(self, read: int, since: int) -> bool:
         """Whether entries are removed now, ``since`` tokens after the last time."""
-        return since >= self.number("step")
+        return since >= self.step
 
-    def looks(self, read: int) -> bool:
-        """Whether the coming tokens attend all entries, where others attend a few."""
+    def is_full_step(self, read: int) -> bool:
+        """Whether the next step uses full attention (RefreshKV)."""
         return False
 
     def follows(self, layer: int) -> int:
         """The layer whose choice this one takes over; itself if it makes its own."""
         return layer
 
-    def scores(self, view: View) -> Tensor:
+    def scores(self, view: LayerView) -> Tensor:
         """float ``[batch, heads, entries]``: how much each entry is worth keeping; infinite for what must stay.
 
         By default the later is worth more, behind the sinks.
         """
         return protect_first(view.positions.float(), view.positions, self.sinks)
 
-    def chosen(self, view: View, keep: int) -> Tensor:
+    def chosen(self, view: LayerView, keep: int) -> Tensor:
         """int64 ``[batch, heads, keep]``, ascending: the entries that stay."""
         scores = self.scores(view).float()
         if self.shares_heads:
             scores = scores.mean(1, keepdim=True).expand_as(scores)
         return highest(scores, keep)
 
-    def merged(self, view: View, entries: Tensor) -> Merged:
+    def merged(self, view: LayerView, entries: Tensor) -> Merged:
         """All entries, with what is lost in the others added to ``entries``, if anything is."""
         return Merged(view.keys, view.values)
 
-    def packed(self, view: View, earlier: tuple[Packed, ...]) -> tuple[Packed, int] | None:
+    def pack(self, view: LayerView, earlier: tuple[StoredEntries, ...]) -> tuple[StoredEntries, int] | None:
         """The first entries in another form, and how many they are; None if there are none to pack yet.
 
         Args:
@@ -228,7 +248,7 @@ def protect_first(scores: Tensor, positions: Tensor, count: int) -> Tensor:
     return scores.masked_fill(positions < count, float("inf"))
 
 
-def check_room(policy: Policy, n: int, option: str, otherwise: str) -> None:
+def check_room(policy: CachePolicy, n: int, name: str, otherwise: str) -> None:
     """See that what is kept of ``n`` entries has room for what an option protects, and for one more.
 
     Raises:
@@ -236,19 +256,24 @@ def check_room(policy: Policy, n: int, option: str, otherwise: str) -> None:
     """
     left, needed = kept(n, policy.ratio), policy.minimum
     if left < min(n, needed):
-        most = left - (needed - policy.number(option))
+        most = left - (needed - getattr(policy, name))
         raise UserError(
             f"{policy.name} at ratio {ratio_text(policy.ratio)} keeps {left} of {n} entries, below the {needed} that "
             f"it needs: {otherwise}.",
-            f"Give a smaller --ratio, or --set {option}={most}." if most > 0 else "Give a smaller --ratio.",
+            f"Give a smaller --ratio, or --set {name}={most}." if most > 0 else "Give a smaller --ratio.",
         )
 
 
-def check_kernel(policy: Policy) -> None:
+def check_kernel(kernel: int) -> None:
     """See that smoothing has a middle.
 
     Raises:
         UserError: it spans an even number of places.
     """
-    if policy.number("kernel") % 2 == 0:
-        raise UserError(f"--set kernel={policy.option('kernel')} has no middle.", "Give an odd number of places.")
+    if kernel % 2 == 0:
+        raise UserError(f"--set kernel={kernel} has no middle.", "Give an odd number of places.")
+
+
+def lost(view: LayerView, entries: Tensor) -> Tensor:
+    """bool ``[batch, heads, entries]``: what does not stay."""
+    return torch.ones_like(view.positions, dtype=torch.bool).scatter_(-1, entries, False)

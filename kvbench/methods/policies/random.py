@@ -7,14 +7,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from kvbench.methods.base import Option
-from kvbench.methods.policies.policy import Policy, View, protect_first
+from kvbench.methods.options import option
+from kvbench.methods.policies.policy import CachePolicy, LayerView, protect_first
 
 _STEP, _MIX, _MORE = (x - (1 << 64) for x in (0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB))
 
 
 @dataclass(frozen=True)
-class Random(Policy):
+class Random(CachePolicy):
     """Holds the first ``sinks`` entries and those of the others that drew the highest numbers.
 
     Sinks are protected since a model may rest on them, so that a choice without them would be no control of choices
@@ -25,16 +25,17 @@ class Random(Policy):
 
     name = "random"
     summary = "the 4 first entries, and those that drew the highest numbers: the control of every policy"
-    known = Policy.known | {"sinks": Option("4")}
 
-    def scores(self, view: View) -> Tensor:
+    sinks: int = option(4, "first entries that stay")
+
+    def scores(self, view: LayerView) -> Tensor:
         return protect_first(drawn(view), view.positions, self.sinks)
 
 
-def drawn(view: View) -> Tensor:
+def drawn(view: LayerView) -> Tensor:
     """float32 ``[batch, heads, entries]`` in [0, 1): a number of each entry, the same whenever it is asked for."""
     heads = torch.arange(view.keys.shape[1], device=view.keys.device)
-    state = _hashed(view.lots[:, None, None] * 1009 + view.seed)
+    state = _hashed(view.row_seeds[:, None, None] * 1009 + view.seed)
     state = _hashed(state + (view.layer * 1024 + heads)[None, :, None])
     return _shifted(_hashed(state + view.positions), 40).float() / (1 << 24)  # 24 bits, which float32 holds exactly
 

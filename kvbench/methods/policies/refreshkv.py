@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from torch import Tensor
 from torch.nn import functional
 
-from kvbench.methods.base import Option
-from kvbench.methods.policies.policy import Policy, View, check_kernel, protect_last
+from kvbench.methods.base import Effect
+from kvbench.methods.options import option
+from kvbench.methods.policies.policy import CachePolicy, LayerView, check_kernel, protect_last
 
 
 @dataclass(frozen=True)
-class RefreshKv(Policy):
+class RefreshKV(CachePolicy):
     """Attends kept(n, r) entries and those since, chosen by every ``step``-th token, which attends all of them.
 
     The choice is by the attention of that token, averaged over the query heads of each head and smoothed over
@@ -25,28 +26,27 @@ class RefreshKv(Policy):
     summary = "all entries; few are attended, chosen anew by a look at all: saves time, no memory"
     paper = "arXiv 2411.05787"
     version = 2
-    window = 1
-    takes_budget = ("tokens",)
-    keeps_all = True
-    removes = False
-    known = Policy.known | {"kernel": Option("5", least=1)}
+    budgets = ("ratio", "tokens")
+    effect = Effect.ATTENDS_LESS
+
+    window: int = field(default=1, kw_only=True)
+    kernel: int = option(5, "places that attention is smoothed over", least=1)
 
     def check(self, longest: int, in_chunks: bool) -> None:
         super().check(longest, in_chunks)
-        check_kernel(self)
+        check_kernel(self.kernel)
 
     def run_length(self, read: int) -> int:
-        step = self.number("step")
-        return 1 if self.looks(read) else step - read % step
+        return 1 if self.is_full_step(read) else self.step - read % self.step
 
     def is_due(self, read: int, since: int) -> bool:
-        return self.looks(read - 1)
+        return self.is_full_step(read - 1)
 
-    def looks(self, read: int) -> bool:
-        return read % self.number("step") == 0
+    def is_full_step(self, read: int) -> bool:
+        return read % self.step == 0
 
-    def scores(self, view: View) -> Tensor:
-        kernel = self.number("kernel")
+    def scores(self, view: LayerView) -> Tensor:
+        kernel = self.kernel
         worth = view.attention(1)[:, :, :, 0].mean(2)
         smooth = functional.avg_pool1d(worth, kernel, stride=1, padding=kernel // 2)[..., : view.entries]
         return protect_last(smooth, 1)

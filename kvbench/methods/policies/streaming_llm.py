@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from kvbench.methods.base import Option
-from kvbench.methods.policies.policy import Policy
+from kvbench.methods.options import option
+from kvbench.methods.policies.policy import CachePolicy
 
 
 @dataclass(frozen=True)
-class StreamingLlm(Policy):
+class StreamingLLM(CachePolicy):
     """Holds the first ``sinks`` entries and the most recent, kept(N, r) together, a constant number.
 
     Keys are rotated to their place in the cache, as published; ``positions=absolute`` leaves them at their place in
@@ -20,11 +20,13 @@ class StreamingLlm(Policy):
     summary = "the 4 first entries and a window, kept(N, r) together, positions counted in the cache"
     paper = "arXiv 2309.17453"
     position_rule = "cache"
-    known = Policy.known | {"sinks": Option("4", least=1), "positions": Option("cache", ("cache", "absolute"))}
+
+    sinks: int = option(4, "first entries that stay", least=1)
+    positions: str = option("cache", "where keys are taken to be", choices=("cache", "absolute"))
 
     @property
-    def turned(self) -> int:
-        return self.sinks if self.option("positions") == "cache" else 0
+    def rerotated(self) -> int:
+        return self.sinks if self.positions == "cache" else 0
 
     def budget(self, read: int, total: int, layer: int, layers: int) -> int:
         return self.constant(total)

@@ -5,17 +5,20 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from fractions import Fraction
 from math import ceil
+from typing import Self
 
 from kvbench.cache.pruned_channels import Thinned
 from kvbench.cache.shape import CacheShape
-from kvbench.cache.stored import Packed
+from kvbench.cache.stored import StoredEntries
 from kvbench.errors import UserError
-from kvbench.methods.base import Option, ratio_text
-from kvbench.methods.policies.policy import Policy, View, highest
+from kvbench.methods.base import Effect
+from kvbench.methods.budget import ratio_text
+from kvbench.methods.options import option
+from kvbench.methods.policies.policy import CachePolicy, LayerView, highest
 
 
 @dataclass(frozen=True)
-class Think(Policy):
+class ThinK(CachePolicy):
     """Removes channels of the keys, each head its own: those with the least energy in the last queries and the keys.
 
     The ratio is that of the bytes of the whole cache, so that 0.25 removes about half of the channels of the keys.
@@ -29,12 +32,13 @@ class Think(Policy):
     name = "think"
     summary = "all entries, without the channels of keys that queries use least"
     paper = "arXiv 2407.21018"
-    takes_budget = ("bytes",)
-    packs = True
-    known = Policy.known | {
-        "window": Option("32", least=1), "recent": Option("32"), "group": Option("32", least=1),
-        "channels": Option("0"),
-    }
+    budgets = ("ratio", "bytes")
+    effect = Effect.PACKS
+
+    window: int = option(32, "last queries that channels are weighed by", least=1)
+    recent: int = option(32, "most recent entries that stay whole")
+    group: int = option(32, "least entries that lose channels together", least=1)
+    channels: int = option(0, "channels that each key keeps; 0: as the ratio says")
 
     def check(self, longest: int, in_chunks: bool) -> None:
         super().check(longest, in_chunks)
@@ -49,10 +53,10 @@ class Think(Policy):
         """2 under a budget in bytes, which is held since; by the ratio nothing has changed."""
         return 2 if self.budget_bytes else 1
 
-    def packed(self, view: View, earlier: tuple[Packed, ...]) -> tuple[Packed, int] | None:
-        count, width = view.entries - self.number("recent"), view.keys.shape[-1]
-        left = self.number("channels") or self._left(view.read, width)
-        if count < self.number("group") or left >= width:
+    def pack(self, view: LayerView, earlier: tuple[StoredEntries, ...]) -> tuple[StoredEntries, int] | None:
+        count, width = view.entries - self.recent, view.keys.shape[-1]
+        left = self.channels or self._left(view.read, width)
+        if count < self.group or left >= width:
             return None
         assert view.queries is not None, "it looks at queries"
         keys, values = (t[:, :, :count] for t in (view.keys, view.values))
@@ -61,27 +65,27 @@ class Think(Policy):
         energy = used * keys.float().square().mean(2)
         return Thinned.of(keys, values, highest(energy, left)), count
 
-    def fitted(self, n: int, shape: CacheShape) -> Think:
+    def fitted(self, n: int, shape: CacheShape) -> Self:
         if len(shape.widths) > 1:
             raise UserError(
                 "think takes keys to be half of the cache, and this model's keys and values have "
                 f"{' and '.join(map(str, sorted(shape.widths)))} numbers.", "Use another method.",
             )
-        asked, old = replace(self, ratio=self.ratio_of_bytes(n, shape), budget_bytes=0), n - self.number("recent")
+        asked, old = replace(self, ratio=self.ratio_of_bytes(n, shape), budget_bytes=0), n - self.recent
         one = Fraction(old, min(shape.widths)) if self.budget_bytes else 0  # the channel that has to stay
-        if not self.number("channels") and (asked.ratio * n * 2 >= max(0, old) or asked.ratio * n * 2 > old - one):
+        if not self.channels and (asked.ratio * n * 2 >= max(0, old) or asked.ratio * n * 2 > old - one):
             raise UserError(
                 f"think cannot remove {float(asked.ratio):.3g} of the bytes of {n} entries: "
-                f"{self.number('recent')} of them stay whole, and keys are half of the others.",
+                f"{self.recent} of them stay whole, and keys are half of the others.",
                 "Ask for less, or use a smaller --set recent=.",
             )
-        given = self.number("channels") or asked._left(n, min(shape.widths), at_most=self.budget_bytes > 0)
-        return replace(asked, options={**self.options, "channels": str(given)})
+        given = self.channels or asked._left(n, min(shape.widths), at_most=self.budget_bytes > 0)
+        return replace(asked, channels=given)
 
     def _left(self, n: int, width: int, at_most: bool = False) -> int:
         """Channels that the keys of older entries keep, so that the bytes of the whole cache are met: as near as they
         come, or no more of them, where bytes are a budget."""
-        old = n - self.number("recent")
+        old = n - self.recent
         if old <= 0:
             return width
         exact = 2 * width * self.ratio * n / old

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from torch import Tensor
 
-from kvbench.methods.policies.policy import Policy, View
+from kvbench.methods.policies.policy import CachePolicy, LayerView
 
 
 @dataclass(frozen=True)
-class Tova(Policy):
+class TOVA(CachePolicy):
     """Holds the entries that the last query attends most, averaged over all heads: the same set for all of them.
 
     No sinks and no window are protected; the newest entry stays by its own weight, or does not.
@@ -19,8 +19,9 @@ class Tova(Policy):
     name = "tova"
     summary = "the entries that the last query attends most, over all heads"
     paper = "arXiv 2401.06104"
-    window = 1
     shares_heads = True
 
-    def scores(self, view: View) -> Tensor:
+    window: int = field(default=1, kw_only=True)
+
+    def scores(self, view: LayerView) -> Tensor:
         return view.attention(1)[:, :, :, 0].mean(2)

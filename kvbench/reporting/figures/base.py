@@ -139,7 +139,7 @@ def log_scale(panel: Axes, values: Sequence[float | None]) -> None:
 
 
 def methods_of(rows: Sequence[Row], without: Sequence[str] = ()) -> list[str]:
-    return [m for m in dict.fromkeys(r.method for r in rows) if m not in without]
+    return [m for m in dict.fromkeys(r.name for r in rows) if m not in without]
 
 
 def removal_figure(rows: list[Row], metric: str, folder: Path, metric_label: str) -> list[Path]:
@@ -152,11 +152,11 @@ def removal_figure(rows: list[Row], metric: str, folder: Path, metric_label: str
 
     def panel(place: Axes, mine: list[Row]) -> None:
         for method in methods_of(mine, _LINES):
-            points = sorted((r for r in mine if r.method == method), key=lambda r: r.ratio_mean or 0.0)
+            points = sorted((r for r in mine if r.name == method), key=lambda r: r.ratio_mean or 0.0)
             curve(place, method, [r.ratio_mean or 0.0 for r in points], points)
         for name in _LINES:
             line = {k: v for k, v in style_of(name).items() if k in ("color", "linestyle")}
-            for row in (r for r in mine if r.method == name):
+            for row in (r for r in mine if r.name == name):
                 place.axhline(row.value or 0.0, linewidth=1, label=name, **line)
         if metric != "accuracy":
             log_scale(place, [r.value for r in mine])

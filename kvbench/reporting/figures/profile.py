@@ -73,7 +73,7 @@ def _predicted(rows: list[Row], folder: Path) -> list[Path]:
     """Speed-up measured against the one that bytes predict."""
     chosen = [
         r for r in rows
-        if r.metric in ("decode_speedup", "decode_speedup_predicted") and not r.method.startswith("full")
+        if r.metric in ("decode_speedup", "decode_speedup_predicted") and not r.name.startswith("full")
     ]
 
     def panel(place: Axes, mine: list[Row]) -> None:
@@ -104,7 +104,7 @@ def _cost(rows: list[Row], folder: Path) -> list[Path]:
     if len({r.params["seq_len"] for r in chosen}) < 3:
         return []
     batch = max(r.params["batch_size"] for r in chosen)
-    chosen = [r for r in chosen if r.params["batch_size"] == batch and r.method not in ("full-again",)]
+    chosen = [r for r in chosen if r.params["batch_size"] == batch and r.name not in ("full-again",)]
 
     def over(what: str, label: str, name: str) -> list[Path]:
         def panel(place: Axes, mine: list[Row]) -> None:
@@ -128,7 +128,7 @@ def _cost(rows: list[Row], folder: Path) -> list[Path]:
 
 
 def _key(row: Row) -> tuple[str, float | None]:
-    return row.method, row.ratio_asked
+    return row.name, row.ratio_asked
 
 
 def _keys(rows: list[Row]) -> list[tuple[str, float | None]]:

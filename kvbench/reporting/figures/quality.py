@@ -37,7 +37,7 @@ def asked_figures(rows: list[Row], folder: Path) -> list[Path]:
 
 def _by_ratio(place: Axes, rows: list[Row], values: list[float | None]) -> None:
     for method in methods_of(rows):
-        mine = [(r.ratio_asked or 0.0, v) for r, v in zip(rows, values, strict=True) if r.method == method]
+        mine = [(r.ratio_asked or 0.0, v) for r, v in zip(rows, values, strict=True) if r.name == method]
         points = sorted((x, v) for x, v in mine if v is not None)
         place.plot([x for x, _ in points], [y for _, y in points], **style_of(method))
     place.set_xlabel("share of entries removed: asked")
@@ -56,8 +56,8 @@ def memory_figure(rows: list[Row], folder: Path) -> list[Path]:
     chosen = [r for r in rows if r.metric == "ppl" and r.params.get("step") is not None and r.value is not None]
 
     def panel(place: Axes, mine: list[Row]) -> None:
-        for key in dict.fromkeys((r.method, r.ratio_asked) for r in mine):
-            points = sorted((r for r in mine if (r.method, r.ratio_asked) == key), key=lambda r: r.params["step"])
+        for key in dict.fromkeys((r.name, r.ratio_asked) for r in mine):
+            points = sorted((r for r in mine if (r.name, r.ratio_asked) == key), key=lambda r: r.params["step"])
             peak = [r.params["entries_peak_mean"] * r.params["entry_bytes"] / 2**20 for r in points]
             y = [r.value or 0.0 for r in points]
             ends = [(r.ci_low or v, r.ci_high or v) for r, v in zip(points, y, strict=True)]
@@ -87,8 +87,8 @@ def position_figure(rows: list[Row], folder: Path) -> list[Path]:
 
     def panel(place: Axes, mine: list[Row]) -> None:
         for method in methods_of(mine):
-            most = max((r.ratio_asked or 0.0 for r in mine if r.method == method), default=0.0)
-            points = [r for r in mine if r.method == method and (r.ratio_asked or 0.0) == most]
+            most = max((r.ratio_asked or 0.0 for r in mine if r.name == method), default=0.0)
+            points = [r for r in mine if r.name == method and (r.ratio_asked or 0.0) == most]
             x = [max(1, int(str(r.params["bin"]).removeprefix("position="))) for r in points]
             label = method if points[0].ratio_asked is None else f"{method} {most:g}"
             curve(place, method, [float(v) for v in x], [_as_delta(r) for r in points], label=label)
@@ -124,11 +124,11 @@ def pareto_figure(rows: list[Row], folder: Path) -> list[Path]:
     by_recall = {r.task for r in whole if r.metric == "answer_nll"}
     compared = [r for r in whole if r.metric == ("accuracy" if r.task in by_recall else "ppl") and full.get(_cell(r))]
     compared = [r if r.metric == "accuracy" else _as_delta(r) for r in compared
-                if r.metric == "accuracy" or r.delta is not None or r.method == "full"]
+                if r.metric == "accuracy" or r.delta is not None or r.name == "full"]
     floors = {
-        _cell(r)[:4]: r.value for r in compared if r.method == "none" and r.metric == "ppl" and (r.value or 0.0) > 0
+        _cell(r)[:4]: r.value for r in compared if r.name == "none" and r.metric == "ppl" and (r.value or 0.0) > 0
     }
-    chosen = [r for r in compared if kept.get(_cell(r)) and r.method != "none"]
+    chosen = [r for r in compared if kept.get(_cell(r)) and r.name != "none"]
 
     def panel(place: Axes, mine: list[Row]) -> None:
         best = max if mine[0].metric == "accuracy" else min
@@ -141,16 +141,16 @@ def pareto_figure(rows: list[Row], folder: Path) -> list[Path]:
         place.step([x for x, _ in ends], [y for _, y in ends], where="post", color="0.6", linewidth=5, alpha=0.4,
                    label="front", zorder=0)
         methods = methods_of(mine)
-        leading = {r.method for r in mine if (100 * kept[_cell(r)] / full[_cell(r)], r.value or 0.0) in front}
+        leading = {r.name for r in mine if (100 * kept[_cell(r)] / full[_cell(r)], r.value or 0.0) in front}
         for method in methods:
-            own = sorted((r for r in mine if r.method == method), key=lambda r: kept[_cell(r)])
+            own = sorted((r for r in mine if r.name == method), key=lambda r: kept[_cell(r)])
             shares = [100 * kept[_cell(r)] / full[_cell(r)] for r in own]
             if len(methods) <= MANY or method in leading or method == "full":
                 curve(place, method, shares, own)
             else:
                 place.plot(shares, [r.value or 0.0 for r in own], **style_of(method) | _BEHIND)
         top = 1.25 * (floors.get(_cell(mine[0])[:4]) or float("inf"))
-        beyond = sorted({r.method for r in mine if (r.value or 0.0) > top})
+        beyond = sorted({r.name for r in mine if (r.value or 0.0) > top})
         if beyond:  # far worse than seeing nothing: named, and left out
             place.set_ylim(min([-0.05 * top, *(r.ci_low or 0.0 for r in mine)]), top)
             said = f"above: {', '.join(beyond)}"
@@ -162,7 +162,7 @@ def pareto_figure(rows: list[Row], folder: Path) -> list[Path]:
 
 
 def _cell(row: Row) -> tuple[object, ...]:
-    return task_of(row), row.protocol, row.model, row.seed, row.method, row.ratio_asked
+    return task_of(row), row.protocol, row.model, row.seed, row.name, row.ratio_asked
 
 
 def distance_figure(rows: list[Row], folder: Path) -> list[Path]:
@@ -170,8 +170,8 @@ def distance_figure(rows: list[Row], folder: Path) -> list[Path]:
     chosen = [r for r in rows if str(r.params.get("bin")).startswith("since=") and r.delta is not None]
 
     def panel(place: Axes, mine: list[Row]) -> None:
-        for key in dict.fromkeys((r.method, r.ratio_asked) for r in mine):
-            points = [r for r in mine if (r.method, r.ratio_asked) == key]
+        for key in dict.fromkeys((r.name, r.ratio_asked) for r in mine):
+            points = [r for r in mine if (r.name, r.ratio_asked) == key]
             x = [1 + int(str(r.params["bin"]).removeprefix("since=")) for r in points]
             place.plot(x, [r.delta or 0.0 for r in points], **_style_at(*key))
         place.set_xscale("log", base=2)

@@ -27,7 +27,7 @@ def recall_figure(rows: list[Row], folder: Path) -> list[Path]:
         groups = [([r for r in mine if r.ratio_asked == ratio] + fixed, f"{ratio:g} removed") for ratio in ratios]
         groups = groups or [(fixed, mine[0].task)]
         with rc_context(SETTINGS | {"axes.grid": False}):
-            most = max(len({r.method for r in group}) for group, _ in groups)
+            most = max(len({r.name for r in group}) for group, _ in groups)
             size = (3.6 * len(groups), 0.8 + 0.21 * most)
             figure = Figure(figsize=size, layout="constrained")
             places = list(figure.subplots(1, len(groups), squeeze=False).flat)
@@ -51,7 +51,7 @@ def _panel(place: Axes, rows: list[Row], title: str) -> None:
     distances = sorted({int(str(r.params["bin"]).partition("=")[2]) for r in rows})
     table: dict[Key, dict[int, Row]] = {}
     for row in rows:
-        table.setdefault((row.method, row.ratio_asked), {})[int(str(row.params["bin"]).partition("=")[2])] = row
+        table.setdefault((row.name, row.ratio_asked), {})[int(str(row.params["bin"]).partition("=")[2])] = row
     ordered = sorted(table.items(), key=lambda item: -sum(r.value or 0.0 for r in item[1].values()))
     values = [[(line[d].value or 0.0) if d in line else float("nan") for d in distances] for _, line in ordered]
     place.imshow(values, cmap="Greys", vmin=0, vmax=1.4, aspect="auto")

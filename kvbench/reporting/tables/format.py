@@ -41,8 +41,8 @@ def task_of(row: Row) -> str:
 
 def reading_note(rows: Sequence[Row]) -> str:
     """How a prefix was read, where a table holds methods that read it in two ways; empty elsewhere."""
-    once = {row.method for row in rows if row.params.get("prefill") == "once"}
-    masked = {row.method for row in rows if "prefill" not in row.params} - set(_ROLE_ORDER)
+    once = {row.name for row in rows if row.params.get("prefill") == "once"}
+    masked = {row.name for row in rows if "prefill" not in row.params} - set(_ROLE_ORDER)
     if rows[0].protocol not in ("prefix", "generate") or not once or not masked:
         return ""
     layouts, policies = (", ".join(sorted(names)) for names in (masked, once))

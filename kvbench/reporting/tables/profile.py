@@ -109,13 +109,13 @@ def _largest_table(rows: list[Row]) -> Table:
         table.add_column(name, justify="right")
     for row in (r for r in rows if r.metric == "max_batch"):
         same = {
-            r.metric: r for r in rows if (r.method, r.ratio_asked, r.params["seq_len"], r.params["bin"])
-            == (row.method, row.ratio_asked, row.params["seq_len"], row.params["bin"])
+            r.metric: r for r in rows if (r.name, r.ratio_asked, r.params["seq_len"], r.params["bin"])
+            == (row.name, row.ratio_asked, row.params["seq_len"], row.params["bin"])
         }
         table.add_row(
             str(row.params["seq_len"]), name_of(row), number_of(row.ratio_asked, None), f"{row.value:.0f}",
             _interval(same.get("decode_tok_s"), 1, 1), _interval(same.get("decode_speedup"), 1, 2),
-            style="dim" if row.method in _DIM else "",
+            style="dim" if row.name in _DIM else "",
         )
     return table
 
@@ -124,7 +124,7 @@ def _remarks(rows: list[Row]) -> list[str]:
     lines = [
         "[95 %]: where the median of another such run will lie. "
         "speed-up: median of paired requests, over the faster full cache of the same length and batch "
-        f"({', '.join(sorted({r.baseline for r in rows if r.baseline and r.method != AGAIN} or {FULL}))}). "
+        f"({', '.join(sorted({r.baseline for r in rows if r.baseline and r.name != AGAIN} or {FULL}))}). "
         "bytes predict: weights and live entries that a step must read. + peak: the most allocated beyond the "
         "weights.",
         f"{STOCK}: the cache of transformers. {AGAIN}: the full cache measured twice, whose gap is the noise.",
@@ -159,7 +159,7 @@ def break_even(rows: list[Row], method: str, ratio: float | None) -> str:
     """The smallest length x batch at which the gain exceeds the noise, in words."""
     noise = {_key(r): r.value or 0.0 for r in rows if r.metric == "aa_gap"}
     mine = [
-        r for r in rows if (r.method, r.ratio_asked, r.metric) == (method, ratio, "decode_speedup")
+        r for r in rows if (r.name, r.ratio_asked, r.metric) == (method, ratio, "decode_speedup")
         and r.params["bin"] is None and _key(r) in noise
     ]
     mine.sort(key=lambda r: (r.params["seq_len"] * r.params["batch_size"], r.params["seq_len"]))
@@ -176,7 +176,7 @@ def break_even(rows: list[Row], method: str, ratio: float | None) -> str:
 
 def _methods(rows: list[Row]) -> list[tuple[str, float | None]]:
     return list(dict.fromkeys(
-        (r.method, r.ratio_asked) for r in rows if r.metric == "decode_speedup" and r.method not in _DIM
+        (r.name, r.ratio_asked) for r in rows if r.metric == "decode_speedup" and r.name not in _DIM
     ))
 
 
@@ -185,8 +185,8 @@ def _key(row: Row) -> Key:
 
 
 def _same(row: Row, other: Row) -> bool:
-    return (row.method, row.ratio_asked, row.params["batch_size"]) == (
-        other.method, other.ratio_asked, other.params["batch_size"]
+    return (row.name, row.ratio_asked, row.params["batch_size"]) == (
+        other.name, other.ratio_asked, other.params["batch_size"]
     )
 
 

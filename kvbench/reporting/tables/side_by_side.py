@@ -26,14 +26,14 @@ def side_by_side(folder: RunFolder, setting: str, document: str) -> Group:
         record = folder.texts(cell).get(document)
         if record is not None:
             found.append((cell, record))
-    people = next((record for cell, record in found if cell.method == HUMAN), None)
-    full = next((record for cell, record in found if cell.method == "full"), None)
+    people = next((record for cell, record in found if cell.name == HUMAN), None)
+    full = next((record for cell, record in found if cell.name == "full"), None)
     parts: list[Panel | Table | Text] = []
     if people is not None:
         title = Text(f"{cells[0].task}: {document}, prefix")
         parts.append(Panel(Text(people.prefix or ""), title=title, title_align="left"))
         parts.append(Panel(Text(people.of("human")[0].text), title="human", title_align="left"))
-    written = [(cell, record) for cell, record in found if cell.method != HUMAN]
+    written = [(cell, record) for cell, record in found if cell.name != HUMAN]
     if not written:
         return Group(*parts, Text("Nothing has been written for this document yet: run the same command again."))
     kinds = list(dict.fromkeys((o.decode, o.draw) for o in written[0][1].outputs))

@@ -75,7 +75,7 @@ def _caption(rows: list[Row]) -> str:
     signature = rows[0].signature.partition(":")[2].partition("|v:")[0]
     scorer = rows[0].params.get("scorer")
     scorer = "the uncompressed model itself" if scorer == "itself" else scorer
-    present = {(row.method, row.metric) for row in rows}
+    present = {(row.name, row.metric) for row in rows}
     lines = [
         f"*: differs from full (paired, Holm-adjusted p < {SIGNIFICANT}). Realised: when the prefix has been read."
     ]

@@ -1,0 +1,101 @@
+"""What methods share that make memory chunk by chunk.
+
+The text comes in chunks (turns of a dialogue, or equal runs of tokens). When a chunk has been
+read, a few entries are made of it and the chunk itself leaves the cache. The methods differ in who
+sees the memory while it is made, and in whether memories are kept side by side or merged.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from fractions import Fraction
+
+import numpy as np
+
+from kvbench.errors import UserError
+from kvbench.methods.budget import ratio_text
+from kvbench.methods.layouts.chunked import Merge, Pool, Who, chunk_layout, equal_chunks
+from kvbench.methods.layouts.layout import COMP, RUNNING, Layout, Structure
+from kvbench.methods.layouts.method import LayoutMethod
+from kvbench.methods.options import option
+
+SHORTEST, LONGEST = 8, 128
+"""Bounds on the tokens of a chunk of running text."""
+
+
+def chunk_length(method: LayoutMethod, n_comp: int) -> int:
+    """Tokens of a chunk that keeps ``n_comp`` entries at the method's ratio: round(n / (1 - r)).
+
+    Raises:
+        UserError: outside 8 to 128.
+    """
+    chunk = math.floor(Fraction(n_comp) / (1 - method.ratio) + Fraction(1, 2))
+    if not SHORTEST <= chunk <= LONGEST:
+        low, high = (float(1 - Fraction(n_comp, c)) for c in (SHORTEST, LONGEST))
+        reach = f"between {max(low, 0):.3g} and {high:.3g}" if low < high else f"below {high:.3g}"
+        raise UserError(
+            f"{method.name} at ratio {ratio_text(method.ratio)} with n_comp={n_comp} needs chunks of {chunk} "
+            f"tokens, and they have {SHORTEST} to {LONGEST}.",
+            f"Ask for a ratio {reach}, or another --set n_comp=.",
+        )
+    return chunk
+
+
+@dataclass(frozen=True)
+class Chunked(LayoutMethod):
+    """What the methods of this file share: the ratio sets the chunk, options set the rest."""
+
+    position_rule = "shared"
+
+    n_comp: int = option(2, "entries that are made of a chunk", least=1, most=32, trained=True)
+
+    def uses_ratio(self, in_chunks: bool) -> bool:
+        return "ratio" in self.budgets and not in_chunks
+
+    @property
+    def n_rows(self) -> int:
+        return self.n_comp if self.adapter_kinds else 0
+
+    @property
+    def places_after(self) -> int:
+        return self.n_rows
+
+    def chunk(self) -> int:
+        """Tokens of a chunk of running text."""
+        return chunk_length(self, self.n_comp)
+
+    def check(self, longest: int, in_chunks: bool) -> None:
+        if not in_chunks and self.chunk() > longest:
+            raise UserError(
+                f"{self.name}: a chunk of {self.chunk()} tokens does not fit in {longest} tokens of text.",
+                "Ask for a lower ratio or a shorter chunk, or use longer blocks.",
+            )
+
+    @property
+    def goes_on(self) -> bool:
+        """Whether what the model writes is compressed too: text of a chunk must see the memory."""
+        return self.who(1).text
+
+    def who(self, chunks: int) -> Who:
+        return Who(chunks, text=True, memory=True, latest=False, kind=COMP)
+
+    def mixture(self) -> Merge | Pool | None:
+        return None
+
+    def layout(self, n: int, rng: np.random.Generator, text: Structure = RUNNING) -> Layout:
+        chunks = list(text.chunks) or equal_chunks(text.prefix or n, self.chunk(), self.n_comp)
+        if text.prefix and self.goes_on:
+            chunks += equal_chunks(n - sum(chunks), self.chunk(), self.n_comp)
+        return chunk_layout(n, chunks, self.n_comp, self.who(len(chunks)), self.mixture())
+
+    @classmethod
+    def training_layout(cls, n: int, rng: np.random.Generator, options: dict[str, str]) -> Layout:
+        """Chunks of one length, drawn evenly on a logarithmic scale; now and then the rest stays raw."""
+        method = cls.of(Fraction(0), options)
+        length = round(float(np.exp(rng.uniform(np.log(SHORTEST), np.log(min(LONGEST, n // 2))))))
+        compressed = n if rng.random() < 0.75 else int(rng.integers(length, n))
+        if not method.who(2).text:  # the memory is only seen by the text after the chunks
+            compressed = int(rng.integers(n // 4, 3 * n // 4))
+        chunks = equal_chunks(compressed, length, method.n_comp)
+        return chunk_layout(n, chunks, method.n_comp, method.who(len(chunks)), method.mixture())

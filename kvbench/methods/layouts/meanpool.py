@@ -1,0 +1,36 @@
+"""Memory without parameters: means of entries."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from kvbench.methods.layouts.chunked import Pool, Who
+from kvbench.methods.layouts.chunks import Chunked
+from kvbench.methods.layouts.layout import SUM
+from kvbench.methods.options import option
+
+
+@dataclass(frozen=True)
+class MeanPool(Chunked):
+    """Each memory entry is the mean of the keys and values of a run of its chunk's tokens; no parameters.
+
+    Keys are averaged as they are in the cache, or before the rotation (``merge_at=unrotated``).
+    """
+
+    name = "meanpool"
+    summary = "the mean of the entries of each run of a chunk: no parameters"
+
+    n_comp: int = option(2, "entries that are made of a chunk", least=1, most=32)
+    merge_at: str = option(
+        "rotated", "whether keys are averaged as cached or before their rotation", choices=("rotated", "unrotated")
+    )
+
+    @property
+    def unrotates(self) -> bool:
+        return self.merge_at == "unrotated"
+
+    def who(self, chunks: int) -> Who:
+        return Who(chunks, text=True, memory=True, latest=False, kind=SUM)
+
+    def mixture(self) -> Pool:
+        return Pool(self.unrotates)

@@ -1,0 +1,129 @@
+"""The table of methods: ours, and those of other packages (docs/adding-a-method.md)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from fractions import Fraction
+from functools import cached_property
+from importlib.metadata import EntryPoint, entry_points
+
+from kvbench.errors import UserError, unknown
+from kvbench.methods.base import Method
+from kvbench.methods.layouts.ccm import CCMConcat, CCMMerge
+from kvbench.methods.layouts.full import Adapted, Full, NoContext
+from kvbench.methods.layouts.gist import Gist
+from kvbench.methods.layouts.meanpool import MeanPool
+from kvbench.methods.layouts.method import LayoutMethod
+from kvbench.methods.layouts.pic import PIC
+from kvbench.methods.layouts.scattered import Scattered, ScatteredTuned
+from kvbench.methods.layouts.sentinel import Sentinel
+from kvbench.methods.layouts.windows import Local, LocalTuned, Sinks, SinksTuned, Window
+from kvbench.methods.policies.adakv import AdaKV
+from kvbench.methods.policies.cam import CaM
+from kvbench.methods.policies.cascading import Cascading
+from kvbench.methods.policies.chunkkv import ChunkKV
+from kvbench.methods.policies.d2o import D2O
+from kvbench.methods.policies.expected_attention import ExpectedAttention
+from kvbench.methods.policies.fp8 import FP8
+from kvbench.methods.policies.h2o import H2O
+from kvbench.methods.policies.keydiff import KeyDiff
+from kvbench.methods.policies.kivi import KIVI
+from kvbench.methods.policies.knorm import KNorm
+from kvbench.methods.policies.lagkv import LagKV
+from kvbench.methods.policies.lorc import LoRC
+from kvbench.methods.policies.policy import CachePolicy
+from kvbench.methods.policies.pyramidkv import PyramidKV
+from kvbench.methods.policies.random import Random
+from kvbench.methods.policies.refreshkv import RefreshKV
+from kvbench.methods.policies.snapkv import SnapKV
+from kvbench.methods.policies.streaming_llm import StreamingLLM
+from kvbench.methods.policies.think import ThinK
+from kvbench.methods.policies.tova import TOVA
+from kvbench.store.faults import GROUP
+
+_OWN: tuple[type[Method], ...] = (
+    Full, NoContext, Window, Sinks, Local, Scattered, Sentinel, CCMConcat, CCMMerge, Gist, MeanPool, PIC,
+    LocalTuned, ScatteredTuned, SinksTuned, Adapted,
+    StreamingLLM, Random, KNorm, KeyDiff, LagKV, TOVA, H2O, SnapKV, PyramidKV, ChunkKV, AdaKV, ExpectedAttention,
+    Cascading, CaM, D2O, KIVI, FP8, ThinK, RefreshKV,
+    LoRC,
+)
+_OF_0_1 = frozenset({
+    "known", "takes_ratio", "takes_budget", "needs_adapter", "trainable", "sums", "decay", "takes_moments",
+    "keeps_all", "packs", "is_policy", "drawn", "looks", "turned", "packed",
+})
+"""What classes of methods said in kvbench 0.1 and do not say any more."""
+_PAGE = "docs/adding-a-method.md"
+
+
+class _Methods(Mapping[str, type[Method]]):
+    """Method by name. Those of other packages are loaded when the table is first looked into, not before: they
+    import this package themselves."""
+
+    @cached_property
+    def _all(self) -> dict[str, type[Method]]:
+        """Ours and theirs.
+
+        Raises:
+            UserError: one of theirs cannot be loaded, is no method, or takes a name that is taken.
+        """
+        found = {kind.name: kind for kind in _OWN}
+        for entry in entry_points(group=GROUP):
+            kind = _loaded(entry)
+            if kind.name in found:
+                raise UserError(f"{_named(entry)}: its name is taken.", "Mend or uninstall that package.")
+            found[kind.name] = kind
+        return found
+
+    def __getitem__(self, name: str) -> type[Method]:
+        return self._all[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._all)
+
+    def __len__(self) -> int:
+        return len(self._all)
+
+
+def _loaded(entry: EntryPoint) -> type[Method]:
+    try:
+        kind = entry.load()
+    except Exception as error:  # whatever the other package raises
+        is_old = isinstance(error, ImportError) and (error.name or "").startswith("kvbench.")
+        raise UserError(
+            f"{_named(entry)} cannot be loaded: {type(error).__name__}: {error}.",
+            f"It was written for another kvbench: {_PAGE} says what has moved." if is_old else
+            "Mend or uninstall that package.",
+        ) from error
+    if not (isinstance(kind, type) and issubclass(kind, Method)):
+        raise UserError(f"{_named(entry)} is no subclass of kvbench.methods.Method.", "Mend or uninstall that package.")
+    old = sorted(_OF_0_1 & {
+        name for parent in kind.__mro__ if not parent.__module__.startswith("kvbench.") for name in vars(parent)
+    })
+    if old or not issubclass(kind, (LayoutMethod, CachePolicy)):
+        what = f"says {', '.join(old)}" if old else "says neither by a layout nor by scores what is removed"
+        raise UserError(f"{_named(entry)} {what}, as in kvbench 0.1.", f"{_PAGE} says how to change it.")
+    return kind
+
+
+def _named(entry: EntryPoint) -> str:
+    return f"The method {entry.name!r} of another package ({entry.value})"
+
+
+METHODS = _Methods()
+
+
+def make_method(name: str, ratio: Fraction, options: Mapping[str, str] | None = None) -> Method:
+    """The method of that name; options that it does not know are ignored here (the plan checks).
+
+    Raises:
+        UserError: no such method, or not an allowed value.
+    """
+    if name not in METHODS:
+        raise unknown("method", name, METHODS)
+    kind, given = METHODS[name], options or {}
+    budget = {key: int(given.get(key, 0)) for key in ("budget_tokens", "budget_bytes") if key[7:] in kind.budgets}
+    method = kind.of(ratio, given, **budget)
+    with_ratio = "ratio" in kind.budgets or method.uses_ratio(in_chunks=False)
+    return method if with_ratio else replace(method, ratio=Fraction(0))
