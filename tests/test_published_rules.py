@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from fractions import Fraction
 from typing import Any
 
 import pytest
@@ -15,7 +14,7 @@ from transformers import DynamicCache
 from kvbench.cache.shape import CacheShape
 from kvbench.errors import UserError
 from kvbench.inference.policy_session import PolicySession
-from kvbench.methods import kept, make_method
+from kvbench.methods import kept
 from kvbench.methods.policies.policy import CachePolicy
 from kvbench.methods.policies.random import drawn
 from kvbench.methods.policies.think import ThinK

@@ -184,7 +184,7 @@ def _compared(first: Side, second: Side, a: Cell, b: Cell, info: dict[str, Any])
         f"{_short(c)} ({s.folder.path.name}{w})" for s, c, w in zip((first, second), (a, b), which, strict=True)
     )
     # Rows are paired with whatever stands in the place of the full cache.
-    standing = replace(a, method="full", role="control", options={**a.options, "side": "first"})
+    standing = replace(a, method="full", variant="", role="control", options={**a.options, "side": "first"})
     if info["kind"] == "generation":
         records = {standing.key: first.folder.texts(a), b.key: second.folder.texts(b)}
         people = next((first.folder.texts(c) for c in first.folder.cells()

@@ -107,7 +107,7 @@ def write_figures(
     folders: Sequence[RunFolder], rows: list[Row], out: Path, metrics: Sequence[str] = ()
 ) -> list[Path]:
     """All figures that there are numbers for."""
-    rows = [replace(row, method=name_of(row)) for row in rows]
+    rows = [replace(row, method=name_of(row), params={**row.params, "variant": None}) for row in rows]
     masks = {name: mask for folder in folders for name, mask in folder.masks().items()}
     tasks: list[Callable[[], list[Path]]] = [
         *(partial(removal_figure, rows, name, out, _LABELS.get(name, name)) for name in metrics or DRAWN),

@@ -6,6 +6,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
+from zlib import crc32
 
 from matplotlib import rc_context
 from matplotlib.axes import Axes
@@ -36,6 +37,7 @@ _STYLES = {
 _LINES = ("full", "adapted", "none", "human")
 """What takes no ratio, drawn as a horizontal line."""
 _SPARE = ("#332288", ".", "-.")
+_MARKERS, _DASHES = "os^vDPX*hp<>8d", ("--", "-.", ":")
 _FEW = 7
 """Lines that a legend inside a panel has room for."""
 SETTINGS: dict[Any, Any] = {
@@ -47,8 +49,12 @@ Panel = Callable[[Axes, list[Row]], None]
 
 
 def style_of(method: str) -> dict[str, Any]:
-    """Colour, marker and line of a method: the same in every figure."""
-    colour, marker, line = _STYLES.get(method.partition(" ")[0], _SPARE)
+    """Colour, marker and line of a method: the same in every figure. Variants have the colour of their method."""
+    name, _, variant = method.partition(" ")[0].partition(":")
+    colour, marker, line = _STYLES.get(name, _SPARE)
+    if variant:
+        number = crc32(variant.encode())
+        marker, line = _MARKERS[number % len(_MARKERS)], _DASHES[number // len(_MARKERS) % len(_DASHES)]
     return {"color": colour, "marker": marker, "linestyle": line, "label": method, "markersize": 5, "linewidth": 1.4}
 
 
