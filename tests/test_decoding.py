@@ -22,8 +22,8 @@ from kvbench.inference.layout_session import LayoutSession
 from kvbench.inference.reader import Reader
 from kvbench.inference.sampling import Sampling, choose
 from kvbench.methods import Layout, Structure, kept, make_layout
-from kvbench.protocols.base import OPTIONS, protocol_options
-from kvbench.protocols.generate import cut_for_writing, resolve_writing, uniforms
+from kvbench.protocols.base import settings_of
+from kvbench.protocols.generate import Generate, cut_for_writing, uniforms
 from kvbench.protocols.pieces import make_tokenizer
 from tests.conftest import VOCABULARY, adapter_for
 from tests.helpers.sessions import layout_method, texts
@@ -231,7 +231,7 @@ def test_greedy_is_the_most_probable_token() -> None:
 
 def writing(context: int = 1024, **given: str) -> Any:
     spec = GenerationSpec(prefix=64, new_tokens=16)
-    return resolve_writing(spec, protocol_options("generate", OPTIONS["generate"], given), context, "model")
+    return Generate.of(spec, settings_of(Generate, given), context, "model")
 
 
 TEXT = " ".join(f"word{i} and then," for i in range(300))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 from collections.abc import Iterator
 from graphlib import TopologicalSorter
 from pathlib import Path
@@ -61,6 +62,13 @@ def test_nothing_is_imported_in_a_circle() -> None:
 def test_the_test_sees_what_is_imported_inside_functions() -> None:
     assert "kvbench.cache.evicting" in set(imported("kvbench.cache.shape"))
     assert "kvbench.planning.quality" in set(imported("kvbench.cli.run"))
+
+
+def test_only_the_opening_of_sessions_asks_for_the_mechanism() -> None:
+    """What a method does to the cache is asked of its session; two kinds of methods are told apart in one place."""
+    asking = re.compile(r"policy is (not )?None|\.is_policy|isinstance\([^)]*\b(Writing|CachePolicy|LayoutMethod)\b")
+    found = {module for module, path in MODULES.items() if asking.search(path.read_text(encoding="utf-8"))}
+    assert found <= {"kvbench.inference.opening", "kvbench.doctor.model_checks"}
 
 
 def test_there_are_few_rooms() -> None:

@@ -13,21 +13,22 @@ from hypothesis import strategies as st
 from torch import nn
 
 from kvbench.data.documents import Document
-from kvbench.data.tasks import RecallSpec
+from kvbench.data.tasks import RecallSpec, load_task
 from kvbench.errors import UserError
 from kvbench.methods import make_method
-from kvbench.protocols.base import OPTIONS, protocol_options, resolve_protocol
+from kvbench.protocols.base import settings_of
+from kvbench.protocols.block import cut_blocks
 from kvbench.protocols.pieces import (
     MIN_TOKENS,
     Piece,
     Tokenizer,
-    cut_blocks,
-    cut_prefix,
-    cut_stream,
     make_tokenizer,
 )
+from kvbench.protocols.prefix import cut_prefix
 from kvbench.protocols.recall import recall_trials
+from kvbench.protocols.registry import protocol_of
 from kvbench.protocols.scoring import kl_histogram, score_pieces
+from kvbench.protocols.stream import cut_stream
 from tests.conftest import VOCABULARY, small_adapter
 
 TEXT = "The mill at Anselbrook — nine flat stones, an otter named Brindle. " * 40
@@ -184,7 +185,8 @@ def test_kl_histogram_counts_everything() -> None:
 
 def test_protocol_lengths() -> None:
     def resolved(name: str, context: int, **given: str) -> Any:
-        return resolve_protocol(name, protocol_options(name, OPTIONS[name], given), context, "model")
+        protocol = protocol_of(load_task("minidocs"), name)
+        return protocol.resolve(load_task("minidocs"), settings_of(protocol, given), context, "model")
 
     assert resolved("block", 1024).length == 512
     assert resolved("block", 1024, preset="paper").length == 256

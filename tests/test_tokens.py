@@ -20,8 +20,8 @@ from kvbench.data.tasks import OnlineSpec, RecallSpec, load_task
 from kvbench.judges.fluency import Scorer
 from kvbench.methods import make_method
 from kvbench.models.references import assets
-from kvbench.protocols.base import OPTIONS, protocol_options
-from kvbench.protocols.generate import cut_for_writing, resolve_writing
+from kvbench.protocols.base import settings_of
+from kvbench.protocols.generate import Generate, cut_for_writing
 from kvbench.protocols.online import online_trials
 from kvbench.protocols.pieces import Piece, Tokenizer, make_tokenizer
 from kvbench.protocols.recall import recall_trials
@@ -227,8 +227,7 @@ def pieces_of(name: str, hf: Any) -> list[Piece]:
     if task.online is not None:
         return [p for _, cut in online_trials(documents, tokenizer, task.online) for p in cut.pieces]
     assert task.generation is not None
-    options = protocol_options("generate", OPTIONS["generate"], {"preset": "paper"})
-    writing = resolve_writing(task.generation, options, 1024, "model")
+    writing = Generate.resolve(task, settings_of(Generate, {"preset": "paper"}), 1024, "model")
     return [p for document in documents for p in cut_for_writing(document, tokenizer, writing).pieces]
 
 

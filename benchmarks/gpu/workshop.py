@@ -16,7 +16,7 @@ from kvbench.models.adapter import Adapter, AdapterCard
 from kvbench.models.random_models import random_model
 from kvbench.planning.profile import ProfileRequest, build_profile_plan
 from kvbench.profiling.bench import Bench, make_bench
-from kvbench.protocols.pieces import cut_blocks
+from kvbench.protocols.block import cut_blocks
 from kvbench.store.records import Cell
 
 Made = TypeVar("Made")

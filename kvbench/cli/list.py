@@ -4,28 +4,43 @@ from __future__ import annotations
 
 import json
 import sys
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-_KINDS = ("methods", "tasks", "models", "metrics")
+if TYPE_CHECKING:
+    from kvbench.methods import Option
 
 
 def list_(
-    what: Annotated[str, typer.Argument(help="methods, tasks, models or metrics.", metavar="WHAT")],
+    what: Annotated[str, typer.Argument(
+        help="methods, tasks, models or metrics; or the name of a method, for its options.", metavar="WHAT")],
     json_: Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout.")] = False,
 ) -> None:
     """Print what can be asked for, a line each: with paper, what is held, and what needs training.
 
-    Example: kvbench list methods
+    Examples:
+
+      kvbench list methods
+
+      kvbench list snapkv
     """
     from kvbench.errors import unknown
 
-    if what not in _KINDS:
-        raise unknown("list", what, _KINDS)
-    rows = {"methods": _methods, "tasks": _tasks, "models": _models, "metrics": _metrics}[what]()
+    kinds = {"methods": _methods, "tasks": _tasks, "models": _models, "metrics": _metrics}
+    if what in kinds:
+        rows, title = kinds[what](), what
+    else:
+        from kvbench.methods import METHODS
+
+        if what not in METHODS:
+            raise unknown("list", what, [*kinds, *METHODS])
+        rows, title = _options(what), "options"
     if json_:
-        sys.stdout.write(json.dumps({"schema": 1, what: rows}, ensure_ascii=False) + "\n")
+        sys.stdout.write(json.dumps({"schema": 1, title: rows}, ensure_ascii=False) + "\n")
+        return
+    if not rows:
+        sys.stdout.write(f"{what} has no options of its own.\n")
         return
     from rich import box
     from rich.console import Console
@@ -53,6 +68,23 @@ def _methods() -> list[dict[str, str]]:
             "options": " ".join(f"{key}={option.default}" for key, option in kind.options().items()) or "-",
         }
         for name, kind in METHODS.items()
+    ]
+
+
+def _options(method: str) -> list[dict[str, str]]:
+    from kvbench.methods import METHODS
+
+    def values(option: Option) -> str:
+        if option.choices:
+            return ", ".join(option.choices)
+        return f"at least {option.least}" if option.most is None else f"{option.least} to {option.most}"
+
+    return [
+        {
+            "option": name, "default": option.default, "values": values(option), "what it is": option.help,
+            "trained": "yes" if option.trained else "-",
+        }
+        for name, option in METHODS[method].options().items()
     ]
 
 

@@ -23,7 +23,8 @@ Model = Annotated[str | None, typer.Option(
     parser=text, help="Hub id or folder of any causal language model. [default: kvbench-tiny, embedded]",
     envvar="KVBENCH_MODEL", show_default=False, rich_help_panel="What to run")]
 Method = Annotated[list[str] | None, typer.Option(
-    help="Compression method; repeatable. [default: sentinel]", rich_help_panel="What to run", show_default=False)]
+    help="Compression method; repeatable, with options of its own as in snapkv:window=16,pool=mean (kvbench list "
+         "snapkv shows them). [default: sentinel]", rich_help_panel="What to run", show_default=False)]
 Ratio = Annotated[list[str] | None, typer.Option(
     help="Share of cache entries to remove, in [0, 1): 0.7 keeps 30 %; repeatable. [default: 0.7]",
     rich_help_panel="What to run", show_default=False)]
@@ -92,7 +93,7 @@ Threads = Annotated[int | None, typer.Option(
     rich_help_panel="How to run")]
 Set = Annotated[list[str] | None, typer.Option(
     "--set", metavar="KEY=VALUE",
-    help="An option of a method or protocol, such as chunk=1 or sampler=published; repeatable.",
+    help="An option of every method and protocol that has it, such as chunk=1 or step=8; repeatable.",
     rich_help_panel="How to run")]
 
 

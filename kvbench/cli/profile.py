@@ -26,7 +26,8 @@ def profile(
     new_tokens: Annotated[int | None, typer.Option(
         help="Tokens to write. [default: 128]", show_default=False, rich_help_panel=_WHAT)] = None,
     method: Annotated[list[str] | None, typer.Option(
-        help="Compression method; repeatable. [default: sinks and sentinel]", show_default=False,
+        help="Compression method; repeatable, with options of its own as in snapkv:window=16. [default: sinks and "
+             "sentinel]", show_default=False,
         rich_help_panel=_WHAT)] = None,
     ratio: Annotated[list[str] | None, typer.Option(
         help="Share of cache entries to remove, in [0, 1): 0.7 keeps 30 %; repeatable. [default: 0.7]",

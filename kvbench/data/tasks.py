@@ -113,7 +113,7 @@ class Task(BaseModel):
     version: int
     summary: str
     kind: Literal["lm", "recall", "online", "generation"]
-    protocols: tuple[Literal["block", "stream", "prefix", "online", "generate"], ...] = Field(min_length=1)
+    protocols: tuple[str, ...] = Field(min_length=1)
     corpus: CorpusSpec
     recall: RecallSpec | None = None
     online: OnlineSpec | None = None

@@ -17,7 +17,7 @@ from kvbench.models.rope import fresh_rotations
 from kvbench.profiling.clock import clock_of
 from kvbench.profiling.passes import time_request
 from kvbench.profiling.request import SessionRequest
-from kvbench.protocols.pieces import cut_blocks
+from kvbench.protocols.block import cut_blocks
 from kvbench.statistics import Table, bootstrap_intervals
 
 LAYOUTS = (("window", "0.5"), ("local", "0.7"), ("sinks", "0.7"), ("scattered", "0.5"))

@@ -16,7 +16,8 @@ from kvbench.models.loading import Loaded, load_model
 from kvbench.models.references import resolve_model
 from kvbench.probe.asking import LENGTH, examine
 from kvbench.probe.kept import sample
-from kvbench.protocols.pieces import Piece, Tokenizer, cut_blocks, make_tokenizer
+from kvbench.protocols.block import cut_blocks
+from kvbench.protocols.pieces import Piece, Tokenizer, make_tokenizer
 from kvbench.protocols.scoring import BatchScore, score_pieces
 
 BLOCK, BLOCKS = 256, 6

@@ -17,7 +17,7 @@ from kvbench.inference.sampling import Sampling
 from kvbench.inference.session import CacheBytes
 from kvbench.judges.encoder import packed
 from kvbench.models.loading import Loaded, end_tokens
-from kvbench.protocols.generate import Writing, uniforms
+from kvbench.protocols.generate import Generate, uniforms
 from kvbench.protocols.pieces import Cut, Piece
 from kvbench.protocols.scoring import text_of
 from kvbench.store.records import HUMAN, Cell, GenerationRecord, Output
@@ -33,28 +33,28 @@ TICK = 8
 
 
 def write_window(
-    worker: Worker, cells: Sequence[Cell], writing: Writing, documents: Sequence[tuple[Document, Cut]],
+    worker: Worker, cells: Sequence[Cell], protocol: Generate, documents: Sequence[tuple[Document, Cut]],
     done: dict[str, set[str]],
 ) -> None:
     """Write and record what is not yet on disk; a fault stays in its cell."""
     groups = {document.id: document.group for document, _ in documents}
-    for batch in _batches([cut.pieces[0] for _, cut in documents], writing):
+    for batch in _batches([cut.pieces[0] for _, cut in documents], protocol):
         for cell in cells:
             todo = [piece for piece in batch if piece.document not in done.get(cell.key, ())]
             if todo and cell.key not in worker.failed:
                 worker.say("at", cell=cell.key)
                 with worker.guarded(cell):
                     records = _human(worker, batch, groups) if cell.method == HUMAN else _written(
-                        worker, cell, writing, batch, groups
+                        worker, cell, protocol, batch, groups
                     )
                     wanted = {piece.document for piece in todo}
                     worker.record(cell, [record for record in records if record.document in wanted])
             worker.say("tick", tokens=sum(len(piece.ids) for piece in batch))
 
 
-def _batches(pieces: Sequence[Piece], writing: Writing) -> Iterator[list[Piece]]:
+def _batches(pieces: Sequence[Piece], protocol: Generate) -> Iterator[list[Piece]]:
     """Pieces of equal lengths, those of one layout side by side."""
-    size = writing.batch or max(1, ROWS // len(writing.decodings))
+    size = protocol.batch or max(1, ROWS // len(protocol.decodings))
     ordered = sorted(pieces, key=lambda piece: (piece.shape, piece.layout))
     for _, group in groupby(ordered, key=lambda piece: piece.shape):
         alike = list(group)
@@ -84,23 +84,23 @@ def _human(worker: Worker, batch: list[Piece], groups: dict[str, str]) -> list[G
 
 
 def _written(
-    worker: Worker, cell: Cell, writing: Writing, batch: list[Piece], groups: dict[str, str]
+    worker: Worker, cell: Cell, protocol: Generate, batch: list[Piece], groups: dict[str, str]
 ) -> list[GenerationRecord]:
     runner, records = worker.runners[cell.key], []
     for rows in rows_together(runner.method, [piece.layout for piece in batch]):
-        records += _continued(worker, runner, writing, [batch[row] for row in rows], groups)
+        records += _continued(worker, runner, protocol, [batch[row] for row in rows], groups)
     return records
 
 
 def _continued(
-    worker: Worker, runner: Runner, writing: Writing, pieces: list[Piece], groups: dict[str, str]
+    worker: Worker, runner: Runner, protocol: Generate, pieces: list[Piece], groups: dict[str, str]
 ) -> list[GenerationRecord]:
     loaded, started = worker.loaded, time.perf_counter()
-    texts, kept, peak, sizes, before = written_ids(loaded, runner, writing, pieces)
+    texts, kept, peak, sizes, before = written_ids(loaded, runner, protocol, pieces)
     seconds = (time.perf_counter() - started) / len(pieces)
     visible, queries = _visibility(before, texts)
     names = [
-        (kind, writing.decodings[:place].count(kind)) for place, kind in enumerate(writing.decodings)
+        (kind, protocol.decodings[:place].count(kind)) for place, kind in enumerate(protocol.decodings)
     ]
     prefixes = [_text(loaded.tokenizer, piece.ids[: piece.context]) for piece in pieces]
     outputs = [
@@ -124,7 +124,7 @@ def _continued(
 
 
 def written_ids(
-    loaded: Loaded, runner: Runner, writing: Writing, pieces: list[Piece]
+    loaded: Loaded, runner: Runner, protocol: Generate, pieces: list[Piece]
 ) -> tuple[list[list[tuple[int, ...]]], int, int, CacheBytes, Tensor]:
     """What is written after each piece's prefix.
 
@@ -134,20 +134,20 @@ def written_ids(
         before it that was seen where it was chosen.
     """
     first, model, cell = pieces[0], loaded.model, runner.cell
-    drawn = torch.stack([torch.from_numpy(uniforms(piece, writing, cell.seed)) for piece in pieces])
+    drawn = torch.stack([torch.from_numpy(uniforms(piece, protocol, cell.seed)) for piece in pieces])
     ends = end_tokens(loaded)
     with torch.inference_mode(), prepared(model, runner.adapter, len(first.ids)):
         session = open_session(
             model, runner.method, text_of(pieces), adapter=runner.adapter, seed=cell.seed, execution=cell.execution,
-            chunk=writing.chunk,
+            chunk=protocol.chunk,
         )
         prefix = torch.tensor([piece.ids[: piece.context] for piece in pieces], device=session.device)
         logits = read_prompt(session, prefix)
         kept, sizes = session.kept, session.bytes()
-        steps = written(session, logits, drawn, Sampling(writing.top_p, writing.temperature), ends)
+        steps = written(session, logits, drawn, Sampling(protocol.top_p, protocol.temperature), ends)
         ids = torch.stack(list(steps), dim=1).cpu()
     found = [tuple(i for i in row if i >= 0 and i not in ends) for row in ids.tolist()]
-    outputs = len(writing.decodings)
+    outputs = len(protocol.decodings)
     queries = torch.arange(max(1, first.context - 1), len(first.ids) - 1)
     return (
         [found[i : i + outputs] for i in range(0, len(found), outputs)], kept, session.peak, sizes,

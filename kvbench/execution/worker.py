@@ -41,6 +41,8 @@ from kvbench.models.loading import load_model
 from kvbench.models.references import ModelReference
 from kvbench.models.rope import has_rotary
 from kvbench.probe.kept import apart_at, probed
+from kvbench.protocols.base import Protocol
+from kvbench.protocols.generate import Generate
 from kvbench.protocols.pieces import Cut, Piece
 from kvbench.protocols.scoring import BatchScore, Reference, score_pieces, text_of
 from kvbench.store.records import HUMAN, Cell, DocumentRecord, Failure, GenerationRecord
@@ -102,7 +104,7 @@ class Worker:
         self._check_at_length(cell)
         self.judges = load_judges(job.judging, self.loaded, cell.device, cell.dtype)
         for work in self.works:
-            if work.writing is not None:
+            if isinstance(work.protocol, Generate):
                 check_mauve(job.judging, work.task.name, len(work.documents))
 
     def _runner(self, cell: Cell) -> Runner:
@@ -115,7 +117,7 @@ class Worker:
         longest = max(piece.context for piece in pieces.values())
         for cell in (c for c in work.cells if c.method != HUMAN):
             try:
-                self._check_cell(cell, longest, list(pieces.values()), work.task.kind == "online")
+                self._check_cell(cell, longest, list(pieces.values()), work.protocol)
             except UserError as error:
                 if not self.job.omit or cell.method == "full":
                     raise
@@ -127,15 +129,15 @@ class Worker:
         if asked and asked <= {failure.cell for failure in self.unable}:
             raise UserError(self.unable[0].error, self.unable[0].hint)
 
-    def _check_cell(self, cell: Cell, longest: int, pieces: Sequence[Piece], in_chunks: bool) -> None:
+    def _check_cell(self, cell: Cell, longest: int, pieces: Sequence[Piece], protocol: Protocol) -> None:
         method = self.runners[cell.key].method
-        method.check(longest, in_chunks)
+        method.check(longest, protocol.in_chunks)
         check_method(method, self.loaded.model, cell.model, self.facts)
         shape = cache_shape(self.loaded.model)
         for context in {piece.context for piece in pieces}:
-            method.fitted(context, shape).check(context, in_chunks)
+            method.fitted(context, shape).check(context, protocol.in_chunks)
         for piece in pieces:
-            self._check_positions(cell, method, piece)
+            self._check_positions(cell, method, piece, protocol)
 
     def _check_at_length(self, cell: Cell) -> None:
         """See that texts as long as the longest are read as the model itself reads them.
@@ -154,7 +156,7 @@ class Worker:
                 "Measure it on shorter texts, or choose another model.",
             )
 
-    def _check_positions(self, cell: Cell, method: Method, piece: Piece) -> None:
+    def _check_positions(self, cell: Cell, method: Method, piece: Piece, protocol: Protocol) -> None:
         """Learned positions end with the model's context; rotary ones go on."""
         length = len(piece.ids)
         layout = places_needed(method, self.loaded.model, text_of([replace(piece, layout=0)]), cell.seed)
@@ -164,7 +166,7 @@ class Worker:
             raise UserError(
                 f"{cell.model} has learned positions up to {self.loaded.context}, and {cell.method} needs "
                 f"{needed} on this task.",
-                _shorter(cell.protocol, self.loaded.context - (needed - length) - written),
+                protocol.shorter(self.loaded.context - (needed - length) - written),
             )
 
     def announce(self) -> None:
@@ -173,8 +175,8 @@ class Worker:
             work.name: {
                 "kind": work.task.kind, "answers": work.task.has_answers, "version": work.task.version,
                 "signature": work.signature,
-                "seq_len": work.protocol.length if work.task.kind in ("lm", "generation") else None,
-                "new_tokens": work.writing.new_tokens if work.writing else None,
+                "seq_len": work.protocol.seq_len,
+                "new_tokens": getattr(work.protocol, "new_tokens", None),
                 "documents": [document.id for document, _ in work.documents],
                 "lengths": [tokens_of([cut]) for _, cut in work.documents],
                 "skipped_documents": work.skipped,
@@ -212,8 +214,8 @@ class Worker:
     def _run_window(
         self, work: Work, documents: tuple[tuple[Document, Cut], ...], done: dict[str, set[str]]
     ) -> None:
-        if work.writing is not None:
-            write_window(self, work.cells, work.writing, documents, done)
+        if isinstance(work.protocol, Generate):
+            write_window(self, work.cells, work.protocol, documents, done)
             return
         pending = {
             (cell.key, document.id): DocumentSums(document, cut)
@@ -286,11 +288,6 @@ class Worker:
         """Hand finished records to the parent."""
         if records:
             self.say("records", cell=cell.key, records=[dataclasses.asdict(r) for r in records])
-
-
-def _shorter(protocol: str, length: int) -> str:
-    keys = {"block": "block", "stream": "tokens", "prefix": "prefix", "generate": "prefix"}
-    return f"Use --set {keys[protocol]}={length}." if protocol in keys else "Use shorter documents."
 
 
 def main() -> None:

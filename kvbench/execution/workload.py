@@ -18,20 +18,9 @@ from kvbench.judges.choice import NOTHING
 from kvbench.methods import make_method
 from kvbench.models.facts import ModelFacts
 from kvbench.models.loading import Loaded
-from kvbench.protocols.base import HIDDEN, KNOWN, Protocol, resolve_protocol
-from kvbench.protocols.generate import Writing, cut_for_writing, resolve_writing
-from kvbench.protocols.online import online_trials
-from kvbench.protocols.pieces import (
-    MIN_TOKENS,
-    Cut,
-    Piece,
-    Tokenizer,
-    cut_blocks,
-    cut_prefix,
-    cut_stream,
-    make_tokenizer,
-)
-from kvbench.protocols.recall import recall_trials
+from kvbench.protocols.base import Protocol
+from kvbench.protocols.pieces import Cut, Piece, make_tokenizer
+from kvbench.protocols.registry import protocol_of
 from kvbench.store.records import HUMAN, Cell
 
 MAX_ROWS, MAX_SCORES = 8, 1 << 25
@@ -40,10 +29,7 @@ MAX_ROWS, MAX_SCORES = 8, 1 << 25
 
 @dataclass(frozen=True)
 class Work:
-    """A task, cut: the documents with their pieces, and the cells that measure them.
-
-    ``writing`` says how texts are written, where the task is to write some.
-    """
+    """A task, cut: the documents with their pieces, and the cells that measure them."""
 
     task: Task
     protocol: Protocol
@@ -51,11 +37,10 @@ class Work:
     skipped: int
     cells: tuple[Cell, ...]
     signature: str
-    writing: Writing | None = None
 
     @property
     def name(self) -> str:
-        """The variant that is measured, such as ``recall:known``."""
+        """What is measured, such as ``recall:known``: a task, with its question where there are two."""
         return self.cells[0].workload
 
 
@@ -63,7 +48,7 @@ def cut_task(job: Job, name: str, loaded: Loaded, facts: ModelFacts) -> Work:
     """Cut the documents of a task for a model.
 
     Args:
-        name: of a variant.
+        name: of the work.
 
     Raises:
         UserError: the lengths do not fit the model, no document is long enough, or the texts have changed.
@@ -71,7 +56,6 @@ def cut_task(job: Job, name: str, loaded: Loaded, facts: ModelFacts) -> Work:
     cells = tuple(cell for cell in job.cells if cell.workload == name)
     first = cells[0]
     task = load_task(job.task_files[first.task])
-    question = first.options.get("question", HIDDEN)
     data = Path(job.data) if job.data else None
     corpus = load_corpus(task, data, job.column)
     if corpus.hash != first.data_hash:
@@ -81,78 +65,39 @@ def cut_task(job: Job, name: str, loaded: Loaded, facts: ModelFacts) -> Work:
         )
     limit = job.limit or None
     tokenizer = make_tokenizer(loaded.tokenizer, first.options["bos"])
-    writing = None
-    if task.generation is not None:
-        writing = resolve_writing(task.generation, first.options, loaded.context, first.model)
-    protocol = resolve_protocol(first.protocol, first.options, loaded.context, first.model) if writing is None else (
-        Protocol("generate", writing.prefix, writing.new_tokens, writing.chunk, writing.bos)
-    )
+    protocol = protocol_of(task, first.protocol).resolve(task, first.options, loaded.context, first.model)
     cuts: list[tuple[Document, Cut]] = []
     skipped = 0
     with_words = any(make_method(c.method, Fraction(0), c.options).by_text for c in cells if c.method != HUMAN)
-    sources = corpus.documents
-    if task.kind == "online":  # a document is many trials here, and the limit counts documents
-        sources, limit = sources[:limit], None
-    for document, cut in _cut_all(task, sources, tokenizer, writing or protocol, first.seed, with_words, question):
+    sources, limit = protocol.taken(corpus.documents, limit)
+    for document, cut in protocol.pieces(sources, tokenizer, first.seed, with_words):
         longest = max((len(piece.ids) for piece in cut.pieces), default=0)
-        if not cut.pieces or (task.kind != "lm" and longest > loaded.context):
+        if not cut.pieces or (not protocol.may_exceed and longest > loaded.context):
             skipped += 1
             continue
         cuts.append((document, cut))
         if len(cuts) == limit:
             break
     if not cuts:
-        least = protocol.longest if protocol.continuation else MIN_TOKENS
-        unit = "words" if writing and writing.in_words else "tokens"
         raise UserError(
             f"Task {name!r}: no document is long enough for protocol {protocol.name!r} "
-            f"({least} {unit} are needed, {skipped} documents are shorter or do not fit).",
-            "Give longer documents, or smaller --set prefix= and --set new_tokens=." if writing
-            else "Give longer documents, or another --protocol.",
+            f"({protocol.least} are needed, {skipped} documents are shorter or do not fit).", protocol.longer,
         )
     longest = max(len(piece.ids) for _, cut in cuts for piece in cut.pieces)
-    facts.check_length(
-        first.model, longest,
-        f"Keep sequences within {facts.window} tokens, by smaller --set prefix= and --set new_tokens=." if writing
-        else f"Keep sequences within {facts.window} tokens, such as --set block={facts.window}.",
-    )
+    facts.check_length(first.model, longest, protocol.within(facts.window or longest))
     settings = (first.execution, tokenizer.bos is not None, _tokenizer_hash(loaded))
     # A scorer, too, once tokenised a text apart from its prefix where a token reached from one into the other.
     version = 2 if first.options.get("scorer", NOTHING) != NOTHING else max(
         piece.version for _, cut in cuts for piece in cut.pieces
     )
-    trials = task.trials.signature() if task.trials else None
-    if task.recall is not None:
-        trials = f"{trials}|question:{question}"
-    signature = writing.signature(*settings, version) if writing else protocol.signature(*settings, trials, version)
-    return Work(task, protocol, tuple(cuts), skipped, cells, with_mark(signature, facts.mark), writing)
+    signature = with_mark(protocol.signature(*settings, version), facts.mark)
+    return Work(task, protocol, tuple(cuts), skipped, cells, signature)
 
 
 def with_mark(signature: str, mark: str) -> str:
     """A signature with what is special about its model, before its version."""
     head, version, number = signature.rpartition("|v:")
     return f"{head}{mark}{version}{number}"
-
-
-def _cut_all(
-    task: Task, documents: tuple[Document, ...], tokenizer: Tokenizer, protocol: Protocol | Writing,
-    seed: int, with_words: bool, question: str,
-) -> Iterator[tuple[Document, Cut]]:
-    if task.recall is not None:
-        yield from recall_trials(documents, tokenizer, task.recall, seed, question == KNOWN)
-        return
-    if task.online is not None:
-        yield from online_trials(documents, tokenizer, task.online)
-        return
-    for document in documents:
-        if isinstance(protocol, Writing):
-            yield document, cut_for_writing(document, tokenizer, protocol)
-        elif protocol.name == "block":
-            yield document, cut_blocks(document, tokenizer, protocol.length, with_words)
-        elif protocol.name == "stream":
-            yield document, cut_stream(document, tokenizer, protocol.length, with_words)
-        else:
-            yield document, cut_prefix(document, tokenizer, protocol.length, protocol.continuation)
 
 
 def tokens_of(cuts: Iterable[Cut]) -> int:

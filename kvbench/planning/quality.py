@@ -12,7 +12,7 @@ from typing import Any
 
 from kvbench.data.documents import Corpus, load_corpus
 from kvbench.data.rows import TEXT
-from kvbench.data.tasks import Task, load_task
+from kvbench.data.tasks import load_task
 from kvbench.errors import UserError, unknown
 from kvbench.judges.choice import ENCODER, NOTHING, SENTENCES, Judging
 from kvbench.methods import Method, parse_ratio, ratio_text
@@ -21,7 +21,9 @@ from kvbench.models.fingerprint import fingerprint
 from kvbench.models.references import ModelReference, resolve_model
 from kvbench.planning.adapters import Adapters, Entry
 from kvbench.planning.methods import NO_BUDGET, Budget, entries_of, parse_choice, possible
-from kvbench.protocols.base import HIDDEN, KNOWN, OPTIONS, PROTOCOLS, RECALL_OPTIONS, protocol_options
+from kvbench.protocols.base import settings_of
+from kvbench.protocols.recall import HIDDEN, KNOWN
+from kvbench.protocols.registry import NAMES, chosen_protocol
 from kvbench.store.records import HUMAN, ITSELF, Cell
 
 EXECUTIONS = ("streamed", "onepass")
@@ -107,8 +109,8 @@ def build_plan(request: Request, omit: bool = False) -> Plan:
     """
     if request.execution not in EXECUTIONS:
         raise unknown("--execution", request.execution, EXECUTIONS)
-    if request.protocol is not None and request.protocol not in PROTOCOLS:
-        raise unknown("protocol", request.protocol, PROTOCOLS)
+    if request.protocol is not None and request.protocol not in NAMES:
+        raise unknown("protocol", request.protocol, NAMES)
     asked = [parse_choice(text) for text in dict.fromkeys(request.methods)]
     ratios = [parse_ratio(text) for text in request.ratios]
     tasks = {name: load_task(name) for name in dict.fromkeys(request.tasks)}
@@ -127,47 +129,47 @@ def build_plan(request: Request, omit: bool = False) -> Plan:
             f"{' not' if len(tasks) == 1 else ''} measured with protocol {request.protocol!r}.",
             f"Allowed: {', '.join(allowed)}.",
         )
-    protocols = {name: _protocol_of(task, request) for name, task in tasks.items()}
+    protocols = {name: chosen_protocol(task, request.protocol) for name, task in tasks.items()}
     wanted = {
         name: entries_of(
-            asked, ratios, request.budget, request.options, request.baselines, task.kind == "online"
+            asked, ratios, request.budget, request.options, request.baselines, protocols[name].in_chunks
         )
-        for name, task in tasks.items()
+        for name in tasks
     }
     _check_options(
         request, [entry for entries in wanted.values() for entry in entries],
-        [_options_of(task, protocols[name]) for name, task in tasks.items()],
+        {name for protocol in protocols.values() for name in protocol.settings},
     )
     omitted: list[str] = []
     for name, entries in wanted.items():
-        in_chunks = tasks[name].kind == "online"
+        in_chunks = protocols[name].in_chunks
         wanted[name] = possible(entries, request.budget, in_chunks, omitted if omit else None)
     _check_execution(request, [entry.method for entries in wanted.values() for entry in entries])
     model = resolve_model(request.model, request.revision)
     corpora = {name: load_corpus(task, request.data, request.column) for name, task in tasks.items()}
-    judging, judged = _judging(request, any(task.kind == "generation" for task in tasks.values()))
+    judging, judged = _judging(request, any(protocol.kind == "generation" for protocol in protocols.values()))
     adapters = Adapters(request.adapters, model)
     cells = []
-    variants = [(name, of_task) for name, task in tasks.items() for of_task in _variants(
-        protocol_options(protocols[name], _options_of(task, protocols[name]), request.options)
-    )]
+    variants = [
+        (name, of_task) for name, protocol in protocols.items()
+        for of_task in _variants(settings_of(protocol, request.options))
+    ]
     for name, of_task in variants:
         task, options = tasks[name], of_task
-        in_chunks = task.kind == "online"
         measured: dict[str, Any] = {
             "model": model.name, "revision": model.revision, "model_hash": model.fingerprint,
             "dtype": _dtype(request), "device": request.device, "task": task.name, "task_version": task.version,
-            "data_hash": corpora[name].hash, "protocol": protocols[name], "execution": request.execution,
+            "data_hash": corpora[name].hash, "protocol": protocols[name].name, "execution": request.execution,
             "seed": request.seed,
         }
-        if task.kind == "generation":
+        if protocols[name].kind == "generation":
             options = {**options, **judged}
             cells.append(Cell(
                 method=HUMAN, ratio_asked=None, role="control" if request.baselines else "reference",
                 options=options, adapter=None, adapter_hash=None, **measured,
             ))
         for method, role, adapter, variant in adapters.given_to(wanted[name]):
-            with_ratio = not request.budget.is_constant and method.uses_ratio(in_chunks)
+            with_ratio = not request.budget.is_constant and method.uses_ratio(protocols[name].in_chunks)
             cells.append(Cell(
                 method=method.name, ratio_asked=ratio_text(method.ratio) if with_ratio else None, role=role,
                 options={**options, **method.resolved, **method.budget_given},
@@ -259,17 +261,7 @@ def _dtype(request: Request) -> str:
     return "float32" if request.dtype == "auto" and request.device == "cpu" else request.dtype
 
 
-def _protocol_of(task: Task, request: Request) -> str:
-    """The protocol asked for, if the task has it: it may have been asked for another task."""
-    return request.protocol if request.protocol in task.protocols else task.protocols[0]
-
-
-def _options_of(task: Task, protocol: str) -> tuple[str, ...]:
-    return RECALL_OPTIONS if task.kind == "recall" else OPTIONS[protocol]
-
-
-def _check_options(request: Request, methods: Sequence[Entry], options: Sequence[tuple[str, ...]]) -> None:
-    known = {name for names in options for name in names}
+def _check_options(request: Request, methods: Sequence[Entry], known: set[str]) -> None:
     for method, *_ in methods:
         known |= set(method.options())
     for key in request.options:

@@ -8,31 +8,47 @@ compared with the references as a ceiling.
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Self
 
 import numpy as np
 from numpy.typing import NDArray
 
 from kvbench.data.documents import Document
-from kvbench.data.tasks import GenerationSpec
+from kvbench.data.tasks import GenerationSpec, Task
 from kvbench.errors import UserError
 from kvbench.methods import layout_id
-from kvbench.protocols.base import GENERATION_PRESETS
+from kvbench.protocols.base import BOS, CHUNK, Protocol, Setting
 from kvbench.protocols.pieces import Cut, Piece, Tokenizer
 
 NUCLEUS, GREEDY = "nucleus", "greedy"
 
 
+PRESETS = {"paper": (128, 64), "standard": (512, 128), "long": (1024, 256)}
+"""Tokens of prefix and tokens to write; words for ``paper``, whose numbers are recalled, not verified."""
+
+
 @dataclass(frozen=True)
-class Writing:
-    """How a task is written, with its lengths resolved for a model.
+class Generate(Protocol):
+    """A prefix is compressed, and the model writes on.
 
     Attributes:
         prefix, new_tokens: tokens of the prefix and of the continuation; words if ``in_words``.
         decodings: how each document is continued: ``nucleus`` once per draw, ``greedy`` once.
         batch: documents written at a time; 0 leaves the choice to kvbench.
-        chunk: tokens of the prefix that are fed at a time.
     """
+
+    name = "generate"
+    kind = "generation"
+    settings = {
+        "preset": Setting("auto", ("task", *PRESETS)), "prefix": Setting("auto", least=32),
+        "new_tokens": Setting("auto"), "decode": Setting("both", ("both", NUCLEUS, GREEDY)), "draws": Setting("1"),
+        "top_p": Setting("0.9", share=(0.0, 1.0)), "temperature": Setting("1", share=(0.0, 100.0)),
+        "batch": Setting("auto"), "chunk": CHUNK, "bos": BOS,
+    }
+    length_option = "prefix"
+    longer = "Give longer documents, or smaller --set prefix= and --set new_tokens=."
 
     prefix: int
     new_tokens: int
@@ -41,55 +57,77 @@ class Writing:
     top_p: float
     temperature: float
     batch: int
-    chunk: int
-    bos: str
     preset: str
 
+    @classmethod
+    def resolve(cls, task: Task, options: Mapping[str, str], context: int, model: str) -> Self:
+        assert task.generation is not None, "the task is of this kind"
+        return cls.of(task.generation, options, context, model)
+
+    @classmethod
+    def of(cls, spec: GenerationSpec, options: Mapping[str, str], context: int, model: str) -> Self:
+        """The same, by the part of the task that it takes."""
+        preset = options["preset"]
+        prefix, new = (spec.prefix, spec.new_tokens) if preset == "task" else PRESETS[preset]
+        if preset == "task" and options["prefix"] == options["new_tokens"] == "auto":
+            new = min(new, context // 4)  # a model with a short context gets shorter texts, and the signature says so
+            prefix = min(prefix, context - new)
+        prefix = prefix if options["prefix"] == "auto" else int(options["prefix"])
+        new = new if options["new_tokens"] == "auto" else int(options["new_tokens"])
+        in_words = preset == "paper"
+        if prefix + new > context and not in_words:
+            raise UserError(
+                f"A prefix of {prefix} tokens and {new} to write do not fit {model}: its context is {context} tokens.",
+                f"Use --set prefix={max(32, context - new)}, or a smaller --set new_tokens=."
+                if context - new >= 32 else "Use a smaller --set prefix= and --set new_tokens=.",
+            )
+        draws = (NUCLEUS,) * int(options["draws"]) if options["decode"] != GREEDY else ()
+        greedy = (GREEDY,) if options["decode"] != NUCLEUS else ()
+        return cls(
+            int(options["chunk"]), options["bos"], prefix, new, in_words, draws + greedy, float(options["top_p"]),
+            float(options["temperature"]), 0 if options["batch"] == "auto" else int(options["batch"]), preset,
+        )
+
+    def pieces(
+        self, documents: Sequence[Document], tokenizer: Tokenizer, seed: int, with_words: bool
+    ) -> Iterator[tuple[Document, Cut]]:
+        for document in documents:
+            yield document, cut_for_writing(document, tokenizer, self)
+
+    @property
+    def unit(self) -> str:
+        return "words" if self.in_words else "tokens"
+
+    @property
+    def lengths(self) -> str:
+        return f"P:{self.prefix}|G:{self.new_tokens} {self.unit}"
+
+    @property
+    def seq_len(self) -> int:
+        return self.prefix
+
+    @property
+    def least(self) -> str:
+        return f"{self.prefix + self.new_tokens} {self.unit}"
+
+    def within(self, tokens: int) -> str:
+        return f"Keep sequences within {tokens} tokens, by smaller --set prefix= and --set new_tokens=."
+
     def signature(self, execution: str, has_bos: bool, tokenizer: str, version: int = 1) -> str:
-        """The settings that decide what a number means."""
-        unit = "words" if self.in_words else "tokens"
         draws = f"nucleus:{self.decodings.count(NUCLEUS)},greedy:{self.decodings.count(GREEDY)}"
         step = "evicted" if execution == "streamed" else "masked"
         preset = "|preset:paper(recalled, not verified)" if self.preset == "paper" else ""
         return (
-            f"generate|P:{self.prefix}|G:{self.new_tokens} {unit}|{draws}|p:{self.top_p:g}|T:{self.temperature:g}"
+            f"generate|{self.lengths}|{draws}|p:{self.top_p:g}|T:{self.temperature:g}"
             f"|{step}|bos:{'per_piece' if has_bos else 'none'}|tok:{tokenizer}{preset}|v:{version}"
         )
 
 
-def resolve_writing(spec: GenerationSpec, options: dict[str, str], context: int, model: str) -> Writing:
-    """Fill in what depends on task, preset and model.
-
-    Raises:
-        UserError: prefix and continuation do not fit the model's context.
-    """
-    preset = options["preset"]
-    prefix, new = (spec.prefix, spec.new_tokens) if preset == "task" else GENERATION_PRESETS[preset]
-    if preset == "task" and options["prefix"] == options["new_tokens"] == "auto":
-        new = min(new, context // 4)  # a model with a short context gets shorter texts, and the signature says so
-        prefix = min(prefix, context - new)
-    prefix = prefix if options["prefix"] == "auto" else int(options["prefix"])
-    new = new if options["new_tokens"] == "auto" else int(options["new_tokens"])
-    in_words = preset == "paper"
-    if prefix + new > context and not in_words:
-        raise UserError(
-            f"A prefix of {prefix} tokens and {new} to write do not fit {model}: its context is {context} tokens.",
-            f"Use --set prefix={max(32, context - new)}, or a smaller --set new_tokens=."
-            if context - new >= 32 else "Use a smaller --set prefix= and --set new_tokens=.",
-        )
-    draws = (NUCLEUS,) * int(options["draws"]) if options["decode"] != "greedy" else ()
-    greedy = (GREEDY,) if options["decode"] != "nucleus" else ()
-    return Writing(
-        prefix, new, in_words, draws + greedy, float(options["top_p"]), float(options["temperature"]),
-        0 if options["batch"] == "auto" else int(options["batch"]), int(options["chunk"]), options["bos"], preset,
-    )
-
-
-def cut_for_writing(document: Document, tokenizer: Tokenizer, writing: Writing) -> Cut:
+def cut_for_writing(document: Document, tokenizer: Tokenizer, protocol: Generate) -> Cut:
     """The prefix, the reference, and what follows it; no piece if the document is too short."""
     version = 1
-    cut = _words(document.text, writing) if writing.in_words else None
-    if writing.in_words and cut is None:
+    cut = _words(document.text, protocol) if protocol.in_words else None
+    if protocol.in_words and cut is None:
         return Cut((), 0)
     if cut is not None:
         parts = tuple(part.ids for part in tokenizer.split(cut))
@@ -100,10 +138,10 @@ def cut_for_writing(document: Document, tokenizer: Tokenizer, writing: Writing) 
             return Cut((), 0)
     else:
         ids = [*tokenizer.lead(), *tokenizer.encode(document.text)[0]]
-        stop = writing.prefix + writing.new_tokens
-        prefix, reference = ids[: writing.prefix], ids[writing.prefix : stop]
-        after = ids[stop : stop + writing.new_tokens]
-        if len(reference) < writing.new_tokens:
+        stop = protocol.prefix + protocol.new_tokens
+        prefix, reference = ids[: protocol.prefix], ids[protocol.prefix : stop]
+        after = ids[stop : stop + protocol.new_tokens]
+        if len(reference) < protocol.new_tokens:
             return Cut((), len(ids))
     piece = Piece(
         document.id, (*prefix, *reference), len(prefix), len(prefix), 0, layout_id(_name(prefix), 0),
@@ -112,18 +150,18 @@ def cut_for_writing(document: Document, tokenizer: Tokenizer, writing: Writing) 
     return Cut((piece,), 0)
 
 
-def _words(text: str, writing: Writing) -> tuple[str, str, str] | None:
+def _words(text: str, protocol: Generate) -> tuple[str, str, str] | None:
     """The first words, the next, and as many after them; None if there are too few."""
     ends = [i for i in range(1, len(text) + 1)
             if not text[i - 1].isspace() and (i == len(text) or text[i].isspace())]
-    first, last = writing.prefix, writing.prefix + writing.new_tokens
+    first, last = protocol.prefix, protocol.prefix + protocol.new_tokens
     if len(ends) < last:
         return None
-    stop = ends[min(last + writing.new_tokens, len(ends)) - 1]
+    stop = ends[min(last + protocol.new_tokens, len(ends)) - 1]
     return text[: ends[first - 1]], text[ends[first - 1] : ends[last - 1]], text[ends[last - 1] : stop]
 
 
-def uniforms(piece: Piece, writing: Writing, seed: int) -> NDArray[np.float64]:
+def uniforms(piece: Piece, protocol: Generate, seed: int) -> NDArray[np.float64]:
     """The random numbers of a document ``[outputs, new tokens]``, NaN where the output is greedy.
 
     They are a function of the seed, the prefix and the number of the draw, and of nothing else.
@@ -132,7 +170,7 @@ def uniforms(piece: Piece, writing: Writing, seed: int) -> NDArray[np.float64]:
     key = int(_name(piece.ids[: piece.context])[:16], 16)
     rows = [
         np.full(size, np.nan) if decoding == GREEDY else np.random.default_rng([seed, key, draw]).random(size)
-        for draw, decoding in enumerate(writing.decodings)
+        for draw, decoding in enumerate(protocol.decodings)
     ]
     return np.stack(rows)
 

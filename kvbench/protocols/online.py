@@ -6,15 +6,47 @@ of t chunks is compressed chunk by chunk; the query and the target are read raw 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import Self
 
 from kvbench.data.documents import Document
-from kvbench.data.tasks import OnlineSpec
+from kvbench.data.tasks import OnlineSpec, Task
 from kvbench.errors import UserError
 from kvbench.methods import layout_id
+from kvbench.protocols.base import BOS, CHUNK, Protocol
 from kvbench.protocols.pieces import Cut, Part, Piece, Tokenizer, bytes_between
+
+
+@dataclass(frozen=True)
+class Online(Protocol):
+    """Trials after so many chunks as the task says; what comes next is scored."""
+
+    name = "online"
+    kind = "online"
+    settings = {"chunk": CHUNK, "bos": BOS}
+    in_chunks = True
+
+    spec: OnlineSpec
+
+    @classmethod
+    def resolve(cls, task: Task, options: Mapping[str, str], context: int, model: str) -> Self:
+        assert task.online is not None, "the task is of this kind"
+        return cls(int(options["chunk"]), options["bos"], task.online)
+
+    def pieces(
+        self, documents: Sequence[Document], tokenizer: Tokenizer, seed: int, with_words: bool
+    ) -> Iterator[tuple[Document, Cut]]:
+        yield from online_trials(documents, tokenizer, self.spec)
+
+    @property
+    def lengths(self) -> str:
+        return self.spec.signature()
+
+    def taken(self, documents: Sequence[Document], limit: int | None) -> tuple[Sequence[Document], int | None]:
+        """A document is many trials, and the limit counts documents."""
+        return documents[:limit], None
 
 
 def online_trials(

@@ -8,9 +8,8 @@ from functools import cached_property
 from itertools import accumulate, pairwise
 from typing import Any, NamedTuple
 
-from kvbench.data.documents import Document
 from kvbench.errors import UserError
-from kvbench.methods import Structure, layout_id
+from kvbench.methods import Structure
 
 MIN_TOKENS = 32
 """Shorter tails and documents are not scored; they are counted."""
@@ -197,70 +196,3 @@ def bytes_between(
         return len(with_before.encode()) - len(alone.encode())
     first = ends[start - 1] if start else 0
     return len(text[first : ends[stop - 1]].encode())
-
-
-def word_places(text: str, ends: list[int]) -> list[tuple[int, int, int]]:
-    """For tokens that end at ``ends``: the line, the word in it, and how many words the line has.
-
-    Words are what lies between single spaces, as the released Sentinel code splits them.
-    """
-    places, counts = [], [line.count(" ") + 1 for line in text.split("\n")]
-    line = word = at = 0
-    for end in ends:
-        for character in text[at : max(at, end - 1)]:
-            if character == "\n":
-                line, word = line + 1, 0
-            elif character == " ":
-                word += 1
-        places.append((line, word, counts[line]))
-        at = max(at, end - 1)
-    return places
-
-
-def cut_blocks(document: Document, tokenizer: Tokenizer, length: int, with_words: bool = False) -> Cut:
-    """Disjoint blocks of ``length`` tokens, BOS included; the first token is context only.
-
-    Raises:
-        UserError: words are asked for, and the tokenizer does not say where its tokens are.
-    """
-    ids, ends = tokenizer.encode(document.text)
-    lead = tokenizer.lead()
-    if with_words and ends is None:
-        raise UserError("--set sampler=published needs a fast tokenizer, and this model's is not.")
-    words = word_places(document.text, ends) if with_words and ends is not None else None
-    size = length - len(lead)
-    pieces, dropped = [], 0
-    for block, start in enumerate(range(0, len(ids), size)):
-        stop = min(start + size, len(ids))
-        block_ids = (*lead, *ids[start:stop])
-        if len(block_ids) < MIN_TOKENS:
-            dropped += stop - start
-            continue
-        scored = start if lead else start + 1
-        pieces.append(Piece(
-            document.id, block_ids, len(block_ids), 1,
-            bytes_between(document.text, ends, tokenizer, ids, scored, stop),
-            layout_id(document.id, block),
-            words=None if words is None else (*[(-1, 0, 0)] * len(lead), *words[start:stop]),
-        ))
-    return Cut(tuple(pieces), dropped)
-
-
-def cut_stream(document: Document, tokenizer: Tokenizer, tokens: int, with_words: bool = False) -> Cut:
-    """One passage from the start of the document, of at most ``tokens`` tokens."""
-    whole = cut_blocks(document, tokenizer, tokens, with_words)
-    rest = sum(len(piece.ids) - len(tokenizer.lead()) for piece in whole.pieces[1:])
-    return Cut(whole.pieces[:1], whole.dropped + rest)
-
-
-def cut_prefix(document: Document, tokenizer: Tokenizer, prefix: int, continuation: int) -> Cut:
-    """The first ``prefix`` tokens are compressed; the next ``continuation`` ones are scored."""
-    ids, ends = tokenizer.encode(document.text)
-    lead = tokenizer.lead()
-    start = prefix - len(lead)
-    if len(ids) < start + continuation:
-        return Cut((), len(ids))
-    stop = start + continuation
-    n_bytes = bytes_between(document.text, ends, tokenizer, ids, start, stop)
-    piece = Piece(document.id, (*lead, *ids[:stop]), prefix, prefix, n_bytes, layout_id(document.id, 0))
-    return Cut((piece,), len(ids) - stop)

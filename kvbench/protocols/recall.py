@@ -5,23 +5,59 @@ Prose, fact, prose, question and answer are one text, as people would write it d
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Self
 
 import numpy as np
 
 from kvbench.data.documents import Document
 from kvbench.data.facts import FACT_HIGH, FACT_LOW, NAMES, THINGS, fact
-from kvbench.data.tasks import RecallSpec
+from kvbench.data.tasks import RecallSpec, Task
 from kvbench.errors import UserError
 from kvbench.methods import layout_id
+from kvbench.protocols.base import BOS, CHUNK, Protocol, Setting
 from kvbench.protocols.pieces import Cut, Part, Piece, Tokenizer
 
 ROUND = 20
 """Contexts are multiples of it, so that round ratios are met exactly."""
 
+HIDDEN, KNOWN = "hidden", "known"
+"""Whether the question of a trial is read after the context was compressed, or is the end of it."""
+
 REACH, STARTS = 48, 64
 """How far a border is moved, in characters, and how many places of the prose are tried."""
+
+
+@dataclass(frozen=True)
+class Recall(Protocol):
+    """Facts among prose, each asked for after one of the task's distances, where its answer is scored.
+
+    Attributes:
+        spec: the lengths, which are the task's own.
+        known: the question is part of the context.
+    """
+
+    name = "prefix"
+    kind = "recall"
+    settings = {"chunk": CHUNK, "bos": BOS, "question": Setting("both", ("both", HIDDEN, KNOWN))}
+
+    spec: RecallSpec
+    known: bool
+
+    @classmethod
+    def resolve(cls, task: Task, options: Mapping[str, str], context: int, model: str) -> Self:
+        assert task.recall is not None, "the task is of this kind"
+        return cls(int(options["chunk"]), options["bos"], task.recall, options.get("question", HIDDEN) == KNOWN)
+
+    def pieces(
+        self, documents: Sequence[Document], tokenizer: Tokenizer, seed: int, with_words: bool
+    ) -> Iterator[tuple[Document, Cut]]:
+        yield from recall_trials(documents, tokenizer, self.spec, seed, self.known)
+
+    @property
+    def lengths(self) -> str:
+        return f"{self.spec.signature()}|question:{KNOWN if self.known else HIDDEN}"
 
 
 @dataclass(frozen=True)
@@ -82,7 +118,7 @@ class _Wanted:
 
 
 def recall_trials(
-    documents: tuple[Document, ...], tokenizer: Tokenizer, spec: RecallSpec, seed: int, known: bool = False
+    documents: Sequence[Document], tokenizer: Tokenizer, spec: RecallSpec, seed: int, known: bool = False
 ) -> Iterator[tuple[Document, Cut]]:
     """Facts among prose, each asked for after one of the distances, in turn.
 

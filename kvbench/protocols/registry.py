@@ -1,0 +1,38 @@
+"""The table of protocols."""
+
+from __future__ import annotations
+
+from kvbench.data.tasks import Task
+from kvbench.errors import unknown
+from kvbench.protocols.base import Protocol
+from kvbench.protocols.block import Block
+from kvbench.protocols.generate import Generate
+from kvbench.protocols.online import Online
+from kvbench.protocols.prefix import Prefix
+from kvbench.protocols.recall import Recall
+from kvbench.protocols.stream import Stream
+
+PROTOCOLS: tuple[type[Protocol], ...] = (Block, Stream, Prefix, Recall, Online, Generate)
+NAMES = tuple(dict.fromkeys(protocol.name for protocol in PROTOCOLS))
+
+
+def protocol_of(task: Task, name: str) -> type[Protocol]:
+    """The protocol of that name for tasks of that kind.
+
+    Raises:
+        UserError: there is none.
+    """
+    found = {protocol.name: protocol for protocol in PROTOCOLS if protocol.kind == task.kind}
+    if name not in found:
+        raise unknown(f"protocol of task {task.name!r}", name, found)
+    return found[name]
+
+
+def chosen_protocol(task: Task, asked: str | None) -> type[Protocol]:
+    """The protocol asked for, if the task has it (it may have been asked for another task); else the task's first.
+
+    Raises:
+        UserError: the task names a protocol that there is not.
+    """
+    known = {name: protocol_of(task, name) for name in task.protocols}
+    return known[asked if asked in known else task.protocols[0]]
