@@ -15,6 +15,9 @@ LEVEL = 0.95
 EXCHANGES = 9999
 MOST_FLIPS, FLIPS_BYTES = 199_999, 1 << 28
 
+SIGNIFICANT = 0.05
+"""The p-value below which a difference is called one."""
+
 
 class Table:
     """Sums per group, ``[groups, columns]``, whose resampled totals are computed once for each seed."""

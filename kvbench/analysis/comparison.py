@@ -17,7 +17,6 @@ from kvbench.store.faults import faults_in, named, remarks_of
 from kvbench.store.folder import RunFolder
 from kvbench.store.records import HUMAN, ITSELF, Cell, Row
 
-SIGNIFICANT = 0.05
 _BYTES = {metric.name for metric in metrics.MEMORY}
 
 

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from kvbench.metrics import distinct, mauve
 from kvbench.metrics.agreement import AGREEMENT, KL_BINS
-from kvbench.metrics.base import Metric, Totals
+from kvbench.metrics.base import Metric, Shown, Totals
 from kvbench.metrics.bleu import BLEU
 from kvbench.metrics.chrf import CHRF
 from kvbench.metrics.degeneration import DEGENERATION
 from kvbench.metrics.gen_ppl import GEN_PPL
 from kvbench.metrics.memory import MEMORY
-from kvbench.metrics.perplexity import PERPLEXITY, RECOVERY_SIGNATURE, recovery
+from kvbench.metrics.perplexity import PERPLEXITY, RECOVERY_SHOWN, RECOVERY_SIGNATURE, recovery
 from kvbench.metrics.prefix_match import PREFIX_MATCH
+from kvbench.metrics.profile import PROFILE_SHOWN
 from kvbench.metrics.recall import RECALL
 from kvbench.metrics.repetition import REPETITION
 from kvbench.metrics.rouge import ROUGE
@@ -27,10 +29,17 @@ GENERATION_NAMES = (*(m.name for m in TEXT_METRICS), "distinct", "mauve")
 METRIC_NAMES = tuple(dict.fromkeys((
     *(m.name for m in LM_METRICS + RECALL_METRICS), "recovery", *GENERATION_NAMES,
 )))
+SHOWN: dict[str, Shown] = {
+    **{m.name: m.shown for m in PERPLEXITY}, "recovery": RECOVERY_SHOWN,
+    **{m.name: m.shown for m in (*AGREEMENT, *RECALL, GEN_PPL, BLEU, CHRF, *ROUGE, *SEMANTIC)},
+    "mauve": mauve.SHOWN, "distinct": distinct.SHOWN,
+    **{m.name: m.shown for m in (*REPETITION, *DEGENERATION, PREFIX_MATCH, *MEMORY)}, **PROFILE_SHOWN,
+}
+"""How every metric is shown: tables have their columns in this order."""
 NEED_SCORER, NEED_ENCODER = ("gen_ppl",), ("semantic", "prefix_coherence")
 
 __all__ = [
     "AGREEMENT", "ANSWER_METRICS", "GENERATION_NAMES", "KL_BINS", "LM_METRICS", "MEMORY", "METRIC_NAMES",
-    "NEED_ENCODER", "NEED_SCORER", "PREFIX_MATCH", "RECALL_METRICS", "RECOVERY_SIGNATURE", "TEXT_METRICS", "Metric",
-    "TextMetric", "Totals", "recovery",
+    "NEED_ENCODER", "NEED_SCORER", "PREFIX_MATCH", "RECALL_METRICS", "RECOVERY_SIGNATURE", "SHOWN", "TEXT_METRICS",
+    "Metric", "Shown", "TextMetric", "Totals", "recovery",
 ]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from kvbench.metrics.base import Array, Metric, Totals
+from kvbench.metrics.base import LM, Array, Metric, Shown, Totals
 
 KL_BINS = 1000
 KL_LOW, KL_HIGH = 1e-8, 1e2
@@ -31,7 +31,10 @@ def _kl_p99(t: Totals) -> Array:
 
 
 AGREEMENT = (
-    Metric("kl", _kl, "KL(full||method)|nats|mean per token|v:1"),
-    Metric("kl_p99", _kl_p99, f"KL(full||method)|nats|99th percentile|bins:{KL_BINS} log|v:1"),
-    Metric("top1_agreement", _top1, "argmax equals full's|share of tokens|v:1"),
+    Metric("kl", _kl, "KL(full||method)|nats|mean per token|v:1",
+           shown=Shown("KL", 3, "low", (LM,), "KL from the full cache (nats per token)")),
+    Metric("kl_p99", _kl_p99, f"KL(full||method)|nats|99th percentile|bins:{KL_BINS} log|v:1",
+           shown=Shown("KL, 99 %", 3, "low")),
+    Metric("top1_agreement", _top1, "argmax equals full's|share of tokens|v:1",
+           shown=Shown("top-1", 3, "high", (LM,))),
 )

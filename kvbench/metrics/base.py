@@ -13,6 +13,42 @@ Totals = Mapping[str, Array]
 """Column name -> totals ``[resamples]``, or ``[resamples, bins]`` for a histogram."""
 
 
+LM, ANSWERS, TEXTS, TIMING = "language modelling", "answers", "written text", "time and memory"
+"""Tables that are written to files and pages."""
+FLUENCY, MEANING, DEGENERATION = (
+    "fluency and overlap with the reference", "meaning and diversity", "length and degeneration"
+)
+GREEDY = "greedy texts"
+"""Tables of the terminal, beside those of language modelling and recall."""
+
+
+@dataclass(frozen=True)
+class Shown:
+    """How a metric is shown, wherever it is.
+
+    Attributes:
+        heading: of a column.
+        digits: decimals.
+        better: ``low`` or ``high`` where one value is better than another; None where it is not.
+        tables: those that it is a column of.
+        label: of an axis; the heading if empty.
+        scale: values are multiplied by it.
+        is_drawn: it is drawn against removal.
+    """
+
+    heading: str
+    digits: int = 2
+    better: str | None = None
+    tables: tuple[str, ...] = ()
+    label: str = ""
+    scale: float = 1.0
+    is_drawn: bool = False
+
+    @property
+    def axis(self) -> str:
+        return self.label or self.heading
+
+
 @dataclass(frozen=True)
 class Metric:
     """One number per cell.
@@ -26,6 +62,7 @@ class Metric:
         has_interval: whether resampling makes sense.
         swapped: the difference to ``full`` is tested by exchanging the two within groups, which suits any
             function of sums.
+        shown: how it is shown.
     """
 
     name: str
@@ -35,3 +72,4 @@ class Metric:
     unit: str = "document"
     has_interval: bool = True
     swapped: bool = False
+    shown: Shown = Shown("")

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from kvbench.metrics.base import Array, Totals
+from kvbench.metrics.base import FLUENCY, TEXTS, Array, Shown, Totals
 from kvbench.metrics.texts import Columns, Sample, TextMetric
 
 ORDER = 4
@@ -49,5 +49,6 @@ def _value(t: Totals) -> Array:
 
 
 BLEU = TextMetric(
-    "bleu", _value, "sacrebleu|nrefs:1|case:mixed|eff:no|tok:13a|smooth:exp", swapped=True, columns=_columns
+    "bleu", _value, "sacrebleu|nrefs:1|case:mixed|eff:no|tok:13a|smooth:exp", swapped=True, columns=_columns,
+    shown=Shown("BLEU", 2, None, (TEXTS, FLUENCY)),
 )

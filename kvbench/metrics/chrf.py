@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from kvbench.metrics.base import Array, Totals
+from kvbench.metrics.base import FLUENCY, GREEDY, TEXTS, Array, Shown, Totals
 from kvbench.metrics.texts import Columns, Sample, TextMetric
 
 BETA = 2
@@ -45,5 +45,6 @@ def _value(t: Totals) -> Array:
 
 
 CHRF = TextMetric(
-    "chrf", _value, "sacrebleu|nrefs:1|case:mixed|eff:yes|nc:6|nw:0|space:no", swapped=True, columns=_columns
+    "chrf", _value, "sacrebleu|nrefs:1|case:mixed|eff:yes|nc:6|nw:0|space:no", swapped=True, columns=_columns,
+    shown=Shown("chrF", 2, None, (TEXTS, FLUENCY, GREEDY)),
 )

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections import Counter
 
+from kvbench.metrics.base import DEGENERATION as TABLE
+from kvbench.metrics.base import GREEDY, TEXTS, Shown
 from kvbench.metrics.texts import Sample, ngrams, text_mean
 from kvbench.store.records import Output
 
@@ -25,7 +27,10 @@ def _loops(output: Output, sample: Sample) -> float:
 
 
 DEGENERATION = (
-    text_mean("gen_length", "tokens written, the end token left out|v:1", _length),
-    text_mean("empty_share", "share of texts without a character|v:1", _is_empty),
-    text_mean("loop_share", f"share of texts in which a 4-gram of words stands {LOOP} times or more|v:1", _loops),
+    text_mean("gen_length", "tokens written, the end token left out|v:1", _length,
+              Shown("tokens", 1, None, (TABLE,))),
+    text_mean("empty_share", "share of texts without a character|v:1", _is_empty,
+              Shown("empty", 2, None, (TABLE,))),
+    text_mean("loop_share", f"share of texts in which a 4-gram of words stands {LOOP} times or more|v:1", _loops,
+              Shown("loops", 2, None, (TEXTS, TABLE, GREEDY))),
 )

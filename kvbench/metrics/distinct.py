@@ -14,9 +14,11 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from kvbench.metrics.base import MEANING, Shown
 from kvbench.metrics.texts import words
 
 ORDER = 2
+SHOWN = Shown("distinct", 3, None, (MEANING,))
 
 
 class Jackknifed(NamedTuple):

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from kvbench.metrics.base import Array, Totals
+from kvbench.metrics.base import FLUENCY, GREEDY, TEXTS, Array, Shown, Totals
 from kvbench.metrics.texts import Columns, Sample, TextMetric
 
 
@@ -26,5 +26,6 @@ def _value(t: Totals) -> Array:
 
 
 GEN_PPL = TextMetric(
-    "gen_ppl", _value, "exp(sum nll/sum tokens) of the texts given their prefixes|v:2", swapped=True, columns=_columns
+    "gen_ppl", _value, "exp(sum nll/sum tokens) of the texts given their prefixes|v:2", swapped=True, columns=_columns,
+    shown=Shown("gen ppl", 2, None, (TEXTS, FLUENCY, GREEDY), "perplexity of the written text", is_drawn=True),
 )

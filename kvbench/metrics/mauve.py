@@ -18,8 +18,11 @@ from contextlib import contextmanager
 import numpy as np
 from numpy.typing import NDArray
 
+from kvbench.metrics.base import MEANING, TEXTS, Shown
+
 Array = NDArray[np.float64]
 
+SHOWN = Shown("MAUVE", 3, None, (TEXTS, MEANING))
 LEAST_TEXTS = 200
 """With fewer texts it is not measured."""
 MANY_TEXTS = 1000

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from kvbench.metrics.base import Array, Metric, Totals
+from kvbench.metrics.base import LM, Array, Metric, Shown, Totals
 
 
 def _nll(t: Totals) -> Array:
@@ -20,9 +20,15 @@ def _bits_per_byte(t: Totals) -> Array:
 
 
 PERPLEXITY = (
-    Metric("ppl", _ppl, "exp(sum nll/sum tokens)|v:1", tested="nll"),
-    Metric("nll", _nll, "nats|sum nll/sum tokens|v:1", tested="nll"),
-    Metric("bits_per_byte", _bits_per_byte, "sum nll/(ln2*sum utf8 bytes)|v:1", tested="nll"),
+    Metric(
+        "ppl", _ppl, "exp(sum nll/sum tokens)|v:1", tested="nll",
+        shown=Shown("ppl", 2, "low", (LM,), "perplexity", is_drawn=True),
+    ),
+    Metric("nll", _nll, "nats|sum nll/sum tokens|v:1", tested="nll", shown=Shown("nll", 3, "low", (LM,))),
+    Metric(
+        "bits_per_byte", _bits_per_byte, "sum nll/(ln2*sum utf8 bytes)|v:1", tested="nll",
+        shown=Shown("bits/byte", 3, "low", (LM,)),
+    ),
 )
 
 
@@ -32,3 +38,4 @@ def recovery(method: Totals, full: Totals, none: Totals) -> Array:
 
 
 RECOVERY_SIGNATURE = "(nll_none-nll)/(nll_none-nll_full)|v:1"
+RECOVERY_SHOWN = Shown("recovery", 2, "high", (LM,))

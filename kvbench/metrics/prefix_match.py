@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from itertools import takewhile
 
+from kvbench.metrics.base import DEGENERATION, TEXTS, Shown
 from kvbench.metrics.texts import Sample, text_mean
 from kvbench.store.records import Output
 
@@ -24,4 +25,7 @@ def _match(output: Output, sample: Sample) -> float | None:
     return common_prefix(output.ids, theirs) / longest if longest else 1.0
 
 
-PREFIX_MATCH = text_mean("prefix_match", "greedy tokens before the first that differs from full's/all|v:1", _match)
+PREFIX_MATCH = text_mean(
+    "prefix_match", "greedy tokens before the first that differs from full's/all|v:1", _match,
+    Shown("greedy match", 2, None, (TEXTS, DEGENERATION)),
+)

@@ -2,6 +2,23 @@
 
 from __future__ import annotations
 
+from kvbench.metrics.base import TIMING, Shown
+
+PROFILE_SHOWN = {
+    "ttft_s": Shown("first token s", 3, "low", (TIMING,)),
+    "prefill_tok_s": Shown("prefill tok/s", 0, "high", (TIMING,)),
+    "tpot_s": Shown("ms per token", 2, "low", (TIMING,), scale=1e3),
+    "decode_tok_s": Shown("decode tok/s", 1, "high", (TIMING,), "tokens written per second"),
+    "decode_speedup": Shown("speed-up", 2, "high", (TIMING,)),
+    "decode_speedup_predicted": Shown("bytes predict", 2, None, (TIMING,)),
+    "bandwidth_share": Shown("of bandwidth", 2, None, (TIMING,)),
+    "prefill_peak_bytes": Shown("prefill peak MiB", 1, "low", (TIMING,), scale=2**-20),
+    "decode_peak_bytes": Shown(
+        "decode peak MiB", 1, "low", (TIMING,), "decode peak above weights, MiB", scale=2**-20
+    ),
+}
+"""How those are shown that tables have."""
+
 PROFILE_METRICS = {
     "ttft_s": "s|prompt to first token: prefill, compression, choosing",
     "prefill_s": "s|the model's passes over the prompt",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from kvbench.metrics.base import Array, Metric, Totals
+from kvbench.metrics.base import ANSWERS, Array, Metric, Shown, Totals
 
 
 def _accuracy(t: Totals) -> Array:
@@ -16,7 +16,10 @@ def _answer_nll(t: Totals) -> Array:
 RECALL = (
     Metric(
         "accuracy", _accuracy, "all answer tokens are the teacher-forced argmax|v:1",
-        tested="correct",
+        tested="correct", shown=Shown("accuracy", 2, "high", (ANSWERS,), "recall accuracy", is_drawn=True),
     ),
-    Metric("answer_nll", _answer_nll, "nats per answer token|v:1", tested="nll"),
+    Metric(
+        "answer_nll", _answer_nll, "nats per answer token|v:1", tested="nll",
+        shown=Shown("answer nll", 2, "low", (ANSWERS,)),
+    ),
 )

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from kvbench.metrics.base import Array, Totals
+from kvbench.metrics.base import DEGENERATION, GREEDY, MEANING, TEXTS, Array, Shown, Totals
 from kvbench.metrics.texts import Columns, Sample, TextMetric, mean_of, ngrams
 
 ORDERS = (2, 3, 4)
+_TABLES = {2: (DEGENERATION,), 3: (DEGENERATION,), 4: (TEXTS, MEANING, GREEDY)}
 
 
 def _counts(n: int, sample: Sample) -> Columns:
@@ -21,7 +22,7 @@ def _rep(n: int) -> TextMetric:
 
     return TextMetric(
         f"rep{n}", mean_of(f"rep{n}", f"rep{n}_texts"), f"1-distinct/all {n}-grams of words in a text|mean over texts"
-        "|v:1", swapped=True, columns=columns,
+        "|v:1", swapped=True, columns=columns, shown=Shown(f"rep-{n}", 3, None, _TABLES[n]),
     )
 
 
@@ -38,5 +39,8 @@ def _diversity(t: Totals) -> Array:
 
 REPETITION = (
     *(_rep(n) for n in ORDERS),
-    TextMetric("diversity", _diversity, "product over n=2,3,4 of (1-rep_n)|v:1", swapped=True, columns=_all_orders),
+    TextMetric(
+        "diversity", _diversity, "product over n=2,3,4 of (1-rep_n)|v:1", swapped=True, columns=_all_orders,
+        shown=Shown("diversity", 3, None, (TEXTS, MEANING), "diversity (1 is no repetition)", is_drawn=True),
+    ),
 )

@@ -5,10 +5,17 @@ from __future__ import annotations
 from functools import cache
 from typing import Any
 
+from kvbench.metrics.base import FLUENCY, GREEDY, TEXTS, Shown
 from kvbench.metrics.texts import Sample, TextMetric, text_mean
 from kvbench.store.records import Output
 
 NAMES = ("rouge1", "rouge2", "rougeL")
+
+
+_SHOWN = {
+    "rouge1": Shown("ROUGE-1", 3, None, (TEXTS, FLUENCY)), "rouge2": Shown("ROUGE-2", 3, None, (FLUENCY,)),
+    "rougeL": Shown("ROUGE-L", 3, None, (TEXTS, FLUENCY, GREEDY), "ROUGE-L with the author's text", is_drawn=True),
+}
 
 
 @cache
@@ -29,7 +36,7 @@ def _rouge(name: str) -> TextMetric:
             return None
         return float(_scores(output.text, sample.reference)[name])
 
-    return text_mean(name, "rouge-score|F1|stemmer:no|tok:ascii alphanumerics, lower case", measure)
+    return text_mean(name, "rouge-score|F1|stemmer:no|tok:ascii alphanumerics, lower case", measure, _SHOWN[name])
 
 
 ROUGE = tuple(_rouge(name) for name in NAMES)

@@ -6,6 +6,7 @@ reference beside that of another document, which is the floor to read the others
 
 from __future__ import annotations
 
+from kvbench.metrics.base import GREEDY, MEANING, TEXTS, Shown
 from kvbench.metrics.texts import Sample, cosine, text_mean
 from kvbench.store.records import Output
 
@@ -25,6 +26,11 @@ def _coherence(output: Output, sample: Sample) -> float | None:
 
 
 SEMANTIC = (
-    text_mean("semantic", f"with the reference|{_RECIPE}", _semantic),
-    text_mean("prefix_coherence", f"with the prefix|{_RECIPE}", _coherence),
+    text_mean(
+        "semantic", f"with the reference|{_RECIPE}", _semantic,
+        Shown("semantic", 3, None, (TEXTS, MEANING, GREEDY), "similarity to the author's text", is_drawn=True),
+    ),
+    text_mean(
+        "prefix_coherence", f"with the prefix|{_RECIPE}", _coherence, Shown("coherence", 3, None, (TEXTS, MEANING)),
+    ),
 )

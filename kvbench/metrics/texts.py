@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from kvbench.metrics.base import Array, Metric, Totals
+from kvbench.metrics.base import Array, Metric, Shown, Totals
 from kvbench.store.records import Output
 
 
@@ -69,11 +69,13 @@ def over_texts(column: str, measure: Callable[[Output, Sample], float | None]) -
     return columns
 
 
-def text_mean(name: str, signature: str, measure: Callable[[Output, Sample], float | None]) -> TextMetric:
+def text_mean(
+    name: str, signature: str, measure: Callable[[Output, Sample], float | None], shown: Shown
+) -> TextMetric:
     """A metric that is the mean over all texts of a measure of one text."""
     return TextMetric(
         name, mean_of(name, f"{name}_texts"), f"mean over texts|{signature}", swapped=True,
-        columns=over_texts(name, measure),
+        columns=over_texts(name, measure), shown=shown,
     )
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from kvbench.analysis.results import compute_results
 from kvbench.errors import UserError
+from kvbench.metrics import SHOWN
 from kvbench.reporting.figures.base import removal_figure
 from kvbench.reporting.figures.masks import mask_figure
 from kvbench.reporting.figures.profile import profile_figures
@@ -27,14 +28,8 @@ from kvbench.reporting.tables.format import name_of
 from kvbench.store.folder import RESULTS, RunFolder, write_atomic
 from kvbench.store.records import Results, Row
 
-DRAWN = ("ppl", "accuracy", "gen_ppl", "rougeL", "semantic", "diversity")
+DRAWN = tuple(name for name, shown in SHOWN.items() if shown.is_drawn)
 """Metrics that are drawn against removal."""
-
-_LABELS = {
-    "ppl": "perplexity", "accuracy": "recall accuracy", "kl": "KL from the full cache (nats per token)",
-    "gen_ppl": "perplexity of the written text", "rougeL": "ROUGE-L with the author's text",
-    "semantic": "similarity to the author's text", "diversity": "diversity (1 is no repetition)",
-}
 
 
 @dataclass(frozen=True)
@@ -110,7 +105,7 @@ def write_figures(
     rows = [replace(row, method=name_of(row), params={**row.params, "variant": None}) for row in rows]
     masks = {name: mask for folder in folders for name, mask in folder.masks().items()}
     tasks: list[Callable[[], list[Path]]] = [
-        *(partial(removal_figure, rows, name, out, _LABELS.get(name, name)) for name in metrics or DRAWN),
+        *(partial(removal_figure, rows, name, out, SHOWN[name].axis) for name in metrics or DRAWN),
         *(partial(draw, rows, out) for draw in (
             pareto_figure, asked_figures, position_figure, distance_figure, recall_figure, memory_figure,
             profile_figures,

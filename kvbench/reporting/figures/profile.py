@@ -8,6 +8,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.ticker import NullFormatter, StrMethodFormatter
 
+from kvbench.metrics import SHOWN
 from kvbench.reporting.figures.base import curve, draw, log_scale, style_of
 from kvbench.store.records import Row
 
@@ -17,15 +18,12 @@ def profile_figures(rows: list[Row], folder: Path) -> list[Path]:
     usual = [r for r in rows if r.protocol == "profile" and r.params["bin"] is None]
     found: list[Path] = []
     for axis, other in (("seq_len", "batch_size"), ("batch_size", "seq_len")):
-        for metric, label in (
-            ("decode_tok_s", "tokens written per second"),
-            ("decode_peak_bytes", "decode peak above weights, MiB"),
-        ):
-            found += _against(usual, metric, label, axis, other, folder)
+        for metric in ("decode_tok_s", "decode_peak_bytes"):
+            found += _against(usual, metric, axis, other, folder)
     return [*found, *_trade(usual, folder), *_predicted(usual, folder), *_cost(usual, folder)]
 
 
-def _against(rows: list[Row], metric: str, label: str, axis: str, other: str, folder: Path) -> list[Path]:
+def _against(rows: list[Row], metric: str, axis: str, other: str, folder: Path) -> list[Path]:
     """A metric over length or batch, at the largest of the other."""
     chosen = [r for r in rows if r.metric == metric and r.params[axis] is not None]
     if len({r.params[axis] for r in chosen}) < (2 if axis == "batch_size" else 1):
@@ -34,14 +32,14 @@ def _against(rows: list[Row], metric: str, label: str, axis: str, other: str, fo
     chosen = [r for r in chosen if r.params[other] == most]
 
     def panel(place: Axes, mine: list[Row]) -> None:
-        scale = 2**-20 if metric.endswith("bytes") else 1.0
+        scale = SHOWN[metric].scale
         for key in _keys(mine):
             points = sorted((r for r in mine if _key(r) == key), key=lambda r: r.params[axis])
             curve(place, key[0], [r.params[axis] for r in points], points, scale, _label(*key))
         _binary(place)
         log_scale(place, [scale * (r.value or 0.0) for r in mine])
         place.set_xlabel("tokens of the prompt" if axis == "seq_len" else "batch")
-        place.set_ylabel(f"{label} ({'batch' if other == 'batch_size' else 'length'} {most})", fontsize=8)
+        place.set_ylabel(f"{SHOWN[metric].axis} ({'batch' if other == 'batch_size' else 'length'} {most})", fontsize=8)
 
     name = f"{metric.removesuffix('_bytes')}-{'length' if axis == 'seq_len' else 'batch'}"
     return draw(chosen, panel, folder, name)

@@ -6,13 +6,11 @@ from rich import box
 from rich.table import Table
 from rich.text import Text
 
-from kvbench.analysis.comparison import SIGNIFICANT, Pair
+from kvbench.analysis.comparison import Pair
 from kvbench.metrics import NEED_SCORER
 from kvbench.reporting.tables.format import delta_of, p_of, task_of, value_of
+from kvbench.statistics import SIGNIFICANT
 from kvbench.store.records import Row
-
-_SMALL = ("rouge1", "rouge2", "rougeL", "semantic", "prefix_coherence", "kl", "nll", "bits_per_byte", "rep2", "rep3",
-          "rep4", "distinct", "diversity")
 
 
 def comparison_tables(pairs: list[Pair]) -> list[Table | Text]:
@@ -39,9 +37,8 @@ def _table(pair: Pair) -> Table:
         table.add_column(name, justify="right")
     for second in pair.rows:
         first = pair.first[second.metric, second.params.get("bin")]
-        digits = 4 if second.metric in _SMALL else 2
         table.add_row(
-            _name(second), *(_flat(value_of(r, digits)) for r in (first, second)), _flat(delta_of(second, digits)),
+            _name(second), *(_flat(value_of(r, 1)) for r in (first, second)), _flat(delta_of(second, 1)),
             p_of(second), _verdict(second),
         )
     return table

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from rich import box
 from rich.table import Table
 
+from kvbench.metrics import SHOWN
 from kvbench.store.faults import named
 from kvbench.store.records import Row
 from kvbench.units import bytes_of
@@ -81,7 +82,13 @@ def style_of(method: str) -> str:
     return "dim" if method in _ROLE_ORDER else ""
 
 
-def value_of(row: Row, digits: int) -> str:
+def value_of(row: Row, more: int = 0) -> str:
+    """A value with its interval.
+
+    Args:
+        more: decimals beyond those that the metric is usually shown with.
+    """
+    digits = SHOWN[row.metric].digits + more
     if row.value is None:
         return "n/a"
     if row.ci_low is None or row.ci_high is None:
@@ -89,7 +96,9 @@ def value_of(row: Row, digits: int) -> str:
     return f"{row.value:.{digits}f}\n[{row.ci_low:.{digits}f}, {row.ci_high:.{digits}f}]"
 
 
-def delta_of(row: Row, digits: int) -> str:
+def delta_of(row: Row, more: int = 0) -> str:
+    """The difference to the baseline with its interval, likewise."""
+    digits = SHOWN[row.metric].digits + more
     if row.delta is None:
         return "-"
     if row.delta_ci_low is None or row.delta_ci_high is None:

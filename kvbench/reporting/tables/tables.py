@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
+from kvbench.metrics import SHOWN
+from kvbench.metrics.base import ANSWERS, GREEDY, LM, TEXTS, TIMING
 from kvbench.reporting.tables.format import by_setting, cells_of, number_of, reading_note
+from kvbench.statistics import SIGNIFICANT
 from kvbench.store.faults import faults_in
 from kvbench.store.records import Row
 from kvbench.units import bytes_of
 
-SIGNIFICANT = 0.05
 _CONTROLS = ("human", "full", "full-again", "full-dynamic", "adapted", "none")
 
 
@@ -44,43 +46,13 @@ class Sheet:
     notes: tuple[str, ...]
 
 
-@dataclass(frozen=True)
-class Column:
-    """A metric as a column.
-
-    Attributes:
-        better: ``low`` or ``high`` where one value is better than another; None where it is not.
-        scale: values are multiplied by it.
-    """
-
-    metric: str
-    heading: str
-    digits: int = 2
-    better: str | None = None
-    scale: float = 1.0
-
-
-_LM = (
-    Column("ppl", "ppl", 2, "low"), Column("nll", "nll", 3, "low"), Column("bits_per_byte", "bits/byte", 3, "low"),
-    Column("recovery", "recovery", 2, "high"), Column("kl", "KL", 3, "low"),
-    Column("top1_agreement", "top-1", 3, "high"),
-)
-_RECALL = (Column("accuracy", "accuracy", 2, "high"), Column("answer_nll", "answer nll", 2, "low"))
-_TEXT = (
-    Column("gen_ppl", "gen ppl"), Column("bleu", "BLEU"), Column("chrf", "chrF"), Column("rouge1", "ROUGE-1", 3),
-    Column("rougeL", "ROUGE-L", 3), Column("semantic", "semantic", 3), Column("prefix_coherence", "coherence", 3),
-    Column("mauve", "MAUVE", 3), Column("diversity", "diversity", 3), Column("rep4", "rep-4", 3),
-    Column("loop_share", "loops", 2), Column("prefix_match", "greedy match", 2),
-)
-_PROFILE = (
-    Column("ttft_s", "first token s", 3, "low"), Column("prefill_tok_s", "prefill tok/s", 0, "high"),
-    Column("tpot_s", "ms per token", 2, "low", 1e3), Column("decode_tok_s", "decode tok/s", 1, "high"),
-    Column("decode_speedup", "speed-up", 2, "high"), Column("decode_speedup_predicted", "bytes predict", 2),
-    Column("bandwidth_share", "of bandwidth", 2), Column("prefill_peak_bytes", "prefill peak MiB", 1, "low", 2**-20),
-    Column("decode_peak_bytes", "decode peak MiB", 1, "low", 2**-20),
-)
 _MEMORY = "kv_bytes_physical"
 _HEAD = ("method", "removed: asked", "realised")
+
+
+def columns_of(table: str) -> tuple[str, ...]:
+    """The metrics that are columns of a table."""
+    return tuple(name for name, shown in SHOWN.items() if table in shown.tables)
 
 
 def sheets_of(rows: Sequence[Row]) -> list[Sheet]:
@@ -90,29 +62,24 @@ def sheets_of(rows: Sequence[Row]) -> list[Sheet]:
         task = mine[0].task + ("-known" if mine[0].params.get("question") == "known" else "")
         if protocol == "profile":
             timed = [r for r in mine if r.params["batch_size"] and r.params["seq_len"]]
-            found.append(_sheet(timed, task, "time and memory", _PROFILE, ("seq_len", "batch_size", "bin")))
+            found.append(_sheet(timed, task, TIMING, columns_of(TIMING), ("seq_len", "batch_size", "bin")))
             continue
         whole = [r for r in mine if r.params.get("bin") is None]
-        kinds: tuple[Column, ...] = _LM
-        if protocol == "generate" or _has(whole, "answer_nll"):
-            kinds = _TEXT if protocol == "generate" else _RECALL
-        elif _has(whole, "accuracy"):
-            kinds = (*_LM, *_RECALL[:1])
+        present = {row.metric for row in whole}
+        kinds = columns_of(ANSWERS if "answer_nll" in present else TEXTS if protocol == "generate" else LM)
+        if "answer_nll" not in present and "accuracy" in present:
+            kinds += ("accuracy",)
         found.append(_sheet(whole, task, f"{protocol}", kinds, title=title))
         greedy = [r for r in mine if r.params.get("bin") == "decode=greedy"]
         if greedy:
-            found.append(_sheet(greedy, f"{task}-greedy", "greedy texts", _TEXT))
+            found.append(_sheet(greedy, f"{task}-greedy", GREEDY, columns_of(TEXTS)))
     return [sheet for sheet in found if sheet.rows]
 
 
-def _has(rows: Sequence[Row], metric: str) -> bool:
-    return any(row.metric == metric for row in rows)
-
-
 def _sheet(
-    rows: Sequence[Row], name: str, what: str, columns: Sequence[Column], by: tuple[str, ...] = (), title: str = "",
+    rows: Sequence[Row], name: str, what: str, columns: Sequence[str], by: tuple[str, ...] = (), title: str = "",
 ) -> Sheet:
-    shown = [column for column in columns if _has(rows, column.metric)]
+    shown = [metric for metric in columns if any(row.metric == metric for row in rows)]
     keys = list(dict.fromkeys(tuple(row.params.get(key) for key in by) for row in rows))
     by = tuple(key for i, key in enumerate(by) if any(k[i] is not None for k in keys))
     lines: list[tuple[Entry, ...]] = []
@@ -120,11 +87,11 @@ def _sheet(
         mine = [row for row in rows if tuple(row.params.get(k) for k in by) == key]
         lead = tuple(Entry("" if k is None else str(k), k) for k in key)
         cells = cells_of(mine)
-        best = {column.metric: _best(cells, column) for column in shown}
+        best = {metric: _best(cells, metric) for metric in shown}
         for (method, ratio), metrics in cells.items():
             first = next(iter(metrics.values()))
             values = tuple(
-                _entry(metrics.get(c.metric), c, (method, ratio) in best[c.metric]) for c in shown
+                _entry(metrics.get(metric), (method, ratio) in best[metric]) for metric in shown
             )
             lines.append((
                 *lead, Entry(method, method), Entry(number_of(ratio, None), ratio),
@@ -142,7 +109,7 @@ def _sheet(
         )
         return Sheet(
             name, f"{name}: {what} ({one.model}, {one.n} requests in {one.groups} processes)",
-            (*head, *_HEAD, *(c.heading for c in shown), "KV held"), tuple(lines), notes,
+            (*head, *_HEAD, *(SHOWN[metric].heading for metric in shown), "KV held"), tuple(lines), notes,
         )
     reading = reading_note(rows)
     notes = (
@@ -152,24 +119,25 @@ def _sheet(
     )
     return Sheet(
         name, f"{title or name}: {what} ({one.model}, seed {one.seed}, {one.n} {one.unit}s in {one.groups} groups)",
-        (*head, *_HEAD, *(c.heading for c in shown), "KV held"), tuple(lines), notes,
+        (*head, *_HEAD, *(SHOWN[metric].heading for metric in shown), "KV held"), tuple(lines), notes,
     )
 
 
-def _best(cells: dict[tuple[str, float | None], dict[str, Row]], column: Column) -> set[tuple[str, float | None]]:
+def _best(cells: dict[tuple[str, float | None], dict[str, Row]], metric: str) -> set[tuple[str, float | None]]:
     """The cells that are best at their ratio, where the interval of the next is apart."""
-    if column.better is None:
+    better = SHOWN[metric].better
+    if better is None:
         return set()
-    sign = 1.0 if column.better == "low" else -1.0
+    sign = 1.0 if better == "low" else -1.0
     found = set()
     for ratio in {ratio for method, ratio in cells if ratio is not None}:
         rows = [
             (sign * row.value, key, row) for key, metrics in cells.items()
             if key[1] == ratio and key[0] not in _CONTROLS
-            and (row := metrics.get(column.metric)) is not None and row.value is not None
+            and (row := metrics.get(metric)) is not None and row.value is not None
         ]
         ordered = sorted(rows, key=lambda item: item[0])
-        if len(ordered) > 1 and _apart(ordered[0][2], ordered[1][2], column.better):
+        if len(ordered) > 1 and _apart(ordered[0][2], ordered[1][2], better):
             found.add(ordered[0][1])
     return found
 
@@ -179,14 +147,15 @@ def _apart(best: Row, next_: Row, better: str) -> bool:
     return ends[0] is not None and ends[1] is not None and ends[0] < ends[1]
 
 
-def _entry(row: Row | None, column: Column, is_best: bool) -> Entry:
+def _entry(row: Row | None, is_best: bool) -> Entry:
     if row is None or row.value is None:
         return Entry("-")
-    value, digits = column.scale * row.value, column.digits
+    scale, digits = SHOWN[row.metric].scale, SHOWN[row.metric].digits
+    value = scale * row.value
     mark = "*" if row.p_value is not None and row.p_value < SIGNIFICANT else ""
     text = f"{value:.{digits}f}{mark}"
     if row.ci_low is not None and row.ci_high is not None:
-        text += f" [{column.scale * row.ci_low:.{digits}f}, {column.scale * row.ci_high:.{digits}f}]"
+        text += f" [{scale * row.ci_low:.{digits}f}, {scale * row.ci_high:.{digits}f}]"
     return Entry(text, value, is_best)
 
 

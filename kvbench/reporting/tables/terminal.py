@@ -9,6 +9,7 @@ from rich.console import Console, Group
 from rich.table import Table
 from rich.text import Text
 
+from kvbench.metrics import SHOWN
 from kvbench.reporting.tables.format import (
     WIDTH,
     asked_of,
@@ -72,8 +73,8 @@ def _lm_table(rows: list[Row]) -> Table:
     for (method, _), metrics in cells_of(rows).items():
         ppl = metrics["ppl"]
         table.add_row(
-            *_head(method, ppl), value_of(ppl, 2), delta_of(ppl, 2), p_of(ppl),
-            _plain(metrics.get("recovery"), 2), _plain(metrics.get("kl"), 3), *_memory(metrics),
+            *_head(method, ppl), value_of(ppl), delta_of(ppl), p_of(ppl),
+            *(_plain(metrics.get(name)) for name in ("recovery", "kl")), *_memory(metrics),
             style=style_of(method),
         )
     return table
@@ -87,8 +88,8 @@ def _recall_table(rows: list[Row]) -> Table:
     for (method, _), metrics in cells_of(rows).items():
         accuracy = metrics["accuracy"]
         table.add_row(
-            *_head(method, accuracy), value_of(accuracy, 2), delta_of(accuracy, 2), p_of(accuracy),
-            value_of(metrics["answer_nll"], 2), *_memory(metrics), style=style_of(method),
+            *_head(method, accuracy), value_of(accuracy), delta_of(accuracy), p_of(accuracy),
+            value_of(metrics["answer_nll"]), *_memory(metrics), style=style_of(method),
         )
     return table
 
@@ -107,7 +108,7 @@ def _bin_table(rows: list[Row], what: str) -> Table:
         table.add_column(name.partition("=")[2], justify="right")
     for (method, ratio), _ in cells_of(rows).items():
         mine = {r.params["bin"]: r for r in rows if (name_of(r), r.ratio_asked) == (method, ratio)}
-        cells = [value_of(mine[name], 2) if name in mine else "-" for name in bins]
+        cells = [value_of(mine[name]) if name in mine else "-" for name in bins]
         table.add_row(method, number_of(ratio, None), *cells, style=style_of(method))
     return table
 
@@ -138,7 +139,7 @@ def _caption(rows: list[Row]) -> str:
     )
 
 
-def _plain(row: Row | None, digits: int) -> str:
-    return "-" if row is None else number_of(row.value, digits)
+def _plain(row: Row | None) -> str:
+    return "-" if row is None else number_of(row.value, SHOWN[row.metric].digits)
 
 

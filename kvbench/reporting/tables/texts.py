@@ -5,38 +5,27 @@ from __future__ import annotations
 from rich.table import Table
 from rich.text import Text
 
+from kvbench.metrics import SHOWN
+from kvbench.metrics.base import DEGENERATION, FLUENCY, GREEDY, MEANING
 from kvbench.reporting.tables.format import asked_of, cells_of, new_table, number_of, reading_note, style_of, value_of
+from kvbench.reporting.tables.tables import columns_of
+from kvbench.statistics import SIGNIFICANT
 from kvbench.store.records import Row
 from kvbench.units import bytes_of
 
-_COLUMNS = {
-    "gen_ppl": ("gen ppl", 2), "bleu": ("BLEU", 2), "chrf": ("chrF", 2), "rouge1": ("ROUGE-1", 3),
-    "rouge2": ("ROUGE-2", 3), "rougeL": ("ROUGE-L", 3), "semantic": ("semantic", 3),
-    "prefix_coherence": ("coherence\nwith prefix", 3), "mauve": ("MAUVE", 3), "distinct": ("distinct", 3),
-    "diversity": ("diversity", 3), "rep2": ("rep-2", 3), "rep3": ("rep-3", 3), "rep4": ("rep-4", 3),
-    "gen_length": ("tokens", 1), "empty_share": ("empty", 2), "loop_share": ("loops", 2),
-    "prefix_match": ("greedy agrees\nwith full", 2),
-}
-"""Heading and decimals by metric."""
-
-_TABLES = (
-    ("fluency and overlap with the reference", ("gen_ppl", "bleu", "chrf", "rouge1", "rouge2", "rougeL")),
-    ("meaning and diversity", ("semantic", "prefix_coherence", "mauve", "distinct", "diversity", "rep4")),
-    ("length and degeneration", (
-        "rep2", "rep3", "gen_length", "empty_share", "loop_share", "prefix_match", "kv_bytes_physical",
-    )),
-)
-_GREEDY = ("gen_ppl", "chrf", "rougeL", "semantic", "rep4", "loop_share")
-SIGNIFICANT = 0.05
+_TABLES = (FLUENCY, MEANING, DEGENERATION)
+_BYTES = "kv_bytes_physical"
 
 
 def text_tables(rows: list[Row]) -> list[Table | Text]:
     """The tables of a task that writes text, with what their numbers mean."""
     whole = [row for row in rows if row.params.get("bin") is None]
     greedy = [row for row in rows if row.params.get("bin") == "decode=greedy"]
-    parts: list[Table | Text] = [_table(whole, title, names) for title, names in _TABLES]
+    parts: list[Table | Text] = [
+        _table(whole, title, (*columns_of(title), *((_BYTES,) if title == DEGENERATION else ()))) for title in _TABLES
+    ]
     if greedy:
-        parts.append(_table(greedy, "greedy texts", _GREEDY))
+        parts.append(_table(greedy, GREEDY, columns_of(GREEDY)))
     return [*(part for part in parts if part is not None), Text(_caption(whole), style="dim")]
 
 
@@ -47,7 +36,7 @@ def _table(rows: list[Row], title: str, names: tuple[str, ...]) -> Table | Text:
         return Text("")
     table = new_table(rows[0], title, ("asked", "realised"))
     for name in names:
-        heading = "KV held\n(of full)" if name == "kv_bytes_physical" else f"{_COLUMNS[name][0]}\n[95 % CI]"
+        heading = "KV held\n(of full)" if name == _BYTES else f"{SHOWN[name].heading}\n[95 % CI]"
         table.add_column(heading, justify="right")
     for (method, _), metrics in cells_of(rows).items():
         first = next(iter(metrics.values()))
@@ -61,11 +50,11 @@ def _cell(name: str, metrics: dict[str, Row]) -> str:
     row = metrics.get(name)
     if row is None:
         return "-"
-    if name == "kv_bytes_physical":
+    if name == _BYTES:
         whole = metrics["kv_bytes_full"].value
         share = f"\n({100 * row.value / whole:.1f} %)" if row.value is not None and whole else ""
         return bytes_of(row.value) + share
-    shown = value_of(row, _COLUMNS[name][1])
+    shown = value_of(row)
     value, line, interval = shown.partition("\n")
     mark = "*" if row.p_value is not None and row.p_value < SIGNIFICANT else ""
     return f"{value}{mark}{line}{interval}"
