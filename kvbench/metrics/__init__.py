@@ -31,9 +31,8 @@ METRIC_NAMES = tuple(dict.fromkeys((
 )))
 SHOWN: dict[str, Shown] = {
     **{m.name: m.shown for m in PERPLEXITY}, "recovery": RECOVERY_SHOWN,
-    **{m.name: m.shown for m in (*AGREEMENT, *RECALL, GEN_PPL, BLEU, CHRF, *ROUGE, *SEMANTIC)},
-    "mauve": mauve.SHOWN, "distinct": distinct.SHOWN,
-    **{m.name: m.shown for m in (*REPETITION, *DEGENERATION, PREFIX_MATCH, *MEMORY)}, **PROFILE_SHOWN,
+    **{m.name: m.shown for m in (*LM_METRICS, *RECALL_METRICS, *TEXT_METRICS)},
+    "mauve": mauve.SHOWN, "distinct": distinct.SHOWN, **PROFILE_SHOWN,
 }
 """How every metric is shown: tables have their columns in this order."""
 NEED_SCORER, NEED_ENCODER = ("gen_ppl",), ("semantic", "prefix_coherence")
