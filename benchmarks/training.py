@@ -19,7 +19,7 @@ from benchmarks.pairs import compare
 from kvbench.inference.reader import Reader
 from kvbench.methods import METHODS, make_layout, make_method
 from kvbench.methods.base import Method
-from kvbench.methods.layouts.layout import Structure
+from kvbench.methods.layouts.layout import TextStructure
 from kvbench.models.adapter import Adapter, AdapterCard
 from kvbench.models.loading import load_model
 from kvbench.models.lora import attention_linears
@@ -89,7 +89,7 @@ def against_recurrence(base: nn.Module) -> None:
     for rows, chunk, target in RECURRENCE:
         ids = torch.randint(0, 4000, (rows, length), generator=torch.Generator().manual_seed(0))
         method = make_method("ccm-concat", METHODS["ccm-concat"]().ratio, {"n_comp": str(n_comp)})
-        layout = make_layout(method, length, 0, 0, Structure((chunk,) * (length // chunk)))
+        layout = make_layout(method, length, 0, 0, TextStructure((chunk,) * (length // chunk)))
         adapter, optimiser = fresh(method, "gated", base)
         reader = Reader(base, adapter)
 

@@ -19,7 +19,7 @@ SIGNIFICANT = 0.05
 """The p-value below which a difference is called one."""
 
 
-class Table:
+class GroupSums:
     """Sums per group, ``[groups, columns]``, whose resampled totals are computed once for each seed."""
 
     def __init__(self, sums: Array) -> None:
@@ -46,7 +46,7 @@ def _weights(groups: int, seed: int) -> Array:
 
 
 def bootstrap_intervals(
-    tables: Sequence[Table], values: Callable[[Sequence[Array]], Array], seed: int
+    tables: Sequence[GroupSums], values: Callable[[Sequence[Array]], Array], seed: int
 ) -> Array:
     """Percentile intervals of many statistics from one and the same resampling of groups.
 

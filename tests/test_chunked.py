@@ -14,7 +14,7 @@ from torch import nn
 from kvbench.cache.evicting import EvictingCache
 from kvbench.errors import UserError
 from kvbench.inference.reader import Reader
-from kvbench.methods import Layout, Structure, make_layout, make_method
+from kvbench.methods import Layout, TextStructure, make_layout, make_method
 from kvbench.methods.layouts.chunks import chunk_length
 from kvbench.methods.layouts.layout import COMP, RAW, SUM
 from kvbench.models.attention import register
@@ -61,7 +61,7 @@ def test_masks_equal_the_pairwise_rule(
     name: str, options: dict[str, str], recurrent: bool, memory_sees: bool, chunks: list[int], n_comp: int
 ) -> None:
     method = make_method(name, Fraction(0), {**options, "n_comp": str(n_comp)})
-    layout = make_layout(method, sum(chunks), 0, 0, Structure(tuple(chunks)))
+    layout = make_layout(method, sum(chunks), 0, 0, TextStructure(tuple(chunks)))
     assert layout.mask.tolist() == slow_mask(layout, name, recurrent, memory_sees)
     held = n_comp * (1 if name == "ccm-merge" else len(chunks))
     assert len(layout.held_after(len(layout))) == held
@@ -82,14 +82,14 @@ def test_ratio_sets_the_chunk(n: int, n_comp: int, percent: int) -> None:
 
 
 def test_pooled_entries_take_the_place_of_the_last_token() -> None:
-    layout = make_layout(make_method("meanpool", Fraction(0)), 5, 0, 0, Structure((3, 2)))
+    layout = make_layout(make_method("meanpool", Fraction(0)), 5, 0, 0, TextStructure((3, 2)))
     assert layout.position.tolist() == [0, 1, 2, 2, 2, 3, 4, 4, 4]
 
 
 def test_positions_skip_the_memory_tokens() -> None:
     """Text is numbered as if they did not exist; they go on from their chunk's last token."""
     method = make_method("ccm-merge", Fraction(0), {"n_comp": "2"})
-    layout = make_layout(method, 5, 0, 0, Structure((3, 2)))
+    layout = make_layout(method, 5, 0, 0, TextStructure((3, 2)))
     assert layout.tokens.kind.tolist() == [RAW] * 3 + [COMP] * 2 + [SUM] * 2 + [RAW] * 2 + [COMP] * 2 + [SUM] * 2
     assert layout.position.tolist() == [0, 1, 2, 3, 4, 3, 4, 3, 4, 5, 6, 5, 6]
     assert layout.tokens.row.tolist() == [-1, -1, -1, 0, 1, 0, 1, -1, -1, 0, 1, 0, 1]
@@ -107,7 +107,7 @@ def test_merged_entries_are_means_of_keys_and_of_values(
     for name in ("ccm-concat", "ccm-merge"):
         options = {"recurrent": "false", "n_comp": "2", "merge": ema}
         method = make_method(name, Fraction(0), options)
-        layout = make_layout(method, 30, 0, 0, Structure((10, 10, 10)))
+        layout = make_layout(method, 30, 0, 0, TextStructure((10, 10, 10)))
         run = Reader(llama, adapter_for(llama, method))
         with run.ready():
             session, _ = read_all(run, ids, layout, 4)
@@ -123,7 +123,7 @@ def test_mean_pool_is_the_mean_of_each_half(llama: nn.Module) -> None:
     ids = torch.randint(0, VOCABULARY, (1, 16), generator=torch.Generator().manual_seed(0))
     whole = EvictingCache()
     full = make_layout(make_method("full", Fraction(0)), 16, 0, 0)
-    layout = make_layout(make_method("meanpool", Fraction(0)), 16, 0, 0, Structure((16,)))
+    layout = make_layout(make_method("meanpool", Fraction(0)), 16, 0, 0, TextStructure((16,)))
     reader = Reader(llama)
     reader.one_pass(ids, full, cache=whole)
     pooled = read_all(reader, ids, layout, 5).session.cache

@@ -21,7 +21,7 @@ from kvbench.inference import sampling
 from kvbench.inference.layout_session import LayoutSession
 from kvbench.inference.reader import Reader
 from kvbench.inference.sampling import Sampling, choose
-from kvbench.methods import Layout, Structure, kept, make_layout
+from kvbench.methods import Layout, TextStructure, kept, make_layout
 from kvbench.protocols.base import settings_of
 from kvbench.protocols.generate import Generate, cut_for_writing, uniforms
 from kvbench.protocols.pieces import make_tokenizer
@@ -45,7 +45,7 @@ def drawn(rows: int, outputs: int = 2, tokens: int = G) -> Tensor:
 
 
 def layout_of(case: Case, tokens: int = P, more: int = G) -> Layout:
-    return make_layout(case.method, tokens + more, 0, 5, Structure(prefix=tokens))
+    return make_layout(case.method, tokens + more, 0, 5, TextStructure(prefix=tokens))
 
 
 def session_of(reader: Reader, layout: Layout, chunk: int = 64, evicts: bool = True) -> LayoutSession:
@@ -153,7 +153,7 @@ def test_the_ratio_is_met_exactly_at_the_end_of_the_prefix(
     name: str, tokens: int, more: int, percent: int, which: int
 ) -> None:
     ratio = Fraction(percent, 100)
-    layout = make_layout(layout_method(name, str(ratio)), tokens + more, 0, which, Structure(prefix=tokens))
+    layout = make_layout(layout_method(name, str(ratio)), tokens + more, 0, which, TextStructure(prefix=tokens))
     held = len(layout.held_after(LayoutSession(Reader(nn.Identity()), layout, tokens)._stop(tokens - 1)))
     assert held == (max(min(5, tokens), kept(tokens, ratio)) if name == "sinks" else kept(tokens, ratio))
     whole = len(layout.held_after(len(layout)))

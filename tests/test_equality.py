@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from kvbench.cache.evicting import EvictingCache
 from kvbench.inference.reader import Reader
-from kvbench.methods import METHODS, Layout, LayoutMethod, Structure, kept, make_layout
+from kvbench.methods import METHODS, Layout, LayoutMethod, TextStructure, kept, make_layout
 from kvbench.methods.layouts.chunked import chunk_layout
 from kvbench.methods.layouts.chunks import Chunked
 from kvbench.methods.layouts.layout import Tokens
@@ -136,7 +136,7 @@ def test_turns_of_any_length_and_what_follows(model: nn.Module, name: str) -> No
     """A dialogue, compressed turn by turn, and what follows it: at once, one by one, and masked."""
     context, more = sum(TURNS), N - sum(TURNS)
     method = layout_method(name, "0.5")
-    layout = make_layout(method, context, 0, 5, Structure(TURNS))
+    layout = make_layout(method, context, 0, 5, TextStructure(TURNS))
     expected = {"none": 0, "full": context, "local": 40, "ccm-merge": 2}.get(name, 2 * len(TURNS))
     run, text = reader(model, method), ids()
     held = layout.held_after(len(layout))
@@ -203,13 +203,13 @@ def test_nothing_removed_is_the_base_model_exactly(model: nn.Module, name: str) 
 
 @torch.inference_mode()
 def test_the_test_sees_a_wrong_mask(model: nn.Module) -> None:
-    """A policy that shows one entry too few is far outside the tolerance."""
+    """A visibility that shows one entry too few is far outside the tolerance."""
     right = make_layout(layout_method("local", "0.7"), N, 0, 0)
 
-    def wrong_policy(queries: Tokens, keys: Tokens) -> Tensor:
-        return right.policy(queries, keys) & (keys.raw != queries.raw - 3)
+    def wrong_visibility(queries: Tokens, keys: Tokens) -> Tensor:
+        return right.visibility(queries, keys) & (keys.raw != queries.raw - 3)
 
-    wrong = Layout(right.tokens, right.position, wrong_policy, N)
+    wrong = Layout(right.tokens, right.position, wrong_visibility, N)
     run = Reader(model)
     assert (run.one_pass(ids(), right) - run.one_pass(ids(), wrong)).abs().max() > 100 * TOLERANCE
 

@@ -18,7 +18,7 @@ import pytest
 from kvbench.errors import UserError
 from kvbench.execution.job import Job
 from kvbench.execution.worker import Worker
-from kvbench.judges.choice import Judging
+from kvbench.judges.choice import JudgeChoice
 from kvbench.judges.loading import load_judges
 from kvbench.models.adapter import Adapter, AdapterCard, read_card
 from kvbench.models.fingerprint import fingerprint, former_fingerprint
@@ -237,7 +237,7 @@ def test_judges_are_named_by_their_files_and_loaded_as_named(model: Path, texts:
     plan = plan_of("kvbench-tiny", **settings)
     named = f"model@{fingerprint(model)}"
     assert {(c.options["scorer"], c.options["mauve_features"]) for c in plan.cells} == {(named, named)}
-    judging = Judging.load(json.loads(json.dumps(dataclasses.asdict(plan.judging))))
+    judging = JudgeChoice.load(json.loads(json.dumps(dataclasses.asdict(plan.judging))))
     assert judging == plan.judging
     loaded = load_model(resolve_model("kvbench-tiny"), "cpu", "float32")
     assert load_judges(replace(judging, encoder=False), loaded, "cpu", "float32").scorer is not None

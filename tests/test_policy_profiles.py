@@ -9,7 +9,7 @@ from torch import nn
 from kvbench.inference.opening import Text, open_session
 from kvbench.inference.policy_session import PolicySession
 from kvbench.profiling.memory import CpuMemory
-from kvbench.profiling.passes import weigh_request
+from kvbench.profiling.passes import measure_memory
 from kvbench.profiling.request import SessionRequest, cache_bytes
 from tests.conftest import VOCABULARY
 from tests.test_policies import POLICIES, policy_of
@@ -61,7 +61,7 @@ def test_a_filled_cache_is_seeded(llama: nn.Module) -> None:
 
 def test_peaks_fall_with_what_is_removed(llama: nn.Module) -> None:
     def weighed(name: str, **options: str) -> tuple[int, int]:
-        found = weigh_request(lambda: policed(llama, name, **options), CpuMemory(), None)
+        found = measure_memory(lambda: policed(llama, name, **options), CpuMemory(), None)
         return found.prefill_peak, found.decode_peak
 
     whole, once, blocks, lorc = (

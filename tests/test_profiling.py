@@ -19,7 +19,7 @@ from kvbench.errors import UserError
 from kvbench.inference.filling import random_entries
 from kvbench.inference.layout_session import LayoutSession
 from kvbench.inference.reader import Reader
-from kvbench.methods import METHODS, LayoutMethod, Structure, make_layout, make_method
+from kvbench.methods import METHODS, LayoutMethod, TextStructure, make_layout, make_method
 from kvbench.models.adapter import Adapter, AdapterCard
 from kvbench.models.random_models import SHAPES, make_shape
 from kvbench.profiling.bandwidth import copy_bandwidth
@@ -27,7 +27,7 @@ from kvbench.profiling.bench import Bench
 from kvbench.profiling.clock import Stopwatch, Timeline, clock_of
 from kvbench.profiling.largest_batch import COARSE, largest
 from kvbench.profiling.memory import CpuMemory, Sizes, memory_of, read_bytes, sizes_of, weights_bytes
-from kvbench.profiling.passes import time_request, weigh_request
+from kvbench.profiling.passes import measure_memory, time_request
 from kvbench.profiling.request import SessionRequest, StockRequest, cache_bytes
 from kvbench.profiling.worker import is_out_of_memory
 from kvbench.statistics import fitted_slope, repeat_interval
@@ -291,7 +291,7 @@ def session_of(request: SessionRequest) -> LayoutSession:
 
 def evicting(model: nn.Module, name: str, ratio: str, chunk: int = 16) -> SessionRequest:
     method = layout_method(name, ratio)
-    layout = make_layout(method, P + G, 0, 3, Structure(prefix=P))
+    layout = make_layout(method, P + G, 0, 3, TextStructure(prefix=P))
     prompt = torch.randint(1, VOCABULARY, (2, P), generator=torch.Generator().manual_seed(5))
     watch = Stopwatch(FakeClock())
     reader = Reader(model, adapter_for(model, method), watch.overhead)
@@ -378,7 +378,7 @@ def test_memory_holds_little_more_than_what_is_alive(llama: nn.Module, name: str
 def test_peaks_fall_with_what_is_removed(llama: nn.Module) -> None:
     def weighed(name: str, ratio: str, chunk: int) -> tuple[int, int]:
         with torch.inference_mode():
-            found = weigh_request(lambda: evicting(llama, name, ratio, chunk), CpuMemory(), None)
+            found = measure_memory(lambda: evicting(llama, name, ratio, chunk), CpuMemory(), None)
         return found.prefill_peak, found.decode_peak
 
     full, sinks = weighed("full", "0", P), weighed("sinks", "0.8", 16)
@@ -440,7 +440,7 @@ def test_the_full_cache_is_read_at_once_without_a_mask(llama: nn.Module) -> None
 
 
 def test_continuations_draw_as_before_where_some_rows_are_greedy(llama: nn.Module) -> None:
-    layout = make_layout(layout_method("full", "0"), P + G, 0, 0, Structure(prefix=P))
+    layout = make_layout(layout_method("full", "0"), P + G, 0, 0, TextStructure(prefix=P))
     uniforms = torch.rand(2, 2, G, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     uniforms[:, 1] = torch.nan
     prompt = torch.randint(1, VOCABULARY, (2, P), generator=torch.Generator().manual_seed(5))

@@ -14,7 +14,7 @@ from torch import nn
 from kvbench.cache.evicting import EvictingCache
 from kvbench.errors import UserError
 from kvbench.inference.reader import Reader
-from kvbench.methods import Structure, make_layout, make_method
+from kvbench.methods import TextStructure, make_layout, make_method
 from kvbench.methods.layouts.layout import CLOSE, OPEN, RAW
 from kvbench.methods.layouts.sentinel import span_layout
 from kvbench.methods.layouts.sentinel_published import draw_words, word_spans
@@ -143,7 +143,7 @@ def test_word_spans_become_token_spans() -> None:
     assert [(int(a), int(a) + length) for a, length in zip(starts, lengths, strict=True)] == expected
     assert sum(gaps) + sum(lengths) == 80
     layout = make_layout(
-        make_method("sentinel", Fraction(1, 2), {"sampler": "published"}), 80, 0, 0, Structure(words=words)
+        make_method("sentinel", Fraction(1, 2), {"sampler": "published"}), 80, 0, 0, TextStructure(words=words)
     )
     assert layout.n_raw == 80
     with pytest.raises(UserError, match="spans of words"):

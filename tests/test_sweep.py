@@ -24,7 +24,7 @@ from kvbench.execution.executors import Ended, participate
 from kvbench.execution.job import Job
 from kvbench.execution.shards import parts_of
 from kvbench.store.folder import RECORDS, RUN, RunFolder
-from kvbench.store.progress import Recorded
+from kvbench.store.progress import RunProgress
 from tests.conftest import Outcome, kvbench
 from tests.test_store import CELL, TEXT, record
 
@@ -323,7 +323,7 @@ def test_what_a_killed_process_left_is_cut_off_before_the_next_line(tmp_path: Pa
 def test_documents_are_read_as_they_come(tmp_path: Path) -> None:
     folder = RunFolder(tmp_path)
     folder.open_cell(CELL)
-    seen = Recorded(folder)
+    seen = RunProgress(folder)
     assert seen.documents(CELL) == set()
     folder.append(CELL, [record("a")])
     assert seen.documents(CELL) == {"a"}

@@ -24,7 +24,7 @@ from kvbench.profiling.bandwidth import copy_bandwidth
 from kvbench.profiling.bench import Bench
 from kvbench.profiling.clock import clock_of
 from kvbench.profiling.memory import memory_of
-from kvbench.profiling.passes import Timed, time_request, weigh_request
+from kvbench.profiling.passes import Timed, measure_memory, time_request
 from kvbench.store.records import Cell
 from kvbench.training.adapter_training import AdapterPlan, step_layout, text_loss
 
@@ -53,7 +53,7 @@ def profile(shop: Workshop, method: str, length: int, batch: int, found: Found, 
     mine, full = cells[method, length, batch], cells["full", length, batch]
     _check_fits(bench, mine)
     with bench.ready(mine):
-        weighed = weigh_request(partial(bench.request, mine, 1), memory_of(bench.device), None)
+        weighed = measure_memory(partial(bench.request, mine, 1), memory_of(bench.device), None)
     found.add("cache", weighed.read[0], "bytes")
     found.add("cache as stored", weighed.read[1], "bytes")
     found.add("peak reading", weighed.prefill_peak, "bytes")

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from kvbench.statistics import Table, bootstrap_intervals
+from kvbench.statistics import GroupSums, bootstrap_intervals
 from kvbench.store.faults import remarks_of
 from kvbench.store.records import Cell, DocumentRecord, Row
 
@@ -56,7 +56,7 @@ def _rows(
         return (part[..., 1:] / part[..., :1]).reshape(len(part), -1).T
 
     with np.errstate(divide="ignore", invalid="ignore"):
-        found = bootstrap_intervals([Table(sums.reshape(len(groups), -1))], means, cell.seed)
+        found = bootstrap_intervals([GroupSums(sums.reshape(len(groups), -1))], means, cell.seed)
     intervals = found.reshape(len(bins), 2, 2)
     is_full, rows = cell.method == "full", []
     for i, start in enumerate(bins):

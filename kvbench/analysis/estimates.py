@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from kvbench import metrics
 from kvbench.metrics import Metric
-from kvbench.statistics import Table, bootstrap_intervals, exchanged_p_values, paired_p_value
+from kvbench.statistics import GroupSums, bootstrap_intervals, exchanged_p_values, paired_p_value
 from kvbench.store.faults import remarks_of
 from kvbench.store.records import Cell, Row
 
@@ -22,7 +22,7 @@ Array = NDArray[np.float64]
 
 
 @dataclass(frozen=True)
-class Measured:
+class CellSums:
     """A cell with its records of one bin, aggregated by group.
 
     Attributes:
@@ -30,7 +30,7 @@ class Measured:
         n: documents.
         sums: column -> ``[groups]``, or ``[groups, k]`` for a vector such as ``kl_bins``.
         peak, mean_peak: the most entries ever held, of all documents and as their mean.
-        lacks: metrics that it has not the columns of.
+        missing_metrics: metrics that it has not the columns of.
     """
 
     cell: Cell
@@ -39,10 +39,10 @@ class Measured:
     sums: dict[str, Array]
     peak: int
     mean_peak: float
-    lacks: frozenset[str] = frozenset()
+    missing_metrics: frozenset[str] = frozenset()
 
     @cached_property
-    def table(self) -> tuple[Table, dict[str, slice]]:
+    def table(self) -> tuple[GroupSums, dict[str, slice]]:
         """All columns side by side, and where each of them is; kept, for others are compared with it."""
         return _stack(self.sums)
 
@@ -51,7 +51,7 @@ class Measured:
 
 
 def bin_rows(
-    parts: list[Measured], kinds: Sequence[Metric], info: dict[str, Any], bin_name: str | None
+    parts: list[CellSums], kinds: Sequence[Metric], info: dict[str, Any], bin_name: str | None
 ) -> list[Row]:
     """Rows of one task, or of one bin of it, with p-values as they come."""
     full = next((p for p in parts if p.cell.name == "full"), None)
@@ -63,12 +63,12 @@ def bin_rows(
 
 
 def _rows_of(
-    part: Measured, full: Measured | None, none: Measured | None, kinds: Sequence[Metric],
+    part: CellSums, full: CellSums | None, none: CellSums | None, kinds: Sequence[Metric],
     info: dict[str, Any], bin_name: str | None,
 ) -> list[Row]:
     pairable = full is not None and full is not part and full.groups == part.groups
     baseline = full if pairable else None
-    kinds = [m for m in kinds if m.name not in part.lacks]
+    kinds = [m for m in kinds if m.name not in part.missing_metrics]
     if not kinds:
         return []
     recovers = any(m.name == "ppl" for m in kinds)
@@ -99,7 +99,7 @@ def _rows_of(
     return rows
 
 
-def _exchanged(part: Measured, full: Measured | None, kinds: Sequence[Metric]) -> dict[str, float | None]:
+def _exchanged(part: CellSums, full: CellSums | None, kinds: Sequence[Metric]) -> dict[str, float | None]:
     """p-values of the metrics that are tested by exchanging method and full cache within groups."""
     if full is None or not kinds:
         return {}
@@ -115,7 +115,7 @@ def _exchanged(part: Measured, full: Measured | None, kinds: Sequence[Metric]) -
 
 
 def _estimates(
-    part: Measured, full: Measured | None, none: Measured | None, kinds: Sequence[Metric]
+    part: CellSums, full: CellSums | None, none: CellSums | None, kinds: Sequence[Metric]
 ) -> tuple[Array, Array]:
     """Values and intervals of: each sampled metric; its difference to ``full``; recovery; the gap
     full to none that recovery divides by (the last two only where there is a ``none``)."""
@@ -141,7 +141,7 @@ def _estimates(
     return point, bootstrap_intervals(tables, values, part.cell.seed)
 
 
-def _stack(sums: dict[str, Array]) -> tuple[Table, dict[str, slice]]:
+def _stack(sums: dict[str, Array]) -> tuple[GroupSums, dict[str, slice]]:
     """Columns side by side as one table, and where each of them is."""
     columns, where, start = [], {}, 0
     for name, column in sums.items():
@@ -149,7 +149,7 @@ def _stack(sums: dict[str, Array]) -> tuple[Table, dict[str, slice]]:
         where[name] = slice(start, start + block.shape[1])
         start += block.shape[1]
         columns.append(block)
-    return Table(np.concatenate(columns, axis=1)), where
+    return GroupSums(np.concatenate(columns, axis=1)), where
 
 
 def _unstack(table: Array, where: dict[str, slice]) -> dict[str, Array]:
@@ -164,10 +164,10 @@ def _useful_gap(interval: Array) -> bool:
 
 
 def row_of(
-    part: Measured, info: dict[str, Any], bin_name: str | None, name: str, signature: str,
+    part: CellSums, info: dict[str, Any], bin_name: str | None, name: str, signature: str,
     unit: str, value: float | None, interval: tuple[float | None, float | None],
     delta: float | None, delta_interval: tuple[float | None, float | None],
-    p_value: float | None, baseline: Measured | None,
+    p_value: float | None, baseline: CellSums | None,
 ) -> Row:
     cell, totals = part.cell, {k: float(v.sum()) for k, v in part.sums.items()}
     step = bin_name.removeprefix("step=") if bin_name else ""

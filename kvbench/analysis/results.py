@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from kvbench import metrics
 from kvbench.analysis.curves import curve_rows
-from kvbench.analysis.estimates import Measured, bin_rows
+from kvbench.analysis.estimates import CellSums, bin_rows
 from kvbench.analysis.profile import profile_results
 from kvbench.analysis.texts import generation_rows
 from kvbench.errors import UserError
@@ -120,7 +120,7 @@ def _bin_order(name: str) -> tuple[str, float]:
     return label, float(number or 0)
 
 
-def _aggregate(cell: Cell, records: list[DocumentRecord]) -> Measured:
+def _aggregate(cell: Cell, records: list[DocumentRecord]) -> CellSums:
     has_kl = all(r.kl is not None for r in records)
     frame = pd.DataFrame([{name: getattr(r, name) for name in (*_SUMS, "group")} for r in records])
     frame[["kl", "top1"]] = frame[["kl", "top1"]].astype(float)
@@ -132,7 +132,7 @@ def _aggregate(cell: Cell, records: list[DocumentRecord]) -> Measured:
         counts = [count for r in records for count in (r.kl_bins or {}).values()]
         flat = np.bincount(at, weights=counts, minlength=len(index) * KL_BINS).astype(np.float64)
         sums["kl_bins"] = flat.reshape(len(index), KL_BINS)
-    return Measured(
+    return CellSums(
         cell, len(records), tuple(by_group.index), sums, max(r.peak for r in records),
         sum(r.peak for r in records) / len(records),
         frozenset() if has_kl else frozenset(metric.name for metric in metrics.AGREEMENT),

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from kvbench import metrics
-from kvbench.analysis.estimates import Array, Measured, bin_rows, row_of
+from kvbench.analysis.estimates import Array, CellSums, bin_rows, row_of
 from kvbench.metrics import TextMetric
 from kvbench.metrics import distinct as distinct_metric
 from kvbench.metrics import mauve as mauve_metric
@@ -117,7 +117,7 @@ def _stranger(names: list[str], i: int, people: Records) -> Output | None:
 
 def _aggregate(
     cell: Cell, records: Records, samples: dict[str, Sample], kinds: Sequence[TextMetric]
-) -> Measured:
+) -> CellSums:
     """A cell's columns summed by group; a metric that a document lacks is left out."""
     groups = sorted({records[name].group for name in samples})
     place = {group: i for i, group in enumerate(groups)}
@@ -143,7 +143,7 @@ def _aggregate(
     missing = {metric.name for metric in kinds} - usable
     if cell.name == HUMAN:  # people keep no cache
         missing |= {metric.name for metric in metrics.MEMORY}
-    return Measured(cell, len(samples), tuple(groups), sums, max(peaks), sum(peaks) / len(peaks), frozenset(missing))
+    return CellSums(cell, len(samples), tuple(groups), sums, max(peaks), sum(peaks) / len(peaks), frozenset(missing))
 
 
 def _summed(
@@ -163,7 +163,7 @@ def _summed(
 
 
 def _distinct_rows(
-    parts: Sequence[Measured], samples: dict[str, dict[str, Sample]], records: dict[str, Records],
+    parts: Sequence[CellSums], samples: dict[str, dict[str, Sample]], records: dict[str, Records],
     info: dict[str, Any], bin_name: str | None,
 ) -> list[Row]:
     limit = distinct_metric.budget(info["new_tokens"])

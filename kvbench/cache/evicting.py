@@ -28,7 +28,7 @@ def storage_bytes(tensors: Iterable[Tensor]) -> int:
 
 
 @dataclass(frozen=True)
-class Mixing:
+class MergeStep:
     """Entries of the coming forward pass that are weighted sums of other entries.
 
     Attributes:
@@ -135,7 +135,7 @@ class EvictingCache(Cache):  # type: ignore[misc]
 
     def __init__(self) -> None:
         super().__init__(layer_class_to_replicate=EvictingLayer)
-        self.mixing: Mixing | None = None
+        self.mixing: MergeStep | None = None
         self.holes: Tensor | None = None
         self.begin = 0
 

@@ -69,7 +69,7 @@ def run(
     from rich.console import Console
 
     from kvbench.config import load_settings
-    from kvbench.execution.parent import Conduct, execute
+    from kvbench.execution.parent import ExecutionOptions, execute
     from kvbench.judges.mauve import measure_similarity
     from kvbench.planning.methods import parse_budget
     from kvbench.planning.quality import Request, build_plan, parse_options
@@ -97,7 +97,7 @@ def run(
         return
 
     def measure() -> None:
-        execute([plan], plan.folder, plan.content, sys.argv, console, Conduct(fresh=fresh))
+        execute([plan], plan.folder, plan.content, sys.argv, console, ExecutionOptions(fresh=fresh))
         measure_similarity(RunFolder(plan.folder), console)
 
     results = measured(

@@ -167,12 +167,12 @@ def _measure(
     settings: dict[str, str],
 ) -> None:
     from kvbench.execution.cluster import start_workers
-    from kvbench.execution.parent import Conduct, execute
+    from kvbench.execution.parent import ExecutionOptions, execute
     from kvbench.judges.mauve import measure_similarity
     from kvbench.store.folder import RunFolder
 
     if executor == "local":
-        conduct = Conduct(fresh, fail_fast, timeout, workers, omit=True)
+        conduct = ExecutionOptions(fresh, fail_fast, timeout, workers, omit=True)
         execute(found.plans, found.folder, found.content, sys.argv, console, conduct)
     else:
         start_workers(found, executor, workers or 2, settings, fresh, console)

@@ -18,7 +18,7 @@ from kvbench.profiling.clock import clock_of
 from kvbench.profiling.passes import time_request
 from kvbench.profiling.request import SessionRequest
 from kvbench.protocols.block import cut_blocks
-from kvbench.statistics import Table, bootstrap_intervals
+from kvbench.statistics import GroupSums, bootstrap_intervals
 
 LAYOUTS = (("window", "0.5"), ("local", "0.7"), ("sinks", "0.7"), ("scattered", "0.5"))
 """Methods without an adapter whose mask is known before the text is read, at the ratios that they are tried at."""
@@ -164,7 +164,7 @@ def intervals_are_right(subject: Subject) -> Check:
     """The bootstrap's interval of a mean against the closed form, on known numbers."""
     rng = np.random.default_rng(0)
     values = rng.normal(size=(400, 1))
-    low, high = bootstrap_intervals([Table(values)], lambda tables: tables[0].T / len(values), 0)[0]
+    low, high = bootstrap_intervals([GroupSums(values)], lambda tables: tables[0].T / len(values), 0)[0]
     closed = float(values.std(ddof=1) / np.sqrt(len(values)))
     apart = abs((high - low) / (2 * _Z) / closed - 1)
     return Check(

@@ -16,7 +16,7 @@ Curve = dict[str, tuple[int, float, float]]
 """Bin -> targets, their nll, and what they cost more than with the full cache."""
 
 
-class DocumentSums:
+class DocumentAccumulator:
     """Collects the scores of a document's pieces until all are there, and makes the record of them."""
 
     def __init__(self, document: Document, cut: Cut) -> None:

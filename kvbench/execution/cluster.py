@@ -14,7 +14,7 @@ from kvbench.errors import UserError
 from kvbench.execution.executors import EXECUTORS, Ended, worker_command
 from kvbench.planning.sweep import Sweep
 from kvbench.store.folder import RUN, RunFolder
-from kvbench.store.progress import Recorded
+from kvbench.store.progress import RunProgress
 
 
 def start_workers(
@@ -26,7 +26,7 @@ def start_workers(
         UserError: the executor is not to be had, or the workers refuse the request.
     """
     folder = RunFolder(sweep.folder)
-    recorded = Recorded(folder)
+    recorded = RunProgress(folder)
     cells = [cell for plan in sweep.plans for cell in plan.cells]
     with Progress(
         TextColumn("{task.description}"), BarColumn(), TextColumn("{task.percentage:.0f} %"),

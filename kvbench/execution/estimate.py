@@ -27,8 +27,8 @@ def estimate_seconds(plan: Plan, folder: RunFolder) -> dict[str, float | None]:
     """Seconds by cell, for the documents that are not on disk; None where nothing is known of the model's size."""
     found: dict[str, float | None] = {}
     per_document = {cell.key: _measured(folder, cell) for cell in plan.cells}
-    for variant in dict.fromkeys(cell.workload for cell in plan.cells):
-        mine = [cell for cell in plan.cells if cell.workload == variant]
+    for workload in dict.fromkeys(cell.workload for cell in plan.cells):
+        mine = [cell for cell in plan.cells if cell.workload == workload]
         documents = plan.corpora[mine[0].task].documents
         documents = documents[: plan.request.limit or len(documents)]
         known = [s for cell in mine if (s := per_document[cell.key]) is not None and cell.method != "human"]

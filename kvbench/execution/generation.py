@@ -23,7 +23,7 @@ from kvbench.protocols.scoring import text_of
 from kvbench.store.records import HUMAN, Cell, GenerationRecord, Output
 
 if TYPE_CHECKING:
-    from kvbench.execution.worker import Runner, Worker
+    from kvbench.execution.worker import PreparedCell, Worker
 
 ROWS = 32
 """Texts that are written at a time, unless the batch is given."""
@@ -86,17 +86,17 @@ def _human(worker: Worker, batch: list[Piece], groups: dict[str, str]) -> list[G
 def _written(
     worker: Worker, cell: Cell, protocol: Generate, batch: list[Piece], groups: dict[str, str]
 ) -> list[GenerationRecord]:
-    runner, records = worker.runners[cell.key], []
-    for rows in rows_together(runner.method, [piece.layout for piece in batch]):
-        records += _continued(worker, runner, protocol, [batch[row] for row in rows], groups)
+    prepared_cell, records = worker.prepared_cells[cell.key], []
+    for rows in rows_together(prepared_cell.method, [piece.layout for piece in batch]):
+        records += _continued(worker, prepared_cell, protocol, [batch[row] for row in rows], groups)
     return records
 
 
 def _continued(
-    worker: Worker, runner: Runner, protocol: Generate, pieces: list[Piece], groups: dict[str, str]
+    worker: Worker, prepared_cell: PreparedCell, protocol: Generate, pieces: list[Piece], groups: dict[str, str]
 ) -> list[GenerationRecord]:
     loaded, started = worker.loaded, time.perf_counter()
-    texts, kept, peak, sizes, before = written_ids(loaded, runner, protocol, pieces)
+    texts, kept, peak, sizes, before = written_ids(loaded, prepared_cell, protocol, pieces)
     seconds = (time.perf_counter() - started) / len(pieces)
     visible, queries = _visibility(before, texts)
     names = [
@@ -124,7 +124,7 @@ def _continued(
 
 
 def written_ids(
-    loaded: Loaded, runner: Runner, protocol: Generate, pieces: list[Piece]
+    loaded: Loaded, prepared_cell: PreparedCell, protocol: Generate, pieces: list[Piece]
 ) -> tuple[list[list[tuple[int, ...]]], int, int, CacheBytes, Tensor]:
     """What is written after each piece's prefix.
 
@@ -133,13 +133,13 @@ def written_ids(
         held; bytes of the cache at that moment; and for every token that can be written, the share of the tokens
         before it that was seen where it was chosen.
     """
-    first, model, cell = pieces[0], loaded.model, runner.cell
+    first, model, cell = pieces[0], loaded.model, prepared_cell.cell
     drawn = torch.stack([torch.from_numpy(uniforms(piece, protocol, cell.seed)) for piece in pieces])
     ends = end_tokens(loaded)
-    with torch.inference_mode(), prepared(model, runner.adapter, len(first.ids)):
+    with torch.inference_mode(), prepared(model, prepared_cell.adapter, len(first.ids)):
         session = open_session(
-            model, runner.method, text_of(pieces), adapter=runner.adapter, seed=cell.seed, execution=cell.execution,
-            chunk=protocol.chunk,
+            model, prepared_cell.method, text_of(pieces), adapter=prepared_cell.adapter, seed=cell.seed,
+            execution=cell.execution, chunk=protocol.chunk,
         )
         prefix = torch.tensor([piece.ids[: piece.context] for piece in pieces], device=session.device)
         logits = read_prompt(session, prefix)

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import ClassVar
 
 from kvbench.data.rows import TEXT
-from kvbench.judges.choice import Judging
+from kvbench.judges.choice import JudgeChoice
 from kvbench.store.records import Cell
 
 
@@ -34,7 +34,7 @@ class Job:
     data: str | None
     limit: int
     threads: int
-    judging: Judging = field(default_factory=Judging)
+    judging: JudgeChoice = field(default_factory=JudgeChoice)
     omit: bool = False
     column: str = TEXT
 
@@ -45,20 +45,20 @@ class Job:
     def from_json(cls, text: str) -> Job:
         raw = json.loads(text)
         raw["cells"] = tuple(Cell(**cell) for cell in raw["cells"])
-        raw["judging"] = Judging.load(raw["judging"])
+        raw["judging"] = JudgeChoice.load(raw["judging"])
         return cls(**raw)
 
 
 @dataclass(frozen=True)
 class Order:
-    """Documents of one variant of a task to measure under every cell of it.
+    """Documents of one workload to measure under every cell of it.
 
     Attributes:
         done: cell key -> documents of these that are on disk.
         failed: keys of the cells to leave alone.
     """
 
-    variant: str
+    workload: str
     documents: tuple[str, ...]
     done: dict[str, list[str]]
     failed: tuple[str, ...] = ()
@@ -69,4 +69,4 @@ class Order:
     @classmethod
     def from_json(cls, text: str) -> Order:
         raw = json.loads(text)
-        return cls(raw["variant"], tuple(raw["documents"]), raw["done"], tuple(raw["failed"]))
+        return cls(raw["workload"], tuple(raw["documents"]), raw["done"], tuple(raw["failed"]))

@@ -1,6 +1,6 @@
-"""The parent: gives parts of plans to children, and is the only one that writes to disk.
+"""The parent: gives shards of plans to children, and is the only one that writes to disk.
 
-Several parents may share a run folder: each claims a part before it gives it to a child, looks what of it is
+Several parents may share a run folder: each claims a shard before it gives it to a child, looks what of it is
 already on disk, and leaves what another one holds.
 """
 
@@ -21,10 +21,10 @@ from kvbench.errors import StoppedError, UserError
 from kvbench.execution.claims import Claims
 from kvbench.execution.job import Order
 from kvbench.execution.locks import KEPT, disk
-from kvbench.execution.pool import Events, Hand, crew_of
+from kvbench.execution.pool import Events, WorkerHandle, crew_of
 from kvbench.execution.process import WorkerDiedError
-from kvbench.execution.run_writer import Ledger
-from kvbench.execution.shards import Part, parts_of
+from kvbench.execution.run_writer import RunWriter
+from kvbench.execution.shards import Shard, parts_of
 from kvbench.planning.quality import Plan
 from kvbench.store.folder import RunFolder
 from kvbench.store.records import Failure
@@ -34,7 +34,7 @@ POLL = 0.5
 
 
 @dataclass(frozen=True)
-class Conduct:
+class ExecutionOptions:
     """How plans are carried out.
 
     Attributes:
@@ -57,11 +57,11 @@ class _Run:
     """All plans on their way.
 
     Attributes:
-        tokens: of the parts that are done, and ``total`` of all parts that are known.
+        tokens: of the shards that are done, and ``total`` of all shards that are known.
     """
 
-    ledger: Ledger
-    conduct: Conduct
+    writer: RunWriter
+    options: ExecutionOptions
     console: Console
     progress: Progress
     bar: TaskID
@@ -74,9 +74,9 @@ class _Crew:
     """The children that measure one plan, and what is left of it."""
 
     plan: Plan
-    hands: list[Hand]
+    handles: list[WorkerHandle]
     claims: Claims
-    parts: list[Part] | None = None
+    shards: list[Shard] | None = None
 
 
 class _EnoughError(Exception):
@@ -84,9 +84,9 @@ class _EnoughError(Exception):
 
 
 def execute(
-    plans: Sequence[Plan], folder: Path, content: str, command: list[str], console: Console, conduct: Conduct
+    plans: Sequence[Plan], folder: Path, content: str, command: list[str], console: Console, options: ExecutionOptions
 ) -> None:
-    """Measure everything in the plans that is not yet on disk, or all of it if ``conduct.fresh``.
+    """Measure everything in the plans that is not yet on disk, or all of it if ``options.fresh``.
 
     A cell whose child is killed, or hangs, is marked as failed, and the others go on in a new child. So are
     the cells of a plan that cannot be carried out, unless it is the only one.
@@ -103,166 +103,166 @@ def execute(
         TimeRemainingColumn(), console=console, transient=True,
     ) as progress:
         bar = progress.add_task("loading the model", total=None)
-        ledger = Ledger(plans, RunFolder(folder), content, command, conduct.fresh)
-        run = _Run(ledger, conduct, console, progress, bar)
+        writer = RunWriter(plans, RunFolder(folder), content, command, options.fresh)
+        run = _Run(writer, options, console, progress, bar)
         refused: list[tuple[Plan, UserError | WorkerDiedError]] = []
         try:
             for plan in plans:
                 try:
-                    if not ledger.is_whole(plan):
+                    if not writer.is_whole(plan):
                         _carry_out(run, plan)
                 except StoppedError:
                     raise
                 except (UserError, WorkerDiedError) as error:
                     refused.append((plan, error))
-                    if conduct.fail_fast and ledger.opened:
+                    if options.fail_fast and writer.opened:
                         break
-            if refused and not ledger.opened:
+            if refused and not writer.opened:
                 raise refused[0][1]
             for plan, reason in refused:
                 message, hint = (reason.message, reason.hint) if isinstance(reason, UserError) else (str(reason), "")
-                for cell in (c for c in plan.cells if c.key not in ledger.failed and not ledger.is_done(c)):
+                for cell in (c for c in plan.cells if c.key not in writer.failed and not writer.is_done(c)):
                     _fail(run, Failure(cell.key, f"{cell.label}: {message}", hint))
         except _EnoughError:
             console.print("Stopped at the first failure; the same command goes on.", highlight=False)
-        ledger.describe()  # another process may have described the folder as its own meanwhile
+        writer.describe()  # another process may have described the folder as its own meanwhile
 
 
 def _carry_out(run: _Run, plan: Plan) -> None:
     """Measure one plan with children of its own."""
     events: Events = queue.Queue()
-    crew = _Crew(plan, [], Claims(run.ledger.folder))
+    crew = _Crew(plan, [], Claims(run.writer.folder))
     with ExitStack() as stack:
         stack.callback(crew.claims.release_all)
-        for hand in crew_of(plan, run.conduct.children, run.conduct.omit, events):
-            crew.hands.append(hand)
-            stack.callback(hand.stop)
-        while not all(hand.ended for hand in crew.hands):
+        for handle in crew_of(plan, run.options.children, run.options.omit, events):
+            crew.handles.append(handle)
+            stack.callback(handle.stop)
+        while not all(handle.ended for handle in crew.handles):
             _end_hanging(run, crew)
             try:
                 number, event = events.get(timeout=POLL)
             except queue.Empty:
-                for hand in crew.hands:  # another process may have let go of a part
-                    if crew.parts is not None and hand.is_idle:
-                        _assign(run, crew, hand)
+                for handle in crew.handles:  # another process may have let go of a shard
+                    if crew.shards is not None and handle.is_idle:
+                        _assign(run, crew, handle)
                 continue
-            hand = crew.hands[number]
+            handle = crew.handles[number]
             if event is not None:
-                _handle(run, crew, hand, event)
-            elif not hand.ended:
-                _replace_dead(run, crew, hand)
+                _handle(run, crew, handle, event)
+            elif not handle.ended:
+                _replace_dead(run, crew, handle)
 
 
-def _handle(run: _Run, crew: _Crew, hand: Hand, event: dict[str, Any]) -> None:
-    hand.touch()
+def _handle(run: _Run, crew: _Crew, handle: WorkerHandle, event: dict[str, Any]) -> None:
+    handle.touch()
     match event.pop("event"):
         case "refused":
             raise UserError(event["message"], event["hint"])
         case "ready":
-            _begin(run, crew, hand, event)
+            _begin(run, crew, handle, event)
         case "at":
-            hand.child.at = event["cell"]
-            run.progress.update(run.bar, description=run.ledger.cells[event["cell"]].label)
+            handle.child.at = event["cell"]
+            run.progress.update(run.bar, description=run.writer.cells[event["cell"]].label)
         case "tick":
-            hand.tokens += event["tokens"]
+            handle.tokens += event["tokens"]
             _show(run, crew)
         case "records":
-            run.ledger.append(event["cell"], event["records"])
+            run.writer.append(event["cell"], event["records"])
         case "failed":
             _fail(run, Failure(**event))
         case "end":
-            assert hand.part is not None
-            _finish(run, crew, hand.part)
-            hand.part = None
-            for other in crew.hands:
+            assert handle.shard is not None
+            _finish(run, crew, handle.shard)
+            handle.shard = None
+            for other in crew.handles:
                 if other.is_idle:
                     _assign(run, crew, other)
 
 
-def _begin(run: _Run, crew: _Crew, hand: Hand, ready: dict[str, Any]) -> None:
+def _begin(run: _Run, crew: _Crew, handle: WorkerHandle, ready: dict[str, Any]) -> None:
     """A child is ready. Nothing is written before all of them are."""
-    hand.is_ready = True
-    if crew.parts is not None:
-        _assign(run, crew, hand)
-    elif all(other.is_ready for other in crew.hands):
-        damaged = run.ledger.open(crew.plan, ready["tasks"], ready["masks"], ready["probe"])
+    handle.is_ready = True
+    if crew.shards is not None:
+        _assign(run, crew, handle)
+    elif all(other.is_ready for other in crew.handles):
+        damaged = run.writer.open(crew.plan, ready["tasks"], ready["masks"], ready["probe"])
         for unable in ready["unable"]:  # known beforehand, and no reason to stop
-            run.ledger.fail(Failure(**unable))
+            run.writer.fail(Failure(**unable))
             _tell(run, Failure(**unable))
         for failure in damaged:
             _fail(run, failure)
-        crew.parts = parts_of(crew.plan.cells, ready["tasks"])
-        run.total += sum(part.tokens for part in crew.parts)
+        crew.shards = parts_of(crew.plan.cells, ready["tasks"])
+        run.total += sum(shard.tokens for shard in crew.shards)
         _say_what_is_left_out(run.console, ready["tasks"])
-        for other in crew.hands:
+        for other in crew.handles:
             _assign(run, crew, other)
 
 
-def _assign(run: _Run, crew: _Crew, hand: Hand) -> None:
-    """Give a child the next part that nobody holds; send it home if nothing is left of the plan."""
-    assert crew.parts is not None
-    for part in list(crew.parts):
-        with disk(run.ledger.folder.path, KEPT, StoppedError):
-            is_mine = crew.claims.take(part.name)
+def _assign(run: _Run, crew: _Crew, handle: WorkerHandle) -> None:
+    """Give a child the next shard that nobody holds; send it home if nothing is left of the plan."""
+    assert crew.shards is not None
+    for shard in list(crew.shards):
+        with disk(run.writer.folder.path, KEPT, StoppedError):
+            is_mine = crew.claims.take(shard.name)
         if not is_mine:
             continue
-        left = run.ledger.left_of(part)
+        left = run.writer.left_of(shard)
         if left is None:
-            _finish(run, crew, part)
+            _finish(run, crew, shard)
             continue
-        hand.take(part)
-        hand.child.tell(Order(part.variant, part.documents, *left).to_json())
+        handle.take(shard)
+        handle.child.tell(Order(shard.workload, shard.documents, *left).to_json())
         return
-    if not crew.parts:
-        for other in crew.hands:
+    if not crew.shards:
+        for other in crew.handles:
             other.go_home()
 
 
-def _finish(run: _Run, crew: _Crew, part: Part) -> None:
-    assert crew.parts is not None
-    crew.parts.remove(part)
-    crew.claims.release(part.name)
-    run.tokens += part.tokens
+def _finish(run: _Run, crew: _Crew, shard: Shard) -> None:
+    assert crew.shards is not None
+    crew.shards.remove(shard)
+    crew.claims.release(shard.name)
+    run.tokens += shard.tokens
     _show(run, crew)
 
 
 def _end_hanging(run: _Run, crew: _Crew) -> None:
-    for hand in crew.hands:
-        if hand.part is not None and hand.seconds_since > run.conduct.timeout:
-            hand.child.kill(f"no sign of life for {run.conduct.timeout:g} s; the measuring process was ended.")
-            hand.touch()
+    for handle in crew.handles:
+        if handle.shard is not None and handle.seconds_since > run.options.timeout:
+            handle.child.kill(f"no sign of life for {run.options.timeout:g} s; the measuring process was ended.")
+            handle.touch()
 
 
-def _replace_dead(run: _Run, crew: _Crew, hand: Hand) -> None:
+def _replace_dead(run: _Run, crew: _Crew, handle: WorkerHandle) -> None:
     """A child has died: the cell that it was at has failed, and a new child goes on with the rest.
 
     Raises:
         WorkerDiedError: it died before anything was written.
     """
-    reason, hint = hand.child.death(), hand.child.hint()
-    victim, part = hand.child.at, hand.part
-    if crew.parts is None:
+    reason, hint = handle.child.death(), handle.child.hint()
+    victim, shard = handle.child.at, handle.shard
+    if crew.shards is None:
         raise WorkerDiedError(f"{reason} {hint}".strip())
-    if part is not None:
-        crew.claims.release(part.name)
-        hand.part = None
-    if part is not None and victim is not None:
-        _fail(run, Failure(victim, f"{run.ledger.cells[victim].label}: {reason}", hint))
-        hand.restart()
+    if shard is not None:
+        crew.claims.release(shard.name)
+        handle.shard = None
+    if shard is not None and victim is not None:
+        _fail(run, Failure(victim, f"{run.writer.cells[victim].label}: {reason}", hint))
+        handle.restart()
         return
-    hand.ended = True
-    if all(other.ended for other in crew.hands):  # none of them can even load the model again
-        left = {cell.key: cell for part in crew.parts for cell in part.cells if cell.key not in run.ledger.failed}
-        for cell in (cell for cell in left.values() if not run.ledger.is_done(cell)):
+    handle.ended = True
+    if all(other.ended for other in crew.handles):  # none of them can even load the model again
+        left = {cell.key: cell for shard in crew.shards for cell in shard.cells if cell.key not in run.writer.failed}
+        for cell in (cell for cell in left.values() if not run.writer.is_done(cell)):
             _fail(run, Failure(cell.key, f"{cell.label}: {reason}", hint))
 
 
 def _show(run: _Run, crew: _Crew) -> None:
     """The bar; plans that have not been cut yet are taken to be as large as those that have."""
-    plans = run.ledger.plans
+    plans = run.writer.plans
     known = sum(len(plan.cells) for plan in plans[: plans.index(crew.plan) + 1])
-    total = run.total * len(run.ledger.cells) / max(1, known)
-    done = run.tokens + sum(hand.tokens for hand in crew.hands if hand.part is not None)
+    total = run.total * len(run.writer.cells) / max(1, known)
+    done = run.tokens + sum(handle.tokens for handle in crew.handles if handle.shard is not None)
     run.progress.update(run.bar, total=total, completed=done)
 
 
@@ -276,9 +276,9 @@ def _say_what_is_left_out(console: Console, tasks: dict[str, Any]) -> None:
 
 
 def _fail(run: _Run, failure: Failure) -> None:
-    run.ledger.fail(failure)
+    run.writer.fail(failure)
     _tell(run, failure)
-    if run.conduct.fail_fast:
+    if run.options.fail_fast:
         raise _EnoughError
 
 

@@ -8,9 +8,9 @@ import time
 from typing import Any
 
 from kvbench.execution.job import Job
-from kvbench.execution.process import Child
-from kvbench.execution.shards import FEW, Part
-from kvbench.judges.choice import Judging
+from kvbench.execution.process import WorkerProcess
+from kvbench.execution.shards import FEW, Shard
+from kvbench.judges.choice import JudgeChoice
 from kvbench.planning.quality import Plan
 
 SMALL_MODEL_BYTES = 256 << 20
@@ -19,35 +19,35 @@ MOST_CHILDREN = 4
 Events = queue.Queue[tuple[int, dict[str, Any] | None]]
 
 
-class Hand:
-    """A child and the part that it has in hand.
+class WorkerHandle:
+    """A child and the shard that it has in hand.
 
     Attributes:
-        tokens: of the part, as far as it has come.
+        tokens: of the shard, as far as it has come.
         ended: it measures nothing any more.
     """
 
     def __init__(self, job: Job, number: int, events: Events) -> None:
         self.job, self.number, self.events = job, number, events
         self.is_ready = self.ended = False
-        self.part: Part | None = None
+        self.shard: Shard | None = None
         self.tokens = 0
-        self.child = Child(job, number, events)
+        self.child = WorkerProcess(job, number, events)
         self.touch()
 
     def restart(self) -> None:
         """A new child in place of the dead one."""
         self.child.stop()
         self.is_ready = False
-        self.child = Child(self.job, self.number, self.events)
+        self.child = WorkerProcess(self.job, self.number, self.events)
         self.touch()
 
     @property
     def is_idle(self) -> bool:
-        return self.is_ready and not self.ended and self.part is None
+        return self.is_ready and not self.ended and self.shard is None
 
-    def take(self, part: Part) -> None:
-        self.part, self.tokens, self.child.at = part, 0, None
+    def take(self, shard: Shard) -> None:
+        self.shard, self.tokens, self.child.at = shard, 0, None
         self.touch()
 
     def go_home(self) -> None:
@@ -67,7 +67,7 @@ class Hand:
         self.child.stop()
 
 
-def crew_of(plan: Plan, most: int, omit: bool, events: Events) -> list[Hand]:
+def crew_of(plan: Plan, most: int, omit: bool, events: Events) -> list[WorkerHandle]:
     """Start the children of a plan.
 
     A small model on a CPU is bound by the cost of calls, not of arithmetic, so that several single-threaded
@@ -90,17 +90,17 @@ def crew_of(plan: Plan, most: int, omit: bool, events: Events) -> list[Hand]:
         plan.cells, plan.model.location, plan.task_files, data, request.limit, threads, plan.judging, omit,
         request.column,
     )
-    return [Hand(job, number, events) for number in range(count)]
+    return [WorkerHandle(job, number, events) for number in range(count)]
 
 
 def _most_parts(plan: Plan) -> int:
-    """Parts that there can be at most: a child without one would load the model for nothing."""
+    """Shards that there can be at most: a child without one would load the model for nothing."""
     if not plan.request.limit or any(cell.protocol == "online" for cell in plan.cells):
         return MOST_CHILDREN  # a document is many trials there
     return len({cell.workload for cell in plan.cells}) * -(-plan.request.limit // FEW)
 
 
-def _has_large_judge(judging: Judging) -> bool:
+def _has_large_judge(judging: JudgeChoice) -> bool:
     """Whether every child would load a model of its own that is large, or of unknown size."""
     return any(not 0 < model.weight_bytes <= SMALL_MODEL_BYTES for model in judging.models.values())
 

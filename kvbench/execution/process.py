@@ -29,7 +29,7 @@ class WorkerDiedError(Exception):
     """A child ended before it was ready; the message says how."""
 
 
-class Child(Generic[Work]):
+class WorkerProcess(Generic[Work]):
     """One measuring process, and a thread that turns its output into events."""
 
     def __init__(self, job: Work, number: int, events: queue.Queue[tuple[int, dict[str, Any] | None]]) -> None:

@@ -12,15 +12,15 @@ from typing import Any
 from kvbench.environment import describe
 from kvbench.errors import StoppedError, UserError
 from kvbench.execution.locks import KEPT, disk
-from kvbench.execution.shards import Part
+from kvbench.execution.shards import Shard
 from kvbench.planning.quality import Plan
 from kvbench.store.folder import RUN, RunFolder, write_atomic
-from kvbench.store.progress import Recorded
+from kvbench.store.progress import RunProgress
 from kvbench.store.records import Cell, DocumentRecord, Failure, GenerationRecord
 
 
 @dataclass
-class Ledger:
+class RunWriter:
     """The folder of some plans, which other processes may write into as well.
 
     Attributes:
@@ -38,7 +38,7 @@ class Ledger:
     command: list[str]
     fresh: bool
     cells: dict[str, Cell] = field(init=False)
-    recorded: Recorded = field(init=False)
+    recorded: RunProgress = field(init=False)
     tasks: dict[str, dict[str, Any]] = field(default_factory=dict)
     probes: dict[str, dict[str, Any]] = field(default_factory=dict)
     failed: set[str] = field(default_factory=set)
@@ -46,7 +46,7 @@ class Ledger:
 
     def __post_init__(self) -> None:
         self.cells = {cell.key: cell for plan in self.plans for cell in plan.cells}
-        self.recorded = Recorded(self.folder)
+        self.recorded = RunProgress(self.folder)
 
     def open(
         self, plan: Plan, tasks: dict[str, Any], masks: dict[str, Any], probe: dict[str, Any]
@@ -105,14 +105,14 @@ class Ledger:
         info = self.tasks.get(cell.setting)
         return info is not None and set(info["documents"]) <= self.recorded.documents(cell)
 
-    def left_of(self, part: Part) -> tuple[dict[str, list[str]], tuple[str, ...]] | None:
-        """Which of a part's documents are on disk, by cell, and the cells that have failed; None if nothing is
+    def left_of(self, shard: Shard) -> tuple[dict[str, list[str]], tuple[str, ...]] | None:
+        """Which of a shard's documents are on disk, by cell, and the cells that have failed; None if nothing is
         left to do."""
-        failed = {c.key for c in part.cells if c.key in self.failed or self.folder.failure(c) is not None}
-        done = {c.key: self.recorded.documents(c) for c in part.cells if c.key not in failed}
-        if all(set(part.documents) <= documents for documents in done.values()):
+        failed = {c.key for c in shard.cells if c.key in self.failed or self.folder.failure(c) is not None}
+        done = {c.key: self.recorded.documents(c) for c in shard.cells if c.key not in failed}
+        if all(set(shard.documents) <= documents for documents in done.values()):
             return None
-        return {key: sorted(found.intersection(part.documents)) for key, found in done.items()}, tuple(sorted(failed))
+        return {key: sorted(found.intersection(shard.documents)) for key, found in done.items()}, tuple(sorted(failed))
 
     def append(self, key: str, records: Sequence[dict[str, Any]]) -> None:
         """Records as a child sent them."""

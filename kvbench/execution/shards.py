@@ -1,6 +1,6 @@
-"""A plan as parts: a few documents of one variant of a task each, under every method and ratio.
+"""A plan as shards: a few documents of one workload each, under every method and ratio.
 
-A part is what a process takes at a time, so that several of them, on one machine or many, can share a
+A shard is what a process takes at a time, so that several of them, on one machine or many, can share a
 run, and so that the full cache of a document is measured once, for all that is compared with it.
 """
 
@@ -15,41 +15,41 @@ from typing import Any
 from kvbench.store.records import Cell
 
 FEW, MANY = 8, 16
-"""Documents of a part; ``MANY`` where there are at least 256. Batches are formed within a part, and
+"""Documents of a shard; ``MANY`` where there are at least 256. Batches are formed within a shard, and
 windows of 8 cost a CPU 4 % over windows of 64."""
 
 
 @dataclass(frozen=True)
-class Part:
+class Shard:
     """Documents that are measured together.
 
     Attributes:
-        name: equal for equal parts in every process that shares the folder.
+        name: equal for equal shards in every process that shares the folder.
         tokens: of its documents, times the cells that measure them.
     """
 
     name: str
-    variant: str
+    workload: str
     documents: tuple[str, ...]
     cells: tuple[Cell, ...]
     tokens: int
 
 
-def parts_of(cells: Sequence[Cell], tasks: dict[str, dict[str, Any]]) -> list[Part]:
-    """The parts of a plan, in order.
+def parts_of(cells: Sequence[Cell], tasks: dict[str, dict[str, Any]]) -> list[Shard]:
+    """The shards of a plan, in order.
 
     Args:
         cells: of one model and seed.
-        tasks: variant -> what a child said of it: ``documents`` and their ``lengths`` in tokens.
+        tasks: workload -> what a child said of it: ``documents`` and their ``lengths`` in tokens.
     """
     found = []
-    for variant, info in tasks.items():
-        mine = tuple(cell for cell in cells if cell.workload == variant)
+    for workload, info in tasks.items():
+        mine = tuple(cell for cell in cells if cell.workload == workload)
         documents, lengths = info["documents"], info["lengths"]
         size = MANY if len(documents) >= 256 else FEW
         for start in range(0, len(documents), size):
             names = tuple(documents[start : start + size])
             key = hashlib.sha256(json.dumps((mine[0].setting, *names)).encode()).hexdigest()[:16]
             tokens = sum(lengths[start : start + size]) * len(mine)
-            found.append(Part(key, variant, names, mine, tokens))
+            found.append(Shard(key, workload, names, mine, tokens))
     return found

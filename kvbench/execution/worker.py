@@ -27,10 +27,10 @@ import torch
 from kvbench.cache.shape import cache_shape
 from kvbench.data.documents import Document
 from kvbench.errors import UserError
-from kvbench.execution.accumulator import DocumentSums
+from kvbench.execution.accumulator import DocumentAccumulator
 from kvbench.execution.generation import write_window
 from kvbench.execution.job import Job, Order
-from kvbench.execution.workload import Work, batches, cut_task, tokens_of
+from kvbench.execution.workload import TaskWork, batches, cut_task, tokens_of
 from kvbench.inference.opening import check_method, places_needed, rows_together
 from kvbench.judges.loading import check_mauve, load_judges
 from kvbench.methods import Method, make_method
@@ -52,7 +52,7 @@ WINDOW = 64
 
 
 @dataclass(frozen=True)
-class Runner:
+class PreparedCell:
     """A cell made ready to run."""
 
     cell: Cell
@@ -97,7 +97,7 @@ class Worker:
                 self.adapters[cell.adapter] = adapter.to(parameter.device, parameter.dtype)
         names = dict.fromkeys(cell.workload for cell in job.cells)
         self.works = [cut_task(job, name, self.loaded, self.facts) for name in names]
-        self.runners = {cell.key: self._runner(cell) for cell in job.cells if cell.method != HUMAN}
+        self.prepared_cells = {cell.key: self._prepared_cell(cell) for cell in job.cells if cell.method != HUMAN}
         for work in self.works:
             self._check_reach(work)
         self._check_any_left()
@@ -107,11 +107,11 @@ class Worker:
             if isinstance(work.protocol, Generate):
                 check_mauve(job.judging, work.task.name, len(work.documents))
 
-    def _runner(self, cell: Cell) -> Runner:
+    def _prepared_cell(self, cell: Cell) -> PreparedCell:
         method = make_method(cell.method, Fraction(cell.ratio_asked or 0), cell.options)
-        return Runner(cell, method, self.adapters[cell.adapter] if cell.adapter else None)
+        return PreparedCell(cell, method, self.adapters[cell.adapter] if cell.adapter else None)
 
-    def _check_reach(self, work: Work) -> None:
+    def _check_reach(self, work: TaskWork) -> None:
         """See that every method can be used on every piece, before anything is measured."""
         pieces = {piece.shape: piece for _, cut in work.documents for piece in cut.pieces}
         longest = max(piece.context for piece in pieces.values())
@@ -130,7 +130,7 @@ class Worker:
             raise UserError(self.unable[0].error, self.unable[0].hint)
 
     def _check_cell(self, cell: Cell, longest: int, pieces: Sequence[Piece], protocol: Protocol) -> None:
-        method = self.runners[cell.key].method
+        method = self.prepared_cells[cell.key].method
         method.check(longest, protocol.in_chunks)
         check_method(method, self.loaded.model, cell.model, self.facts)
         shape = cache_shape(self.loaded.model)
@@ -191,11 +191,11 @@ class Worker:
         """Pictures of the methods on a short text, by ``Cell.label``'s method and ratio; where one has no mask
         at that length, none."""
         found: dict[str, Mask] = {}
-        for key, runner in self.runners.items():
-            cell = runner.cell
+        for key, prepared_cell in self.prepared_cells.items():
+            cell = prepared_cell.cell
             name = f"{cell.name} {cell.ratio_asked or ''}".strip()
             if name not in found and key not in {failure.cell for failure in self.unable}:
-                mask = runner.method.mask_example(cell.seed)
+                mask = prepared_cell.method.mask_example(cell.seed)
                 if mask is not None:
                     found[name] = mask
         return found
@@ -205,20 +205,20 @@ class Worker:
         recorded = {key: set(documents) for key, documents in order.done.items()}
         self.failed |= set(order.failed)
         wanted = set(order.documents)
-        work = next(work for work in self.works if work.name == order.variant)
+        work = next(work for work in self.works if work.name == order.workload)
         mine = tuple(pair for pair in work.documents if pair[0].id in wanted)
         for start in range(0, len(mine), WINDOW):
             self._run_window(work, mine[start : start + WINDOW], recorded)
         self.say("end")
 
     def _run_window(
-        self, work: Work, documents: tuple[tuple[Document, Cut], ...], done: dict[str, set[str]]
+        self, work: TaskWork, documents: tuple[tuple[Document, Cut], ...], done: dict[str, set[str]]
     ) -> None:
         if isinstance(work.protocol, Generate):
             write_window(self, work.cells, work.protocol, documents, done)
             return
         pending = {
-            (cell.key, document.id): DocumentSums(document, cut)
+            (cell.key, document.id): DocumentAccumulator(document, cut)
             for cell in work.cells for document, cut in documents
             if document.id not in done.get(cell.key, ())
         }
@@ -236,22 +236,22 @@ class Worker:
 
     def _measure(
         self, cell: Cell, batch: list[Piece], reference: Reference | None,
-        pending: dict[tuple[str, str], DocumentSums],
+        pending: dict[tuple[str, str], DocumentAccumulator],
     ) -> Reference | None:
         """Score a batch under one cell and store what is complete; a fault stays in its cell.
 
         Returns:
             The predictions to compare the other methods with, if this is the full cache.
         """
-        runner = self.runners[cell.key]
+        prepared_cell = self.prepared_cells[cell.key]
         is_full, kept = cell.method == "full", None
         with self.guarded(cell):
-            for rows in rows_together(runner.method, [piece.layout for piece in batch]):
+            for rows in rows_together(prepared_cell.method, [piece.layout for piece in batch]):
                 pieces = [batch[row] for row in rows]
                 started = time.perf_counter()
                 theirs, chunk = reference.rows(rows) if reference else None, int(cell.options["chunk"])
                 score, kept = score_pieces(
-                    self.loaded.model, runner.method, pieces, theirs, adapter=runner.adapter,
+                    self.loaded.model, prepared_cell.method, pieces, theirs, adapter=prepared_cell.adapter,
                     execution=cell.execution, chunk=chunk, seed=cell.seed, keep_reference=is_full,
                 )
                 self._store(cell, pieces, score, pending, time.perf_counter() - started)
@@ -271,7 +271,7 @@ class Worker:
 
     def _store(
         self, cell: Cell, batch: list[Piece], score: BatchScore,
-        pending: dict[tuple[str, str], DocumentSums], seconds: float,
+        pending: dict[tuple[str, str], DocumentAccumulator], seconds: float,
     ) -> None:
         finished = []
         for row, piece in enumerate(batch):

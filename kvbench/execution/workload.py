@@ -28,7 +28,7 @@ MAX_ROWS, MAX_SCORES = 8, 1 << 25
 
 
 @dataclass(frozen=True)
-class Work:
+class TaskWork:
     """A task, cut: the documents with their pieces, and the cells that measure them."""
 
     task: Task
@@ -44,7 +44,7 @@ class Work:
         return self.cells[0].workload
 
 
-def cut_task(job: Job, name: str, loaded: Loaded, facts: ModelFacts) -> Work:
+def cut_task(job: Job, name: str, loaded: Loaded, facts: ModelFacts) -> TaskWork:
     """Cut the documents of a task for a model.
 
     Args:
@@ -91,7 +91,7 @@ def cut_task(job: Job, name: str, loaded: Loaded, facts: ModelFacts) -> Work:
         piece.version for _, cut in cuts for piece in cut.pieces
     )
     signature = with_mark(protocol.signature(*settings, version), facts.mark)
-    return Work(task, protocol, tuple(cuts), skipped, cells, signature)
+    return TaskWork(task, protocol, tuple(cuts), skipped, cells, signature)
 
 
 def with_mark(signature: str, mark: str) -> str:

@@ -16,7 +16,7 @@ from kvbench.inference.layout_session import LayoutSession, MaskedSession
 from kvbench.inference.policy_session import PolicySession
 from kvbench.inference.reader import Reader
 from kvbench.inference.session import Session
-from kvbench.methods import RUNNING, Layout, LayoutMethod, Method, Structure, make_layout
+from kvbench.methods import RUNNING, Layout, LayoutMethod, Method, TextStructure, make_layout
 from kvbench.methods.policies.policy import CachePolicy
 from kvbench.models.adapter import Adapter
 from kvbench.models.facts import OTHER_METHOD, ModelFacts
@@ -42,7 +42,7 @@ class Text:
     planned: int
     row_seeds: tuple[int, ...]
     is_used_afterwards: bool = False
-    structure: Structure = RUNNING
+    structure: TextStructure = RUNNING
 
     @property
     def is_written(self) -> bool:
@@ -176,7 +176,7 @@ def _planned(method: LayoutMethod, text: Text, seed: int) -> Layout:
 
 
 @lru_cache(maxsize=512)
-def _layout(method: LayoutMethod, n: int, seed: int, which: int, structure: Structure) -> Layout:
+def _layout(method: LayoutMethod, n: int, seed: int, which: int, structure: TextStructure) -> Layout:
     layout = make_layout(method, n, seed, which, structure)
     _ = layout.last_query  # planned now, so that no clock runs meanwhile
     return layout

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from kvbench.cache.evicting import EvictingCache, Mixing
+from kvbench.cache.evicting import EvictingCache, MergeStep
 from kvbench.methods.layouts.layout import Layout
 from kvbench.models.adapter import Adapter
 from kvbench.models.rope import frequencies
@@ -112,7 +112,7 @@ class Reader:
         places = torch.arange(position, position + m, device=ids.device)
         return self.forward(ids, mask, places, torch.arange(m, device=ids.device), cache, position)
 
-    def mixing(self, layout: Layout, first: int, present: Tensor, device: torch.device) -> Mixing | None:
+    def mixing(self, layout: Layout, first: int, present: Tensor, device: torch.device) -> MergeStep | None:
         """What the forward pass of the slots from ``first`` on has to mix, given what is present."""
         mixture = layout.mixture
         if mixture is None:
@@ -130,7 +130,7 @@ class Reader:
             known = {id(speed): position * sent(speed, device) for speed in speeds if speed is not None}
             turned = {key: (angles.cos(), angles.sin()) for key, angles in known.items()}
             turns = tuple(turned.get(id(speed)) for speed in speeds)
-        return Mixing(sent(places, device), sent(weights, device), turns)
+        return MergeStep(sent(places, device), sent(weights, device), turns)
 
     def open_gate(self, special: Tensor) -> None:
         """Say which of the coming inputs are special tokens."""

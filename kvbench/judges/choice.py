@@ -12,7 +12,7 @@ ENCODER = "all-MiniLM-L6-v2"
 
 
 @dataclass(frozen=True)
-class Judging:
+class JudgeChoice:
     """What the user asked of the judges.
 
     Attributes:
@@ -32,6 +32,6 @@ class Judging:
     models: dict[str, ModelReference] = field(default_factory=dict)
 
     @classmethod
-    def load(cls, raw: dict[str, Any]) -> Judging:
+    def load(cls, raw: dict[str, Any]) -> JudgeChoice:
         """From what ``dataclasses.asdict`` made of it."""
         return cls(**{**raw, "models": {name: ModelReference(**model) for name, model in raw["models"].items()}})

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from kvbench.errors import UserError
-from kvbench.judges.choice import NOTHING, SENTENCES, Judging
+from kvbench.judges.choice import NOTHING, SENTENCES, JudgeChoice
 from kvbench.judges.encoder import Encoder, SentenceEncoder, StateEncoder, packed
 from kvbench.judges.fluency import Scorer
 from kvbench.metrics.mauve import LEAST_TEXTS
@@ -41,7 +41,7 @@ class Judges:
         return found
 
 
-def load_judges(judging: Judging, loaded: Loaded, device: str, dtype: str) -> Judges:
+def load_judges(judging: JudgeChoice, loaded: Loaded, device: str, dtype: str) -> Judges:
     """The models that judge.
 
     Raises:
@@ -76,7 +76,7 @@ def _load(option: str, model: ModelReference, device: str, dtype: str) -> Loaded
     return loaded
 
 
-def check_mauve(judging: Judging, task: str, documents: int) -> None:
+def check_mauve(judging: JudgeChoice, task: str, documents: int) -> None:
     """See that there are texts enough, where MAUVE was asked for by name.
 
     Raises:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from kvbench.methods.base import Effect, Method
 from kvbench.methods.budget import kept, parse_ratio, ratio_text
-from kvbench.methods.layouts.layout import RUNNING, Layout, Structure
+from kvbench.methods.layouts.layout import RUNNING, Layout, TextStructure
 from kvbench.methods.layouts.method import LAYOUT_IDS, LayoutMethod, layout_id, make_layout
 from kvbench.methods.options import Option, option
 from kvbench.methods.policies.policy import CachePolicy, LayerView
@@ -16,6 +16,6 @@ from kvbench.store.faults import GROUP
 
 __all__ = [
     "GROUP", "LAYOUT_IDS", "METHODS", "RUNNING", "CachePolicy", "Effect", "LayerView", "Layout", "LayoutMethod",
-    "Method", "Option", "Structure", "kept", "layout_id", "make_layout", "make_method", "option", "parse_ratio",
+    "Method", "Option", "TextStructure", "kept", "layout_id", "make_layout", "make_method", "option", "parse_ratio",
     "ratio_text",
 ]

@@ -162,7 +162,7 @@ def _methods(
     return [make_method(name, ratio, given) for ratio in (dict.fromkeys(ratios) if with_ratio else [Fraction(0)])]
 
 
-def possible(
+def feasible(
     entries: Sequence[Entry], budget: Budget, in_chunks: bool, omitted: list[str] | None
 ) -> list[Entry]:
     """The entries that a text of any length can be measured with; the others are noted, if they may be left out.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,13 +14,13 @@ from kvbench.data.documents import Corpus, load_corpus
 from kvbench.data.rows import TEXT
 from kvbench.data.tasks import load_task
 from kvbench.errors import UserError, unknown
-from kvbench.judges.choice import ENCODER, NOTHING, SENTENCES, Judging
+from kvbench.judges.choice import ENCODER, NOTHING, SENTENCES, JudgeChoice
 from kvbench.methods import Method, parse_ratio, ratio_text
 from kvbench.metrics import GENERATION_NAMES, NEED_ENCODER, NEED_SCORER
 from kvbench.models.fingerprint import fingerprint
 from kvbench.models.references import ModelReference, resolve_model
 from kvbench.planning.adapters import Adapters, Entry
-from kvbench.planning.methods import NO_BUDGET, Budget, entries_of, parse_choice, possible
+from kvbench.planning.methods import NO_BUDGET, Budget, entries_of, feasible, parse_choice
 from kvbench.protocols.base import settings_of
 from kvbench.protocols.recall import HIDDEN, KNOWN
 from kvbench.protocols.registry import NAMES, chosen_protocol
@@ -77,7 +77,7 @@ class Plan:
     folder: Path
     content: str
     task_files: dict[str, str]
-    judging: Judging
+    judging: JudgeChoice
     omitted: tuple[str, ...] = ()
 
 
@@ -114,21 +114,7 @@ def build_plan(request: Request, omit: bool = False) -> Plan:
     asked = [parse_choice(text) for text in dict.fromkeys(request.methods)]
     ratios = [parse_ratio(text) for text in request.ratios]
     tasks = {name: load_task(name) for name in dict.fromkeys(request.tasks)}
-    if request.data is not None and len(tasks) > 1:
-        raise UserError(
-            f"--data stands for the corpus of one task, and {len(tasks)} are asked for "
-            f"({', '.join(tasks)}).",
-            "Name one with --task.",
-        )
-    if len({task.name for task in tasks.values()}) < len(tasks):
-        raise UserError("Two of the tasks have the same name.", "Give each task file a name of its own.")
-    if request.protocol is not None and not any(request.protocol in task.protocols for task in tasks.values()):
-        allowed = dict.fromkeys(p for task in tasks.values() for p in task.protocols)
-        raise UserError(
-            f"{'Task' if len(tasks) == 1 else 'None of the tasks'} {', '.join(map(repr, tasks))} is"
-            f"{' not' if len(tasks) == 1 else ''} measured with protocol {request.protocol!r}.",
-            f"Allowed: {', '.join(allowed)}.",
-        )
+    _check_tasks(request, tasks)
     protocols = {name: chosen_protocol(task, request.protocol) for name, task in tasks.items()}
     wanted = {
         name: entries_of(
@@ -143,7 +129,7 @@ def build_plan(request: Request, omit: bool = False) -> Plan:
     omitted: list[str] = []
     for name, entries in wanted.items():
         in_chunks = protocols[name].in_chunks
-        wanted[name] = possible(entries, request.budget, in_chunks, omitted if omit else None)
+        wanted[name] = feasible(entries, request.budget, in_chunks, omitted if omit else None)
     _check_execution(request, [entry.method for entries in wanted.values() for entry in entries])
     model = resolve_model(request.model, request.revision)
     corpora = {name: load_corpus(task, request.data, request.column) for name, task in tasks.items()}
@@ -188,6 +174,29 @@ def build_plan(request: Request, omit: bool = False) -> Plan:
     )
 
 
+def _check_tasks(request: Request, tasks: Mapping[str, Task]) -> None:
+    """See that the tasks can be measured side by side, and one of them with the protocol that is asked for.
+
+    Raises:
+        UserError: they cannot.
+    """
+    if request.data is not None and len(tasks) > 1:
+        raise UserError(
+            f"--data stands for the corpus of one task, and {len(tasks)} are asked for "
+            f"({', '.join(tasks)}).",
+            "Name one with --task.",
+        )
+    if len({task.name for task in tasks.values()}) < len(tasks):
+        raise UserError("Two of the tasks have the same name.", "Give each task file a name of its own.")
+    if request.protocol is not None and not any(request.protocol in task.protocols for task in tasks.values()):
+        allowed = dict.fromkeys(p for task in tasks.values() for p in task.protocols)
+        raise UserError(
+            f"{'Task' if len(tasks) == 1 else 'None of the tasks'} {', '.join(map(repr, tasks))} is"
+            f"{' not' if len(tasks) == 1 else ''} measured with protocol {request.protocol!r}.",
+            f"Allowed: {', '.join(allowed)}.",
+        )
+
+
 def _variants(options: dict[str, str]) -> list[dict[str, str]]:
     """The options of each variant of a task: one for each question that is asked, where there are two of them.
 
@@ -215,7 +224,7 @@ def _check_execution(request: Request, methods: Sequence[Method]) -> None:
             )
 
 
-def _judging(request: Request, writes: bool) -> tuple[Judging, dict[str, str]]:
+def _judging(request: Request, writes: bool) -> tuple[JudgeChoice, dict[str, str]]:
     """What judges the texts, and how that is written into a cell.
 
     Raises:
@@ -231,7 +240,7 @@ def _judging(request: Request, writes: bool) -> tuple[Judging, dict[str, str]]:
             raise UserError(
                 f"{asked[0]} is for tasks that write text, and none is asked for.", "Add --task minidocs-gen."
             )
-        return Judging(), {}
+        return JudgeChoice(), {}
     wanted = request.metrics or GENERATION_NAMES
     if request.scorer and not set(NEED_SCORER) & set(wanted):
         raise UserError("--scorer is for gen_ppl, and --metric leaves it out.", "Add --metric gen_ppl.")
@@ -240,7 +249,7 @@ def _judging(request: Request, writes: bool) -> tuple[Judging, dict[str, str]]:
     scorer = (request.scorer or ITSELF) if set(NEED_SCORER) & set(wanted) else NOTHING
     features = request.mauve_features or (SENTENCES if "mauve" in wanted else NOTHING)
     models = {name: resolve_model(name) for name in (scorer, features) if name not in (NOTHING, ITSELF, SENTENCES)}
-    judging = Judging(
+    judging = JudgeChoice(
         scorer, bool(set(NEED_ENCODER) & set(wanted)) or features == SENTENCES, features,
         "mauve" in request.metrics or request.mauve_features is not None, models,
     )

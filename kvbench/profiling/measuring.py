@@ -19,7 +19,7 @@ from rich.progress import Progress, TaskID
 from kvbench.environment import describe
 from kvbench.errors import StoppedError, UserError
 from kvbench.execution.locks import KEPT, disk
-from kvbench.execution.process import Child, WorkerDiedError
+from kvbench.execution.process import WorkerDiedError, WorkerProcess
 from kvbench.planning.profile import PROFILE, ProfilePlan
 from kvbench.profiling.job import ProfileJob
 from kvbench.store.folder import RUN, RunFolder, write_atomic
@@ -86,7 +86,7 @@ def carried_out(run: Run, job: ProfileJob, seconds: float = _HOURS) -> Outcome:
     """
     events: queue.Queue[tuple[int, dict[str, Any] | None]] = queue.Queue()
     records: list[tuple[str, ProfileRecord]] = []
-    child: Child[ProfileJob] = Child(job, 0, events)
+    child: WorkerProcess[ProfileJob] = WorkerProcess(job, 0, events)
     at: str | None = None
     cells = {cell.key: cell for cell in job.cells}
     end = time.monotonic() + seconds

@@ -60,7 +60,7 @@ def time_request(
     return Timed(watch.read(), wall, held, entries / len(watch.tokens))
 
 
-class Weighed(NamedTuple):
+class MemoryUse(NamedTuple):
     """Bytes that a request took; each pair of bytes is (logical, physical)."""
 
     prefill_peak: int
@@ -71,7 +71,7 @@ class Weighed(NamedTuple):
     entries_peak: int
 
 
-def weigh_request(make: Callable[[], Request], memory: CpuMemory | CudaMemory, fill: int | None) -> Weighed:
+def measure_memory(make: Callable[[], Request], memory: CpuMemory | CudaMemory, fill: int | None) -> MemoryUse:
     """Read, or fill the cache, and write, with every allocation watched."""
     with torch.inference_mode(), memory.watched():
         request = make()
@@ -81,7 +81,7 @@ def weigh_request(make: Callable[[], Request], memory: CpuMemory | CudaMemory, f
         for _ in request.write(logits):
             pass
         written = cache_bytes(request)
-    return Weighed(memory.peaks.prefill, memory.peaks.decode, read, written, held, request.peak)
+    return MemoryUse(memory.peaks.prefill, memory.peaks.decode, read, written, held, request.peak)
 
 
 @contextmanager

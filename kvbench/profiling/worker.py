@@ -20,7 +20,7 @@ from kvbench.profiling.bench import Bench, make_bench
 from kvbench.profiling.clock import clock_of
 from kvbench.profiling.job import MEMORY, PROBE, ROUNDS, TIME, ProfileJob
 from kvbench.profiling.memory import free_bytes, memory_of, read_bytes, rss_peak, weights_bytes
-from kvbench.profiling.passes import time_request, weigh_request
+from kvbench.profiling.passes import measure_memory, time_request
 from kvbench.store.profile_records import FULL, STOCK, MemoryRecord, ProbeRecord, ProfileRecord, TimingRecord
 from kvbench.store.records import Cell
 from kvbench.units import bytes_of
@@ -152,7 +152,7 @@ class Worker:
         weights = weights_bytes(bench.model, adapter)
         memory = memory_of(bench.device)
         with bench.ready(cell):
-            found = weigh_request(lambda: bench.request(cell, seed), memory, fill)
+            found = measure_memory(lambda: bench.request(cell, seed), memory, fill)
         prompt = int(cell.options["seq_len"])
         return MemoryRecord(
             weights, found.prefill_peak if fill is None else None, found.decode_peak, *found.read,

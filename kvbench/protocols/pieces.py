@@ -9,7 +9,7 @@ from itertools import accumulate, pairwise
 from typing import Any, NamedTuple
 
 from kvbench.errors import UserError
-from kvbench.methods import Structure
+from kvbench.methods import TextStructure
 
 MIN_TOKENS = 32
 """Shorter tails and documents are not scored; they are counted."""
@@ -63,9 +63,9 @@ class Piece:
         return len(self.ids), self.context, self.scored, self.chunks
 
     @property
-    def structure(self) -> Structure:
+    def structure(self) -> TextStructure:
         """What a layout may know of the text."""
-        return Structure(self.chunks, self.words, self.context if self.written else 0)
+        return TextStructure(self.chunks, self.words, self.context if self.written else 0)
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ from markupsafe import Markup
 
 from kvbench.analysis.curves import is_of_curve
 from kvbench.errors import UserError
-from kvbench.reporting.tables.tables import sheets_of
+from kvbench.reporting.tables.tables import tables_of
 from kvbench.store.faults import named, remarks_of
 from kvbench.store.folder import RunFolder, write_atomic
 from kvbench.store.records import Cell, DocumentRecord, Results
@@ -51,7 +51,7 @@ def write_page(folders: Sequence[RunFolder], results: Results, figures: Sequence
     rows, recipes = _rows_and_recipes(results)
     text = template.render(
         name=", ".join(folder.path.resolve().name for folder in folders), about=list(map(_about, manifests)),
-        failures=results.failures, sheets=sheets_of(results.rows), count=len(rows),
+        failures=results.failures, sheets=tables_of(results.rows), count=len(rows),
         worst=[one for folder in folders for one in worst_documents(folder)],
         figures=[
             {"name": path.stem, "data": base64.b64encode(path.read_bytes()).decode("ascii")}

@@ -16,7 +16,7 @@ class _Seen:
     documents: set[str] = field(default_factory=set)
 
 
-class Recorded:
+class RunProgress:
     """The documents that cells have records of; what was read once is not read again.
 
     Other processes may append meanwhile.

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 import numpy as np
 
 from kvbench.methods.layouts.ccm_budget import UnderBudget, budget_layout
-from kvbench.methods.layouts.chunked import Merge, Who
+from kvbench.methods.layouts.chunked import ChunkVisibility, Merge
 from kvbench.methods.layouts.chunks import LONGEST, SHORTEST, Chunked
-from kvbench.methods.layouts.layout import COMP, RUNNING, SUM, Layout, Structure
+from kvbench.methods.layouts.layout import COMP, RUNNING, SUM, Layout, TextStructure
 from kvbench.methods.options import option
 
 
@@ -25,7 +25,7 @@ class Streaming(UnderBudget, Chunked):
         if not self.streams:
             super().check(longest, in_chunks)
 
-    def layout(self, n: int, rng: np.random.Generator, text: Structure = RUNNING) -> Layout:
+    def layout(self, n: int, rng: np.random.Generator, text: TextStructure = RUNNING) -> Layout:
         if self.streams and not text.chunks:
             return budget_layout(self, n, self.n_comp, self.mixture())
         return super().layout(n, rng, text)
@@ -51,8 +51,8 @@ class CCMConcat(Streaming):
 
     recurrent: bool = option(True, "memory is made and read while chunks are read", trained=True)
 
-    def who(self, chunks: int) -> Who:
-        return Who(chunks, text=self.recurrent, memory=self.recurrent, latest=False, kind=COMP)
+    def who(self, chunks: int) -> ChunkVisibility:
+        return ChunkVisibility(chunks, text=self.recurrent, memory=self.recurrent, latest=False, kind=COMP)
 
 
 @dataclass(frozen=True)
@@ -87,8 +87,8 @@ class CCMMerge(Streaming):
     def chunk(self) -> int:
         return self.segment
 
-    def who(self, chunks: int) -> Who:
-        return Who(chunks, text=self.recurrent, memory=self.recurrent, latest=True, kind=SUM)
+    def who(self, chunks: int) -> ChunkVisibility:
+        return ChunkVisibility(chunks, text=self.recurrent, memory=self.recurrent, latest=True, kind=SUM)
 
     def mixture(self) -> Merge:
         return Merge(self.merge == "ema", self.unrotates)

@@ -177,10 +177,10 @@ def budget_layout(
     for e in range(len(made)):
         last = ends[e + lasts] if e + lasts < len(made) else _NEVER
         until[(kind == memory_kind) & (unit == e)] = last
-    policy = BudgetVisibility(until, memory_kind, sink)
+    visibility = BudgetVisibility(until, memory_kind, sink)
     chunks = [cut.stop - cut.start for cut in made]
     return Layout(
-        tokens, raw + row + 1, policy, n, next_unit=len(made),
+        tokens, raw + row + 1, visibility, n, next_unit=len(made),
         mixture=None if mixture is None else mixture.of(tokens, chunks, n_comp),
     )
 

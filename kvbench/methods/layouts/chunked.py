@@ -9,7 +9,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from kvbench.methods.layouts.layout import COMP, RAW, SUM, Layout, Mixture, Tokens
+from kvbench.methods.layouts.layout import COMP, RAW, SUM, Layout, MergePlan, Tokens
 
 
 def equal_chunks(n: int, chunk: int, n_comp: int) -> list[int]:
@@ -21,7 +21,7 @@ def equal_chunks(n: int, chunk: int, n_comp: int) -> list[int]:
 
 
 @dataclass(frozen=True)
-class Who:
+class ChunkVisibility:
     """Who sees the memory, for ``chunks`` chunks; the text after them always does.
 
     Attributes:
@@ -48,7 +48,9 @@ class Who:
         return (own & own_kinds) | (memory & sees)
 
 
-def chunk_layout(n: int, chunks: Sequence[int], n_comp: int, who: Who, mixture: Merge | Pool | None) -> Layout:
+def chunk_layout(
+    n: int, chunks: Sequence[int], n_comp: int, who: ChunkVisibility, mixture: Merge | Pool | None
+) -> Layout:
     """The sequence chunk, its memory tokens, chunk, ... and the rest of the text, raw.
 
     Memory tokens are numbered on from the last token of their chunk, and the text as if they did
@@ -86,7 +88,7 @@ class Merge:
     ema: bool
     unrotated: bool
 
-    def of(self, tokens: Tokens, chunks: list[int], n_comp: int) -> Mixture:
+    def of(self, tokens: Tokens, chunks: list[int], n_comp: int) -> MergePlan:
         slots = tokens.slot[tokens.kind == SUM].view(-1, n_comp)
         fresh = tokens.slot[tokens.kind == COMP].view(-1, n_comp)
         before = torch.cat([fresh[:1], slots[:-1]])
@@ -95,7 +97,7 @@ class Merge:
         share[:1] = 1.0
         weights = torch.stack([1 - share, share], -1)[:, None].expand(-1, n_comp, -1)
         sources = torch.stack([before, fresh], -1)
-        return Mixture(slots.flatten(), sources.flatten(0, 1), weights.flatten(0, 1), self.unrotated)
+        return MergePlan(slots.flatten(), sources.flatten(0, 1), weights.flatten(0, 1), self.unrotated)
 
 
 @dataclass(frozen=True)
@@ -104,7 +106,7 @@ class Pool:
 
     unrotated: bool
 
-    def of(self, tokens: Tokens, chunks: list[int], n_comp: int) -> Mixture:
+    def of(self, tokens: Tokens, chunks: list[int], n_comp: int) -> MergePlan:
         slots = tokens.slot[tokens.kind == SUM]
         first_of = torch.nonzero(tokens.kind == RAW).flatten()
         sources, weights, begin = [], [], 0
@@ -118,5 +120,5 @@ class Pool:
                 weights.append(torch.nn.functional.pad(torch.full((len(run),), 1 / len(run)), (0, widest - len(run))))
             begin += length
         if not sources:
-            return Mixture(slots, slots[:, None], torch.ones(0, 1), self.unrotated)
-        return Mixture(slots, torch.stack(sources), torch.stack(weights), self.unrotated)
+            return MergePlan(slots, slots[:, None], torch.ones(0, 1), self.unrotated)
+        return MergePlan(slots, torch.stack(sources), torch.stack(weights), self.unrotated)

@@ -15,8 +15,8 @@ import numpy as np
 
 from kvbench.errors import UserError
 from kvbench.methods.budget import ratio_text
-from kvbench.methods.layouts.chunked import Merge, Pool, Who, chunk_layout, equal_chunks
-from kvbench.methods.layouts.layout import COMP, RUNNING, Layout, Structure
+from kvbench.methods.layouts.chunked import ChunkVisibility, Merge, Pool, chunk_layout, equal_chunks
+from kvbench.methods.layouts.layout import COMP, RUNNING, Layout, TextStructure
 from kvbench.methods.layouts.method import LayoutMethod
 from kvbench.methods.options import option
 
@@ -77,13 +77,13 @@ class Chunked(LayoutMethod):
         """Whether what the model writes is compressed too: text of a chunk must see the memory."""
         return self.who(1).text
 
-    def who(self, chunks: int) -> Who:
-        return Who(chunks, text=True, memory=True, latest=False, kind=COMP)
+    def who(self, chunks: int) -> ChunkVisibility:
+        return ChunkVisibility(chunks, text=True, memory=True, latest=False, kind=COMP)
 
     def mixture(self) -> Merge | Pool | None:
         return None
 
-    def layout(self, n: int, rng: np.random.Generator, text: Structure = RUNNING) -> Layout:
+    def layout(self, n: int, rng: np.random.Generator, text: TextStructure = RUNNING) -> Layout:
         chunks = list(text.chunks) or equal_chunks(text.prefix or n, self.chunk(), self.n_comp)
         if text.prefix and self.goes_on:
             chunks += equal_chunks(n - sum(chunks), self.chunk(), self.n_comp)

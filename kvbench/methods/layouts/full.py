@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from kvbench.methods.base import Effect
-from kvbench.methods.layouts.layout import RUNNING, Layout, Structure, Tokens, everything, plain_tokens
+from kvbench.methods.layouts.layout import RUNNING, Layout, TextStructure, Tokens, everything, plain_tokens
 from kvbench.methods.layouts.method import LayoutMethod
 
 NONE_CHUNK = 32
@@ -25,7 +25,7 @@ class Full(LayoutMethod):
     budgets = ()
     effect = Effect.NONE
 
-    def layout(self, n: int, rng: np.random.Generator, text: Structure = RUNNING) -> Layout:
+    def layout(self, n: int, rng: np.random.Generator, text: TextStructure = RUNNING) -> Layout:
         tokens = plain_tokens(n)
         return Layout(tokens, tokens.raw, everything, n)
 
@@ -42,7 +42,7 @@ class NoContext(LayoutMethod):
     budgets = ()
     effect = Effect.NONE
 
-    def layout(self, n: int, rng: np.random.Generator, text: Structure = RUNNING) -> Layout:
+    def layout(self, n: int, rng: np.random.Generator, text: TextStructure = RUNNING) -> Layout:
         if text.chunks:
             unit = torch.repeat_interleave(torch.arange(len(text.chunks)), torch.tensor(text.chunks))
             tokens = plain_tokens(n, unit)

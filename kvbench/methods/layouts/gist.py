@@ -7,9 +7,9 @@ from fractions import Fraction
 
 import numpy as np
 
-from kvbench.methods.layouts.chunked import Who, chunk_layout
+from kvbench.methods.layouts.chunked import ChunkVisibility, chunk_layout
 from kvbench.methods.layouts.chunks import SHORTEST, Chunked
-from kvbench.methods.layouts.layout import COMP, RUNNING, Layout, Structure
+from kvbench.methods.layouts.layout import COMP, RUNNING, Layout, TextStructure
 from kvbench.methods.options import option
 
 
@@ -32,8 +32,8 @@ class Gist(Chunked):
         "online", "gists of every chunk side by side, or of the whole context at its end", choices=("online", "fixed")
     )
 
-    def who(self, chunks: int) -> Who:
-        return Who(chunks, text=True, memory=False, latest=False, kind=COMP)
+    def who(self, chunks: int) -> ChunkVisibility:
+        return ChunkVisibility(chunks, text=True, memory=False, latest=False, kind=COMP)
 
     def uses_ratio(self, in_chunks: bool) -> bool:
         return not in_chunks and self.mode != "fixed"
@@ -41,7 +41,7 @@ class Gist(Chunked):
     def check(self, longest: int, in_chunks: bool) -> None:
         super().check(longest, in_chunks or self.mode == "fixed")
 
-    def layout(self, n: int, rng: np.random.Generator, text: Structure = RUNNING) -> Layout:
+    def layout(self, n: int, rng: np.random.Generator, text: TextStructure = RUNNING) -> Layout:
         if self.mode == "fixed":
             return chunk_layout(n, [text.prefix or n], self.n_comp, self.who(1), None)
         return super().layout(n, rng, text)

@@ -1,7 +1,7 @@
 """Layouts: who may see whom, and until when.
 
 A static compression method is described once, as a typed token sequence with positions and a
-visibility policy. Two executions follow from that single description:
+rule of visibility. Two executions follow from that single description:
 
 * ``Layout.visible`` over everything is the **mask** of the one-pass execution;
 * ``Layout.last_query`` is the **eviction rule** of the streamed execution: an entry leaves the
@@ -55,7 +55,7 @@ class Tokens(NamedTuple):
         return Tokens(*(field[:, None] for field in self))
 
 
-class Structure(NamedTuple):
+class TextStructure(NamedTuple):
     """What a layout may know of the text besides its length.
 
     Attributes:
@@ -72,26 +72,26 @@ class Structure(NamedTuple):
     prefix: int = 0
 
 
-RUNNING = Structure()
+RUNNING = TextStructure()
 """Running text, of which only the length is known."""
 
-Policy = Callable[[Tokens, Tokens], Tensor]
+Visibility = Callable[[Tokens, Tokens], Tensor]
 """``(queries [q, 1], keys [k]) -> bool [q, k]``. Causality and self-visibility are added by the
-layout, so a policy only says what a query may see among the tokens *before* it."""
+layout, so that it only says what a query may see among the tokens *before* it."""
 
 
 def everything(queries: Tokens, keys: Tokens) -> Tensor:
-    """The policy of the uncompressed cache."""
+    """The visibility in the uncompressed cache."""
     return (keys.slot <= queries.slot) | True
 
 
 @dataclass(frozen=True, eq=False)
-class Mixture:
+class MergePlan:
     """Entries that are computed from other entries of their layer, not from a token.
 
     Keys and values of each of the ``slots`` are a weighted sum of those of its sources. Sources
     come earlier in the fed sequence and may be mixed themselves (a running mean needs only the
-    previous mean and the new entry), and the policy lets a ``SUM`` token see them, which is what
+    previous mean and the new entry), and the visibility lets a ``SUM`` token see them, which is what
     keeps them in the cache until then.
 
     Attributes:
@@ -134,7 +134,7 @@ class Layout:
     Attributes:
         tokens: the fed sequence, ``T`` tokens, sentinels included.
         position: int64 ``[T]``, the position id that each token is fed with.
-        policy: who may see whom among earlier tokens.
+        visibility: who may see whom among earlier tokens.
         n_raw: number of text tokens in the block.
         next_unit: unit of the text that follows the block.
         mixture: how the ``SUM`` entries are computed; None if there are none.
@@ -144,10 +144,10 @@ class Layout:
 
     tokens: Tokens
     position: Tensor
-    policy: Policy
+    visibility: Visibility
     n_raw: int
     next_unit: int = OUTSIDE
-    mixture: Mixture | None = None
+    mixture: MergePlan | None = None
     predictors: Tensor | None = None
 
     def __len__(self) -> int:
@@ -156,7 +156,7 @@ class Layout:
     @property
     def is_plain(self) -> bool:
         """Whether this is ordinary causal attention over the text alone."""
-        return self.policy is everything and len(self) == self.n_raw
+        return self.visibility is everything and len(self) == self.n_raw
 
     @cached_property
     def raw_slots(self) -> Tensor:
@@ -188,7 +188,7 @@ class Layout:
     def visible(self, queries: Tensor, keys: Tensor) -> Tensor:
         """bool ``[q, k]``: which of the slots ``keys`` each of the slots ``queries`` may see."""
         q, k = self.tokens.at(queries).as_queries(), self.tokens.at(keys)
-        return (self.policy(q, k) & (k.slot < q.slot)) | (k.slot == q.slot)
+        return (self.visibility(q, k) & (k.slot < q.slot)) | (k.slot == q.slot)
 
     @cached_property
     def last_query(self) -> Tensor:
@@ -206,7 +206,7 @@ class Layout:
             open_ = keys[seen == 0]
         every = self.tokens.at(slice(None))
         following = Tokens(*(torch.tensor([v]) for v in (size, RAW, self.n_raw, self.next_unit, -1)))
-        return torch.where(self.policy(following.as_queries(), every)[0], size, last)
+        return torch.where(self.visibility(following.as_queries(), every)[0], size, last)
 
     def held_after(self, fed: int) -> Tensor:
         """int64: the slots that stay in the cache once the first ``fed`` tokens were read."""

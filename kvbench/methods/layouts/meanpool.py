@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from kvbench.methods.layouts.chunked import Pool, Who
+from kvbench.methods.layouts.chunked import ChunkVisibility, Pool
 from kvbench.methods.layouts.chunks import Chunked
 from kvbench.methods.layouts.layout import SUM
 from kvbench.methods.options import option
@@ -29,8 +29,8 @@ class MeanPool(Chunked):
     def unrotates(self) -> bool:
         return self.merge_at == "unrotated"
 
-    def who(self, chunks: int) -> Who:
-        return Who(chunks, text=True, memory=True, latest=False, kind=SUM)
+    def who(self, chunks: int) -> ChunkVisibility:
+        return ChunkVisibility(chunks, text=True, memory=True, latest=False, kind=SUM)
 
     def mixture(self) -> Pool:
         return Pool(self.unrotates)

@@ -11,7 +11,7 @@ import numpy as np
 
 from kvbench.errors import UserError
 from kvbench.methods.base import TRAINED_PERCENT, Method
-from kvbench.methods.layouts.layout import RUNNING, Layout, Structure
+from kvbench.methods.layouts.layout import RUNNING, Layout, TextStructure
 from kvbench.methods.layouts.mask_example import LENGTH, Mask, mask_of
 
 LAYOUT_IDS = 16
@@ -24,7 +24,7 @@ class LayoutMethod(Method):
     executions = ("streamed", "onepass")
 
     @abstractmethod
-    def layout(self, n: int, rng: np.random.Generator, text: Structure = RUNNING) -> Layout:
+    def layout(self, n: int, rng: np.random.Generator, text: TextStructure = RUNNING) -> Layout:
         """The layout of a block of ``n`` text tokens.
 
         Args:
@@ -42,13 +42,13 @@ class LayoutMethod(Method):
         return cls.of(Fraction(percent, 100), options).layout(n, rng)
 
     def check_text(self, n: int, prefix: int, seed: int) -> None:
-        make_layout(self, n, seed, 0, Structure(prefix=prefix))
+        make_layout(self, n, seed, 0, TextStructure(prefix=prefix))
 
     def mask_example(self, seed: int) -> Mask | None:
         """The mask over a short text; None if the method cannot be used on one, or has a budget for longer ones."""
         text = RUNNING
         if self.by_text:  # lines of twelve words, a token each
-            text = Structure(words=tuple((i // 12, i % 12, 12) for i in range(LENGTH)))
+            text = TextStructure(words=tuple((i // 12, i % 12, 12) for i in range(LENGTH)))
         try:
             self.check(LENGTH, in_chunks=False)
             return None if self.budget_given else mask_of(make_layout(self, LENGTH, seed, 0, text))
@@ -62,7 +62,7 @@ def layout_id(document: str, block: int) -> int:
     return int.from_bytes(digest[:8], "big") % LAYOUT_IDS
 
 
-def make_layout(method: LayoutMethod, n: int, seed: int, which: int, text: Structure = RUNNING) -> Layout:
+def make_layout(method: LayoutMethod, n: int, seed: int, which: int, text: TextStructure = RUNNING) -> Layout:
     """The layout of a block: a function of (seed, n, ratio, id) and of the text's own structure."""
     ratio = method.ratio
     rng = np.random.default_rng([seed, n, ratio.numerator, ratio.denominator, which])

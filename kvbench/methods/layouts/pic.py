@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from kvbench.methods.layouts.chunked import Who
+from kvbench.methods.layouts.chunked import ChunkVisibility
 from kvbench.methods.layouts.chunks import Chunked
 from kvbench.methods.layouts.layout import COMP
 from kvbench.methods.options import option
@@ -24,5 +24,5 @@ class PIC(Chunked):
 
     sees: str = option("chunk", "what memory tokens see besides each other", choices=("chunk", "memory"), trained=True)
 
-    def who(self, chunks: int) -> Who:
-        return Who(chunks, text=True, memory=self.sees == "memory", latest=False, kind=COMP)
+    def who(self, chunks: int) -> ChunkVisibility:
+        return ChunkVisibility(chunks, text=True, memory=self.sees == "memory", latest=False, kind=COMP)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from kvbench.methods.budget import kept
-from kvbench.methods.layouts.layout import RUNNING, Layout, Structure, Tokens, plain_tokens
+from kvbench.methods.layouts.layout import RUNNING, Layout, TextStructure, Tokens, plain_tokens
 from kvbench.methods.layouts.method import LayoutMethod
 from kvbench.methods.options import option
 
@@ -33,7 +33,7 @@ class Scattered(LayoutMethod):
         "exact", "how columns are drawn: exactly as many as are kept, or each by itself", choices=("exact", "published")
     )
 
-    def layout(self, n: int, rng: np.random.Generator, text: Structure = RUNNING) -> Layout:
+    def layout(self, n: int, rng: np.random.Generator, text: TextStructure = RUNNING) -> Layout:
         unit = torch.full((n,), _DROPPED)
         if self.sampler == "published":
             columns = np.flatnonzero(rng.random(n) >= float(self.ratio))

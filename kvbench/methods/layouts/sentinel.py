@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from kvbench.errors import UserError
-from kvbench.methods.layouts.layout import CLOSE, OPEN, OUTSIDE, RAW, RUNNING, Layout, Structure, Tokens
+from kvbench.methods.layouts.layout import CLOSE, OPEN, OUTSIDE, RAW, RUNNING, Layout, TextStructure, Tokens
 from kvbench.methods.layouts.method import LayoutMethod
 from kvbench.methods.layouts.sentinel_published import word_spans
 from kvbench.methods.options import option
@@ -80,7 +80,7 @@ class Sentinel(LayoutMethod):
                 "a smaller --set recent=.",
             )
 
-    def layout(self, n: int, rng: np.random.Generator, text: Structure = RUNNING) -> Layout:
+    def layout(self, n: int, rng: np.random.Generator, text: TextStructure = RUNNING) -> Layout:
         recent, top = self.recent, self.span
         if self.sampler == "published":
             if text.words is None:
@@ -203,11 +203,11 @@ def span_layout(
     if predict_from_close:
         predictors = tokens.slot[tokens.kind == RAW].clone()
         predictors[stops - 1] = closed
-    return Layout(tokens, tokens.raw, Closing(closed), n, predictors=predictors)
+    return Layout(tokens, tokens.raw, SpanVisibility(closed), n, predictors=predictors)
 
 
 @dataclass(frozen=True, eq=False)
-class Closing:
+class SpanVisibility:
     """Who sees whom: see the class docstring of :class:`Sentinel`.
 
     Attributes:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from kvbench.methods.budget import kept
 from kvbench.methods.layouts.ccm_budget import UnderBudget, budget_layout
-from kvbench.methods.layouts.layout import RUNNING, Layout, Structure, Tokens, plain_tokens
+from kvbench.methods.layouts.layout import RUNNING, Layout, TextStructure, Tokens, plain_tokens
 from kvbench.methods.layouts.method import LayoutMethod
 from kvbench.methods.options import option
 
@@ -19,7 +19,7 @@ SINKS = 4
 """First entries that ``sinks`` always holds."""
 
 
-def _fixed_at(n: int, text: Structure, ratio: Fraction) -> int:
+def _fixed_at(n: int, text: TextStructure, ratio: Fraction) -> int:
     """Tokens after which a window no longer grows: the prefix, where a ratio is asked for at all."""
     return text.prefix if text.prefix and ratio else n
 
@@ -34,7 +34,7 @@ class Window(LayoutMethod):
     name = "window"
     summary = "the last kept(N, r) entries, constant over the block"
 
-    def layout(self, n: int, rng: np.random.Generator, text: Structure = RUNNING) -> Layout:
+    def layout(self, n: int, rng: np.random.Generator, text: TextStructure = RUNNING) -> Layout:
         size = kept(_fixed_at(n, text, self.ratio), self.ratio)
 
         def recent(queries: Tokens, keys: Tokens) -> Tensor:
@@ -56,7 +56,7 @@ class Local(LayoutMethod):
     summary = "the last kept(n, r) of n entries: the proportional window of the Sentinel paper"
     paper = "arXiv 2310.08152 (baseline)"
 
-    def layout(self, n: int, rng: np.random.Generator, text: Structure = RUNNING) -> Layout:
+    def layout(self, n: int, rng: np.random.Generator, text: TextStructure = RUNNING) -> Layout:
         num, den = self.ratio.numerator, self.ratio.denominator
 
         def proportional(queries: Tokens, keys: Tokens) -> Tensor:
@@ -97,7 +97,7 @@ class Sinks(UnderBudget):
     def check(self, longest: int, in_chunks: bool) -> None:
         self.check_budget(self.n_comp, in_chunks)
 
-    def layout(self, n: int, rng: np.random.Generator, text: Structure = RUNNING) -> Layout:
+    def layout(self, n: int, rng: np.random.Generator, text: TextStructure = RUNNING) -> Layout:
         if self.streams:
             return budget_layout(self, n, self.n_comp, None, with_memory=False)
         num, den = self.ratio.numerator, self.ratio.denominator

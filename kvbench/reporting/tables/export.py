@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from kvbench.reporting.tables.tables import Sheet, renamed, sheets_of
+from kvbench.reporting.tables.tables import Table, renamed, tables_of
 from kvbench.store.folder import write_atomic
 from kvbench.store.records import Row
 
@@ -28,8 +28,8 @@ def write_tables(rows: Sequence[Row], folder: Path) -> list[Path]:
     """
     folder.mkdir(parents=True, exist_ok=True)
     found, taken = [], set[str]()
-    for sheet in sheets_of(rows):
-        named = renamed(sheet, taken)
+    for table in tables_of(rows):
+        named = renamed(table, taken)
         taken.add(named.name)
         for ending, text in (("md", markdown(named)), ("tex", latex(named)), ("csv", csv(named))):
             path = folder / f"{named.name}.{ending}"
@@ -40,40 +40,40 @@ def write_tables(rows: Sequence[Row], folder: Path) -> list[Path]:
     return [*found, path]
 
 
-def markdown(sheet: Sheet) -> str:
+def markdown(table: Table) -> str:
     """A table for GitHub and its like, with its notes."""
     body = [
-        [f"**{_md(entry.text)}**" if entry.is_best else _md(entry.text) for entry in row] for row in sheet.rows
+        [f"**{_md(entry.text)}**" if entry.is_best else _md(entry.text) for entry in row] for row in table.rows
     ]
-    frame = pd.DataFrame(body, columns=_unique(sheet.columns))
-    table = frame.to_markdown(index=False, disable_numparse=True)
-    notes = "\n\n".join(_md(note) for note in sheet.notes)
-    return f"**{_md(sheet.title)}**\n\n{table}\n\n{notes}\n"
+    frame = pd.DataFrame(body, columns=_unique(table.columns))
+    text = frame.to_markdown(index=False, disable_numparse=True)
+    notes = "\n\n".join(_md(note) for note in table.notes)
+    return f"**{_md(table.title)}**\n\n{text}\n\n{notes}\n"
 
 
 def _md(text: str) -> str:
     return text.replace("*", r"\*").replace("_", r"\_").replace("|", r"\|")
 
 
-def csv(sheet: Sheet) -> str:
+def csv(table: Table) -> str:
     """What a spreadsheet reads: the text of every cell."""
-    body = [[entry.text for entry in row] for row in sheet.rows]
-    text: str = pd.DataFrame(body, columns=_unique(sheet.columns)).to_csv(index=False)
+    body = [[entry.text for entry in row] for row in table.rows]
+    text: str = pd.DataFrame(body, columns=_unique(table.columns)).to_csv(index=False)
     return text
 
 
-def latex(sheet: Sheet) -> str:
+def latex(table: Table) -> str:
     """A table with booktabs' rules: ``\\usepackage{booktabs}``."""
     body = [
         [(rf"\textbf{{{_tex(entry.text)}}}" if entry.is_best else _tex(entry.text)) for entry in row]
-        for row in sheet.rows
+        for row in table.rows
     ]
     lines = [
-        r"\begin{table}", r"\centering", r"\small", rf"\caption{{{_tex(sheet.title)}. {_tex(sheet.notes[0])}}}",
-        rf"\label{{tab:{sheet.name}}}", rf"\begin{{tabular}}{{{'l' * len(sheet.columns)}}}", r"\toprule",
-        " & ".join(_tex(column) for column in sheet.columns) + r" \\", r"\midrule",
+        r"\begin{table}", r"\centering", r"\small", rf"\caption{{{_tex(table.title)}. {_tex(table.notes[0])}}}",
+        rf"\label{{tab:{table.name}}}", rf"\begin{{tabular}}{{{'l' * len(table.columns)}}}", r"\toprule",
+        " & ".join(_tex(column) for column in table.columns) + r" \\", r"\midrule",
         *(" & ".join(row) + r" \\" for row in body), r"\bottomrule", r"\end{tabular}",
-        *(f"% {note}" for note in sheet.notes), r"\end{table}",
+        *(f"% {note}" for note in table.notes), r"\end{table}",
     ]
     return "\n".join(lines) + "\n"
 

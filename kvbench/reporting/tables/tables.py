@@ -17,7 +17,7 @@ _CONTROLS = ("human", "full", "full-again", "full-dynamic", "adapted", "none")
 
 
 @dataclass(frozen=True)
-class Entry:
+class TableCell:
     """One cell of a table.
 
     Attributes:
@@ -31,7 +31,7 @@ class Entry:
 
 
 @dataclass(frozen=True)
-class Sheet:
+class Table:
     """A table with its title, its notes, and a name for files.
 
     Attributes:
@@ -42,7 +42,7 @@ class Sheet:
     name: str
     title: str
     columns: tuple[str, ...]
-    rows: tuple[tuple[Entry, ...], ...]
+    rows: tuple[tuple[TableCell, ...], ...]
     notes: tuple[str, ...]
 
 
@@ -55,37 +55,37 @@ def columns_of(table: str) -> tuple[str, ...]:
     return tuple(name for name, shown in SHOWN.items() if table in shown.tables)
 
 
-def sheets_of(rows: Sequence[Row]) -> list[Sheet]:
+def tables_of(rows: Sequence[Row]) -> list[Table]:
     """One table for each task and protocol, and one for the greedy texts."""
-    found: list[Sheet] = []
+    found: list[Table] = []
     for (title, protocol, _, _), mine in by_setting(rows).items():
         task = mine[0].task + ("-known" if mine[0].params.get("question") == "known" else "")
         if protocol == "profile":
             timed = [r for r in mine if r.params["batch_size"] and r.params["seq_len"]]
-            found.append(_sheet(timed, task, TIMING, columns_of(TIMING), ("seq_len", "batch_size", "bin")))
+            found.append(_table(timed, task, TIMING, columns_of(TIMING), ("seq_len", "batch_size", "bin")))
             continue
         whole = [r for r in mine if r.params.get("bin") is None]
         present = {row.metric for row in whole}
         kinds = columns_of(ANSWERS if "answer_nll" in present else TEXTS if protocol == "generate" else LM)
         if "answer_nll" not in present and "accuracy" in present:
             kinds += ("accuracy",)
-        found.append(_sheet(whole, task, f"{protocol}", kinds, title=title))
+        found.append(_table(whole, task, f"{protocol}", kinds, title=title))
         greedy = [r for r in mine if r.params.get("bin") == "decode=greedy"]
         if greedy:
-            found.append(_sheet(greedy, f"{task}-greedy", GREEDY, columns_of(TEXTS)))
-    return [sheet for sheet in found if sheet.rows]
+            found.append(_table(greedy, f"{task}-greedy", GREEDY, columns_of(TEXTS)))
+    return [table for table in found if table.rows]
 
 
-def _sheet(
+def _table(
     rows: Sequence[Row], name: str, what: str, columns: Sequence[str], by: tuple[str, ...] = (), title: str = "",
-) -> Sheet:
+) -> Table:
     shown = [metric for metric in columns if any(row.metric == metric for row in rows)]
     keys = list(dict.fromkeys(tuple(row.params.get(key) for key in by) for row in rows))
     by = tuple(key for i, key in enumerate(by) if any(k[i] is not None for k in keys))
-    lines: list[tuple[Entry, ...]] = []
+    lines: list[tuple[TableCell, ...]] = []
     for key in dict.fromkeys(tuple(row.params.get(k) for k in by) for row in rows):
         mine = [row for row in rows if tuple(row.params.get(k) for k in by) == key]
-        lead = tuple(Entry("" if k is None else str(k), k) for k in key)
+        lead = tuple(TableCell("" if k is None else str(k), k) for k in key)
         cells = cells_of(mine)
         best = {metric: _best(cells, metric) for metric in shown}
         for (method, ratio), metrics in cells.items():
@@ -94,11 +94,11 @@ def _sheet(
                 _entry(metrics.get(metric), (method, ratio) in best[metric]) for metric in shown
             )
             lines.append((
-                *lead, Entry(method, method), Entry(number_of(ratio, None), ratio),
-                Entry(number_of(first.ratio_realised, 3), first.ratio_realised), *values, _held(metrics),
+                *lead, TableCell(method, method), TableCell(number_of(ratio, None), ratio),
+                TableCell(number_of(first.ratio_realised, 3), first.ratio_realised), *values, _held(metrics),
             ))
     if not rows:
-        return Sheet(name, what, (), (), ())
+        return Table(name, what, (), (), ())
     head = tuple({"seq_len": "length", "batch_size": "batch"}.get(key, "") for key in by)
     one, faults = rows[0], faults_in((row.method, row.params) for row in rows)
     if one.protocol == "profile":
@@ -107,7 +107,7 @@ def _sheet(
             "where the median of another such run will lie. Bold: best of its ratio, and its interval does not meet "
             "that of the next.", one.signature.partition(":")[2].partition("|P:")[0], *faults,
         )
-        return Sheet(
+        return Table(
             name, f"{name}: {what} ({one.model}, {one.n} requests in {one.groups} processes)",
             (*head, *_HEAD, *(SHOWN[metric].heading for metric in shown), "KV held"), tuple(lines), notes,
         )
@@ -117,7 +117,7 @@ def _sheet(
         "does not meet that of the next.", *([reading] if reading else ()), one.signature.partition(":")[2],
         *faults,
     )
-    return Sheet(
+    return Table(
         name, f"{title or name}: {what} ({one.model}, seed {one.seed}, {one.n} {one.unit}s in {one.groups} groups)",
         (*head, *_HEAD, *(SHOWN[metric].heading for metric in shown), "KV held"), tuple(lines), notes,
     )
@@ -147,26 +147,26 @@ def _apart(best: Row, next_: Row, better: str) -> bool:
     return ends[0] is not None and ends[1] is not None and ends[0] < ends[1]
 
 
-def _entry(row: Row | None, is_best: bool) -> Entry:
+def _entry(row: Row | None, is_best: bool) -> TableCell:
     if row is None or row.value is None:
-        return Entry("-")
+        return TableCell("-")
     scale, digits = SHOWN[row.metric].scale, SHOWN[row.metric].digits
     value = scale * row.value
     mark = "*" if row.p_value is not None and row.p_value < SIGNIFICANT else ""
     text = f"{value:.{digits}f}{mark}"
     if row.ci_low is not None and row.ci_high is not None:
         text += f" [{scale * row.ci_low:.{digits}f}, {scale * row.ci_high:.{digits}f}]"
-    return Entry(text, value, is_best)
+    return TableCell(text, value, is_best)
 
 
-def _held(metrics: dict[str, Row]) -> Entry:
+def _held(metrics: dict[str, Row]) -> TableCell:
     row = metrics.get(_MEMORY)
-    return Entry("-") if row is None else Entry(bytes_of(row.value), row.value)
+    return TableCell("-") if row is None else TableCell(bytes_of(row.value), row.value)
 
 
-def renamed(sheet: Sheet, taken: set[str]) -> Sheet:
-    """With a name that no other sheet has."""
-    name, number = sheet.name, 2
+def renamed(table: Table, taken: set[str]) -> Table:
+    """With a name that no other table has."""
+    name, number = table.name, 2
     while name in taken:
-        name, number = f"{sheet.name}-{number}", number + 1
-    return replace(sheet, name=name)
+        name, number = f"{table.name}-{number}", number + 1
+    return replace(table, name=name)
