@@ -12,7 +12,7 @@ from typing import Any
 
 from kvbench.data.documents import Corpus, load_corpus
 from kvbench.data.rows import TEXT
-from kvbench.data.tasks import load_task
+from kvbench.data.tasks import Task, load_task
 from kvbench.errors import UserError, unknown
 from kvbench.judges.choice import ENCODER, NOTHING, SENTENCES, JudgeChoice
 from kvbench.methods import Method, parse_ratio, ratio_text
