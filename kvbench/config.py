@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import tomllib
 from pathlib import Path
-from typing import Literal
+from typing import Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
@@ -14,6 +14,8 @@ from kvbench.models.references import DEFAULT_MODEL
 
 CONFIG_NAME = "kvbench.toml"
 DTYPES = ("auto", "float32", "bfloat16", "float16")
+
+M = TypeVar("M", bound=BaseModel)
 
 
 class RunSettings(BaseModel):
@@ -125,19 +127,31 @@ def load_settings(path: Path | None) -> Settings:
         path = Path(named) if named else Path(CONFIG_NAME)
         if not named and not path.exists():
             return Settings()
+    return read_toml(path, Settings, "settings file", "Check --config.")
+
+
+def read_toml(path: Path, model: type[M], what: str, hint: str) -> M:
+    """A TOML file, checked against a model.
+
+    Args:
+        what: the file is called; ``hint``: what to do where there is none.
+
+    Raises:
+        UserError: the file is missing, not TOML, or has an unknown key or a wrong type.
+    """
     try:
-        return Settings.model_validate(tomllib.loads(path.read_text(encoding="utf-8")))
+        return model.model_validate(tomllib.loads(path.read_text(encoding="utf-8")))
     except FileNotFoundError:
-        raise UserError(f"There is no settings file {path}.", "Check --config.") from None
+        raise UserError(f"There is no {what} {path}.", hint) from None
     except OSError as error:
-        raise UserError(f"The settings file {path} cannot be read: {error.strerror}.") from error
+        raise UserError(f"The {what} {path} cannot be read: {error.strerror}.") from error
     except ValidationError as error:
-        raise UserError(toml_sentence(path, error)) from error
+        raise UserError(_sentence(path, error)) from error
     except (ValueError, RecursionError) as error:
-        raise UserError(f"{path} is not valid TOML: {error}.") from error
+        raise UserError(f"The {what} {path} is not valid TOML: {error}.") from error
 
 
-def toml_sentence(path: Path, error: ValidationError) -> str:
+def _sentence(path: Path, error: ValidationError) -> str:
     """File, key and allowed values of the first fault, as one sentence."""
     first = error.errors()[0]
     key = ".".join(str(part) for part in first["loc"])

@@ -19,10 +19,9 @@ from hypothesis import strategies as st
 
 from kvbench.errors import UserError
 from kvbench.execution import executors
-from kvbench.execution.claims import Claims
 from kvbench.execution.executors import Ended, participate
 from kvbench.execution.job import Job
-from kvbench.execution.shards import parts_of
+from kvbench.execution.shards import ShardLocks, parts_of
 from kvbench.store.folder import RECORDS, RUN, RunFolder
 from kvbench.store.progress import RunProgress
 from tests.conftest import Outcome, kvbench
@@ -285,7 +284,7 @@ def test_a_missing_extra_is_a_sentence(
 
 
 def test_a_part_is_held_by_one(tmp_path: Path) -> None:
-    mine, theirs = Claims(RunFolder(tmp_path)), Claims(RunFolder(tmp_path))
+    mine, theirs = ShardLocks(RunFolder(tmp_path)), ShardLocks(RunFolder(tmp_path))
     assert mine.take("part")
     assert not mine.take("part")
     assert not theirs.take("part")

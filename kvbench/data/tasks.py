@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import tomllib
 from pathlib import Path
 from typing import Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from kvbench.config import toml_sentence
-from kvbench.errors import UserError, unknown
+from kvbench.config import read_toml
+from kvbench.errors import unknown
 
 
 class CorpusSpec(BaseModel):
@@ -175,13 +174,4 @@ def load_task(name: str) -> Task:
     path = Path(name) if own else tasks_folder() / f"{name}.toml"
     if not own and name not in task_names():
         raise unknown("task", name, task_names())
-    try:
-        return Task.model_validate(tomllib.loads(path.read_text(encoding="utf-8")))
-    except FileNotFoundError:
-        raise UserError(f"There is no task file {path}.", "Give a path to a TOML file.") from None
-    except OSError as error:
-        raise UserError(f"The task file {path} cannot be read: {error.strerror}.") from error
-    except ValidationError as error:
-        raise UserError(toml_sentence(path, error)) from error
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"The task file {path} is not valid TOML: {error}.") from error
+    return read_toml(path, Task, "task file", "Give a path to a TOML file.")

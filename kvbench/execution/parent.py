@@ -18,13 +18,12 @@ from rich.markup import escape
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
 from kvbench.errors import StoppedError, UserError
-from kvbench.execution.claims import Claims
 from kvbench.execution.job import Order
 from kvbench.execution.locks import KEPT, disk
 from kvbench.execution.pool import Events, WorkerHandle, crew_of
 from kvbench.execution.process import WorkerDiedError
 from kvbench.execution.run_writer import RunWriter
-from kvbench.execution.shards import Shard, parts_of
+from kvbench.execution.shards import Shard, ShardLocks, parts_of
 from kvbench.planning.quality import Plan
 from kvbench.store.folder import RunFolder
 from kvbench.store.records import Failure
@@ -75,7 +74,7 @@ class _Crew:
 
     plan: Plan
     handles: list[WorkerHandle]
-    claims: Claims
+    claims: ShardLocks
     shards: list[Shard] | None = None
 
 
@@ -131,7 +130,7 @@ def execute(
 def _carry_out(run: _Run, plan: Plan) -> None:
     """Measure one plan with children of its own."""
     events: Events = queue.Queue()
-    crew = _Crew(plan, [], Claims(run.writer.folder))
+    crew = _Crew(plan, [], ShardLocks(run.writer.folder))
     with ExitStack() as stack:
         stack.callback(crew.claims.release_all)
         for handle in crew_of(plan, run.options.children, run.options.omit, events):

@@ -12,6 +12,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from filelock import FileLock, Timeout
+
+from kvbench.store.folder import RunFolder
 from kvbench.store.records import Cell
 
 FEW, MANY = 8, 16
@@ -53,3 +56,30 @@ def parts_of(cells: Sequence[Cell], tasks: dict[str, dict[str, Any]]) -> list[Sh
             tokens = sum(lengths[start : start + size]) * len(mine)
             found.append(Shard(key, workload, names, mine, tokens))
     return found
+
+
+class ShardLocks:
+    """The shards that this process holds."""
+
+    def __init__(self, folder: RunFolder) -> None:
+        self.folder = folder
+        self.held: dict[str, FileLock] = {}
+
+    def take(self, name: str) -> bool:
+        """Claim a shard, unless a process holds it; this one does not take it twice."""
+        if name in self.held:
+            return False
+        lock = self.folder.lock(name)
+        try:
+            lock.acquire(timeout=0)
+        except Timeout:
+            return False
+        self.held[name] = lock
+        return True
+
+    def release(self, name: str) -> None:
+        self.held.pop(name).release()
+
+    def release_all(self) -> None:
+        for name in list(self.held):
+            self.release(name)
