@@ -18,7 +18,7 @@ from kvbench.methods import TextStructure, make_layout, make_method
 from kvbench.methods.layouts.layout import CLOSE, OPEN, RAW
 from kvbench.methods.layouts.sentinel import span_layout
 from kvbench.methods.layouts.sentinel_published import draw_words, word_spans
-from kvbench.protocols.pieces import word_places
+from kvbench.protocols.block import word_places
 from tests.conftest import VOCABULARY, adapter_for
 
 

@@ -15,7 +15,7 @@ from kvbench.doctor.replay import removed_and_masked
 from kvbench.inference.layout_session import LayoutSession
 from kvbench.inference.policy_session import PolicySession
 from kvbench.inference.reader import Reader
-from kvbench.methods import METHODS, LayoutMethod, Method, make_layout, make_method
+from kvbench.methods import LayoutMethod, Method, make_layout, make_method
 from kvbench.methods.policies.policy import CachePolicy
 
 TOLERANCES = {"float32": (1e-4, "logits"), "bfloat16": (0.1, "nats")}
@@ -69,7 +69,7 @@ def ways_of(name: str, ratios: tuple[str, ...]) -> Iterator[tuple[str, Method]]:
     """The method in every way that it is tried in, and what each is called."""
     ratios = ("0.8",) if name in IN_CHUNKS else ratios
     for options in WAYS.get(name, ({},)):
-        for ratio in ratios if METHODS[name].uses_ratio(options, in_chunks=False) else ("0",):
+        for ratio in ratios if make_method(name, Fraction(0), options).uses_ratio(in_chunks=False) else ("0",):
             label = ", ".join([ratio, *(f"{key}={value}" for key, value in options.items())])
             yield label, make_method(name, Fraction(ratio), options)
 

@@ -65,7 +65,8 @@ def open_session(
     Raises:
         UserError: the budget is below what the method needs.
     """
-    method = method.fitted(text.context, cache_shape(model))
+    with Reader(model, adapter).bare():  # the shape of the cache is asked of the model as it is
+        method = method.fitted(text.context, cache_shape(model))
     if isinstance(method, CachePolicy):
         once = (text.is_used_afterwards or text.is_written) and method.prefill == "once"
         return PolicySession(

@@ -9,12 +9,14 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Self
+from typing import TYPE_CHECKING, ClassVar, Self
 
 from kvbench.data.documents import Document
-from kvbench.data.tasks import Task
 from kvbench.errors import UserError, unknown
 from kvbench.protocols.pieces import MIN_TOKENS, Cut, Tokenizer
+
+if TYPE_CHECKING:
+    from kvbench.data.tasks import Task  # which takes pydantic, and a bare machine has none
 
 
 @dataclass(frozen=True)

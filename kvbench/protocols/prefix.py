@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Self
+from typing import TYPE_CHECKING, Self
 
 from kvbench.data.documents import Document
-from kvbench.data.tasks import Task
 from kvbench.methods import layout_id
 from kvbench.protocols.base import BOS, CHUNK, Protocol, Setting, check_length
 from kvbench.protocols.pieces import Cut, Piece, Tokenizer, bytes_between
+
+if TYPE_CHECKING:
+    from kvbench.data.tasks import Task  # which takes pydantic, and a bare machine has none
 
 PREFIX_CONTEXT = 1280
 """Tokens of prefix and continuation together, if the model's context is that long."""

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Self
+from typing import TYPE_CHECKING, Self
 
 from kvbench.data.documents import Document
-from kvbench.data.tasks import Task
 from kvbench.protocols.base import BOS, CHUNK, Protocol, Setting
 from kvbench.protocols.block import cut_blocks
 from kvbench.protocols.pieces import Cut, Tokenizer
+
+if TYPE_CHECKING:
+    from kvbench.data.tasks import Task  # which takes pydantic, and a bare machine has none
 
 
 @dataclass(frozen=True)
