@@ -19,6 +19,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
 from kvbench.cache.shape import cache_shape
 from kvbench.data.documents import embedded_documents
 from kvbench.errors import UserError
+from kvbench.execution.channel import Channel
 from kvbench.execution.job import Job, Order
 from kvbench.execution.worker import Worker
 from kvbench.inference.generation import greedy
@@ -251,7 +252,7 @@ def prepared(folder: Path, *methods: str, block: int = 256, ratio: str = "0.5") 
     )
     plan = build_plan(request)
     job = Job(plan.cells, plan.model.location, plan.task_files, None, 2, 1)
-    worker = Worker(job, io.StringIO())
+    worker = Worker(job, Channel(io.StringIO()))
     worker.prepare()
     return worker
 
@@ -261,8 +262,8 @@ def perplexity_of(worker: Worker, method: str = "full") -> float:
     (work,) = worker.works
     worker.run(Order(work.name, tuple(document.id for document, _ in work.documents), {}))
     (key,) = [cell.key for cell in work.cells if cell.method == method]
-    assert isinstance(worker.events, io.StringIO)
-    events = [json.loads(line) for line in worker.events.getvalue().splitlines()]
+    assert isinstance(worker.channel.events, io.StringIO)
+    events = [json.loads(line) for line in worker.channel.events.getvalue().splitlines()]
     mine = [event for event in events if event["event"] == "records" and event["cell"] == key]
     records = [record for event in mine for record in event["records"]]
     return math.exp(sum(r["nll"] for r in records) / sum(r["tokens"] for r in records))

@@ -16,6 +16,7 @@ import huggingface_hub.constants
 import pytest
 
 from kvbench.errors import UserError
+from kvbench.execution.channel import Channel
 from kvbench.execution.job import Job
 from kvbench.execution.worker import Worker
 from kvbench.judges.choice import JudgeChoice
@@ -111,7 +112,7 @@ def test_what_is_planned_is_loaded_though_the_branch_has_moved_meanwhile(hub: Pa
     (hub / "refs" / "main").write_text(SECOND)
     moved = load_model(resolve_model("org/name"), "cpu", "float32").model.state_dict()
     assert any((wanted[name] != moved[name]).any() for name in wanted)
-    worker = Worker(Job.from_json(job_of(plan).to_json()), StringIO())
+    worker = Worker(Job.from_json(job_of(plan).to_json()), Channel(StringIO()))
     worker.prepare()
     for loaded in (worker.loaded.model, worker.judges.scorer.model):  # type: ignore[union-attr]
         assert all((wanted[name] == value).all() for name, value in loaded.state_dict().items())
@@ -133,7 +134,7 @@ def test_nothing_is_measured_of_a_commit_that_nobody_knows(hub: Path, texts: Pat
     assert {cell.model_hash for cell in plan.cells} == {""}
     hub.rename(hub.with_name("models--org--late"))
     with pytest.raises(UserError, match="has not said which commit org/late is"):
-        Worker(job_of(plan), StringIO()).prepare()
+        Worker(job_of(plan), Channel(StringIO())).prepare()
 
 
 def test_an_adapter_on_the_hub_is_no_model(hub: Path) -> None:
@@ -202,7 +203,7 @@ def test_models_adapters_and_texts_that_change_before_they_are_loaded_are_refuse
     card = AdapterCard("sentinel", "gated", 4, 4.0, 2, "model", former_fingerprint(model))
     Adapter.fresh(card, loaded).save(adapter, "model")
     plan = plan_of(str(model), methods=("sentinel",), adapters=(str(adapter),), data=texts)
-    Worker(job_of(plan), StringIO()).prepare()
+    Worker(job_of(plan), Channel(StringIO())).prepare()
     for path in (model / "generation_config.json", adapter / "card.json", texts):
         before = path.read_bytes()
         path.write_bytes(before.replace(b"null", b"3").replace(b'"base_model": "model"', b'"base_model": "m"')
@@ -210,9 +211,9 @@ def test_models_adapters_and_texts_that_change_before_they_are_loaded_are_refuse
         if path.name == "generation_config.json":
             path.write_text('{"eos_token_id": 3}')
         with pytest.raises(UserError, match="have changed since this command began"):
-            Worker(job_of(plan), StringIO()).prepare()
+            Worker(job_of(plan), Channel(StringIO())).prepare()
         path.write_bytes(before)
-    Worker(job_of(plan), StringIO()).prepare()
+    Worker(job_of(plan), Channel(StringIO())).prepare()
 
 
 def test_profiles_are_of_the_commit_and_of_the_files(hub: Path, model: Path) -> None:

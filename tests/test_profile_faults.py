@@ -20,6 +20,7 @@ from rich.progress import Progress
 
 from kvbench.analysis.profile import profile_results
 from kvbench.errors import UserError
+from kvbench.execution.channel import Channel
 from kvbench.models.random_models import is_shape
 from kvbench.models.references import resolve_model
 from kvbench.planning.profile import ProfilePlan, ProfileRequest, at_batch, build_profile_plan
@@ -232,7 +233,7 @@ def job_of(kind: str, cells: tuple[Cell, ...], **settings: Any) -> ProfileJob:
 def events_of(job: ProfileJob) -> list[dict[str, Any]]:
     """What a child would report, run inside this process."""
     said = StringIO()
-    worker = Worker(job, said)
+    worker = Worker(job, Channel(said))
     worker.run(worker.prepare())
     return [json.loads(line) for line in said.getvalue().splitlines()]
 

@@ -10,17 +10,13 @@ the full cache costs no second pass and nothing of size tokens x vocabulary outl
 from __future__ import annotations
 
 import dataclasses
-import json
-import os
 import sys
 import time
-import traceback
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from fractions import Fraction
 from pathlib import Path
-from typing import IO, Any
 
 import torch
 
@@ -28,6 +24,7 @@ from kvbench.cache.shape import cache_shape
 from kvbench.data.documents import Document
 from kvbench.errors import UserError
 from kvbench.execution.accumulator import DocumentAccumulator
+from kvbench.execution.channel import FAULTS, Channel, reason_of, serving
 from kvbench.execution.generation import write_window
 from kvbench.execution.job import Job, Order
 from kvbench.execution.workload import TaskWork, batches, cut_task, tokens_of
@@ -63,15 +60,10 @@ class PreparedCell:
 class Worker:
     """Carries out a job; see the module's docstring."""
 
-    def __init__(self, job: Job, events: IO[str]) -> None:
-        self.job = job
-        self.events = events
+    def __init__(self, job: Job, channel: Channel) -> None:
+        self.job, self.channel, self.say = job, channel, channel.say
         self.failed: set[str] = set()
         self.unable: list[Failure] = []
-
-    def say(self, event: str, **fields: Any) -> None:
-        self.events.write(json.dumps({"event": event, **fields}) + "\n")
-        self.events.flush()
 
     def prepare(self) -> None:
         """Load and check everything; writes nothing.
@@ -262,11 +254,9 @@ class Worker:
         """A fault inside stays in the cell: it is reported, and the cell is left alone from then on."""
         try:
             yield
-        except (RuntimeError, ValueError, IndexError, MemoryError, UserError) as error:
+        except FAULTS as error:
             self.failed.add(cell.key)
-            reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-            failure = Failure(cell.key, f"{cell.label}: {reason}", getattr(error, "hint", ""))
-            print(traceback.format_exc(), file=sys.stderr)
+            failure = Failure(cell.key, f"{cell.label}: {reason_of(error)}", getattr(error, "hint", ""))
             self.say("failed", **dataclasses.asdict(failure))
 
     def _store(
@@ -291,17 +281,13 @@ class Worker:
 
 
 def main() -> None:
-    """Entry of the child: job on stdin, events on stdout, everything else on stderr."""
-    events = os.fdopen(os.dup(1), "w", encoding="utf-8")
-    os.dup2(2, 1)
-    worker = Worker(Job.from_json(sys.stdin.readline()), events)
-    try:
+    """Entry of the child."""
+    with serving() as (job, channel):
+        worker = Worker(Job.from_json(job), channel)
         worker.prepare()
         worker.announce()
         for line in sys.stdin:
             worker.run(Order.from_json(line))
-    except UserError as error:
-        worker.say("refused", message=error.message, hint=error.hint)
 
 
 if __name__ == "__main__":

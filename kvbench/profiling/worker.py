@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
-import json
-import os
 import sys
 import time
-import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import IO, Any
 
 import torch
 
 from kvbench.errors import UserError
+from kvbench.execution.channel import FAULTS, Channel, reason_of, serving
 from kvbench.profiling.bandwidth import copy_bandwidth
 from kvbench.profiling.bench import Bench, make_bench
 from kvbench.profiling.clock import clock_of
@@ -44,12 +41,8 @@ class CellFailedError(Exception):
 class Worker:
     """Runs one job. Nothing is run before the parent says so."""
 
-    def __init__(self, job: ProfileJob, events: IO[str]) -> None:
-        self.job, self.events = job, events
-
-    def say(self, event: str, **content: Any) -> None:
-        self.events.write(json.dumps({"event": event, **content}) + "\n")
-        self.events.flush()
+    def __init__(self, job: ProfileJob, channel: Channel) -> None:
+        self.job, self.say = job, channel.say
 
     def prepare(self) -> Bench:
         """Load the model, and tell the parent what it is.
@@ -197,14 +190,11 @@ class Worker:
             if refusal is not None:
                 raise UserError(refusal, "Use a smaller --batch-size or --seq-len, or --dtype bfloat16.")
             yield
-        except (RuntimeError, ValueError, IndexError, MemoryError, UserError) as error:
-            reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-            reason = getattr(error, "message", reason)
+        except FAULTS as error:
             hint = getattr(error, "hint", "")
             if is_out_of_memory(error):
                 hint = "Use a smaller --batch-size or --seq-len, or --dtype bfloat16."
-            print(traceback.format_exc(), file=sys.stderr)
-            self.say("failed", cell=cell.key, error=reason, hint=hint)
+            self.say("failed", cell=cell.key, error=reason_of(error), hint=hint)
             raise CellFailedError from error
 
 
@@ -220,16 +210,12 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 def main() -> None:
-    """Entry of the child: job on stdin, events on stdout, everything else on stderr."""
-    events = os.fdopen(os.dup(1), "w", encoding="utf-8")
-    os.dup2(2, 1)
-    worker = Worker(ProfileJob.from_json(sys.stdin.readline()), events)
-    try:
+    """Entry of the child."""
+    with serving() as (job, channel):
+        worker = Worker(ProfileJob.from_json(job), channel)
         bench = worker.prepare()
         if sys.stdin.readline():
             worker.run(bench)
-    except UserError as error:
-        worker.say("refused", message=error.message, hint=error.hint)
 
 
 if __name__ == "__main__":
