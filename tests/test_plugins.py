@@ -20,6 +20,7 @@ from tests.conftest import Outcome, kvbench
 from tests.test_policies import masked, read, text
 
 ROOT = Path(__file__).parent.parent
+POLICY = "from kvbench.methods import CachePolicy\nclass Ends(CachePolicy):\n"
 PAGE = (ROOT / "docs" / "adding-a-method.md").read_text()
 
 
@@ -98,6 +99,11 @@ def test_the_example_of_a_policy_removes_what_it_masks(llama: nn.Module) -> None
     ("Ends = 3", "ends:Ends", "is no subclass of kvbench.methods.Method"),
     ("from kvbench.methods import Method\nclass Ends(Method):\n    name, summary = 'ends', 'as for kvbench 0.1'",
      "ends:Ends", "docs/adding-a-method.md"),
+    *((f"{POLICY}    name, summary = 'ends', 'old'\n    {line}", "ends:Ends", "docs/adding-a-method.md") for line in (
+        "compresses = True", "removes = False", "window = 32", "known = {}", "takes_ratio = False",
+        "@classmethod\n    def uses_ratio(cls, options, in_chunks): return True",
+    )),
+    (f"{POLICY}    summary = 'none'", "ends:Ends", "has no name"),
     ("from kvbench.methods.layouts.windows import Local as Ends", "ends:Ends", "its name is taken"),
     ("", "ends:Ends", "AttributeError"),
     ("from kvbench.methods.layout import plain_tokens", "ends:Ends", "docs/adding-a-method.md says what has moved"),

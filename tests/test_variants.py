@@ -31,7 +31,7 @@ def test_variants_stand_side_by_side(called: Call, tmp_path: Path, command: tupl
     assert all(name in shown.out for name in NAMES)
     assert all(name in (tmp_path / "r" / "report.html").read_text() for name in NAMES)
     assert all(name in (tmp_path / "r" / "tables" / "minidocs.md").read_text() for name in NAMES)
-    compared = called(["compare", "r:snapkv:window=8:0.5", "r:snapkv:window=24,pool=mean", "--json"])
+    compared = called(["compare", "r:snapkv:window=8:0.5", "r:snapkv:pool=mean,window=24", "--json"])
     assert compared.code == 0, compared.err
     deltas = [row["delta"] for row in compared.document["rows"] if row["metric"] == "ppl"]
     assert deltas[0] == pytest.approx(ppl[2]["value"] - ppl[1]["value"])
@@ -63,13 +63,17 @@ def test_a_variant_is_the_same_measurement_as_with_set(called: Call) -> None:
 def test_what_is_asked_for_is_parsed() -> None:
     assert parse_choice("snapkv") == Choice("snapkv")
     assert parse_choice("snapkv: window = 08 ,pool=mean").options == {"window": "8", "pool": "mean"}
-    assert parse_choice("snapkv:window=32,pool=mean").variant == "pool=mean"
+    assert parse_choice("snapkv:window=32,pool=mean").variant({}) == "pool=mean"
+    assert parse_choice("snapkv:pool=mean,window=16").variant({}) == "window=16,pool=mean"  # in one order
+    assert parse_choice("snapkv:window=32").variant({"window": "16"}) == "window=32"  # --set says otherwise
+    assert parse_choice("snapkv:window=16").variant({"window": "016"}) == ""
 
 
 @pytest.mark.parametrize(("text", "words"), [
     ("snapkb:window=1", "Did you mean 'snapkv'"), ("snapkv:windw=1", "Did you mean 'window'"), ("snapkv:", "key=value"),
     ("snapkv:window", "key=value"), ("snapkv:window=no", "not a whole number"), ("snapkv:pool=min", "pool="),
-    ("window:window=3", "option of window"),
+    ("window:window=3", "window has no options"), ("snapkv:window=" + "9" * 5000, "not a whole number"),
+    ("snapkv:window=0", "--method snapkv:window=0"),
 ])
 def test_what_is_no_variant_is_refused(text: str, words: str) -> None:
     with pytest.raises(UserError) as refusal:

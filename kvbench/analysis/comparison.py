@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -40,6 +40,16 @@ class Side:
         if self.method is None:
             return [c for c in mine if c.role == "method"]
         return [c for c in mine if c.name == self.method and self.ratio in (None, c.ratio_asked)]
+
+
+def _known_as(method: str, names: Iterable[str]) -> str:
+    """The name of a method in a run, whatever the order of its options."""
+    return next((name for name in names if _apart(name) == _apart(method)), method)
+
+
+def _apart(name: str) -> tuple[str, frozenset[str]]:
+    method, _, options = name.partition(":")
+    return method, frozenset(part.strip() for part in options.split(",") if part)
 
 
 @dataclass(frozen=True)
@@ -81,6 +91,7 @@ def parse_side(text: str) -> Side:
         )
     if method is not None:
         names = dict.fromkeys(cell.name for cell in cells)
+        method = _known_as(method, names)
         if method not in names:
             raise unknown(f"method of {path}", method, names)
         ratios = dict.fromkeys(c.ratio_asked or "-" for c in cells if c.name == method)

@@ -9,6 +9,8 @@ from typing import Any
 from kvbench.errors import UserError, unknown
 
 _METADATA = "option"
+_DIGITS = 18
+"""That a number may have."""
 
 
 @dataclass(frozen=True)
@@ -43,8 +45,9 @@ class Option:
                 raise unknown(f"value for --set {name}=", text, self.choices)
             return text == "true" if self.kind is bool else self.kind(text)
         bounds = f"at least {self.least}" if self.most is None else f"{self.least} to {self.most}"
-        if not text.isdecimal() or int(text) < self.least or int(text) > (self.most or int(text)):
-            raise UserError(f"--set {name}={text}: not a whole number of {bounds}.")
+        is_number = text.isdecimal() and len(text) <= _DIGITS
+        if not is_number or int(text) < self.least or int(text) > (self.most or int(text)):
+            raise UserError(f"--set {name}={text[:2 * _DIGITS]}: not a whole number of {bounds}.")
         return int(text)
 
     def text(self, value: Any) -> str:

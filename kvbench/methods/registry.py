@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from fractions import Fraction
@@ -51,7 +52,8 @@ _OWN: tuple[type[Method], ...] = (
 )
 _OF_0_1 = frozenset({
     "known", "takes_ratio", "takes_budget", "needs_adapter", "trainable", "sums", "decay", "takes_moments",
-    "keeps_all", "packs", "is_policy", "drawn", "looks", "turned", "packed",
+    "keeps_all", "packs", "is_policy", "drawn", "looks", "turned", "packed", "compresses", "removes",
+    "looks_at", "policy", "option", "number",
 })
 """What classes of methods said in kvbench 0.1 and do not say any more."""
 _PAGE = "docs/adding-a-method.md"
@@ -98,13 +100,25 @@ def _loaded(entry: EntryPoint) -> type[Method]:
         ) from error
     if not (isinstance(kind, type) and issubclass(kind, Method)):
         raise UserError(f"{_named(entry)} is no subclass of kvbench.methods.Method.", "Mend or uninstall that package.")
-    old = sorted(_OF_0_1 & {
-        name for parent in kind.__mro__ if not parent.__module__.startswith("kvbench.") for name in vars(parent)
-    })
+    if not isinstance(getattr(kind, "name", None), str):
+        raise UserError(f"{_named(entry)} has no name.", "Mend or uninstall that package.")
+    old = _old_members(kind)
     if old or not issubclass(kind, (LayoutMethod, CachePolicy)):
         what = f"says {', '.join(old)}" if old else "says neither by a layout nor by scores what is removed"
         raise UserError(f"{_named(entry)} {what}, as in kvbench 0.1.", f"{_PAGE} says how to change it.")
     return kind
+
+
+def _old_members(kind: type[Method]) -> list[str]:
+    """What a class says as classes did in kvbench 0.1, and what would now be passed over, or mean something else."""
+    found: set[str] = set()
+    for parent in kind.__mro__:
+        if not parent.__module__.startswith("kvbench."):
+            own, typed = vars(parent), inspect.get_annotations(parent)
+            found |= _OF_0_1 & set(own)
+            found |= {name for name in ("window", "sinks") if name in own and name not in typed}
+            found |= {name for name in ("uses_ratio",) if isinstance(own.get(name), classmethod)}
+    return sorted(found)
 
 
 def _named(entry: EntryPoint) -> str:

@@ -64,8 +64,8 @@ class Adapters:
         mine = [f for f, card in self.given.items() if card.method == method.name]
         if method.name == "adapted":
             mine = mine or [f for f, card in self.given.items() if card.gate != "gated"]
-        bound = method.trained_options
-        mine.sort(key=lambda f: any(self.given[f].options.get(k, v) != v for k, v in bound.items()))
+        bound, known = method.trained_options, method.options()
+        mine.sort(key=lambda f: any(self.given[f].options.get(k, known[k].default) != v for k, v in bound.items()))
         folder = mine[0] if mine else find_adapter(method.name, self.model, bound)
         self._check(folder, read_card(folder), method)
         return folder

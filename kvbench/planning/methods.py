@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 
@@ -81,11 +81,18 @@ class Choice:
     def options(self) -> dict[str, str]:
         return dict(self.given)
 
-    @property
-    def variant(self) -> str:
-        """The options that are not what they are by default, such as ``window=16,pool=mean``."""
-        known = METHODS[self.name].options()
-        return ",".join(f"{key}={value}" for key, value in self.given if value != known[key].default)
+    def variant(self, to_all: Mapping[str, str]) -> str:
+        """The options that are not what they are without being asked for, such as ``window=16,pool=mean``.
+
+        Args:
+            to_all: options that are given to all methods.
+        """
+        found = []
+        for key, option in METHODS[self.name].options().items():
+            usual = option.text(option.value(key, to_all[key])) if key in to_all else option.default
+            if self.options.get(key, usual) != usual:
+                found.append(f"{key}={self.options[key]}")
+        return ",".join(found)
 
 
 def parse_choice(text: str) -> Choice:
@@ -98,6 +105,8 @@ def parse_choice(text: str) -> Choice:
     if name not in METHODS:
         raise unknown("method", name, METHODS)
     known, given = METHODS[name].options(), {}
+    if colon and not known:
+        raise UserError(f"--method {text}: {name} has no options.", f"Write --method {name}.")
     for pair in rest.split(",") if colon else ():
         key, equals, value = (part.strip() for part in pair.partition("="))
         if not equals:
@@ -107,7 +116,10 @@ def parse_choice(text: str) -> Choice:
             )
         if key not in known:
             raise unknown(f"option of {name}", key, known)
-        given[key] = known[key].text(known[key].value(key, value))
+        try:
+            given[key] = known[key].text(known[key].value(key, value))
+        except UserError as error:  # which says how it is given to all
+            raise UserError(error.message.replace("--set ", f"--method {name}:"), error.hint) from None
     return Choice(name, tuple(given.items()))
 
 
@@ -133,7 +145,7 @@ def entries_of(
         wanted += [(Choice(name), "baseline") for name in BASELINES if name not in names]
     wanted += [(choice, "method") for choice in asked if choice.name not in CONTROLS]
     found = [
-        Entry(method, role, variant=choice.variant) for choice, role in wanted
+        Entry(method, role, variant=choice.variant(options)) for choice, role in wanted
         for method in _methods(choice, ratios, budget, options, in_chunks)
         if role != "baseline" or not budget.tokens or budget.tokens >= method.minimum
     ]

@@ -184,7 +184,7 @@ def _wanted(request: ProfileRequest, ratios: Sequence[Fraction]) -> list[Entry]:
                     f"{name} with sampler=published draws spans of words, and profiled prompts are random tokens.",
                     "Leave out --set sampler=published.",
                 )
-            found.append(Entry(method, "method", variant=choice.variant))
+            found.append(Entry(method, "method", variant=choice.variant(request.options)))
     return found
 
 
