@@ -16,7 +16,7 @@ import pytest
 from kvbench.analysis.results import compute_results
 from kvbench.reporting.page import write_page
 from kvbench.reporting.tables import export
-from kvbench.reporting.tables.tables import sheets_of
+from kvbench.reporting.tables.tables import tables_of
 from kvbench.store.folder import RunFolder
 from kvbench.store.records import Row
 from tests.test_compare import LOCAL, SINKS, Call, made
@@ -35,7 +35,7 @@ def rows(run: Path) -> list[Row]:
 
 
 def test_a_table_has_a_line_for_every_cell(rows: list[Row]) -> None:
-    (sheet,) = sheets_of(rows)
+    (sheet,) = tables_of(rows)
     at = {column: i for i, column in enumerate(sheet.columns)}
     assert [row[at["method"]].text for row in sheet.rows] == ["full", "sinks", "local"]
     assert [row[at["removed: asked"]].text for row in sheet.rows] == ["-", "0.5", "0.5"]
@@ -47,7 +47,7 @@ def test_a_table_has_a_line_for_every_cell(rows: list[Row]) -> None:
 
 def test_the_best_is_marked_only_beyond_the_intervals(rows: list[Row]) -> None:
     def best(rows: list[Row]) -> list[bool]:
-        (sheet,) = sheets_of(rows)
+        (sheet,) = tables_of(rows)
         place = sheet.columns.index("ppl")
         return [row[place].is_best for row in sheet.rows]
 
@@ -57,7 +57,7 @@ def test_the_best_is_marked_only_beyond_the_intervals(rows: list[Row]) -> None:
 
 
 def test_markdown_is_escaped(rows: list[Row]) -> None:
-    text = export.markdown(sheets_of(rows)[0])
+    text = export.markdown(tables_of(rows)[0])
     lines = text.splitlines()
     table = [line for line in lines if line.startswith("|")]
     assert len(table) == 5
@@ -67,7 +67,7 @@ def test_markdown_is_escaped(rows: list[Row]) -> None:
 
 
 def test_latex_is_escaped_and_has_the_rules_of_booktabs(rows: list[Row]) -> None:
-    text = export.latex(replace(sheets_of(rows)[0], title="50 % of a_b & c#d"))
+    text = export.latex(replace(tables_of(rows)[0], title="50 % of a_b & c#d"))
     for rule in (r"\toprule", r"\midrule", r"\bottomrule", r"\begin{tabular}{lllllllll}"):
         assert rule in text, text
     assert r"50 \% of a\_b \& c\#d" in text
@@ -81,7 +81,7 @@ def test_latex_compiles(rows: list[Row], tmp_path: Path) -> None:
     source = tmp_path / "t.tex"
     source.write_text(
         "\\documentclass{article}\\usepackage{booktabs}\\usepackage[landscape]{geometry}\\begin{document}\n"
-        f"{export.latex(sheets_of(rows)[0])}\\end{{document}}\n"
+        f"{export.latex(tables_of(rows)[0])}\\end{{document}}\n"
     )
     done = subprocess.run(
         ["pdflatex", "-interaction=nonstopmode", "-halt-on-error", source.name], cwd=tmp_path, capture_output=True,

@@ -10,7 +10,7 @@ from scipy import stats
 
 from kvbench.metrics import LM_METRICS, RECALL_METRICS, recovery
 from kvbench.metrics.agreement import KL_BINS, KL_HIGH, KL_LOW
-from kvbench.statistics import RESAMPLES, Table, bootstrap_intervals, holm, paired_p_value
+from kvbench.statistics import RESAMPLES, GroupSums, bootstrap_intervals, holm, paired_p_value
 
 
 def mean_of(tables: list[np.ndarray]) -> np.ndarray:
@@ -20,7 +20,7 @@ def mean_of(tables: list[np.ndarray]) -> np.ndarray:
 def test_bootstrap_interval_of_a_mean_is_the_closed_form() -> None:
     values = np.random.default_rng(0).normal(3.0, 1.0, 400)
     table = np.stack([values, np.ones(400)], 1)
-    low, high = bootstrap_intervals([Table(table)], mean_of, 0)[0]
+    low, high = bootstrap_intervals([GroupSums(table)], mean_of, 0)[0]
     error = values.std() / np.sqrt(400)
     assert low == pytest.approx(values.mean() - 1.96 * error, abs=0.01)
     assert high == pytest.approx(values.mean() + 1.96 * error, abs=0.01)
@@ -31,7 +31,7 @@ def test_bootstrap_covers_the_truth_at_its_level() -> None:
     hits = 0
     for trial in range(150):
         table = np.stack([rng.exponential(2.0, 60), np.ones(60)], 1)
-        low, high = bootstrap_intervals([Table(table)], mean_of, trial)[0]
+        low, high = bootstrap_intervals([GroupSums(table)], mean_of, trial)[0]
         hits += low <= 2.0 <= high
     assert 0.87 < hits / 150 <= 1.0
 
@@ -44,13 +44,13 @@ def test_bootstrap_is_seeded_and_paired() -> None:
     def difference(tables: list[np.ndarray]) -> np.ndarray:
         return (tables[1][:, 0] / tables[1][:, 1] - tables[0][:, 0] / tables[0][:, 1])[None]
 
-    first = bootstrap_intervals([Table(a), Table(b)], difference, 7)
-    assert np.array_equal(first, bootstrap_intervals([Table(a), Table(b)], difference, 7))
+    first = bootstrap_intervals([GroupSums(a), GroupSums(b)], difference, 7)
+    assert np.array_equal(first, bootstrap_intervals([GroupSums(a), GroupSums(b)], difference, 7))
     assert first[0] == pytest.approx([0.1, 0.1])
 
 
 def test_one_group_has_no_interval() -> None:
-    assert np.isnan(bootstrap_intervals([Table(np.array([[3.0, 1.0]]))], mean_of, 0)).all()
+    assert np.isnan(bootstrap_intervals([GroupSums(np.array([[3.0, 1.0]]))], mean_of, 0)).all()
     assert paired_p_value(np.array([1.0]), 0) is None
 
 
@@ -120,7 +120,7 @@ def test_intervals_are_those_of_scipy() -> None:
     found = stats.bootstrap(
         (values[:, 0],), np.mean, n_resamples=RESAMPLES, method="percentile", rng=np.random.default_rng(5),
     ).confidence_interval
-    mine = bootstrap_intervals([Table(values)], lambda tables: tables[0].T / 37, 5)[0]
+    mine = bootstrap_intervals([GroupSums(values)], lambda tables: tables[0].T / 37, 5)[0]
     assert mine == pytest.approx([found.low, found.high], rel=1e-9)
 
 
