@@ -123,11 +123,6 @@ class Task(BaseModel):
         """Whether what is scored is an answer, right or wrong."""
         return self.kind == "recall" or (self.online is not None and self.online.query == "last")
 
-    @property
-    def trials(self) -> RecallSpec | OnlineSpec | None:
-        """How trials are made of the documents, where a document is not itself what is scored."""
-        return self.recall or self.online
-
     @model_validator(mode="after")
     def _complete(self) -> Self:
         if (self.kind == "recall") != (self.recall is not None):

@@ -20,7 +20,7 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemaining
 from kvbench.errors import StoppedError, UserError
 from kvbench.execution.job import Order
 from kvbench.execution.locks import KEPT, disk
-from kvbench.execution.pool import Events, WorkerHandle, crew_of
+from kvbench.execution.pool import Events, WorkerHandle, started_workers
 from kvbench.execution.process import WorkerDiedError
 from kvbench.execution.run_writer import RunWriter
 from kvbench.execution.shards import Shard, ShardLocks, parts_of
@@ -133,7 +133,7 @@ def _carry_out(run: _Run, plan: Plan) -> None:
     crew = _Crew(plan, [], ShardLocks(run.writer.folder))
     with ExitStack() as stack:
         stack.callback(crew.claims.release_all)
-        for handle in crew_of(plan, run.options.children, run.options.omit, events):
+        for handle in started_workers(plan, run.options.children, run.options.omit, events):
             crew.handles.append(handle)
             stack.callback(handle.stop)
         while not all(handle.ended for handle in crew.handles):

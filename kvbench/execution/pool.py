@@ -67,7 +67,7 @@ class WorkerHandle:
         self.child.stop()
 
 
-def crew_of(plan: Plan, most: int, omit: bool, events: Events) -> list[WorkerHandle]:
+def started_workers(plan: Plan, most: int, omit: bool, events: Events) -> list[WorkerHandle]:
     """Start the children of a plan.
 
     A small model on a CPU is bound by the cost of calls, not of arithmetic, so that several single-threaded

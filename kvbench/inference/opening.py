@@ -73,7 +73,6 @@ def open_session(
             model, method, text.context, text.row_seeds, seed, (text.context if at_once else chunk) if once else None,
             overhead=overhead,
         )
-    assert isinstance(method, LayoutMethod)
     layout = _planned(method, text, seed)
     if at_once and layout.is_plain:
         chunk = len(layout)
@@ -132,7 +131,6 @@ def places_needed(method: Method, model: nn.Module, text: Text, seed: int) -> in
     method = method.fitted(text.context, cache_shape(model))
     if isinstance(method, CachePolicy):
         return text.planned
-    assert isinstance(method, LayoutMethod)
     return int(_planned(method, text, seed).position.max()) + 1
 
 
@@ -161,7 +159,6 @@ def demand(method: Method, model: nn.Module, text: Text, seed: int, chunk: int, 
         held = prompt if once or method.keeps_all else method.budget(prompt, prompt, 0, 1)
         fed = prompt if once else method.run_length(0) if is_read else 1
         return Demand(0 if method.packs else held, fed)
-    assert isinstance(method, LayoutMethod)
     layout = _planned(method, text, seed)
     if layout.is_plain:
         return Demand(text.planned, prompt if is_read else 1)
@@ -169,8 +166,9 @@ def demand(method: Method, model: nn.Module, text: Text, seed: int, chunk: int, 
     return Demand(held, min(chunk, len(layout)) if is_read else 1)
 
 
-def _planned(method: LayoutMethod, text: Text, seed: int) -> Layout:
+def _planned(method: Method, text: Text, seed: int) -> Layout:
     """The layout of a text, planned once for all batches that are alike."""
+    assert isinstance(method, LayoutMethod), "there are two mechanisms"
     which = text.row_seeds[0] if method.seeded else 0
     structure = text.structure._replace(prefix=text.context if text.is_written else 0)
     return _layout(method, text.planned, seed, which, structure)

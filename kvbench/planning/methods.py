@@ -1,4 +1,4 @@
-"""Which methods a request asks for: once per ratio or at a budget, with controls and rivals, as far as possible."""
+"""Which methods a request asks for: once per ratio or at a budget, with controls and baselines, as far as possible."""
 
 from __future__ import annotations
 
@@ -127,7 +127,7 @@ def entries_of(
     asked: Sequence[Choice], ratios: Sequence[Fraction], budget: Budget, options: dict[str, str], baselines: bool,
     in_chunks: bool,
 ) -> list[Entry]:
-    """Controls first, then rivals and the asked methods, once per ratio that they take, or at the budget.
+    """Controls first, then baselines and the asked methods, once per ratio that they take, or at the budget.
 
     Args:
         in_chunks: the text comes in chunks of its own.

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Self
 
 from kvbench.data.documents import Document
-from kvbench.protocols.base import BOS, CHUNK, Protocol, Setting
-from kvbench.protocols.block import cut_blocks
+from kvbench.protocols.base import BOS, CHUNK, Setting
+from kvbench.protocols.block import Block, cut_blocks
 from kvbench.protocols.pieces import Cut, Tokenizer
 
 if TYPE_CHECKING:
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Stream(Protocol):
+class Stream(Block):
     """The first ``length`` tokens of a document; every token but the first is scored.
 
     Attributes:
@@ -26,9 +26,7 @@ class Stream(Protocol):
     name = "stream"
     settings = {"tokens": Setting("auto", least=32), "chunk": CHUNK, "bos": BOS}
     length_option = "tokens"
-    may_exceed = True
 
-    length: int
     beyond_context: bool = False
 
     @classmethod
@@ -41,14 +39,6 @@ class Stream(Protocol):
     ) -> Iterator[tuple[Document, Cut]]:
         for document in documents:
             yield document, cut_stream(document, tokenizer, self.length, with_words)
-
-    @property
-    def lengths(self) -> str:
-        return f"L:{self.length}"
-
-    @property
-    def seq_len(self) -> int:
-        return self.length
 
     @property
     def marks(self) -> str:
