@@ -1,1 +1,1 @@
-"""Caches that let go of entries, and the counting of bytes."""
+"""KV caches that evict entries or store them in other forms, and count their bytes."""

@@ -1,4 +1,4 @@
-"""A KV cache that lets go of entries: what is removed is freed, not masked."""
+"""A KV cache with real eviction: removed entries are freed, not masked."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from kvbench.errors import UserError
 from kvbench.models.rope import rotated
 
 ROOM = 64
-"""While text is written token by token, a cache has room for one entry in this many more, and as many may be
-dead: together at most one in 32 above what is held, so that nothing is copied whole for every token."""
+"""During decoding, a cache has spare room for 1 / ROOM of its entries, and up to 1 / ROOM may be dead (never seen
+again, not yet freed): together at most 1/32 above what is held, so that tensors are not copied for every token."""
 
 
 def storage_bytes(tensors: Iterable[Tensor]) -> int:
-    """Bytes of the distinct storages behind the tensors: a view holds its whole parent."""
+    """Bytes of the distinct storages behind the tensors; a view counts with its whole storage."""
     storages: dict[int, int] = {}
     for tensor in tensors:
         storage: Any = tensor.untyped_storage()
@@ -29,13 +29,13 @@ def storage_bytes(tensors: Iterable[Tensor]) -> int:
 
 @dataclass(frozen=True)
 class MergeStep:
-    """Entries of the coming forward pass that are weighted sums of other entries.
+    """Entries of the next forward pass that are weighted sums of other entries.
 
     Attributes:
-        places: int64 ``[m]`` among all entries, stored and new.
-        weights: ``[m, entries]``.
-        turns: cosine and sine ``[entries, d / 2]`` of every entry's rotation by layer, if keys are averaged
-            without it; None for layers that turn nothing.
+        places: int64 ``[m]``, indices of the sums among all entries, stored and new.
+        weights: ``[m, entries]``, the weight of every entry in each sum.
+        turns: by layer, cosine and sine ``[entries, d / 2]`` of every entry's rotation, if keys are averaged
+            before the rotary embedding; None for layers that do not rotate.
     """
 
     places: Tensor
@@ -43,7 +43,7 @@ class MergeStep:
     turns: tuple[tuple[Tensor, Tensor] | None, ...] = ()
 
     def applied(self, keys: Tensor, values: Tensor, layer: int) -> tuple[Tensor, Tensor]:
-        """Keys and values ``[batch, heads, entries, width]`` of a layer, with the mixed entries in place."""
+        """Keys and values ``[batch, heads, entries, width]`` of a layer, with the sums filled in."""
         turn = self.turns[layer] if self.turns else None
         plain = keys if turn is None else rotated(keys, turn[0], -turn[1])
         mixed = self.weights.to(plain.dtype) @ plain
@@ -57,10 +57,10 @@ class MergeStep:
 
 
 class EvictingLayer(DynamicLayer):  # type: ignore[misc]
-    """Keys and values ``[batch, heads, entries, width]`` of one layer; positions are the caller's.
+    """Keys and values ``[batch, heads, entries, width]`` of one layer.
 
-    The caller always passes positions and a mask over the stored entries, so the layer need not
-    know which tokens its entries stand for. Cropping is refused: a removed entry cannot return.
+    The caller passes positions and a mask over the stored entries to the model, so the layer does not
+    know which tokens its entries belong to. Cropping is refused: removed entries cannot be restored.
     """
 
     is_croppable = False
@@ -69,14 +69,14 @@ class EvictingLayer(DynamicLayer):  # type: ignore[misc]
 
     def __init__(self) -> None:
         super().__init__()
-        self._room: tuple[Tensor, Tensor] | None = None  # storages that keys and values are the beginning of
+        self._room: tuple[Tensor, Tensor] | None = None  # tensors with spare room, of which keys and values are views
 
     def append(self, keys: Tensor, values: Tensor, holes: Tensor | None) -> None:
-        """Store new entries: in the holes that others left, as far as they go, and after those held.
+        """Store new entries: in the holes first, and the rest after the entries held.
 
         Args:
-            holes: int64, places of dead entries; None to store exactly what is held, without room for
-                more.
+            holes: int64, indices of dead entries to overwrite; None to store exactly what is held,
+                without spare room.
         """
         if not self.is_initialized:
             self.lazy_initialization(keys, values)
@@ -98,17 +98,17 @@ class EvictingLayer(DynamicLayer):  # type: ignore[misc]
         self.keys, self.values = self._room[0][:, :, :total], self._room[1][:, :, :total]
 
     def replace(self, keys: Tensor, values: Tensor) -> None:
-        """Hold these entries, with storages of their own."""
+        """Replace all entries by these tensors, without spare room."""
         self.keys, self.values, self._room = keys, values, None
 
     def keep(self, entries: Tensor) -> None:
-        """Keep only these entries. The selection is a copy, so the old storage is freed."""
+        """Keep only these entries (int64 indices). They are copied, so that the old storage is freed."""
         self.replace(self.keys.index_select(-2, entries), self.values.index_select(-2, entries))
 
     def compact(self, last: Tensor, holes: Tensor, held: int) -> None:
-        """Move the ``last`` entries into the ``holes`` and let go of everything from place ``held`` on.
+        """Move the ``last`` entries into the ``holes``, and drop everything from index ``held`` on.
 
-        Only what moves is copied. The storage shrinks when it has become more than 1 in 32 too large.
+        Only moved entries are copied. The storage is reallocated once it is more than 1/32 too large.
         """
         for stored in (self.keys, self.values):
             stored.index_copy_(-2, holes, stored.index_select(-2, last))
@@ -119,18 +119,18 @@ class EvictingLayer(DynamicLayer):  # type: ignore[misc]
             self.keys, self.values = keys, values
 
     def batch_repeat_interleave(self, repeats: int) -> None:
-        """Each row that many times; also where no entry is held, which transformers leaves as it is."""
+        """Repeat each row; unlike in transformers, also if no entry is held."""
         self.replace(self.keys.repeat_interleave(repeats, dim=0), self.values.repeat_interleave(repeats, dim=0))
 
 
 class EvictingCache(Cache):  # type: ignore[misc]
-    """A cache of :class:`EvictingLayer`, grown as the model asks for layers.
+    """A cache of :class:`EvictingLayer`; layers are added when the model first uses them.
 
     Attributes:
-        mixing: the entries of the coming forward pass that are computed from others.
-        holes: int64, the places that the entries of the coming forward pass go to first; None to
+        mixing: the entries of the next forward pass that are sums of others; None if there are none.
+        holes: int64, indices that the entries of the next forward pass are stored at first; None to
             store exactly what is held.
-        begin: place in the text of the first token of the coming forward pass, which some models ask the cache for.
+        begin: position of the first token of the next forward pass, which some models ask the cache for.
     """
 
     def __init__(self) -> None:
@@ -140,13 +140,13 @@ class EvictingCache(Cache):  # type: ignore[misc]
         self.begin = 0
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
-        """Where the coming tokens stand in the text, whatever has been removed before them."""
+        """Position of the next token in the text, however many entries have been removed."""
         return self.begin
 
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
-        """Store what a layer computed; entries that are mixed from others are computed here."""
+        """Store the keys and values of a layer, and compute the entries that are sums of others."""
         while len(self.layers) <= layer_idx:
             self.layers.append(EvictingLayer())
         layer = self.layers[layer_idx]
@@ -156,20 +156,20 @@ class EvictingCache(Cache):  # type: ignore[misc]
         return layer.keys, layer.values
 
     def keep(self, entries: Tensor) -> None:
-        """Keep only these entries (int64) in every layer and row."""
+        """Keep only these entries (int64 indices) in every layer and row."""
         for layer in self.layers:
             layer.keep(entries)
 
     def compact(self, last: Tensor, holes: Tensor, held: int) -> None:
-        """In every layer and row, move the ``last`` entries into the ``holes`` of dead ones; ``held`` remain."""
+        """In every layer and row, move the ``last`` entries into the ``holes``, so that ``held`` entries remain."""
         for layer in self.layers:
             layer.compact(last, holes, held)
 
     def crop(self, max_length: int) -> None:
-        """Refused: a removed entry cannot return.
+        """Refused: removed entries cannot be restored.
 
         Raises:
-            UserError: always; assisted decoding and prompt lookup take back what they fed.
+            UserError: always; assisted decoding and prompt lookup need to crop.
         """
         raise UserError(
             f"{type(self).__name__} cannot be cropped: removed entries do not return.",
@@ -177,20 +177,20 @@ class EvictingCache(Cache):  # type: ignore[misc]
         )
 
     def entries(self) -> int:
-        """Entries held per layer and row."""
+        """Number of entries held, per layer, row and head."""
         return int(self.layers[0].keys.shape[-2]) if self.layers else 0
 
     def tensors(self) -> list[Tensor]:
         return [t for layer in self.layers for t in (layer.keys, layer.values)]
 
     def entry_bytes(self) -> int:
-        """Bytes of one entry in all layers and rows, by the shape of the tensors."""
+        """Bytes of one entry over all layers, rows and heads, from the shapes of the tensors."""
         return sum(t.element_size() * t.shape[0] * t.shape[1] * t.shape[-1] for t in self.tensors())
 
     def logical_bytes(self) -> int:
-        """Bytes of the entries held, by shape."""
+        """Bytes of the entries held, from the shapes of the tensors."""
         return sum(t.numel() * t.element_size() for t in self.tensors())
 
     def physical_bytes(self) -> int:
-        """Bytes of the distinct storages that are alive."""
+        """Bytes of the distinct storages that hold them, spare room included."""
         return storage_bytes(self.tensors())

@@ -1,7 +1,7 @@
-"""A cache whose entries are chosen while it is read: each row and head of a layer holds its own.
+"""The cache of a policy: each row and head of a layer keeps its own choice of entries.
 
-New entries are held as keys and values, older ones in whatever form the policy gives them (fewer bits, fewer
-channels, as many per head as each was given); those are unpacked for the one forward pass that attends them.
+New entries are plain keys and values. Older ones may be stored in another form (fewer bits, fewer channels, different
+numbers per head), which is unpacked for each forward pass that attends them.
 """
 
 from __future__ import annotations
@@ -23,19 +23,19 @@ NO_HOLES = torch.empty(0, dtype=torch.long)
 
 
 class PolicyLayer(EvictingLayer):
-    """Keys and values ``[batch, heads, entries, width]`` behind what is packed, and what a policy knows of them all.
+    """Plain keys and values ``[batch, heads, entries, width]``, the packed entries before them, and statistics of all.
 
     Attributes:
-        packed: the older entries, in other forms.
-        pending: queries ``[batch, query heads, q, width]`` of the last tokens, which have not been looked at yet.
-        queries: the last queries ``[batch, query heads, w, width]``, where they are kept; None before any.
-        moments: of the queries, where they are taken: how many, their sum ``[batch, query heads, width]`` and the sum
-            of their outer products.
-        scaling: of the layer's attention.
-        carried: what the policy handed on when entries were last removed ``[batch, ...]``; None for nothing.
-        subset: copies of the entries that are attended until the next look at all, and of those since; None if all
-            are attended.
-        ragged: all entries, where some heads have fewer than others; None where all have as many.
+        packed: the older entries, stored in another form.
+        pending: queries ``[batch, query heads, q, width]`` of the latest tokens, not yet part of the statistics.
+        queries: the last w queries ``[batch, query heads, w, width]``, if the policy needs them; None before any.
+        moments: number, sum ``[batch, query heads, width]`` and sum of outer products of the queries so far, if the
+            policy needs them.
+        scaling: scale of the attention logits.
+        carried: state ``[batch, ...]`` that the policy returned at the last removal; None for none.
+        subset: copies of the entries that are attended until the next step with full attention (RefreshKV), later
+            ones included; None if all entries are attended.
+        ragged: all entries, if heads hold different numbers of them; None otherwise.
     """
 
     def __init__(self) -> None:
@@ -55,21 +55,21 @@ class PolicyLayer(EvictingLayer):
 
     @property
     def held(self) -> int:
-        """Entries of the head that has the most."""
+        """Number of entries of the head that has the most."""
         if self.ragged is not None:
             return self.ragged.longest
         return self._packed_entries + (int(self.keys.shape[-2]) if self.is_initialized else 0)
 
     @property
     def first_plain(self) -> int:
-        """The first entry that is not packed."""
+        """Index of the first entry that is not packed."""
         return self._packed_entries
 
     @property
     def positions(self) -> Tensor:
-        """int64 ``[batch, heads, entries]``, the place of each entry in the text, packed ones first; ascending, after
-        -1 where a head has fewer entries than another. Written down when they are asked for: the newest are the last
-        tokens."""
+        """Position of each entry in the text, int64 ``[batch, heads, entries]``, ascending; packed entries come first.
+        A head with fewer entries than another has -1 in front. Computed lazily: entries added since the last call are
+        those of the latest tokens."""
         missing = self.held - self._positions.shape[-1]
         if missing or self._positions.dim() == 1:
             shape = (*self.keys.shape[:2], missing)
@@ -79,7 +79,7 @@ class PolicyLayer(EvictingLayer):
 
     @property
     def sums(self) -> Tensor:
-        """float32 ``[batch, heads, entries]``, attention that each entry has received, where it is recorded."""
+        """Attention that each entry has received, if the policy needs it, float32 ``[batch, heads, entries]``."""
         missing = self.held - self._sums.shape[-1]
         if missing or self._sums.dim() == 1:
             new = torch.zeros(*self.keys.shape[:2], missing, device=self.keys.device)
@@ -87,9 +87,9 @@ class PolicyLayer(EvictingLayer):
         return self._sums
 
     def extend(self, keys: Tensor, values: Tensor, read: int) -> None:
-        """Store the entries of the tokens from ``read`` on."""
+        """Store the entries of new tokens, which ``read`` tokens precede in the text."""
         if not self.is_initialized and all(t.untyped_storage().nbytes() == t.nbytes for t in (keys, values)):
-            self.lazy_initialization(keys, values)  # nobody else's: a prompt is held as it was computed
+            self.lazy_initialization(keys, values)  # their storage is not shared: a prompt is not copied
             self.replace(keys, values)
         elif self.ragged is not None:
             self.ragged.append(keys, values)
@@ -100,7 +100,7 @@ class PolicyLayer(EvictingLayer):
         self.read = read + keys.shape[-2]
 
     def present(self) -> tuple[Tensor, Tensor]:
-        """Keys and values of all entries."""
+        """Keys and values ``[batch, heads, entries, width]`` of all entries, unpacked."""
         if self.ragged is not None:
             return self.ragged.unpack()
         if not self.packed:
@@ -116,26 +116,26 @@ class PolicyLayer(EvictingLayer):
         return keys, values
 
     def attended(self) -> tuple[Tensor, Tensor]:
-        """Keys and values of the entries in focus, and of those that came after."""
+        """Keys and values that are attended: those of the subset if there is one, otherwise of all entries."""
         return self.present() if self.subset is None else (self.subset.keys, self.subset.values)
 
     @property
     def attends(self) -> int:
-        """Entries that are attended."""
+        """Number of entries that are attended."""
         return self.held if self.subset is None else int(self.subset.keys.shape[-2])
 
     def seen(self) -> Tensor:
-        """The positions of the entries that are attended, int64 ``[batch, heads, entries]``."""
+        """Positions of the entries that are attended, int64 ``[batch, heads, entries]``."""
         if self.subset is None:
             return self.positions
         since = self.attends - self._subset_positions.shape[-1]
         return torch.cat([self._subset_positions, self.positions[..., self.held - since :]], -1)
 
     def attend_only(self, entries: Tensor, context: int | None = None) -> None:
-        """Attend only these entries from now on, and those to come; all of them stay.
+        """Attend only these entries (int64 ``[batch, heads, n]``) and new ones from now on; none are removed.
 
         Args:
-            context: entries behind so many are attended as well; None if there are none to be.
+            context: entries from this index on are attended as well; None for none.
         """
         if context is not None:
             after = torch.arange(context, self.held, device=entries.device)
@@ -146,11 +146,11 @@ class PolicyLayer(EvictingLayer):
         self._subset_positions = self.positions.gather(-1, entries)
 
     def choose(self, entries: Tensor, present: tuple[Tensor, Tensor]) -> None:
-        """Keep only these entries of ``present``, copied, so that the rest is freed.
+        """Keep only these entries of ``present``; they are copied, so that the others are freed.
 
         Args:
-            entries: int64 ``[batch, heads, kept]``, ascending; -1 in front where a head keeps fewer than another.
-            present: keys and values of all entries, as they shall be stored.
+            entries: int64 ``[batch, heads, kept]``, ascending; -1 in front if a head keeps fewer than another.
+            present: keys and values of all entries, as they are to be stored.
         """
         keys, values = present
         positions, sums = self.positions, self.sums if self._sums.dim() > 1 else None
@@ -166,7 +166,7 @@ class PolicyLayer(EvictingLayer):
             self._sums = sums.gather(-1, at).masked_fill_(none, 0)
 
     def forget(self, count: int) -> None:
-        """Let go of the last ``count`` entries, as if their tokens had not been read; nothing is packed yet."""
+        """Drop the last ``count`` entries, as if their tokens had not been read; no entries may be packed yet."""
         positions, sums = self.positions[..., :-count], self.sums if self._sums.dim() > 1 else None
         self.keep(torch.arange(self.held - count, device=self.keys.device))
         self._positions, self.read = positions, self.read - count
@@ -174,7 +174,7 @@ class PolicyLayer(EvictingLayer):
             self._sums = sums[..., :-count].clone()
 
     def pack(self, packed: StoredEntries, count: int) -> None:
-        """The first ``count`` of the entries that are held as they are are now ``packed``."""
+        """Replace the first ``count`` plain entries by ``packed``, which stores the same entries in another form."""
         self.packed = packed.after(self.packed)
         self._packed_entries += count
         self.replace(self.keys[:, :, count:].clone(), self.values[:, :, count:].clone())
@@ -189,11 +189,11 @@ class PolicyLayer(EvictingLayer):
         return [tensor for packed in self.packed for tensor in packed.tensors()]
 
     def entry_bytes(self) -> int:
-        """Bytes of an entry that is held as it is, in all rows and heads."""
+        """Bytes of one plain entry over all rows and heads."""
         return sum(t.element_size() * t.shape[0] * t.shape[1] * t.shape[-1] for t in (self.keys, self.values))
 
     def entries(self) -> float:
-        """Entries held per row and head; packed ones by the bytes that they take."""
+        """Entries held per row and head; packed ones count as their bytes in units of a plain entry."""
         packed = self._packed_tensors()
         if not packed:
             return self.held
@@ -224,11 +224,11 @@ class PolicyCache(EvictingCache):
     """A cache of :class:`PolicyLayer`.
 
     Attributes:
-        read: text tokens read before the coming forward pass.
-        rerotated: how many of the first keys are re-rotated to their index in the cache, as in StreamingLLM, where
-            the others are at their place anyway.
-        inv_freq: angle per position of each pair of coordinates by layer, for these; None where a layer turns nothing.
-        is_full_step: whether the coming forward pass attends all entries, where layers have some in focus.
+        read: text tokens read before the next forward pass.
+        rerotated: how many of the first keys are re-rotated to their index in the cache, as in StreamingLLM; the
+            others form a contiguous window and need not be.
+        inv_freq: angle per position of each coordinate pair, by layer, for re-rotation; None for layers without.
+        is_full_step: whether the next forward pass attends all entries, although layers have a subset (RefreshKV).
     """
 
     layers: list[PolicyLayer]
@@ -240,10 +240,10 @@ class PolicyCache(EvictingCache):
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
-        """Store what a layer computed; entries are returned as if nothing lay between them, if they are turned.
+        """Store the keys and values of a layer, and return those that it attends, re-rotated if ``rerotated`` is set.
 
         Raises:
-            UserError: the model is called by itself, with a mask of its own.
+            UserError: the model is called outside a session, under its own mask.
         """
         if OBSERVER.get() is None:
             raise UserError(
@@ -262,20 +262,20 @@ class PolicyCache(EvictingCache):
         return self.rerotate(layer_idx, keys), values
 
     def rerotate(self, number: int, keys: Tensor) -> Tensor:
-        """The keys of a layer as they are attended: as if nothing lay between them, if they are turned."""
+        """The keys of a layer as they are attended: the first ones rotated as if nothing behind them was removed."""
         layer, inv_freq = self.layers[number], self.inv_freq[number] if self.inv_freq else None
         count, gap = min(self.rerotated, layer.held), layer.read - layer.held
         if not count or inv_freq is None or gap == 0:
             return keys
-        # Rotations are relative: turning an entry on by the gap behind it is the same as counting all others back.
-        # It is turned anew from what is stored, for rounding would add up.
+        # Only relative positions matter: moving the first keys on by the gap equals moving all other tokens back.
+        # The stored keys are rotated anew each time, since rounding errors would add up.
         angle = (torch.arange(gap, gap + count, device=keys.device) - layer.positions[..., :count])[..., None]
         angle = angle * inv_freq.to(keys.device)
         first = rotated(keys[:, :, :count], angle.cos(), angle.sin())
         return torch.cat([first, keys[:, :, count:]], -2)
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
-        """Refused: beams that leave one another's entries behind are not followed.
+        """Refused: beam search is not supported.
 
         Raises:
             UserError: always.
@@ -283,11 +283,11 @@ class PolicyCache(EvictingCache):
         raise UserError(f"{type(self).__name__} does not follow beams.", "Sample, or decode greedily.")
 
     def mean_entries(self) -> float:
-        """Entries held per row and head, over layers; packed ones by the bytes that they take."""
+        """Entries held per row and head, averaged over layers; packed ones count as their bytes."""
         return sum(layer.entries() for layer in self.layers) / max(1, len(self.layers))
 
     def mean_seen(self) -> float:
-        """Entries that the next forward pass will attend, per row and head, over layers."""
+        """Entries that the next forward pass attends per row and head, averaged over layers."""
         found = [layer.entries() if layer.subset is None else layer.attends for layer in self.layers]
         return sum(found) / max(1, len(found))
 
@@ -298,5 +298,5 @@ class PolicyCache(EvictingCache):
         return [tensor for layer in self.layers for tensor in layer.tensors()]
 
     def entry_bytes(self) -> int:
-        """Bytes of one entry that is held as it is, in all layers and rows."""
+        """Bytes of one plain entry over all layers, rows and heads."""
         return sum(layer.entry_bytes() for layer in self.layers)

@@ -1,4 +1,4 @@
-"""Entries whose keys have lost channels (ThinK, arXiv 2407.21018)."""
+"""Entries whose keys have fewer channels (ThinK, arXiv 2407.21018)."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ from kvbench.cache.stored import StoredEntries, with_room
 
 @dataclass(frozen=True)
 class Thinned(StoredEntries):
-    """Keys without some of their channels, which are zero when they are attended; values whole.
+    """Keys without the pruned channels, which are zero when they are attended; values are whole.
 
-    A channel that is zero in the key adds nothing to the logits, whatever the query holds there: this equals
-    taking the same channels out of the query.
+    A channel that is zero in the key adds nothing to the logits, so this equals removing the channel from the
+    query as well.
 
     Attributes:
         keys: ``[batch, heads, entries, channels left]``.
         values: ``[batch, heads, entries, width]``.
-        channels: int16 ``[batch, heads, channels left]``.
-        width: of a whole key.
+        channels: int16 ``[batch, heads, channels left]``, their indices in a whole key.
+        width: number of channels of a whole key.
     """
 
     keys: Tensor
@@ -31,7 +31,7 @@ class Thinned(StoredEntries):
 
     @classmethod
     def of(cls, keys: Tensor, values: Tensor, channels: Tensor) -> Thinned:
-        """With the ``channels`` int64 ``[batch, heads, channels left]`` of the keys only."""
+        """Keep only the ``channels``, int64 ``[batch, heads, channels left]``, of the keys."""
         index = channels[:, :, None].expand(*keys.shape[:3], channels.shape[-1])
         return cls(keys.gather(-1, index), values.clone(), channels.to(torch.int16), keys.shape[-1])
 

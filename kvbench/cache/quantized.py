@@ -1,4 +1,4 @@
-"""Entries held in few bits: the layout of KIVI (arXiv 2402.02750), and 8-bit floating point."""
+"""Quantised entries: as in KIVI (arXiv 2402.02750), and in 8-bit floating point."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from kvbench.cache.stored import StoredEntries, with_room
 
 @dataclass(frozen=True)
 class Codes:
-    """Numbers of ``bits`` bits, with a least value and a step for every group of them.
+    """Integer codes of ``bits`` bits, with a minimum and a step for every group of them.
 
     Attributes:
-        packed: uint8 ``[..., n * bits / 8]``, the codes of the last axis, several to a byte.
-        least, step: ``[..., n / group]``, in half precision or in that of the model, whichever is smaller.
+        packed: uint8 ``[..., n * bits / 8]``, the codes along the last axis, packed into bytes.
+        least, step: ``[..., n / group]``, minimum and step; bfloat16 if the numbers were, float16 otherwise.
     """
 
     packed: Tensor
@@ -37,13 +37,13 @@ class Codes:
         least, most = grouped.amin(-1), grouped.amax(-1)
         half = torch.bfloat16 if numbers.dtype == torch.bfloat16 else torch.float16
         least, step = least.to(half), ((most - least) / (2**bits - 1)).to(half)
-        # Rounded to what is stored, so that the code is the nearest one of those that will be read.
+        # Minimum and step are rounded first, so that each code is the nearest one after dequantisation.
         divisor = torch.where(step > 0, step, torch.ones_like(step)).float()
         codes = ((grouped - least.float()[..., None]) / divisor[..., None]).round().clamp(0, 2**bits - 1)
         return cls(_joined(codes.flatten(-2).to(torch.uint8), bits), least, step, bits)
 
     def numbers(self, dtype: torch.dtype) -> Tensor:
-        """``[..., n]``, as near as the codes are."""
+        """The dequantised numbers ``[..., n]``."""
         grouped = _split(self.packed, self.bits).reshape(*self.least.shape, -1)
         numbers = grouped.mul_(self.step.float()[..., None]).add_(self.least.float()[..., None])
         return numbers.flatten(-2).to(dtype)
@@ -60,7 +60,7 @@ class Codes:
 
 
 def _joined(codes: Tensor, bits: int) -> Tensor:
-    """Codes uint8 ``[..., n]``, 8 / bits of them to a byte."""
+    """Pack codes, uint8 ``[..., n]``, into bytes of 8 / bits codes each."""
     per_byte = 8 // bits
     if per_byte == 1:
         return codes
@@ -69,7 +69,7 @@ def _joined(codes: Tensor, bits: int) -> Tensor:
 
 
 def _split(packed: Tensor, bits: int) -> Tensor:
-    """The codes as float32 ``[..., n]``."""
+    """Unpack codes into float32 ``[..., n]``."""
     per_byte = 8 // bits
     codes = torch.empty(*packed.shape, per_byte, device=packed.device)
     for place in range(per_byte):
@@ -82,9 +82,9 @@ class Quantised(StoredEntries):
     """Keys quantised per channel over groups of entries, values per entry over groups of channels.
 
     Attributes:
-        keys: codes of ``[batch, heads, width, entries]``.
+        keys: codes of the transposed keys ``[batch, heads, width, entries]``.
         values: codes of ``[batch, heads, entries, width]``.
-        dtype: of what is unpacked.
+        dtype: dtype of the unpacked tensors.
     """
 
     keys: Codes
@@ -93,9 +93,9 @@ class Quantised(StoredEntries):
 
     @classmethod
     def of(cls, keys: Tensor, values: Tensor, bits: int, group: int) -> Quantised:
-        """Of ``[batch, heads, entries, width]``; the entries are a multiple of ``group``, the width of 8 / bits."""
+        """Quantise ``[batch, heads, entries, width]``; entries are a multiple of ``group``, width of 8 / bits."""
         width = values.shape[-1]
-        channels = group if width % group == 0 else width  # one group where the head is narrower, or does not divide
+        channels = group if width % group == 0 else width  # one group if the width is no multiple
         return cls(
             Codes.of(keys.transpose(-1, -2), bits, group), Codes.of(values, bits, channels), keys.dtype,
         )
@@ -116,7 +116,7 @@ class Quantised(StoredEntries):
         return replace(self, keys=self.keys.map(more), values=self.values.map(more))
 
     def after(self, earlier: tuple[StoredEntries, ...]) -> tuple[StoredEntries, ...]:
-        """Codes are only ever added to: what was quantised once is not quantised again."""
+        """Append to earlier codes: entries that were quantised once are not quantised again."""
         if not earlier or not isinstance(earlier[-1], Quantised):
             return (*earlier, self)
         last = earlier[-1]
@@ -126,7 +126,7 @@ class Quantised(StoredEntries):
 
 @dataclass(frozen=True)
 class Float8(StoredEntries):
-    """Keys and values in 8-bit floating point (e4m3), each with one scale per row and head, set by the first entries.
+    """Keys and values in 8-bit floating point (e4m3); scales per row and head are those of the first packed entries.
 
     Attributes:
         keys, values: float8 ``[batch, heads, entries, width]``.
@@ -140,7 +140,7 @@ class Float8(StoredEntries):
 
     @classmethod
     def of(cls, keys: Tensor, values: Tensor, scales: Tensor | None = None) -> Float8:
-        """Quantise; with the ``scales`` of earlier entries where there are some."""
+        """Quantise, with the ``scales`` of earlier entries if there are any."""
         kind = torch.float8_e4m3fn
         most = torch.finfo(kind).max
         if scales is None:
@@ -153,7 +153,7 @@ class Float8(StoredEntries):
         return cls(small[0], small[1], scales, keys.dtype)
 
     def unpack(self, room: int = 0) -> tuple[Tensor, Tensor]:
-        # Looked up: conversions from this format one by one are slow on a CPU.
+        # By table look-up: converting from this format is slow on a CPU.
         numbers = torch.arange(256, dtype=torch.uint8, device=self.keys.device).view(self.keys.dtype).float()
         keys, values = (
             with_room((numbers[tensor.view(torch.uint8).int()] * scale).to(self.dtype), room)

@@ -1,4 +1,4 @@
-"""Entries of heads that hold different numbers of them, one head after the other."""
+"""Storage for heads with different numbers of entries: flat tensors, one head after the other."""
 
 from __future__ import annotations
 
@@ -9,16 +9,16 @@ from torch import Tensor
 from torch.nn import functional
 
 ROOM = 32
-"""Where entries are added, a head has room for one in this many more."""
+"""When entries are appended, a head gets spare room for 1 / ROOM of its entries."""
 
 
 class Ragged:
-    """As many entries per row and head as each was given; nothing is padded while it is stored, or attended.
+    """Different numbers of entries per row and head, stored and attended without padding.
 
     Attributes:
-        keys, values: ``[places, width]``, the heads of the first row, of the second ...
-        starts, counts: of every row and head, in that order.
-        heads: of a row.
+        keys, values: ``[slots, width]``, all heads of the first row, then those of the second, and so on.
+        starts, counts: first slot and number of entries of every row and head, in the same order.
+        heads: number of heads in a row.
     """
 
     def __init__(self, keys: Tensor, values: Tensor, starts: list[int], counts: list[int], heads: int) -> None:
@@ -26,7 +26,7 @@ class Ragged:
 
     @classmethod
     def of(cls, keys: Tensor, values: Tensor, entries: Tensor) -> Ragged:
-        """The ``entries`` int64 ``[batch, heads, n]`` of keys and values; -1 stands for none."""
+        """Gather the ``entries``, int64 ``[batch, heads, n]``, of keys and values; -1 stands for none."""
         there = entries >= 0
         rows, heads, _ = torch.nonzero(there, as_tuple=True)
         places, counts = entries[there], there.sum(-1).flatten()
@@ -38,12 +38,12 @@ class Ragged:
         return max(self.counts)
 
     def parts(self) -> Iterator[tuple[Tensor, Tensor]]:
-        """Keys and values ``[entries, width]`` of every row and head: views."""
+        """Views of the keys and values ``[entries, width]`` of every row and head."""
         for start, count in zip(self.starts, self.counts, strict=True):
             yield self.keys[start : start + count], self.values[start : start + count]
 
     def append(self, keys: Tensor, values: Tensor) -> None:
-        """Add entries ``[batch, heads, m, width]`` to every head: in place, where there is room."""
+        """Append entries ``[batch, heads, m, width]`` to every head, in place if there is room."""
         m = keys.shape[2]
         ends = [*self.starts[1:], len(self.keys)]
         if any(start + count + m > end for start, count, end in zip(self.starts, self.counts, ends, strict=True)):
@@ -63,7 +63,7 @@ class Ragged:
         self.keys, self.values, self.starts = keys, values, starts
 
     def attention(self, query: Tensor, scaling: float | None) -> Tensor:
-        """Attention of the last q tokens, ``[batch, query heads, q, width]``, each head over its own, causally."""
+        """Causal attention of the last q tokens, ``[batch, query heads, q, width]``, each head over its own entries."""
         batch, query_heads, q, _ = query.shape
         group = query_heads // self.heads
         out = query.new_empty(batch, query_heads, q, self.values.shape[-1])
@@ -80,7 +80,7 @@ class Ragged:
         return out
 
     def unpack(self) -> tuple[Tensor, Tensor]:
-        """Padded in front with zeros, so that the last entries of all heads stand side by side."""
+        """Keys and values ``[batch, heads, longest, width]``, with zeros in front of heads with fewer entries."""
         shape = len(self.counts), self.longest
         unpacked = [flat.new_zeros(*shape, flat.shape[-1]) for flat in (self.keys, self.values)]
         for place, part in enumerate(self.parts()):

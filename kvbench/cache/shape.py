@@ -1,4 +1,4 @@
-"""What a model puts into its cache: seen, and not worked out from a configuration. It turns bytes into entries."""
+"""The shape of a model's KV cache, measured instead of derived from the configuration; converts bytes to entries."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from kvbench.models.attention_hooks import unwatched
 
 
 class LayerShape(NamedTuple):
-    """Of one layer: its heads, and the numbers in a key and in a value."""
+    """Number of KV heads of a layer, and the widths of a key and of a value."""
 
     heads: int
     keys: int
@@ -22,11 +22,11 @@ class LayerShape(NamedTuple):
 
 @dataclass(frozen=True)
 class CacheShape:
-    """Of keys and values, as they are cached.
+    """Shape of the keys and values in a cache.
 
     Attributes:
-        layers: of the cache.
-        itemsize: bytes of a number.
+        layers: shape of every layer.
+        itemsize: bytes per element.
     """
 
     layers: tuple[LayerShape, ...]
@@ -34,17 +34,17 @@ class CacheShape:
 
     @classmethod
     def even(cls, layers: int, heads: int, width: int, itemsize: int) -> CacheShape:
-        """Of layers that are all alike, with keys and values of one width."""
+        """The shape of a cache with equal layers, and keys and values of one width."""
         return cls((LayerShape(heads, width, width),) * layers, itemsize)
 
     @property
     def entry_bytes(self) -> int:
-        """Bytes of one entry of one text in all layers."""
+        """Bytes of one entry of one text over all layers."""
         return sum(heads * (keys + values) for heads, keys, values in self.layers) * self.itemsize
 
     @property
     def widths(self) -> set[int]:
-        """The numbers that keys and values have."""
+        """The distinct widths of keys and values."""
         return {width for layer in self.layers for width in (layer.keys, layer.values)}
 
 
@@ -52,8 +52,8 @@ _SEEN: WeakKeyDictionary[nn.Module, CacheShape] = WeakKeyDictionary()
 
 
 def cache_shape(model: nn.Module) -> CacheShape:
-    """What the model puts into its cache for a token, by layer: two tokens are read, once for every model."""
-    from kvbench.cache.evicting import EvictingCache  # and with it transformers, which plans are made without
+    """The shape of the model's cache, measured by reading two tokens, once for every model."""
+    from kvbench.cache.evicting import EvictingCache  # imports transformers, which planning does without
 
     if model not in _SEEN:
         cache, device = EvictingCache(), next(model.parameters()).device

@@ -1,4 +1,4 @@
-"""Entries of a layer in another form than keys and values of one length, unpacked whenever they are attended."""
+"""Interface for entries that are stored in another form than plain keys and values, and unpacked to be attended."""
 
 from __future__ import annotations
 
@@ -9,31 +9,31 @@ from torch import Tensor
 
 
 class StoredEntries(ABC):
-    """Some of a layer's entries, older than those that are held as they are."""
+    """Entries of a layer in another form than plain keys and values, which hold the newer entries."""
 
     @abstractmethod
     def unpack(self, room: int = 0) -> tuple[Tensor, Tensor]:
-        """Keys and values ``[batch, heads, entries + room, width]``, made for one forward pass.
+        """Keys and values ``[batch, heads, entries + room, width]``, for one forward pass.
 
         Args:
-            room: places behind the entries, to be written by the caller.
+            room: spare entries at the end, to be written by the caller.
         """
 
     @abstractmethod
     def tensors(self) -> list[Tensor]:
-        """All that is stored, scales and indices included."""
+        """All stored tensors, scales and indices included."""
 
     @abstractmethod
     def repeated(self, repeats: int) -> StoredEntries:
-        """Each row that many times."""
+        """A copy with each row repeated ``repeats`` times."""
 
     def after(self, earlier: tuple[StoredEntries, ...]) -> tuple[StoredEntries, ...]:
-        """These entries behind earlier ones."""
+        """The earlier entries followed by these."""
         return (*earlier, self)
 
 
 def with_room(tensor: Tensor, room: int) -> Tensor:
-    """The entries, copied to where there is room behind them."""
+    """The entries followed by ``room`` uninitialised ones; the tensor itself if ``room`` is 0."""
     if not room:
         return tensor
     batch, heads, entries, width = tensor.shape
@@ -43,8 +43,8 @@ def with_room(tensor: Tensor, room: int) -> Tensor:
 
 
 def gather_entries(tensor: Tensor, entries: Tensor) -> Tensor:
-    """``[batch, heads, kept, width]`` of ``[batch, heads, entries, width]``: whole rows are copied, which is faster
-    than to gather number by number."""
+    """Select ``entries``, int64 ``[batch, heads, kept]``, of ``[batch, heads, entries, width]``; whole vectors are
+    copied, which is faster than ``torch.gather``."""
     rows = torch.arange(tensor.shape[0], device=tensor.device)[:, None, None]
     heads = torch.arange(tensor.shape[1], device=tensor.device)[:, None]
     return tensor[rows, heads, entries].contiguous()

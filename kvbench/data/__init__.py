@@ -1,1 +1,1 @@
-"""Tasks and documents."""
+"""Tasks, data files and documents."""

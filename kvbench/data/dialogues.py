@@ -1,4 +1,4 @@
-"""Documents of turns and an answer: a data file, or one of the synthetic sets."""
+"""Dialogues, documents of turns and an answer: from a data file, or from a synthetic set."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from kvbench.data.rows import checked_text, id_of
 from kvbench.errors import UserError
 
 SETS = 48
-"""Documents in a synthetic set."""
+"""Number of documents in a synthetic set."""
 
 _PEOPLE = (
     "Anna", "John", "Mary", "Peter", "Alice", "Henry", "Ruth", "Paul", "Clara", "James", "Lucy", "Robert",
@@ -33,10 +33,10 @@ _KINDS = {
 
 
 def read_turns(path: Path) -> list[dict[str, Any]]:
-    """Rows ``{"turns": [...], "answer": "..."}`` of a data file (see :mod:`kvbench.data.files`).
+    """Read rows ``{"turns": [...], "answer": "..."}`` of a data file (see :mod:`kvbench.data.files`).
 
     Raises:
-        UserError: missing, malformed, or rows of another kind.
+        UserError: the file is missing or malformed, or a row has no turns or no answer.
     """
     rows: list[dict[str, Any]] = []
     for record in read_records(path, ("turns", "answer")):
@@ -54,7 +54,7 @@ def read_turns(path: Path) -> list[dict[str, Any]]:
 
 
 def profiles() -> list[dict[str, Any]]:
-    """What a person always chooses, seen in a dozen choices: the last one is asked for (after LaMP)."""
+    """A person who always chooses one colour: twelve choices are shown, and the next is asked for (after LaMP)."""
     rows: list[dict[str, Any]] = []
     for i in range(SETS):
         rng = np.random.default_rng([1, i])
@@ -71,7 +71,7 @@ def profiles() -> list[dict[str, Any]]:
 
 
 def demonstrations() -> list[dict[str, Any]]:
-    """Two kinds of things under two arbitrary labels, a dozen labelled: one more is to be labelled."""
+    """Twelve things of two categories with arbitrary labels are shown; the label of one more is asked for."""
     rows: list[dict[str, Any]] = []
     for i in range(SETS):
         rng = np.random.default_rng([2, i])

@@ -1,4 +1,4 @@
-"""Documents: rows of the package, of a data file or of the Hugging Face hub, cut and hashed."""
+"""Documents: rows of an embedded file, of a data file or of a Hugging Face data set, cut and hashed."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ _TITLE = re.compile(r"^ = [^=].*[^=] = $")
 
 @dataclass(frozen=True)
 class Document:
-    """What is scored and stored.
+    """A text that is scored.
 
     Attributes:
         id: unique within the corpus.
-        group: the unit of resampling: the book, the article, or the document itself.
-        turns: the turns of a dialogue, the answer last; empty for running text.
+        group: unit of resampling: the book, the article, or the document itself.
+        turns: turns of a dialogue, the answer last; empty for running text.
     """
 
     id: str
@@ -39,7 +39,7 @@ class Document:
 
 @dataclass(frozen=True)
 class Corpus:
-    """Documents in their fixed order, with the hash of the task and of all their texts."""
+    """Documents in a fixed order, the hash of the task and of all texts, and the source for messages."""
 
     documents: tuple[Document, ...]
     hash: str
@@ -47,13 +47,13 @@ class Corpus:
 
 
 def load_corpus(task: Task, data: Path | None, column: str = TEXT) -> Corpus:
-    """All documents of a task, or of the user's own file or folder cut in the task's way.
+    """Load all documents of a task, or of the user's own file or folder, cut as the task says.
 
     Args:
-        column: what the text is called in the file, or in the data set on the hub.
+        column: name of the column that holds the text, in the file or in the data set on the hub.
 
     Raises:
-        UserError: the file or the hub cannot be read, or holds no text; or there are no columns to choose from.
+        UserError: the source cannot be read or holds no text, or a column was named for a source without columns.
     """
     spec = task.corpus
     if column != TEXT and (spec.cut == "turns" or (data is None and spec.hub is None)):
@@ -78,7 +78,7 @@ def load_corpus(task: Task, data: Path | None, column: str = TEXT) -> Corpus:
 
 
 def embedded_documents(name: str = "minidocs.jsonl") -> tuple[Document, ...]:
-    """The rows of an embedded file as documents, without a task to cut them by."""
+    """The rows of an embedded file as documents, uncut."""
     rows = read_rows(Path(str(files("kvbench").joinpath("assets", name))))
     return tuple(Document(row["id"], row["id"], row["text"]) for row in rows)
 
@@ -104,18 +104,18 @@ def _digest(task: Task, documents: tuple[Document, ...]) -> str:
     for document in documents:
         parts = (document.id, document.text, *document.turns)
         digest.update("".join(f"{part}\0" for part in parts).encode())
-        if any("\0" in part for part in parts):  # what separates the parts is in one of them
+        if any("\0" in part for part in parts):  # a part contains the separator, so hash lengths as well
             digest.update(f"{[len(part) for part in parts]}\0".encode())
     return digest.hexdigest()[:16]
 
 
 def _documents(rows: list[Row], spec: CorpusSpec) -> Iterable[Document]:
-    """Every row is a document and its own group."""
+    """Each row is a document and a group of its own."""
     return _unique(Document(row["id"], row["id"], row["text"]) for row in rows if row["text"].strip())
 
 
 def _articles(rows: list[Row], spec: CorpusSpec) -> Iterable[Document]:
-    """WikiText rows joined into articles at `` = Title = `` rows; without titles, each row is one."""
+    """WikiText rows joined into articles at `` = Title = `` rows; without titles, each row is a document."""
     lines = list(chain.from_iterable(row["text"].rstrip("\n").split("\n") for row in rows))
     if not any(_TITLE.match(line) for line in lines):
         return _documents(rows, spec)
@@ -129,7 +129,7 @@ def _articles(rows: list[Row], spec: CorpusSpec) -> Iterable[Document]:
 
 
 def _passages(rows: list[Row], spec: CorpusSpec) -> Iterable[Document]:
-    """Books cut at paragraph ends into passages, taken round-robin over the books."""
+    """Books cut into passages at paragraph ends, in round-robin order over the books."""
     books = [
         [
             Document(f"{book.id}:{i:04d}", book.id, text)
@@ -141,7 +141,7 @@ def _passages(rows: list[Row], spec: CorpusSpec) -> Iterable[Document]:
 
 
 def _paragraph_runs(text: str, size: int) -> Iterable[str]:
-    """Consecutive pieces of at least ``size`` characters, ending with a paragraph if one ends near."""
+    """Consecutive pieces of ``size`` to 2 ``size`` characters, cut at the next paragraph end if there is one."""
     start = 0
     while start < len(text):
         end = text.find("\n\n", start + size)
@@ -153,9 +153,9 @@ def _paragraph_runs(text: str, size: int) -> Iterable[str]:
 
 
 def _unique(documents: Iterable[Document]) -> Iterable[Document]:
-    """Documents with ids made unique, so that no record can stand for two of them.
+    """The documents with unique ids, so that no record can belong to two of them.
 
-    The first of an id keeps it; the others are numbered, ``x~1``, ``x~2``, past what another row is called.
+    The first document with an id keeps it; later ones get ``x~1``, ``x~2``, skipping ids that are in use.
     """
     documents = list(documents)
     taken = {document.id for document in documents}

@@ -1,4 +1,4 @@
-"""The facts that are stated and asked for, in training and in the ``recall`` task."""
+"""The facts that texts state and questions ask for, in training and in the ``recall`` task."""
 
 from __future__ import annotations
 
@@ -11,5 +11,5 @@ FACT_LOW, FACT_HIGH = 100, 9999
 
 
 def fact(thing: str, name: str, number: int) -> str:
-    """The one form in which facts are stated, in training and in the ``recall`` task."""
+    """The sentence that states a fact, the same in training and in the ``recall`` task."""
     return f"\n\nThe {thing} of {name} is {number}.\n\n"

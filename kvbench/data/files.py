@@ -1,4 +1,4 @@
-"""Data files of all kinds, read as rows that know where they stand."""
+"""Reading data files of all formats, as rows that know their file and line."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ Read = Callable[[bytes, Path, Collection[str]], Iterator["Record"]]
 
 @dataclass(frozen=True)
 class Record:
-    """A row as a file has it.
+    """A row of a data file.
 
     Attributes:
-        where: file and line, for people.
-        values: by column; what was not asked for may be None.
+        where: file and line, for messages.
+        values: values by column; those of columns that were not asked for may be None.
     """
 
     where: str
@@ -36,13 +36,13 @@ class Record:
 
 
 def read_records(path: Path, wanted: Collection[str]) -> Iterator[Record]:
-    """The rows of a data file, or of a folder of plain texts, in order.
+    """Read the rows of a data file, or of a folder of plain text files, in order.
 
     Args:
-        wanted: columns that are needed. Plain text has none, and is what is asked for, whatever it is called.
+        wanted: columns that are needed. Plain text has no columns: it is the value of every column in ``wanted``.
 
     Raises:
-        UserError: missing, empty, of an unknown kind, damaged, or not UTF-8; or a row is malformed.
+        UserError: the file is missing, empty, of an unknown format, damaged, or not UTF-8; or a row is malformed.
     """
     if path.is_dir():
         return _folder(path, wanted)
@@ -53,12 +53,12 @@ def read_records(path: Path, wanted: Collection[str]) -> Iterator[Record]:
 
 
 def files_of(path: Path) -> list[Path]:
-    """The file itself; of a folder its plain texts, and those of the folders in it, by name.
+    """The file itself; for a folder, all plain text files in it and its subfolders, sorted by path.
 
-    Links to folders are followed, and no folder is read twice; what begins with a dot is hidden.
+    Links to folders are followed, but no folder is read twice; names that begin with a dot are skipped.
 
     Raises:
-        UserError: the folder has none, or one of the folders in it cannot be read.
+        UserError: the folder has no plain text file, or a subfolder cannot be read.
     """
     if not path.is_dir():
         return [path]
@@ -84,12 +84,12 @@ def _refuse_folder(error: OSError) -> NoReturn:
 
 
 def split_lines(text: str) -> str:
-    """The text with every line end as ``\\n``: as Windows and old Macs write them, they are line ends too."""
+    """The text with all line ends (of Windows and old Macs too) as ``\\n``."""
     return text.replace("\r\n", "\n").replace("\r", "\n")
 
 
 def _opened(path: Path) -> tuple[bytes, Read]:
-    """What is in a file, unpacked, and how it is read."""
+    """The decompressed content of a file, and the reader of its format."""
     if path.exists() and not path.is_file():
         raise UserError(
             f"The data file {path} cannot be read: it is no regular file, and is read more than once.",
@@ -109,7 +109,7 @@ def _opened(path: Path) -> tuple[bytes, Read]:
 
 
 def _ending(path: Path) -> str:
-    """The ending that says what is in a file, that of its packing left out; empty if there is none."""
+    """The file name ending that gives the format, without that of the compression; empty if there is none."""
     endings = [ending.lower() for ending in path.suffixes]
     return next((ending for ending in reversed(endings[-2:]) if ending not in PACKED), "")
 
@@ -120,10 +120,10 @@ def _folder(path: Path, wanted: Collection[str]) -> Iterator[Record]:
 
 
 def _decoded(raw: bytes, path: Path) -> str:
-    """Text with ``\\n`` at the ends of its lines.
+    """Decode text, with ``\\n`` as line end.
 
     Raises:
-        UserError: binary, or not UTF-8.
+        UserError: the content is binary, or not UTF-8.
     """
     if b"\0" in raw:
         hint = "Convert it from UTF-16 to UTF-8." if raw[:2] in (b"\xff\xfe", b"\xfe\xff") else f"Known: {KNOWN}."
@@ -153,7 +153,7 @@ def _json_lines(raw: bytes, path: Path, wanted: Collection[str]) -> Iterator[Rec
 
 
 def _json(raw: bytes, path: Path, wanted: Collection[str]) -> Iterator[Record]:
-    """One array of rows; or lines of them, which many a ``.json`` is."""
+    """One array of rows, or JSON lines, which many ``.json`` files hold."""
     text = _decoded(raw, path)
     if not text.lstrip().startswith("["):
         yield from _json_lines(raw, path, wanted)
@@ -229,11 +229,11 @@ def _check_names(names: list[str], path: Path, wanted: Collection[str]) -> None:
 
 
 def _unpack_streams(start: Callable[[], Any], padding: int = 0) -> Unpack:
-    """Unpacks streams that follow one another, each to its end: the libraries' own ``decompress`` takes a damaged one
-    behind the first for none.
+    """Make a function that decompresses concatenated streams; the libraries' own ``decompress`` silently ignores a
+    damaged stream after the first.
 
     Args:
-        start: makes a decompressor for one stream.
+        start: creates a decompressor for one stream.
         padding: zero bytes may follow a stream, in multiples of this many.
     """
     def unpack(raw: bytes) -> bytes:

@@ -14,23 +14,23 @@ if TYPE_CHECKING:
     from kvbench.data.tasks import CorpusSpec
 
 TEXT = "text"
-"""The column that holds the text, where nothing else is said."""
+"""Default name of the column that holds the text."""
 
 _HALF = re.compile("[\ud800-\udfff]")
 
 
 class Row(TypedDict):
-    """One text, whose lines end with ``\\n``; ids may repeat."""
+    """One text with ``\\n`` as line end, and its id; ids may repeat."""
 
     id: str
     text: str
 
 
 def read_rows(path: Path, column: str = TEXT) -> list[Row]:
-    """The texts of a data file (see :mod:`kvbench.data.files`) or of a folder of plain texts.
+    """Read the texts of a data file (see :mod:`kvbench.data.files`) or of a folder of plain text files.
 
     Args:
-        column: what the text is called in it.
+        column: name of the column that holds the text.
 
     Raises:
         UserError: the file cannot be read, or a row has no text in that column.
@@ -42,15 +42,15 @@ def read_rows(path: Path, column: str = TEXT) -> list[Row]:
 
 
 def hub_rows(spec: CorpusSpec, column: str = TEXT) -> list[Row]:
-    """The rows of a data set on the hub, numbered.
+    """Read the rows of a data set on the hub; ids are row numbers.
 
     Raises:
-        UserError: it cannot be reached, or has no texts.
+        UserError: the data set cannot be loaded, or has no texts in that column.
     """
     from datasets import load_dataset
     from huggingface_hub.utils import logging
 
-    logging.set_verbosity_error()  # type: ignore[no-untyped-call]  # the sentence below says it once
+    logging.set_verbosity_error()  # type: ignore[no-untyped-call]  # the error below says it once
     try:
         some = {spec.split: spec.files} if spec.files else None
         dataset = load_dataset(spec.hub, spec.config, split=spec.split, data_files=some)
@@ -73,7 +73,7 @@ def text_of(record: Record, column: str) -> str:
     """The text in a column of a row.
 
     Raises:
-        UserError: there is no such column, or no text in it.
+        UserError: there is no such column, or its value is not a text.
     """
     if column not in record.values:
         there = f"it has: {', '.join(record.values)}" if record.values else "it is no object with columns"
@@ -91,10 +91,10 @@ def text_of(record: Record, column: str) -> str:
 
 
 def checked_text(text: str, what: str) -> str:
-    """The text with ``\\n`` at the ends of its lines.
+    """The text with ``\\n`` as line end.
 
     Raises:
-        UserError: it holds half a character, and cannot be written as UTF-8.
+        UserError: it contains half of a surrogate pair, which cannot be encoded as UTF-8.
     """
     half = _HALF.search(text)
     if half is not None:
@@ -106,10 +106,10 @@ def checked_text(text: str, what: str) -> str:
 
 
 def id_of(record: Record, number: int) -> str:
-    """What a row calls itself; otherwise its number among the rows.
+    """The id of a row; its number among the rows if it has none.
 
     Raises:
-        UserError: its id is no name.
+        UserError: the id is neither a text nor a number.
     """
     value = record.values.get("id", f"{number:05d}")
     is_name = value is None or isinstance(value, (str, int)) or (isinstance(value, float) and math.isfinite(value))

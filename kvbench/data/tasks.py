@@ -1,4 +1,4 @@
-"""Tasks: one TOML file each, read and checked here."""
+"""Tasks: one TOML file each, read and validated here."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ class CorpusSpec(BaseModel):
     """Where the documents come from and how they are cut.
 
     Attributes:
-        embedded: file in ``kvbench/assets``; None if the corpus is on the hub.
-        hub: data set id on the Hugging Face hub, with ``config`` and ``split``, or with one of its ``files``.
-        synthetic: a set made by a rule, ``profiles`` or ``demonstrations``.
+        embedded: file in ``kvbench/assets``.
+        hub: id of a data set on the Hugging Face hub, with its ``config`` and ``split``, or one of its ``files``.
+        synthetic: generated set of dialogues, ``profiles`` or ``demonstrations``.
         cut: ``document`` (each row), ``wikitext-articles`` (at title rows), ``passages``, or ``turns``
             (each row has turns and an answer).
-        passage_chars: least characters in a passage, for ``cut = "passages"``.
+        passage_chars: minimum number of characters of a passage, for ``cut = "passages"``.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -35,13 +35,13 @@ class CorpusSpec(BaseModel):
 
 
 class RecallSpec(BaseModel):
-    """Facts among prose.
+    """Recall of a fact that is stated within prose.
 
     Attributes:
-        distances: tokens from the end of the fact to the question.
-        trials: per distance.
-        lead: least tokens of prose before the fact.
-        context: least tokens of context, so that windows are not short just because the fact is near.
+        distances: tokens between the end of the fact and the question.
+        trials: number of trials per distance.
+        lead: minimum tokens of prose before the fact.
+        context: minimum tokens of context, so that a near fact does not mean a short context and window.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -57,15 +57,15 @@ class RecallSpec(BaseModel):
 
 
 class OnlineSpec(BaseModel):
-    """What is scored given the memory of t chunks.
+    """Scoring a target given the compressed memory of t chunks.
 
     Attributes:
-        steps: the numbers t of chunks.
+        steps: the values of t.
         query: ``next`` (turn t + 1 is the query, turn t + 2 the target), ``last`` (the last turn is
             the query at every step, the answer the target) or ``text`` (chunks of running text, and
             the next chunk is the target).
-        between: put between turns; ``before_answer`` before the answer.
-        segment: tokens of a chunk of running text.
+        between: text put between turns; ``before_answer``: text put before the answer.
+        segment: tokens per chunk of running text.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -88,11 +88,11 @@ class OnlineSpec(BaseModel):
 
 
 class GenerationSpec(BaseModel):
-    """How much of a document is given, and how much is written after it.
+    """Lengths of prefix and continuation in a generation task.
 
     Attributes:
         prefix: tokens that are read and compressed.
-        new_tokens: tokens that are written, and that the document's own text has after the prefix.
+        new_tokens: tokens that are generated; as many of the document's own are the reference.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -101,10 +101,10 @@ class GenerationSpec(BaseModel):
 
 
 class Task(BaseModel):
-    """What to read, how to cut it, which protocols it may be measured with.
+    """What is read, how it is cut, and which protocols it can be measured with.
 
     Attributes:
-        protocols: allowed protocols; the first is the default.
+        protocols: supported protocols; the first is the default.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -120,7 +120,7 @@ class Task(BaseModel):
 
     @property
     def has_answers(self) -> bool:
-        """Whether what is scored is an answer, right or wrong."""
+        """Whether the target is an answer, which is right or wrong."""
         return self.kind == "recall" or (self.online is not None and self.online.query == "last")
 
     @model_validator(mode="after")
@@ -160,10 +160,10 @@ def task_names() -> list[str]:
 
 
 def load_task(name: str) -> Task:
-    """A task by its name, or by the path of a TOML file of your own.
+    """Load a task by its name, or from the path of a TOML file.
 
     Raises:
-        UserError: no such task, or its file is not a valid task.
+        UserError: there is no such task, or its file is not valid.
     """
     own = name.endswith(".toml")
     path = Path(name) if own else tasks_folder() / f"{name}.toml"

@@ -13,6 +13,6 @@ CHECKS: tuple[Callable[[Subject], Check], ...] = (
     model_checks.policies_see_attention, checks.removed_is_freed, checks.intervals_are_right, checks.halves_are_alike,
     checks.time_repeats,
 )
-"""In the order in which they are made; the one that needs a quiet machine last."""
+"""In the order in which they are made; the one that needs an idle machine comes last."""
 
 __all__ = ["CHECKS", "Check", "Subject", "carried_out", "make_subject"]

@@ -1,4 +1,4 @@
-"""The checks, one function each: what is tried, what came out, and what to do when it fails."""
+"""The checks, one function each: what is tested, what was found, and what to do when it fails."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ from kvbench.protocols.block import cut_blocks
 from kvbench.statistics import GroupSums, bootstrap_intervals
 
 LAYOUTS = (("window", "0.5"), ("local", "0.7"), ("sinks", "0.7"), ("scattered", "0.5"))
-"""Methods without an adapter whose mask is known before the text is read, at the ratios that they are tried at."""
+"""Layout methods without an adapter, and the ratios that they are tested at."""
 POLICIES = (("knorm", "0.5"), ("h2o", "0.5"), ("snapkv", "0.7"), ("streaming-llm", "0.7"))
-"""Policies, where the model can be read under one."""
+"""Policies and their ratios; tested if the model supports policies."""
 NOISE, ROUNDS = {"cpu": 0.05, "cuda": 0.02}, 9
-"""The A/A gap that timings may have, by device, and how many requests are timed for it."""
+"""Largest A/A gap that timings may have, by device, and the number of pairs of requests that are timed for it."""
 _Z = 1.959964
 
 
@@ -34,9 +34,9 @@ class Check:
     """One line of the report.
 
     Attributes:
-        name: what was tried.
+        name: what was tested.
         ok: whether it held.
-        found: what came out, in words.
+        found: the result, in words.
         advice: what to do if it did not hold.
     """
 
@@ -47,11 +47,11 @@ class Check:
 
 
 def nothing_removed_is_full(subject: Subject) -> Check:
-    """At ratio 0 every method scores, and writes, as the full cache does."""
+    """At ratio 0 every method gives the scores, and the greedy texts, of the full cache."""
     full = subject.score("full", "0")
     scores = [subject.score(name, "0") for name, _ in methods(subject)]
     worst = max(float((score.nll - full.nll).abs().mean()) for score in scores)
-    # In half precision a near tie may fall the other way between two kernels: texts are compared in float32.
+    # In half precision two kernels may decide a near tie differently: texts are compared in float32 only.
     exact = next(subject.loaded.model.parameters()).dtype == torch.float32
     writing = (*LAYOUTS[:2], *policies(subject)[:2])
     same = not exact or all(torch.equal(_written(subject, name), _written(subject, "full")) for name, _ in writing)
@@ -63,7 +63,7 @@ def nothing_removed_is_full(subject: Subject) -> Check:
 
 
 def targets_are_scored_once(subject: Subject) -> Check:
-    """Every token but the first of a block is scored exactly once, and the sums are a plain loop's."""
+    """Every token but the first of a block is scored exactly once, and the sums equal those of a plain loop."""
     wrong = 0
     for document in subject.documents:
         cut = cut_blocks(document, subject.tokenizer, subject.block)
@@ -84,7 +84,7 @@ def targets_are_scored_once(subject: Subject) -> Check:
 
 
 def batches_change_nothing(subject: Subject) -> Check:
-    """A block scores the same alone and beside others."""
+    """A block scores the same alone and in a batch."""
     worst = 0.0
     for name, ratio in methods(subject):
         together = subject.score(name, ratio).nll
@@ -97,7 +97,7 @@ def batches_change_nothing(subject: Subject) -> Check:
 
 
 def documents_leave_nothing_behind(subject: Subject) -> Check:
-    """In another order, documents score the same."""
+    """Documents score the same in another order."""
     worst = 0.0
     there = [subject.score("sinks", "0.7", [piece]).nll for piece in subject.pieces]
     back = [subject.score("sinks", "0.7", [piece]).nll for piece in reversed(subject.pieces)]
@@ -124,7 +124,7 @@ def masked_is_removed(subject: Subject) -> Check:
 
 
 def removed_is_freed(subject: Subject) -> Check:
-    """What is removed takes no memory: distinct storages against entries held."""
+    """Removed entries take no memory: bytes of distinct storages against bytes of the entries held."""
     worst = 0.0
     for name, ratio in methods(subject):
         score = subject.score(name, ratio)
@@ -136,7 +136,7 @@ def removed_is_freed(subject: Subject) -> Check:
 
 
 def time_repeats(subject: Subject) -> Check:
-    """The full cache, timed against itself."""
+    """Timings of the full cache against itself agree."""
     new, length = 16, subject.block - 16
     model, device = subject.loaded.model, subject.device
     text, prompt = Text(length, subject.block, (0,)), subject.ids()[:1, :length]
@@ -161,7 +161,7 @@ def time_repeats(subject: Subject) -> Check:
 
 
 def intervals_are_right(subject: Subject) -> Check:
-    """The bootstrap's interval of a mean against the closed form, on known numbers."""
+    """The bootstrap interval of a mean agrees with the closed form, on known numbers."""
     rng = np.random.default_rng(0)
     values = rng.normal(size=(400, 1))
     low, high = bootstrap_intervals([GroupSums(values)], lambda tables: tables[0].T / len(values), 0)[0]
@@ -174,7 +174,7 @@ def intervals_are_right(subject: Subject) -> Check:
 
 
 def _written(subject: Subject, method: str) -> torch.Tensor:
-    """A greedy text after half of a block, nothing removed."""
+    """Greedy text after half of a block, with nothing removed."""
     half, new, model = subject.block // 2, 16, subject.loaded.model
     with torch.inference_mode(), prepared(model, None, half + new):
         session = open_session(model, method_of(method, "0"), Text(half, half + new, (0,)))
@@ -183,7 +183,7 @@ def _written(subject: Subject, method: str) -> torch.Tensor:
 
 
 def carried_out(run: Callable[[Subject], Check], subject: Subject) -> Check:
-    """A check, or that it could not be made: an unsuitable model may fail in any way."""
+    """Run a check; if it cannot be made, it has failed: an unsuitable model may fail in any way."""
     try:
         return run(subject)
     except (RuntimeError, ValueError, IndexError, TypeError, UserError) as error:
@@ -192,7 +192,7 @@ def carried_out(run: Callable[[Subject], Check], subject: Subject) -> Check:
 
 
 def halves_are_alike(subject: Subject) -> Check:
-    """MAUVE of two halves of one collection of texts."""
+    """MAUVE of two halves of one collection of texts is close to 1."""
     from kvbench.doctor.mauve import compare_halves  # the encoder is loaded for this one only
 
     found, ok = compare_halves(str(subject.device))
@@ -203,10 +203,10 @@ def halves_are_alike(subject: Subject) -> Check:
 
 
 def policies(subject: Subject) -> tuple[tuple[str, str], ...]:
-    """Those that the model can be read under, with ratios."""
+    """The policies to test, with ratios; none if the model does not support policies."""
     return () if subject.facts.policy_refusal else POLICIES
 
 
 def methods(subject: Subject) -> tuple[tuple[str, str], ...]:
-    """All that need no adapter and can be used on the model, of every mechanism, with ratios."""
+    """All methods to test on the model, of both mechanisms and without an adapter, with ratios."""
     return (*LAYOUTS, *policies(subject))

@@ -1,4 +1,4 @@
-"""What is examined: a model with some text, cut into blocks."""
+"""What the checks are made on: a model, and some text cut into blocks."""
 
 from __future__ import annotations
 
@@ -21,23 +21,23 @@ from kvbench.protocols.pieces import Piece, Tokenizer, make_tokenizer
 from kvbench.protocols.scoring import BatchScore, score_pieces
 
 BLOCK, BLOCKS = 256, 6
-"""Tokens of a block, or the model's context if that is less, and how many are read."""
+"""Tokens of a block (or the model's context if that is less), and number of blocks."""
 
 
 def method_of(name: str, ratio: str) -> Method:
-    """With windows that suit a block."""
+    """Create a method with a window that suits a block, and absolute positions."""
     return make_method(name, Fraction(ratio), {"window": "8", "positions": "absolute"})
 
 
 @dataclass(frozen=True)
 class Subject:
-    """A model and what it is examined with.
+    """A model and the text that it is checked on.
 
     Attributes:
-        documents: with their text, for the check of the cut.
-        pieces: blocks of equal length, each of another document.
-        tolerance: nats per token.
-        facts: what a probe of the model has shown, just now.
+        documents: documents with their text, for the check of the cut.
+        pieces: blocks of equal length, each from another document.
+        tolerance: largest allowed difference, in nats per token.
+        facts: result of a probe of the model, made for these checks.
     """
 
     loaded: Loaded
@@ -68,7 +68,7 @@ class Subject:
 
 
 def make_subject(model: str, revision: str | None, device: str, dtype: str) -> Subject:
-    """Load the model, and cut the embedded documents for it.
+    """Load and probe the model, and cut the embedded documents for it.
 
     Raises:
         UserError: it cannot be loaded, or its context is too short for any check.

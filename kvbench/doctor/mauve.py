@@ -1,4 +1,4 @@
-"""Whether MAUVE can be trusted here: people's texts against other people's texts must be nearly alike."""
+"""Whether MAUVE can be trusted here: human texts must score close to 1 against other human texts."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from kvbench.judges.encoder import SentenceEncoder
 from kvbench.metrics.mauve import LEAST_TEXTS, measure
 
 WORDS = 24
-"""Of each text."""
+"""Words of each text."""
 LEAST, SPREAD = 0.9, 0.05
-"""The least value of two halves of one collection, and the most that seeds of the clustering may differ."""
+"""The least value for two halves of one collection, and the largest difference between seeds of the clustering."""
 
 
 def compare_halves(device: str) -> tuple[str, bool]:
-    """MAUVE of two random halves of the embedded documents, with all seeds of the clustering: what came out, and
-    whether it is as it should be."""
+    """Measure MAUVE of two random halves of the embedded documents, with all seeds of the clustering: the result in
+    words, and whether it is as expected."""
     texts = []
     for document in load_corpus(load_task("minidocs"), None).documents:
         words = document.text.split()

@@ -1,4 +1,4 @@
-"""Checks of what is taken for granted of a model: its rotations, its bytes, and what policies see of it."""
+"""Checks of what is assumed about a model: its rotary embeddings, its bytes, and the attention that policies see."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ from kvbench.models.attention_hooks import LISTENER, Attended
 from kvbench.models.rope import FAR, apart_in_pairs, fixed_rotations, frequencies, fresh_rotations, rotated
 
 _PLACES = (3, 17, 2003)
-"""Places that a token is read alone at, as far as the model's context goes."""
+"""Positions at which a token is read alone, as far as the model's context goes."""
 
 
 def rotations_are_those_of_one_pass(subject: Subject) -> Check:
-    """What is stored while little of a long text has been read is what one pass over all of it computes."""
+    """Keys that are stored early in a long text equal those of one pass over the whole text."""
     with fresh_rotations(subject.loaded.model):
         whole = _keys_at(subject, (0, 1, 2, FAR))
     with fixed_rotations(subject.loaded.model, FAR + 1):
@@ -38,9 +38,9 @@ def rotations_are_those_of_one_pass(subject: Subject) -> Check:
 
 
 def layers_turn_as_assumed(subject: Subject) -> Check:
-    """Every layer turns a key as those methods believe that turn keys again."""
+    """Every layer rotates keys as assumed by methods that rotate keys again."""
     name, worst = "layers turn keys as assumed", 0.0
-    with fixed_rotations(subject.loaded.model, subject.block):  # far places would change what depends on the length
+    with fixed_rotations(subject.loaded.model, subject.block):  # some rotations depend on the length
         try:
             speeds = frequencies(subject.loaded.model)
         except UserError as error:
@@ -73,7 +73,7 @@ def bytes_are_those_cached(subject: Subject) -> Check:
 
 
 def chosen_is_masked(subject: Subject) -> Check:
-    """What policies remove while they read, and one pass under a mask of what they kept, give the same."""
+    """Removing entries under a policy, and one pass under a mask of what it kept, give the same scores."""
     name, worst, at = "what policies chose is masked", 0.0, ""
     for method, ratio in policies(subject):
         removed, masked = _both_ways(subject, method, ratio)
@@ -88,7 +88,7 @@ def chosen_is_masked(subject: Subject) -> Check:
 
 
 def policies_see_attention(subject: Subject) -> Check:
-    """The attention that policies choose by is the model's own, as its plain code computes it."""
+    """The attention that policies choose by equals the attention of the model's own eager code."""
     name = "policies see the model's attention"
     if subject.facts.policy_refusal:
         return Check(name, True, f"policies are refused: {subject.facts.policy_refusal}", "")
@@ -119,7 +119,7 @@ def _policy(name: str, ratio: str) -> CachePolicy:
 
 
 def _both_ways(subject: Subject, method: str, ratio: str) -> tuple[Tensor, Tensor]:
-    """Nats of every token but the first, with entries removed and with them masked."""
+    """Negative log-likelihood of every token but the first, in nats, with entries removed and with them masked."""
     model, ids = subject.loaded.model, subject.ids()[:2]
     with torch.inference_mode(), fixed_rotations(model, ids.shape[1]):
         both = removed_and_masked(model, _policy(method, ratio), ids)
@@ -129,7 +129,7 @@ def _both_ways(subject: Subject, method: str, ratio: str) -> tuple[Tensor, Tenso
 
 
 def _keys_at(subject: Subject, places: tuple[int, ...]) -> list[Tensor]:
-    """Keys ``[1, heads, places, width]`` of every layer, one token read at each place; alone if there is one."""
+    """Keys ``[1, heads, places, width]`` of every layer, for one token at each of the positions ``places``."""
     model, calls = subject.loaded.model, list[Attended]()
     device = subject.device
     token = LISTENER.set(calls.append)
@@ -146,7 +146,7 @@ def _keys_at(subject: Subject, places: tuple[int, ...]) -> list[Tensor]:
 
 
 def _last(subject: Subject) -> int:
-    """The last place that the model can be asked about."""
+    """The last position at which the model can be used."""
     return subject.loaded.context - 1 if subject.facts.learned else FAR
 
 

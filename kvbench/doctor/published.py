@@ -1,7 +1,7 @@
-"""A published number, measured again: GPT-2 large on WikiText-2, in windows of 1024 tokens that do not overlap.
+"""A published number, measured again: GPT-2 large on WikiText-2, in disjoint windows of 1024 tokens.
 
-https://huggingface.co/docs/transformers/perplexity gives 19.44 for this way of cutting (the texts of all rows joined
-by an empty line, the first token of each window not scored).
+https://huggingface.co/docs/transformers/perplexity gives 19.44 for this way of cutting (the texts of all rows joined by
+an empty line, the first token of each window not scored).
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ WINDOW = 1024
 
 
 def published_is_met(subject: Subject) -> Check:
-    """Needs the hub, or its cache, and half an hour on a CPU.
+    """The perplexity equals the published one. Needs the hub, or its cache, and half an hour on a CPU.
 
     Raises:
         UserError: the model or the texts cannot be loaded.

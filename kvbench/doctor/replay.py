@@ -1,4 +1,4 @@
-"""A policy's choices carried out twice: removed while the text is read, and masked in one pass over all of it."""
+"""Applies a policy's choices twice: by removing entries while text is read, and by masking them in one pass."""
 
 from __future__ import annotations
 
@@ -14,8 +14,7 @@ from kvbench.models.attention_hooks import OBSERVER
 
 
 class BothWays(NamedTuple):
-    """Logits ``[batch, n, vocabulary]`` with entries removed and with them masked, and what is held after the last
-    token."""
+    """Logits ``[batch, n, vocabulary]`` with entries removed and with them masked, and the final cache."""
 
     removed: Tensor
     masked: Tensor
@@ -23,10 +22,10 @@ class BothWays(NamedTuple):
 
 
 def removed_and_masked(model: Any, policy: CachePolicy, ids: Tensor) -> BothWays:
-    """Read a text twice.
+    """Read a text under a policy, and again in one pass under a mask of what the policy kept.
 
     Args:
-        policy: one that changes no entry and no position, so that a mask can stand for it.
+        policy: one that changes no entries and no positions, so that a mask is equivalent.
         ids: int64 ``[batch, n]``.
     """
     run, runs, parts = PolicySession(model, policy, ids.shape[1], (3, 5), history=[]), [], []
@@ -46,7 +45,7 @@ def removed_and_masked(model: Any, policy: CachePolicy, ids: Tensor) -> BothWays
 
 
 class _Replayed:
-    """The mask of one pass over everything: for each run of tokens, what was kept then, and the run itself."""
+    """An observer that masks one pass: each run of tokens sees what was kept before it, and itself causally."""
 
     def __init__(self, run: PolicySession, runs: list[tuple[int, int]], length: int) -> None:
         assert run.history is not None
@@ -56,14 +55,14 @@ class _Replayed:
         return self.masks[layer]
 
     def attend(self, *_: Any) -> None:
-        """As the mask says."""
+        """Nothing: the model attends under the mask."""
 
     def observe(self, *_: Any) -> None:
-        """Nothing is learned."""
+        """Nothing is recorded."""
 
 
 def _mask_of(kept: list[list[Tensor]], layer: int, runs: list[tuple[int, int]], length: int) -> Tensor:
-    """bool ``[batch, heads, length, length]``."""
+    """The mask of a layer, bool ``[batch, heads, length, length]``."""
     batch, heads = kept[-1][layer].shape[:2]
     mask = torch.zeros(batch, heads, length, length, dtype=torch.bool, device=kept[-1][layer].device)
     for number, (start, stop) in enumerate(runs):

@@ -1,4 +1,4 @@
-"""What policies learn from the queries of a layer: attention received, moments, the last of them."""
+"""Statistics of a layer's queries that policies need: attention received per entry, moments, and the last queries."""
 
 from __future__ import annotations
 
@@ -8,17 +8,17 @@ from torch import Tensor
 from kvbench.models.rope import rotated
 
 QUERIES_AT_ONCE = 64
-"""Queries whose attention is summed at a time."""
+"""Number of queries whose attention is computed at a time."""
 
 
 def attended(query: Tensor, keys: Tensor, scaling: float, positions: Tensor, decay: float = 1.0) -> Tensor:
-    """Attention that entries receive from the last queries, summed over queries and query heads, causally.
+    """Causal attention that entries receive from the last queries, summed over queries and query heads.
 
     Args:
         query: ``[batch, query heads, q, d]``, of the last q entries.
         keys: ``[batch, heads, entries, d]``.
         positions: int64 ``[batch, heads, entries]``; negative where there is no entry.
-        decay: the weight of a query's attention, per query after it.
+        decay: factor applied to the attention of a query for every query after it.
 
     Returns:
         float32 ``[batch, heads, entries]``.
@@ -43,7 +43,7 @@ def attended(query: Tensor, keys: Tensor, scaling: float, positions: Tensor, dec
 
 
 def with_queries(before: Tensor | None, query: Tensor, count: int) -> Tensor:
-    """The last ``count`` queries, copied."""
+    """Append ``query`` to the queries ``before``, and return a copy of the last ``count``."""
     joined = query if before is None else torch.cat([before, query], 2)
     return joined[:, :, -count:].clone()
 
@@ -51,12 +51,12 @@ def with_queries(before: Tensor | None, query: Tensor, count: int) -> Tensor:
 def with_moments(
     before: tuple[int, Tensor, Tensor] | None, query: Tensor, first: int, skipped: int, speeds: Tensor | None
 ) -> tuple[int, Tensor, Tensor]:
-    """Number, sum and sum of outer products of the queries so far, before they were rotated.
+    """Number, sum and sum of outer products of the queries so far, before the rotary embedding.
 
     Args:
         query: ``[batch, query heads, q, d]``, of the tokens from ``first`` on.
-        skipped: tokens at the beginning of the text that are left out.
-        speeds: of the rotation; None if there is none.
+        skipped: number of first text tokens that are left out.
+        speeds: inverse frequencies ``[d / 2]`` of the rotary embedding; None if there is none.
     """
     plain = query.float()
     if speeds is not None:

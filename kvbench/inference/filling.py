@@ -1,4 +1,4 @@
-"""Random caches, for profiles that do not read a prompt."""
+"""Random cache contents, for profiles that do not read a prompt."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from kvbench.models.configuration import text_config
 
 
 def random_entries(model: nn.Module, batch: int, entries: int, seed: int) -> Iterator[tuple[Tensor, Tensor]]:
-    """Keys and values ``[batch, heads, entries, width]`` of every layer: seeded, normal, of no meaning.
+    """Keys and values ``[batch, heads, entries, width]`` of every layer: seeded samples of a normal distribution.
 
-    All rows of the batch are alike, which changes nothing for time and saves most of the drawing.
+    All rows of the batch are equal, which does not affect timings and makes sampling faster.
     """
     like = next(model.parameters())
     generator = torch.Generator(like.device).manual_seed(seed)
@@ -28,7 +28,7 @@ def random_entries(model: nn.Module, batch: int, entries: int, seed: int) -> Ite
 
 
 def random_logits(model: nn.Module, batch: int, seed: int) -> Tensor:
-    """``[batch, vocabulary]``, seeded."""
+    """Random logits ``[batch, vocabulary]``, from a seed."""
     like = next(model.parameters())
     generator = torch.Generator(like.device).manual_seed(seed)
     size = int(text_config(model.config).vocab_size)

@@ -1,9 +1,9 @@
-"""The decoding loop: the model writes on behind what a session has read.
+"""The decoding loop: the model continues the text that a session has read.
 
-The loop is the same for every method: the session says what is fed besides the text (sentinels, memory tokens) and
-what leaves the cache, also among what is being written. Every random number is drawn before the loop, one per row and
-token, and used by inverting the cumulative distribution, so that neither the batch nor its order decides what a row
-becomes, and methods share their luck.
+The loop is the same for every method: the session decides which special tokens (sentinels, memory tokens) are fed
+besides the text, and which entries leave the cache, those of generated tokens included. All random numbers are drawn
+before the loop, one per row and token, and used by inverse transform sampling. So a row does not depend on the batch or
+its order, and all methods use the same random numbers.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from kvbench.inference.session import Session
 
 
 def read_prompt(session: Session, ids: Tensor) -> Tensor:
-    """Read the context ``[batch, P]``: logits ``[batch, vocabulary]`` of the first token to write."""
+    """Read the context ``[batch, P]`` and return logits ``[batch, vocabulary]`` for the first token to generate."""
     *_, part = session.prefill(ids, ids.shape[1] - 1)
     return part.logits[:, -1]
 
@@ -27,13 +27,13 @@ def written(
     session: Session, logits: Tensor, uniforms: Tensor, sampling: Sampling, ends: tuple[int, ...] = (),
     check: bool = True,
 ) -> Iterator[Tensor]:
-    """Choose, feed, choose ...: yields ids int64 ``[batch * outputs]``, -1 in rows that have ended.
+    """Generate tokens: yields their ids, int64 ``[batch * outputs]``, step by step; -1 in rows that have ended.
 
     Args:
-        logits: ``[batch, vocabulary]``, of the first token.
-        uniforms: float64 ``[batch, outputs, G]``, NaN throughout for a greedy output.
-        ends: ids after which a row has ended.
-        check: see, at the end, that all predictions were finite.
+        logits: ``[batch, vocabulary]``, for the first token.
+        uniforms: float64 ``[batch, outputs, G]``, uniform random numbers for G tokens; all NaN for a greedy output.
+        ends: token ids after which a row has ended.
+        check: check at the end that all logits were finite.
 
     Raises:
         RuntimeError: they were not.

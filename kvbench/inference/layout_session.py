@@ -1,6 +1,6 @@
-"""Sessions of methods with a layout: a stream with entries really removed, and one masked pass.
+"""Sessions of layout methods: the streamed execution, which removes entries, and one masked pass.
 
-A layout is shared by all rows of a batch, so eviction is aligned and no padding is ever needed.
+All rows of a batch share a layout, so eviction is aligned and no padding is needed.
 """
 
 from __future__ import annotations
@@ -20,17 +20,17 @@ from kvbench.methods.layouts.layout import OPEN, RAW, Layout
 
 @dataclass
 class LayoutSession:
-    """A layout being fed; what no later token may see leaves the cache.
+    """Feeds a batch under a layout and removes the entries that no later token may see.
 
     Attributes:
-        context: text tokens that are read first; the rest of the layout is written, or read one by one.
-        chunk: slots that are fed at a time.
-        evicts: dead entries are really removed; otherwise they are only masked.
-        is_loose: a few dead entries may stay, masked, until new ones take their places; otherwise
-            they leave at once.
-        fed: slots fed so far; ``read`` text tokens.
-        stored: int64, the slots that the cache holds, by place.
-        holes: int64, the places of dead ones.
+        context: number of text tokens that are read first; the rest of the layout is generated, or read one by one.
+        chunk: number of slots that are fed at a time.
+        evicts: whether dead entries are removed; otherwise they are only masked.
+        is_loose: whether a few dead entries may stay, masked, until new ones overwrite them; otherwise they are removed
+            at once.
+        fed: number of slots fed so far; ``read``: number of text tokens.
+        stored: int64, the slots that the cache holds, by cache index.
+        holes: int64, the cache indices of dead entries.
         kept, peak: entries, see :class:`kvbench.inference.session.Session`.
     """
 
@@ -49,7 +49,7 @@ class LayoutSession:
     holes: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.long))
 
     def prefill(self, ids: Tensor, first: int = 0, ahead: Tensor | None = None) -> Iterator[Scored]:
-        """Feed ``chunk`` slots at a time; dead entries leave the cache after each chunk. ``ahead`` is not read."""
+        """Feed ``chunk`` slots at a time and remove dead entries after each chunk; ``ahead`` is ignored."""
         end, token = self._stop(self.context - 1), first
         wanted = self.layout.read_slots[first : self.context]
         for start in range(0, end, self.chunk):
@@ -71,7 +71,7 @@ class LayoutSession:
         self.cache.batch_repeat_interleave(copies)
 
     def step(self, ids: Tensor) -> Tensor:
-        """Feed a token of every row, and the special tokens up to the next one."""
+        """Feed one token per row, and the special tokens up to the next text token."""
         self.is_loose = True
         stop, wanted = self._stop(self.read), self.layout.read_slots[self.read][None]
         self.read += 1
@@ -118,11 +118,11 @@ class LayoutSession:
         return torch.where(last < 0, -1, targets - last)
 
     def feed(self, inputs: Tensor, wanted: Tensor) -> Tensor:
-        """Feed the next slots of the layout; dead entries leave the cache afterwards.
+        """Feed the next slots of the layout, and remove dead entries afterwards.
 
         Args:
             inputs: ids ``[batch, m]`` or embeddings ``[batch, m, width]`` of the slots from ``fed`` on.
-            wanted: int64, the slots among them whose logits are wanted.
+            wanted: int64, the slots among them whose logits are returned.
 
         Returns:
             Logits ``[batch, wanted, vocabulary]``.
@@ -149,7 +149,7 @@ class LayoutSession:
         return logits
 
     def _stop(self, token: int) -> int:
-        """One past the last slot that is fed with a text token: what opens a span waits for its text."""
+        """One past the last slot fed along with a text token; opening sentinels are fed with the text after them."""
         raw, kind = self.layout.raw_slots, self.layout.tokens.kind
         if token + 1 >= len(raw):
             return len(self.layout)
@@ -159,29 +159,29 @@ class LayoutSession:
         return stop
 
     def _place(self, slots: Tensor) -> Tensor:
-        """Say where the coming slots go, holes first, and return the slots that are then present, by place."""
+        """Assign cache indices to the next slots, holes first, and return the slots then present, by cache index."""
         if not self.is_loose or not self.evicts:
             self.cache.holes = None
             return torch.cat([self.stored, slots])
         taken = self.holes[: len(slots)]
         layers = self.cache.layers
-        self.cache.holes = sent(taken, layers[0].keys.device) if layers else taken  # once, not in every layer
+        self.cache.holes = sent(taken, layers[0].keys.device) if layers else taken  # copied once for all layers
         present = torch.cat([self.stored, slots[len(taken) :]])
         present[taken] = slots[: len(taken)]
         return present
 
     def _mask(self, fed: Tensor, present: Tensor) -> Tensor | None:
-        """bool ``[fed, present]``; None where the kernel's own causal rule says the same."""
+        """Attention mask, bool ``[fed, present]``; None where the kernel's own causal mask is equivalent."""
         if self.layout.is_plain and (len(fed) == 1 or len(fed) == len(present)):
             return None
         mask = self.layout.visible(fed, present)
         return None if len(fed) == 1 and bool(mask.all()) else mask
 
     def _settle(self, present: Tensor) -> None:
-        """Let go of what no later slot may see, once ``fed`` slots have been fed."""
+        """Remove the entries that no later slot may see, after ``fed`` slots have been fed."""
         alive = self.layout.last_query[present] >= self.fed
         held = int(alive.sum())
-        # Entries that are mixed from others are looked up by place, in order: there, nothing may linger or move.
+        # Merging looks entries up by their order in the cache: there, dead entries may not stay and none may move.
         may_move = self.is_loose and self.layout.mixture is None
         if self.evicts and len(present) - held > (held // ROOM if may_move else 0):
             device = self.cache.layers[0].keys.device
@@ -199,7 +199,7 @@ class LayoutSession:
 
 @dataclass
 class MaskedSession(LayoutSession):
-    """The same layout in one masked pass over the context: entries are removed only before more text follows."""
+    """One masked pass over the context; entries are removed only before more text follows."""
 
     def prefill(self, ids: Tensor, first: int = 0, ahead: Tensor | None = None) -> Iterator[Scored]:
         first = min(first, self.context)

@@ -1,4 +1,4 @@
-"""Opening sessions: the one place that asks which mechanism a method has."""
+"""Opens sessions: the only module that distinguishes layout methods from policies."""
 
 from __future__ import annotations
 
@@ -23,18 +23,19 @@ from kvbench.models.facts import OTHER_METHOD, ModelFacts
 from kvbench.models.rope import fixed_rotations, frequencies
 
 ONEPASS = "onepass"
-"""The execution in which entries are masked and not removed."""
+"""The execution in which entries are masked instead of removed."""
 
 
 @dataclass(frozen=True)
 class Text:
-    """What a session is opened for: the rows of a batch have all of it in common.
+    """A batch of texts for which a session is opened; all rows have the same lengths and structure.
 
     Attributes:
-        context: tokens that are read first, and compressed.
-        planned: tokens up to which the method goes on compressing; those beyond the context are written.
-        row_seeds: a number of each row that depends on its text only, from 0 to 15.
-        is_used_afterwards: the context is read for what follows it; otherwise it is scored while it is read.
+        context: number of tokens that are read first, and compressed.
+        planned: number of tokens up to which the method goes on compressing; those after the context are generated.
+        row_seeds: for each row a number from 0 to 15 that depends on its text only.
+        is_used_afterwards: whether the context is read for text that follows it; otherwise it is scored while it is
+            read.
         structure: what is known of the text besides its length.
     """
 
@@ -54,18 +55,18 @@ def open_session(
     execution: str = "streamed", chunk: int = 64, at_once: bool = False,
     overhead: Callable[[], AbstractContextManager[object]] = nullcontext,
 ) -> Session:
-    """A session of a method, to be used while the model is :func:`prepared` for the adapter and the length.
+    """Open a session of a method; use it while the model is :func:`prepared` for the adapter and the length.
 
     Args:
-        execution: ``streamed`` (entries really removed) or ``onepass`` (masked).
-        chunk: tokens that are fed at a time.
-        at_once: feed a context whole where the method allows it, as is fastest.
-        overhead: entered around all that is done outside the model's own forward pass, so that it can be timed.
+        execution: ``streamed`` (entries are removed) or ``onepass`` (entries are masked).
+        chunk: number of tokens that are fed at a time.
+        at_once: feed the whole context in one forward pass if the method allows it, which is fastest.
+        overhead: context manager entered around all work outside the model's own forward pass, so that it can be timed.
 
     Raises:
         UserError: the budget is below what the method needs.
     """
-    with Reader(model, adapter).bare():  # the shape of the cache is asked of the model as it is
+    with Reader(model, adapter).bare():  # the shape of the cache is found out on the base model
         method = method.fitted(text.context, cache_shape(model))
     if isinstance(method, CachePolicy):
         once = (text.is_used_afterwards or text.is_written) and method.prefill == "once"
@@ -82,13 +83,13 @@ def open_session(
 
 @contextmanager
 def prepared(model: nn.Module, adapter: Adapter | None, length: int) -> Iterator[None]:
-    """The model as it reads texts of that length, with the adapter applied."""
+    """Prepare the model for texts of ``length`` tokens within the block: rotary embeddings fixed, adapter applied."""
     with fixed_rotations(model, length), Reader(model, adapter).ready():
         yield
 
 
 def rows_together(method: Method, row_seeds: Sequence[int]) -> list[list[int]]:
-    """The rows of a batch that can share a session: where a layout is drawn by row, those of one layout."""
+    """Group the rows of a batch that can share a session: under a random layout, those with the same layout."""
     if method.by_text:
         return [[row] for row in range(len(row_seeds))]
     if not method.seeded:
@@ -100,13 +101,13 @@ def rows_together(method: Method, row_seeds: Sequence[int]) -> list[list[int]]:
 
 
 def check_method(method: Method, model: nn.Module, name: str, facts: ModelFacts) -> None:
-    """See that what a method needs of a model, and does to its positions, is what the model does.
+    """Check that the model supports what the method needs of it, and what it does to positions.
 
     Args:
-        name: of the model, for the user.
+        name: name of the model, for messages.
 
     Raises:
-        UserError: it is not.
+        UserError: it does not.
     """
     if method.n_rows:
         facts.check_embeddings(name, method.name)
@@ -127,7 +128,7 @@ def check_method(method: Method, model: nn.Module, name: str, facts: ModelFacts)
 
 
 def places_needed(method: Method, model: nn.Module, text: Text, seed: int) -> int:
-    """How many positions the planned tokens of a text take, special tokens included."""
+    """Number of position ids that the planned tokens of a text need, special tokens included."""
     method = method.fitted(text.context, cache_shape(model))
     if isinstance(method, CachePolicy):
         return text.planned
@@ -135,11 +136,11 @@ def places_needed(method: Method, model: nn.Module, text: Text, seed: int) -> in
 
 
 class Demand(NamedTuple):
-    """What a session takes at most.
+    """Size of a session at its largest, for an estimate of its memory.
 
     Attributes:
-        entries: that the cache holds beside those being fed; packed ones count as none.
-        fed: tokens that are fed at a time.
+        entries: entries that the cache holds besides those being fed; packed ones count as 0.
+        fed: number of tokens that are fed at a time.
     """
 
     entries: int
@@ -147,11 +148,11 @@ class Demand(NamedTuple):
 
 
 def demand(method: Method, model: nn.Module, text: Text, seed: int, chunk: int, is_read: bool) -> Demand:
-    """About the least that a prompt takes, and what is written after it.
+    """Estimate from below what reading a prompt and generating text after it takes.
 
     Args:
-        chunk: tokens that are fed at a time, where the prompt cannot be fed at once.
-        is_read: the prompt is read; otherwise the cache is filled.
+        chunk: number of tokens that are fed at a time, if the prompt cannot be fed at once.
+        is_read: whether the prompt is read; otherwise the cache is filled with random entries.
     """
     method, prompt = method.fitted(text.context, cache_shape(model)), text.context
     if isinstance(method, CachePolicy):
@@ -167,7 +168,7 @@ def demand(method: Method, model: nn.Module, text: Text, seed: int, chunk: int, 
 
 
 def _planned(method: Method, text: Text, seed: int) -> Layout:
-    """The layout of a text, planned once for all batches that are alike."""
+    """The layout of a text, cached for batches of the same lengths and seed."""
     assert isinstance(method, LayoutMethod), "there are two mechanisms"
     which = text.row_seeds[0] if method.seeded else 0
     structure = text.structure._replace(prefix=text.context if text.is_written else 0)
@@ -177,5 +178,5 @@ def _planned(method: Method, text: Text, seed: int) -> Layout:
 @lru_cache(maxsize=512)
 def _layout(method: LayoutMethod, n: int, seed: int, which: int, structure: TextStructure) -> Layout:
     layout = make_layout(method, n, seed, which, structure)
-    _ = layout.last_query  # planned now, so that no clock runs meanwhile
+    _ = layout.last_query  # computed here, so that it is not timed later
     return layout

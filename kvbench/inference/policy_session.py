@@ -1,7 +1,7 @@
-"""Reading text while a policy removes entries: attend first, remove after.
+"""Sessions of policies: tokens attend first, entries are removed afterwards.
 
-Every layer is attended under the mask of its own entries (all that it holds, causally), since layers and heads hold
-different ones. What was chosen can be written down, so that one masked pass can show that it was the same.
+Layers and heads hold different entries, so every layer attends under its own mask (all entries that it holds,
+causally). The choices can be recorded, so that one masked pass can check that it gives the same logits.
 """
 
 from __future__ import annotations
@@ -26,20 +26,20 @@ from kvbench.models.rope import frequencies
 
 @dataclass
 class PolicySession:
-    """A batch of texts being read under a policy; a fresh one for every batch.
+    """A batch of texts that is read under a policy; every batch needs a new session.
 
     Attributes:
-        total: text tokens that will be read under it, or up to which the budget is met.
-        row_seeds: a number of each row that depends on its text only.
-        chunk: tokens of the context that are fed at a time where nothing is removed before its end; None where
-            entries are removed on the way.
-        seen: for every token read, how many earlier entries it saw (the mean over layers).
-        peak: the most entries that a layer ever held.
-        history: if asked for, what every layer attended when each run of tokens was fed: ``[batch, heads, entries]``
-            places, -1 for none.
-        overhead: entered around all that is done besides the model's own forward pass, so that it can be timed.
-        context: tokens that were read before what follows them; None while they are read.
-        ahead: tokens behind those read whose queries the policy has seen as well.
+        total: number of text tokens in the context, which budgets refer to.
+        row_seeds: for each row a number that depends on its text only.
+        chunk: number of tokens fed at a time if entries are removed only at the end of the context; None if they are
+            removed while it is read.
+        seen: for every token read, how many earlier entries it attended to (the mean over layers).
+        peak: the most entries that a layer has held.
+        history: if a list is given, it records for every run of tokens fed what each layer attended to: positions
+            ``[batch, heads, entries]``, -1 for none.
+        overhead: context manager entered around all work outside the model's own forward pass, so that it can be timed.
+        context: number of context tokens once text after it is read; None before.
+        ahead: number of tokens after those read whose queries the policy has seen as well.
     """
 
     model: nn.Module
@@ -62,7 +62,7 @@ class PolicySession:
         self.read = self.since = 0
 
     def prefill(self, ids: Tensor, first: int = 0, ahead: Tensor | None = None) -> Iterator[Scored]:
-        """Feed text as the policy wants it fed, and remove entries where they are due, and at the end."""
+        """Feed the context, and remove entries whenever the policy says so and at the end."""
         start, length = 0, ids.shape[1]
         while start < length:
             stop = min(length, start + (self.chunk or self.policy.run_length(self.read)))
@@ -77,9 +77,10 @@ class PolicySession:
             start = stop
 
     def extend(self, ids: Tensor) -> Iterator[Scored]:
-        """Feed what comes after the context: it is attended, and nothing more is removed.
+        """Read text after the context without compressing it further.
 
-        What was set aside of the context is looked at again, where the policy does that.
+        A policy that attends to a part of the entries (RefreshKV) goes on renewing its choice among those of the
+        context.
         """
         self.context = self.read
         if self.policy.keeps_all:
@@ -99,7 +100,7 @@ class PolicySession:
         return logits[:, -1]
 
     def fill(self, batch: int, seed: int) -> None:
-        """Random entries for the whole context, layer by layer, of which the policy keeps its own."""
+        """Store random entries for the whole context, layer by layer, and let the policy compress each layer."""
         device = next(self.model.parameters()).device
         generator = torch.Generator(device).manual_seed(seed)
         heads = int(text_config(self.model.config).num_attention_heads)
@@ -130,7 +131,7 @@ class PolicySession:
 
     @property
     def attended(self) -> int:
-        """Packed entries by the bytes that they take."""
+        """Entries that the next token attends to; packed ones are counted by their bytes."""
         return round(self.cache.mean_seen())
 
     def bytes(self) -> CacheBytes:
@@ -148,10 +149,10 @@ class PolicySession:
         return None
 
     def _look_ahead(self, ids: Tensor) -> None:
-        """See the queries of text behind the context, in passing, if the policy looks at queries.
+        """Let the policy see the queries of text after the context, if it uses queries.
 
-        They attend the whole context, as all queries before them do, and their own entries are let go of again: the
-        text is then read anew, from what is left.
+        They attend to the whole context, before it is compressed. Their own entries are dropped afterwards: the text is
+        then read again, from the compressed cache.
         """
         policy, count = self.policy, ids.shape[1]
         if not count or not policy.observes:
@@ -169,7 +170,7 @@ class PolicySession:
         return self.policy.is_due(self.read, self.since)
 
     def feed(self, ids: Tensor, wanted: slice = slice(None)) -> Tensor:
-        """Logits ``[batch, wanted, vocabulary]`` of text ``[batch, m]`` after what was read; nothing is removed."""
+        """Feed text ``[batch, m]`` and return logits ``[batch, wanted, vocabulary]``; nothing is removed."""
         m, cache = ids.shape[1], self.cache
         cache.is_full_step = self.policy.is_full_step(self.read)
         held = cache.mean_entries() if cache.is_full_step else cache.mean_seen()
@@ -194,7 +195,7 @@ class PolicySession:
         return logits
 
     def remove(self) -> None:
-        """Let the policy choose, in every layer that holds more than its budget."""
+        """Let the policy remove entries in every layer that holds more than its budget."""
         self.since = 0
         with self.overhead():
             chosen: dict[int, Tensor] = {}
@@ -202,7 +203,7 @@ class PolicySession:
                 self.remove_from(number, chosen)
 
     def remove_from(self, number: int, chosen: dict[int, Tensor]) -> None:
-        """In one layer; ``chosen`` by the layers before it."""
+        """Remove entries of one layer; ``chosen``: by layer, the entries that earlier layers have chosen."""
         policy, layers = self.policy, self.cache.layers
         layer = layers[number]
         self._observe(number, None)
@@ -224,7 +225,7 @@ class PolicySession:
                 layer.pack(*found)
 
     def _view(self, number: int, first: int = 0, last: int | None = None) -> LayerView:
-        """A layer's entries from the ``first`` on, which is 0 or the first that is not packed, up to the ``last``."""
+        """The policy's view of a layer: entries from ``first`` (0, or the first that is not packed) up to ``last``."""
         layer = self.cache.layers[number]
         keys, values = (t[:, :, :last] for t in ((layer.keys, layer.values) if first else layer.present()))
         none = torch.zeros((), device=keys.device).expand(keys.shape[:3])
@@ -240,18 +241,18 @@ class PolicySession:
         )
 
     def mask(self, layer: int, queries: int, keys: int, device: torch.device) -> Tensor | None:
-        """All that is held, causally."""
+        """Causal mask over all entries that the layer holds; None where the kernel's own causal mask is equivalent."""
         if queries in (1, keys):
             return None
         return torch.ones(queries, keys, dtype=torch.bool, device=device).tril(keys - queries)
 
     def attend(self, layer: int, query: Tensor, scaling: float | None) -> Tensor | None:
-        """Head by head, where heads hold different numbers of entries."""
+        """Attention computed head by head, if heads hold different numbers of entries; None otherwise."""
         ragged = self.cache.layers[layer].ragged
         return None if ragged is None else ragged.attention(query, scaling)
 
     def observe(self, layer: int, query: Tensor, keys: Tensor, scaling: float) -> None:
-        """Set the queries aside: they are looked at together, once there are many, or before entries are removed."""
+        """Collect queries; they are processed together, once there are many or before entries are removed."""
         policy, stored = self.policy, self.cache.layers[layer]
         stored.scaling = scaling
         if policy.observes:
@@ -261,10 +262,10 @@ class PolicySession:
                     self._observe(layer, keys)
 
     def _observe(self, number: int, keys: Tensor | None) -> None:
-        """Keep the last of the pending queries, add up what they attend, or take their moments.
+        """Process the collected queries: keep the last of them, add up their attention, or update their moments.
 
         Args:
-            keys: as they were attended last; None to turn them again.
+            keys: the keys that they attended to; None to rotate the stored ones again.
         """
         policy, layer = self.policy, self.cache.layers[number]
         if not layer.pending:

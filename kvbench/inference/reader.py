@@ -1,4 +1,4 @@
-"""A model being fed text under a layout, with the method's adapter if it has one."""
+"""Feeds text to a model under a layout, with the method's adapter if it has one."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ from kvbench.models.rope import frequencies
 class Reader:
     """Feeds text under a layout to a model.
 
-    Logits are those of the *text* tokens only, in order; the sentinels that a layout inserts are fed and not scored.
+    Logits are those of the *text* tokens only, in order; special tokens of a layout are fed and not scored.
 
     Attributes:
-        overhead: entered around all that a step does outside the model's own forward pass, so that it can be timed.
+        overhead: context manager entered around all work outside the model's own forward pass, so that it can be timed.
     """
 
     model: nn.Module
@@ -32,7 +32,7 @@ class Reader:
 
     @contextmanager
     def ready(self) -> Iterator[Reader]:
-        """The model with the adapter applied."""
+        """Apply the adapter to the model within the block."""
         with ExitStack() as stack:
             if self.adapter is not None:
                 stack.enter_context(self.adapter.applied(self.model))
@@ -40,7 +40,7 @@ class Reader:
 
     @contextmanager
     def bare(self) -> Iterator[None]:
-        """The base model again, inside ``ready``, for the length of the block."""
+        """Use the base model without its adapter within the block, inside ``ready``."""
         if self.adapter is None:
             yield
             return
@@ -48,12 +48,12 @@ class Reader:
             yield
 
     def inputs(self, ids: Tensor, layout: Layout, slots: slice = slice(None)) -> Tensor:
-        """What is fed of text ``[batch, n]`` under a layout: ids, or embeddings where an adapter has rows of its own.
+        """Model inputs for text ``[batch, n]`` under a layout: ids, or embeddings if an adapter adds special tokens.
 
-        Text is fed by its ids, since some models take more from them than embeddings (tables by layer, routes).
+        Plain text is fed as ids, since some models need ids for more than embeddings (tables per layer, routing).
 
         Args:
-            slots: which of the fed sequence; the text among them must be in ``ids``.
+            slots: which part of the input sequence; its text tokens must be in ``ids``.
 
         Returns:
             int64 ``[batch, slots]``, or embeddings ``[batch, slots, width]``.
@@ -61,15 +61,16 @@ class Reader:
         source = sent(layout.source[slots], ids.device)
         text = ids[:, source.clamp(max=ids.shape[1] - 1)]
         if self.adapter is None or len(layout) == layout.n_raw:
-            return text  # any other tokens are addresses, and nothing that is computed at them is read
+            return text  # without an adapter, special tokens only hold merged entries: their ids do not matter
         embedded: Tensor = self.model.get_input_embeddings()(text)  # type: ignore[operator]
         special = self.adapter.rows.to(embedded.dtype)[(source - layout.n_raw).clamp(min=0)]
         return torch.where((source < layout.n_raw)[:, None], embedded, special)
 
     def written(self, ids: Tensor, layout: Layout, slots: slice) -> Tensor:
-        """What is fed of written tokens ``[rows, 1]``: the token, and the special tokens behind it.
+        """Model inputs for generated tokens ``[rows, 1]``: the token, and the special tokens after it.
 
-        Special tokens are ids where they are addresses, which are not read, and embeddings where they are rows.
+        Special tokens are embeddings if an adapter has trained them; those that only hold merged entries are arbitrary
+        ids.
         """
         count = slots.stop - slots.start
         if count == 1:
@@ -84,7 +85,7 @@ class Reader:
     def one_pass(
         self, ids: Tensor, layout: Layout, keep: slice = slice(None), cache: EvictingCache | None = None
     ) -> Tensor:
-        """Logits ``[batch, kept, vocabulary]`` of the text tokens ``keep`` under the mask."""
+        """One pass under the layout's mask: logits ``[batch, kept, vocabulary]`` of the text tokens ``keep``."""
         device = ids.device
         self.open_gate(layout.special_slots.to(device))
         if layout.mixture is not None:
@@ -113,7 +114,7 @@ class Reader:
         return self.forward(ids, mask, places, torch.arange(m, device=ids.device), cache, position)
 
     def mixing(self, layout: Layout, first: int, present: Tensor, device: torch.device) -> MergeStep | None:
-        """What the forward pass of the slots from ``first`` on has to mix, given what is present."""
+        """The merges to apply when the slots from ``first`` on are fed, given the slots ``present`` in the cache."""
         mixture = layout.mixture
         if mixture is None:
             return None
@@ -123,7 +124,7 @@ class Reader:
         turns: tuple[tuple[Tensor, Tensor] | None, ...] = ()
         speeds = None
         if mixture.unrotated:
-            with self.bare():  # asked as it is
+            with self.bare():  # found out on the base model
                 speeds = frequencies(self.model)
         if speeds is not None:
             position = sent(layout.position[present], device)[:, None]
@@ -133,7 +134,7 @@ class Reader:
         return MergeStep(sent(places, device), sent(weights, device), turns)
 
     def open_gate(self, special: Tensor) -> None:
-        """Say which of the coming inputs are special tokens."""
+        """Tell the adapter which of the next inputs are special tokens."""
         if self.adapter is not None:
             self.adapter.open_gate(special)
 
@@ -159,5 +160,5 @@ class Reader:
 
 
 def sent(tensor: Tensor, device: torch.device) -> Tensor:
-    """The tensor on the device, without waiting for what the device is doing."""
+    """Copy the tensor to the device without synchronising with it."""
     return tensor.to(device, non_blocking=True)

@@ -1,4 +1,4 @@
-"""How the next token is chosen: greedily, or drawn from the nucleus."""
+"""Choosing the next token: greedy decoding, or nucleus sampling."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Sampling:
-    """How the next token is chosen where it is drawn.
+    """Parameters of nucleus sampling.
 
     Attributes:
-        top_p: the least set of most probable tokens with this much probability is drawn from
-            (nucleus sampling, arXiv 1904.09751).
+        top_p: probability of the nucleus, the smallest set of most probable tokens that reaches it (nucleus sampling,
+            arXiv 1904.09751).
         temperature: logits are divided by it.
     """
 
@@ -28,7 +28,7 @@ def choose(logits: Tensor, uniforms: Tensor, sampling: Sampling, drawn: Tensor |
     Args:
         logits: ``[rows, vocabulary]``.
         uniforms: float64 ``[rows]`` in [0, 1); a row with NaN is greedy.
-        drawn: int64, the rows that are not; found out here if None, for which a GPU is waited for.
+        drawn: int64, the rows that are sampled; computed here if None, which synchronises with a GPU.
 
     Returns:
         int64 ``[rows]``.
@@ -42,7 +42,7 @@ def choose(logits: Tensor, uniforms: Tensor, sampling: Sampling, drawn: Tensor |
 
 
 def _nucleus(p: Tensor, top_p: float) -> Tensor:
-    """Probabilities with those outside the nucleus set to 0; the most probable token is always in."""
+    """Probabilities with those outside the nucleus set to 0; the most probable token is always inside."""
     ordered, index = p.sort(dim=-1, descending=True, stable=True)
     before = ordered.cumsum(-1) - ordered
     inside = (before < top_p).scatter(-1, index, before < top_p)
@@ -50,7 +50,7 @@ def _nucleus(p: Tensor, top_p: float) -> Tensor:
 
 
 def _inverted(weights: Tensor, uniforms: Tensor) -> Tensor:
-    """The token at which the cumulative weight, in the order of ids, passes the uniform's share."""
+    """Inverse transform sampling: the first id at which the cumulative weight exceeds that share of the total."""
     total = weights.cumsum(-1)
     place = torch.searchsorted(total, uniforms[:, None] * total[:, -1:], right=True)[:, 0]
     last = weights.shape[-1] - 1 - (weights > 0).flip(-1).int().argmax(-1)

@@ -1,4 +1,4 @@
-"""A session: a batch of texts in the cache of a compressed model, whatever the mechanism that compresses it."""
+"""The interface of a session: a batch of texts in the cache of a compressed model, for any compression mechanism."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor
 
 
 class Scored(NamedTuple):
-    """Logits ``[batch, stop - start, vocabulary]`` after the text tokens start .. stop - 1."""
+    """Logits ``[batch, stop - start, vocabulary]``: predictions after each of the text tokens start .. stop - 1."""
 
     start: int
     stop: int
@@ -18,12 +18,12 @@ class Scored(NamedTuple):
 
 
 class CacheBytes(NamedTuple):
-    """Bytes of a cache, of all rows.
+    """Bytes of a cache, over all rows.
 
     Attributes:
-        logical: of the entries that are kept, by their shape and type.
-        physical: of the storages that hold them.
-        full: of the context's entries, had none been removed.
+        logical: bytes of the entries that are kept, by shape and dtype.
+        physical: bytes of the storages that hold them.
+        full: bytes of the context's entries, had none been removed.
     """
 
     logical: int
@@ -32,10 +32,10 @@ class CacheBytes(NamedTuple):
 
 
 class Session(Protocol):
-    """A batch of texts of equal length being read, and written on, under one method.
+    """A batch of texts of equal length that is read and continued under one method.
 
-    It is all that scoring, generation, profiles and the doctor know of a mechanism. A context is read with
-    ``prefill``; what follows it is either read with ``extend``, or written with ``expand`` and ``step``.
+    Scoring, generation, profiles and the doctor use nothing but this interface. A context is read with ``prefill``; the
+    text after it is either read with ``extend``, or generated with ``expand`` and ``step``.
     """
 
     def prefill(self, ids: Tensor, first: int = 0, ahead: Tensor | None = None) -> Iterator[Scored]:
@@ -43,26 +43,26 @@ class Session(Protocol):
 
         Args:
             ids: int64 ``[batch, n]``.
-            first: token from which on logits are wanted; before it none are computed.
-            ahead: int64 ``[batch, m]``, tokens after the context that the method may look at when it chooses what
-                stays; most do not. They are not yet read by it.
+            first: first token whose logits are wanted; none are computed before it.
+            ahead: int64 ``[batch, m]``, tokens after the context whose queries the method may use to choose what it
+                keeps; most methods do not. They are not read yet.
         """
 
     def extend(self, ids: Tensor) -> Iterator[Scored]:
-        """Read on behind the context, ``[batch, m]``, without compressing further."""
+        """Read text ``[batch, m]`` after the context without compressing it further."""
 
     def expand(self, copies: int) -> None:
-        """Repeat every row that many times, side by side."""
+        """Repeat every row ``copies`` times, copies of a row next to each other."""
 
     def step(self, ids: Tensor) -> Tensor:
-        """Read one written token of every row: logits ``[rows, vocabulary]``; entries leave as the method says.
+        """Read one generated token per row and return logits ``[rows, vocabulary]``; the method may remove entries.
 
         Args:
             ids: int64 ``[rows]``.
         """
 
     def fill(self, batch: int, seed: int) -> None:
-        """Put random entries where reading the context of a batch would have left some."""
+        """Fill the cache with as many random entries as reading the context of a batch would have left."""
 
     @property
     def device(self) -> torch.device:
@@ -70,26 +70,26 @@ class Session(Protocol):
 
     @property
     def kept(self) -> int:
-        """Entries that are kept now, per layer, head and row on average."""
+        """Number of entries kept now, the mean over layers, heads and rows."""
 
     @property
     def attended(self) -> int:
-        """Entries that the next token attends; those that wait to be overwritten included."""
+        """Number of entries that the next token attends to, including dead ones that have not been overwritten yet."""
 
     @property
     def peak(self) -> int:
-        """The most entries there ever were at once, what was being fed included."""
+        """The most entries held at any time, including those of tokens being fed."""
 
     def bytes(self) -> CacheBytes:
-        """Of the cache now."""
+        """Bytes of the cache now."""
 
     def tensors(self) -> list[Tensor]:
-        """All that the cache holds."""
+        """All tensors that the cache holds."""
 
     def visible(self, queries: Tensor) -> Tensor:
-        """How many earlier entries each query (numbers of text tokens) saw, ``[q]``; for those not yet read, as far
-        as it is known."""
+        """How many earlier entries each query saw, ``[q]``; ``queries`` are indices of text tokens. For tokens that
+        have not been read yet, an estimate."""
 
     def distance(self, targets: Tensor) -> Tensor | None:
-        """Text tokens from the last place where entries were replaced to each target, int64 ``[q]``; -1 before the
-        first, None where the method replaces none."""
+        """Number of text tokens from the last place where entries were replaced to each target, int64 ``[q]``; -1
+        before the first, None if the method replaces none."""

@@ -1,1 +1,1 @@
-"""Models that judge text: a language model for fluency, an encoder for meaning."""
+"""Models that judge generated text: a language model for fluency, encoders for meaning and MAUVE."""

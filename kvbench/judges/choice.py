@@ -1,4 +1,4 @@
-"""Which judges a user asked for; without PyTorch."""
+"""The judges that the user asked for; needs no PyTorch."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ ENCODER = "all-MiniLM-L6-v2"
 
 @dataclass(frozen=True)
 class JudgeChoice:
-    """What the user asked of the judges.
+    """The judges that the user asked for.
 
     Attributes:
-        scorer: name of the language model that fluency is measured with; ``itself`` for the
-            uncompressed model that is measured, ``none`` for no fluency.
-        encoder: whether texts are turned into vectors.
-        features: what MAUVE compares: ``encoder`` (those vectors), or the name of a causal language
-            model whose last states it takes; ``none`` for no MAUVE.
-        mauve_asked: it was asked for by name, so that too few documents are an error.
-        models: the language models among them, by name: those that the cells' options name.
+        scorer: name of the language model that measures fluency; ``itself`` for the model under test
+            with its full cache, ``none`` for no fluency.
+        encoder: whether sentence embeddings of the texts are computed.
+        features: what MAUVE compares: ``encoder`` (the sentence embeddings), or the name of a causal
+            language model whose last hidden states are used; ``none`` for no MAUVE.
+        mauve_asked: whether MAUVE was asked for explicitly, so that too few documents are an error.
+        models: the language models named in ``scorer`` and ``features``, by these names.
     """
 
     scorer: str = NOTHING
@@ -33,5 +33,5 @@ class JudgeChoice:
 
     @classmethod
     def load(cls, raw: dict[str, Any]) -> JudgeChoice:
-        """From what ``dataclasses.asdict`` made of it."""
+        """Restore a choice from the output of ``dataclasses.asdict``."""
         return cls(**{**raw, "models": {name: ModelReference(**model) for name, model in raw["models"].items()}})

@@ -1,4 +1,4 @@
-"""Meaning: texts as vectors, by a sentence encoder or by a causal language model's last state."""
+"""Embeddings of texts, by a sentence encoder or from a causal language model's last hidden state."""
 
 from __future__ import annotations
 
@@ -32,21 +32,21 @@ FILES = {
     "tokenizer_config.json": "acb92769e8195aabd29b7b2137a9e6d6e25c476a4f15aa4355c233426c61576b",
     "vocab.txt": "07eced375cec144d27c900241f3e339478dec958f92fddbc551f295c992038a3",
 }
-"""SHA-256 of every file that decides the encoder's vectors: with another one they would be another metric."""
+"""SHA-256 of every file that affects the encoder's vectors; with other files, metrics would not be comparable."""
 
 
 class Encoder(Protocol):
-    """Turns texts into vectors."""
+    """Computes embeddings of texts."""
 
     def encode(self, texts: Sequence[str]) -> Array:
         """Float32 ``[texts, width]``."""
 
 
 def encoder_folder() -> Path:
-    """The folder of the sentence encoder, with its files checked.
+    """The folder of the sentence encoder, once its files have been checked.
 
     Raises:
-        UserError: the package is missing, or a file is not the one that is meant.
+        UserError: the package is missing, or a file is not the expected one.
     """
     found = find_spec(PACKAGE)
     where = next(iter(found.submodule_search_locations or ()), None) if found else None
@@ -70,7 +70,7 @@ def encoder_folder() -> Path:
 
 @dataclass(frozen=True)
 class SentenceEncoder:
-    """all-MiniLM-L6-v2. A text beyond its window is cut into windows, whose vectors are averaged by length."""
+    """all-MiniLM-L6-v2. Longer texts are cut into windows, whose vectors are averaged with their lengths as weights."""
 
     model: Any
 
@@ -79,7 +79,7 @@ class SentenceEncoder:
         """The encoder of the installed package; nothing is downloaded.
 
         Raises:
-            UserError: missing, or not the files that are meant.
+            UserError: the package is missing, or a file is not the expected one.
         """
         folder = encoder_folder()
         from sentence_transformers import SentenceTransformer
@@ -100,7 +100,7 @@ class SentenceEncoder:
         return np.asarray(found, dtype=np.float32)
 
     def _windows(self, text: str) -> list[tuple[str, int]]:
-        """Runs of the text that fit the encoder, with their lengths in word pieces."""
+        """Consecutive parts of the text that fit the encoder, with their lengths in word pieces."""
         size = int(self.model.max_seq_length) - 2  # the tokens that mark start and end
         ends = self.model.tokenizer(
             text, add_special_tokens=False, return_offsets_mapping=True, truncation=False, verbose=False
@@ -113,7 +113,7 @@ class SentenceEncoder:
 
 @dataclass(frozen=True)
 class StateEncoder:
-    """The last hidden state of a text's last token, as MAUVE's authors take it (from gpt2-large)."""
+    """Embeds a text as the last hidden state of its last token, as MAUVE's authors do (with gpt2-large)."""
 
     model: Any
     tokenizer: Any
@@ -137,5 +137,5 @@ class StateEncoder:
 
 
 def packed(vector: Array) -> str:
-    """A vector as text: half precision, base64."""
+    """Encode a vector as text: half precision in base64."""
     return base64.b64encode(vector.astype(np.float16).tobytes()).decode("ascii")

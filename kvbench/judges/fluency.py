@@ -1,4 +1,4 @@
-"""Fluency: how probable a language model, the scorer, finds a continuation given its prefix."""
+"""Fluency: the likelihood of a continuation given its prefix under a language model, the scorer."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ ROWS = 16
 
 
 class Fluency(NamedTuple):
-    """Negative log-likelihood of a text in nats, and the scorer's tokens that it is the sum over."""
+    """Negative log-likelihood of a text in nats, and the number of the scorer's tokens that it sums over."""
 
     nll: float
     tokens: int
@@ -25,11 +25,11 @@ class Fluency(NamedTuple):
 
 @dataclass(frozen=True)
 class Scorer:
-    """A causal language model with its whole cache.
+    """A causal language model with its full cache, which scores texts.
 
-    Texts are tokenised by the scorer's own tokenizer, whatever wrote them: prefix and continuation
-    together, a token that reaches from one into the other being the continuation's. Where both do not
-    fit its context the prefix loses its beginning.
+    Prefix and continuation are tokenised together by the scorer's own tokenizer, whichever model wrote
+    the text; a token that spans the boundary belongs to the continuation. If both do not fit the scorer's
+    context, the beginning of the prefix is dropped.
     """
 
     model: nn.Module
@@ -37,7 +37,7 @@ class Scorer:
     context: int
 
     def score(self, pairs: Sequence[tuple[str, str]]) -> list[Fluency]:
-        """The fluency of each continuation: (prefix, text); an empty text has no tokens.
+        """The fluency of each text in (prefix, text) pairs; an empty text has no tokens.
 
         Raises:
             RuntimeError: the scorer's predictions are not finite.
@@ -60,7 +60,7 @@ class Scorer:
         return found
 
     def _alike(self, rows: list[tuple[int, list[int], list[int]]]) -> list[list[tuple[int, list[int], list[int]]]]:
-        """Rows that can be scored side by side: texts of one length, where rotations depend on it."""
+        """Groups of rows that can share a batch: rows of equal length if rotations depend on it, otherwise all."""
         if not by_length(self.model):
             return [rows] if rows else []
         whole: dict[int, list[tuple[int, list[int], list[int]]]] = {}
@@ -69,7 +69,7 @@ class Scorer:
         return list(whole.values())
 
     def _score(self, rows: list[tuple[int, list[int], list[int]]], found: list[Fluency]) -> None:
-        """Rows are filled up on the right, where causal attention does not look."""
+        """Score a batch of rows, padded on the right, where causal attention never reaches, into ``found``."""
         device = next(self.model.parameters()).device
         longest = max(len(prefix) + len(text) for _, prefix, text in rows)
         ids = torch.zeros(len(rows), longest, dtype=torch.long)

@@ -1,4 +1,4 @@
-"""Which models judge what is written, and loading them before anything is measured."""
+"""Loading the models that judge generated texts, before anything is measured."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ from kvbench.store.records import ITSELF, Output
 
 @dataclass(frozen=True)
 class Judges:
-    """The models that judge what was written; None for what is not asked for."""
+    """The models that judge generated texts (``features``: for MAUVE); None for those that were not asked for."""
 
     scorer: Scorer | None = None
     encoder: Encoder | None = None
     features: Encoder | None = None
 
     def judged(self, prefixes: Sequence[str], outputs: Sequence[Output]) -> list[Output]:
-        """The outputs with their fluency and their vectors; ``prefixes`` are theirs, in order."""
+        """The outputs with fluency and vectors added; ``prefixes`` holds the prefix of each output."""
         texts = [output.text for output in outputs]
         found = list(outputs)
         if self.scorer is not None:
@@ -42,10 +42,10 @@ class Judges:
 
 
 def load_judges(judging: JudgeChoice, loaded: Loaded, device: str, dtype: str) -> Judges:
-    """The models that judge.
+    """Load the judges.
 
     Raises:
-        UserError: one of them is not there, not reachable, or not what it should be.
+        UserError: a model is missing, unreachable or unsuitable.
     """
     scorer = None
     if judging.scorer == ITSELF:
@@ -77,10 +77,10 @@ def _load(option: str, model: ModelReference, device: str, dtype: str) -> Loaded
 
 
 def check_mauve(judging: JudgeChoice, task: str, documents: int) -> None:
-    """See that there are texts enough, where MAUVE was asked for by name.
+    """Check that there are enough texts for MAUVE, if it was asked for explicitly.
 
     Raises:
-        UserError: there are not.
+        UserError: there are too few.
     """
     if judging.mauve_asked and documents < LEAST_TEXTS:
         raise UserError(

@@ -1,6 +1,6 @@
-"""Compression methods: one idea, one file; the table of names in registry.py is all there is to register.
+"""Compression methods, one per file; ``registry.py`` lists them by name.
 
-Methods of other packages come in by the entry point group ``kvbench.methods`` (docs/adding-a-method.md).
+Other packages add methods through the entry point group ``kvbench.methods`` (docs/adding-a-method.md).
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What a compression method is: a name, an exact ratio, and options."""
+"""The base class of compression methods: a name, an exact ratio, and options."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ if TYPE_CHECKING:
 
 
 TRAINED_PERCENT = (5, 95)
-"""Ratios that training draws from, in per cent."""
+"""Smallest and largest ratio that training samples, in per cent."""
 
 
 class Effect(StrEnum):
-    """What a method does to the entries of a cache."""
+    """What a method does to the cache: evict entries, store them smaller, attend to fewer, or approximate them."""
 
     NONE = "none"
     EVICTS = "evicts"
@@ -39,20 +39,20 @@ class Method(ABC):
     """A compression method with its parameters resolved.
 
     It is a :class:`kvbench.methods.layouts.method.LayoutMethod` or a
-    :class:`kvbench.methods.policies.policy.CachePolicy`. Subclasses say in their docstring what they hold, which paper
-    they follow and where they depart from it; their options are fields, made by
-    :func:`kvbench.methods.options.option`.
+    :class:`kvbench.methods.policies.policy.CachePolicy`. The docstring of a subclass says which entries it keeps, which
+    paper it follows and where it departs from it. Options are fields made by :func:`kvbench.methods.options.option`.
 
     Attributes:
-        ratio: asked share of entries to remove; 0 for methods that take none.
-        budget_tokens, budget_bytes: entries, or bytes of a text's cache, to keep instead of a share; 0 for none.
-        budgets: how it can be told how much to keep: by ``ratio``, ``tokens``, ``bytes``.
-        adapter_kinds: adapters that it can be trained with; empty for a method that needs none.
-        effect: what it does to the cache.
-        seeded: its layout is drawn, by the seed and the text.
-        executions: how it can be measured.
-        version: of the rule. What was measured by another is not found again, and reports say that it is outdated.
-        note: what rows say behind the name.
+        ratio: requested fraction of entries to remove; 0 for methods without a ratio.
+        budget_tokens, budget_bytes: entries, or bytes of a text's cache, to keep instead of a ratio; 0 if not given.
+        budgets: how the amount to keep can be given: by ``ratio``, ``tokens``, ``bytes``.
+        adapter_kinds: kinds of adapters that the method can be trained with; empty if it needs none.
+        effect: what the method does to the cache.
+        seeded: whether the layout is random, a function of the seed and the text.
+        executions: how it can be measured: ``streamed`` (entries removed), ``onepass`` (entries masked).
+        version: version of the method's rule. Results of another version are not reused, and reports mark them as
+            outdated.
+        note: remark that tables show after the name.
     """
 
     name: ClassVar[str]
@@ -73,53 +73,53 @@ class Method(ABC):
 
     @classmethod
     def options(cls) -> dict[str, Option]:
-        """What ``--set`` can give, by name."""
+        """Options that ``--set`` accepts, by name."""
         return options_of(cls)
 
     @classmethod
     def of(cls, ratio: Fraction, given: Mapping[str, str], **budget: int) -> Self:
-        """The method with options as they are given on a command line; others are ignored.
+        """Create the method from options as given on the command line; unknown options are ignored.
 
         Raises:
-            UserError: not an allowed value.
+            UserError: a value is not allowed.
         """
         known = cls.options()
         values = {name: known[name].value(name, text) for name, text in given.items() if name in known}
         return cls(ratio, **values, **budget)
 
     def check(self, longest: int, in_chunks: bool) -> None:  # noqa: B027  # most methods have nothing to check
-        """See that the method can be used on text of that many tokens.
+        """Check that the method can be used on texts of up to ``longest`` tokens.
 
         Args:
-            in_chunks: the text comes in chunks of its own.
+            in_chunks: whether the text comes in chunks of its own, such as the turns of a dialogue.
 
         Raises:
-            UserError: it cannot, and why.
+            UserError: it cannot; the message says why.
         """
 
     @property
     def minimum(self) -> int:
-        """Entries without which the method cannot work."""
+        """Smallest number of entries that the method can work with."""
         return 1
 
     def check_kept(self, n: int) -> None:  # noqa: B027  # most methods can do with any ratio
-        """See that what the ratio keeps of a text of ``n`` tokens is enough for the method to be what it is called.
+        """Check that the ratio keeps enough of ``n`` tokens for what the method protects, such as a window.
 
         Raises:
-            UserError: it is not.
+            UserError: it does not.
         """
 
     def ratio_of_bytes(self, n: int, shape: CacheShape) -> Fraction:
-        """The share of the bytes of ``n`` entries that is to be removed."""
+        """Fraction of the bytes of ``n`` entries to remove: by ``budget_bytes`` if given, else the ratio."""
         if not self.budget_bytes:
             return self.ratio
         return max(Fraction(0), 1 - Fraction(self.budget_bytes, n * shape.entry_bytes))
 
     def fitted(self, n: int, shape: CacheShape) -> Self:
-        """The method for a text of ``n`` tokens, its budget turned into what it works with.
+        """Return the method for a text of ``n`` tokens, with its budget converted to the parameters that it works with.
 
         Raises:
-            UserError: the budget, or what the ratio keeps, is below what the method needs.
+            UserError: the budget, or the ratio, keeps less than the method needs.
         """
         if not (self.budget_tokens or self.budget_bytes):
             self.check_kept(n)
@@ -138,12 +138,12 @@ class Method(ABC):
         )
 
     def uses_ratio(self, in_chunks: bool) -> bool:
-        """Whether a ratio decides what is removed; ``in_chunks``: the text comes in chunks of its own."""
+        """Whether the ratio decides how much is removed; ``in_chunks`` as in :meth:`check`."""
         return "ratio" in self.budgets
 
     @classmethod
     def training_layout(cls, n: int, rng: np.random.Generator, options: dict[str, str]) -> Layout:
-        """What an adapter reads a text of ``n`` tokens under in a step of its training.
+        """The layout of one step of adapter training on a text of ``n`` tokens.
 
         Raises:
             UserError: the method trains nothing.
@@ -151,29 +151,29 @@ class Method(ABC):
         raise UserError(f"{cls.name} has nothing that could be trained.")
 
     def check_text(self, n: int, prefix: int, seed: int) -> None:  # noqa: B027  # most methods take any text
-        """See that the method can be used on a text of ``n`` tokens that are written from ``prefix`` on.
+        """Check that the method can be used on ``n`` tokens, of which those after ``prefix`` are generated.
 
         Raises:
-            UserError: it cannot, and why.
+            UserError: it cannot; the message says why.
         """
 
     def mask_example(self, seed: int) -> Mask | None:
-        """A picture of who sees whom in a short text; None where that is not known beforehand."""
+        """The attention mask over a short text, for display; None if it is not known before reading."""
         return None
 
     @property
     def resolved(self) -> dict[str, str]:
-        """All options that take part, with their values as text."""
+        """All options in effect, with their values as text."""
         return {name: option.text(getattr(self, name)) for name, option in self.options().items()}
 
     @property
     def rule_version(self) -> int:
-        """The version of the rule that this request is measured by."""
+        """Version of the method's rule with these parameters."""
         return self.version
 
     @property
     def budget_given(self) -> dict[str, str]:
-        """The budget as options of a cell, if there is one."""
+        """The budget as options of a cell; empty if none is given."""
         given = {"budget_tokens": self.budget_tokens, "budget_bytes": self.budget_bytes}
         return {name: str(value) for name, value in given.items() if value}
 
@@ -184,30 +184,30 @@ class Method(ABC):
 
     @property
     def places_after(self) -> int:
-        """Positions that special tokens may take beyond the last one of the text."""
+        """Number of position ids that special tokens may take after the last text token."""
         return 0
 
     @property
     def unrotates(self) -> bool:
-        """Whether keys are turned back to be averaged, which not every model allows."""
+        """Whether keys are averaged before the rotary embedding, which not every model allows."""
         return False
 
     @property
     def n_rows(self) -> int:
-        """Embedding rows that the method's adapter trains."""
+        """Number of special-token embeddings that the method's adapter trains."""
         return 0
 
     @property
     def trained_options(self) -> dict[str, str]:
-        """The options that an adapter of this method is bound to, as text."""
+        """Options whose values an adapter of this method is bound to, as text."""
         return {name: option.text(getattr(self, name)) for name, option in self.options().items() if option.trained}
 
     @classmethod
     def compresses(cls) -> bool:
-        """Whether it does anything to the cache at all."""
+        """Whether the method changes the cache at all."""
         return cls.effect is not Effect.NONE
 
     @classmethod
     def removes(cls) -> bool:
-        """Whether what it says to remove takes no memory any more."""
+        """Whether what the ratio says to remove is actually freed."""
         return cls.effect in (Effect.NONE, Effect.EVICTS, Effect.PACKS)

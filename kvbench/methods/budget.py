@@ -1,4 +1,4 @@
-"""How much is kept: exact ratios, and the number of entries that they leave."""
+"""Exact compression ratios, and the number of entries that they keep."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from kvbench.errors import UserError
 
 
 def parse_ratio(text: str | float) -> Fraction:
-    """The asked share of entries to remove, as an exact decimal in [0, 1).
+    """Parse a ratio, the fraction of entries to remove, as an exact decimal in [0, 1).
 
     Raises:
         UserError: not a number, or outside the interval.
@@ -35,5 +35,5 @@ def ratio_text(ratio: Fraction) -> str:
 
 
 def kept(n: int, ratio: Fraction, min_keep: int = 1) -> int:
-    """Entries held after ``n`` text tokens: ``max(min_keep, n - floor(ratio * n))``, exactly."""
+    """Number of entries kept of ``n`` text tokens: ``max(min_keep, n - floor(ratio * n))``, in exact arithmetic."""
     return max(min_keep, n - (ratio.numerator * n) // ratio.denominator)

@@ -1,4 +1,4 @@
-"""Options of a method: typed fields of its class, from which ``--set``, lists, cards and cells follow."""
+"""Options of methods: typed dataclass fields, which define ``--set``, listings, adapter cards and cells."""
 
 from __future__ import annotations
 
@@ -10,18 +10,18 @@ from kvbench.errors import UserError, unknown
 
 _METADATA = "option"
 _DIGITS = 18
-"""That a number may have."""
+"""Largest number of digits of an integer."""
 
 
 @dataclass(frozen=True)
 class Option:
-    """How an option is given and written down; its value is that of a field.
+    """How an option is parsed and printed; its value is that of the field.
 
     Attributes:
-        default: the value when nothing is given, as text.
-        choices: the allowed words; empty for a whole number.
-        least, most: bounds of a number.
-        trained: part of what an adapter learns; an adapter trained with another value is refused.
+        default: default value, as text.
+        choices: allowed values; empty for an integer.
+        least, most: bounds of an integer.
+        trained: whether an adapter is bound to the value that it was trained with; any other is refused.
         help: what it does, in a few words.
         kind: type of the value.
     """
@@ -35,10 +35,10 @@ class Option:
     kind: type = str
 
     def value(self, name: str, text: str) -> Any:
-        """The value that a text stands for.
+        """Parse a value.
 
         Raises:
-            UserError: not an allowed one.
+            UserError: the value is not allowed.
         """
         if self.choices:
             if text not in self.choices:
@@ -51,7 +51,7 @@ class Option:
         return int(text)
 
     def text(self, value: Any) -> str:
-        """The one spelling of a value; that of the default for None."""
+        """The canonical spelling of a value; that of the default for None."""
         if value is None:
             return self.default
         return str(value).lower() if self.kind is bool else str(value)
@@ -61,16 +61,15 @@ def option(
     default: str | int | bool | None, help: str, *, choices: tuple[str | int, ...] = (), least: int = 0,
     most: int | None = None, trained: bool = False, usual: int | None = None,
 ) -> Any:
-    """A field of a method that ``--set NAME=VALUE`` gives.
+    """Declare a field of a method that ``--set NAME=VALUE`` sets.
 
     Args:
-        default: a whole number, a word, or whether something is done; None where nothing given means something of
-            its own.
+        default: an integer, a word or a bool; None if leaving the option out has a meaning of its own.
         help: what it does, in a few words.
-        choices: the allowed values, where not every number is.
-        least, most: bounds of a number.
-        trained: an adapter learns it, and is refused with another value.
-        usual: for a default of None, the number that stands for it where it is written down.
+        choices: allowed values, if not every integer is allowed.
+        least, most: bounds of an integer.
+        trained: whether an adapter is bound to the value that it was trained with.
+        usual: for a default of None, the number that is printed in its place.
     """
     kind = int if default is None else type(default)
     shown = usual if default is None else default
@@ -82,5 +81,5 @@ def option(
 
 
 def options_of(kind: type) -> dict[str, Option]:
-    """The options of a method's class, by name, those of its parents first."""
+    """The options of a method class by name, inherited ones first."""
     return {field.name: field.metadata[_METADATA] for field in dataclasses.fields(kind) if _METADATA in field.metadata}

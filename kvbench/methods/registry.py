@@ -1,4 +1,4 @@
-"""The table of methods: ours, and those of other packages (docs/adding-a-method.md)."""
+"""The registry of methods: built-in ones, and those of other packages (docs/adding-a-method.md)."""
 
 from __future__ import annotations
 
@@ -55,20 +55,19 @@ _OF_0_1 = frozenset({
     "keeps_all", "packs", "is_policy", "drawn", "looks", "turned", "packed", "compresses", "removes",
     "looks_at", "policy", "option", "number",
 })
-"""What classes of methods said in kvbench 0.1 and do not say any more."""
+"""Members that method classes defined in kvbench 0.1 and must not define any more."""
 _PAGE = "docs/adding-a-method.md"
 
 
 class _Methods(Mapping[str, type[Method]]):
-    """Method by name. Those of other packages are loaded when the table is first looked into, not before: they
-    import this package themselves."""
+    """Method classes by name. Those of other packages are loaded on first access, since they import this package."""
 
     @cached_property
     def _all(self) -> dict[str, type[Method]]:
-        """Ours and theirs.
+        """All methods, built-in ones first.
 
         Raises:
-            UserError: one of theirs cannot be loaded, is no method, or takes a name that is taken.
+            UserError: a method of another package cannot be loaded, is not a method, or has a name that is in use.
         """
         found = {kind.name: kind for kind in _OWN}
         for entry in entry_points(group=GROUP):
@@ -110,7 +109,7 @@ def _loaded(entry: EntryPoint) -> type[Method]:
 
 
 def _old_members(kind: type[Method]) -> list[str]:
-    """What a class says as classes did in kvbench 0.1, and what would now be passed over, or mean something else."""
+    """Members defined as in kvbench 0.1, which would now be ignored or mean something else."""
     found: set[str] = set()
     for parent in kind.__mro__:
         if not parent.__module__.startswith("kvbench."):
@@ -129,10 +128,10 @@ METHODS = _Methods()
 
 
 def make_method(name: str, ratio: Fraction, options: Mapping[str, str] | None = None) -> Method:
-    """The method of that name; options that it does not know are ignored here (the plan checks).
+    """Create a method by name; unknown options are ignored here (planning checks them).
 
     Raises:
-        UserError: no such method, or not an allowed value.
+        UserError: no such method, or a value that is not allowed.
     """
     if name not in METHODS:
         raise unknown("method", name, METHODS)

@@ -1,4 +1,4 @@
-"""Metrics: sufficient statistics per group in, a value with its signature out."""
+"""Metrics: from sufficient statistics per group to a value with its signature."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ SHOWN: dict[str, Shown] = {
     **{m.name: m.shown for m in (*LM_METRICS, *RECALL_METRICS, *TEXT_METRICS)},
     "mauve": mauve.SHOWN, "distinct": distinct.SHOWN, **PROFILE_SHOWN,
 }
-"""How every metric is shown: tables have their columns in this order."""
+"""How every metric is shown; tables have their columns in this order."""
 NEED_SCORER, NEED_ENCODER = ("gen_ppl",), ("semantic", "prefix_coherence")
 
 __all__ = [

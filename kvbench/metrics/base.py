@@ -1,4 +1,4 @@
-"""A metric: from sums per group to a value. Measuring saves the sums; reporting aggregates them."""
+"""Base classes of metrics: a value from sums per group. Measuring stores the sums; reporting aggregates them."""
 
 from __future__ import annotations
 
@@ -14,26 +14,26 @@ Totals = Mapping[str, Array]
 
 
 LM, ANSWERS, TEXTS, TIMING = "language modelling", "answers", "written text", "time and memory"
-"""Tables that are written to files and pages."""
+"""Names of the tables in files and on pages."""
 FLUENCY, MEANING, DEGENERATION = (
     "fluency and overlap with the reference", "meaning and diversity", "length and degeneration"
 )
 GREEDY = "greedy texts"
-"""Tables of the terminal, beside those of language modelling and recall."""
+"""Names of further tables in the terminal, beside those of language modelling and recall."""
 
 
 @dataclass(frozen=True)
 class Shown:
-    """How a metric is shown, wherever it is.
+    """How a metric is shown in tables and figures.
 
     Attributes:
-        heading: of a column.
-        digits: decimals.
-        better: ``low`` or ``high`` where one value is better than another; None where it is not.
-        tables: those that it is a column of.
-        label: of an axis; the heading if empty.
-        scale: values are multiplied by it.
-        is_drawn: it is drawn against removal.
+        heading: heading of the column.
+        digits: number of decimals.
+        better: ``low`` or ``high`` if such values are better; None if neither is.
+        tables: names of the tables that have it as a column.
+        label: label of the axis; the heading if empty.
+        scale: factor that values are multiplied by.
+        is_drawn: whether it is plotted against the ratio.
     """
 
     heading: str
@@ -54,13 +54,13 @@ class Metric:
     """One number per cell.
 
     Attributes:
-        name: as in the JSON contract.
-        value: from the method's totals to ``[resamples]``.
+        name: name in the JSON output.
+        value: computes ``[resamples]`` from the method's totals.
         tested: column whose difference to ``full`` is tested; None if there is nothing to test.
         unit: what ``n`` counts.
         signature: version and settings, as sacrebleu does for BLEU.
         has_interval: whether resampling makes sense.
-        swapped: the difference to ``full`` is tested by exchanging the two within groups, which suits any
+        swapped: whether the difference to ``full`` is tested by exchanging the two within groups, which suits any
             function of sums.
         shown: how it is shown.
     """

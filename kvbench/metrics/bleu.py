@@ -1,7 +1,7 @@
-"""BLEU of the texts against the one reference each, by sacrebleu (0 to 100, over the whole corpus).
+"""BLEU of the texts against one reference each, by sacrebleu (0 to 100, over the whole corpus).
 
-sacrebleu counts; the corpus value is its formula (13a, exponential smoothing) over arrays, so that
-resamples of the counts cost nothing. With one reference in open-ended text the values lie near the floor.
+sacrebleu counts the n-grams; its formula for the corpus (13a, exponential smoothing) is applied here to arrays of
+summed counts, so that resampling is cheap. With one reference for open-ended text, values are close to 0.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""chrF of the texts against the one reference each, by sacrebleu (0 to 100, over the whole corpus)."""
+"""chrF of the texts against one reference each, by sacrebleu (0 to 100, over the whole corpus)."""
 
 from __future__ import annotations
 

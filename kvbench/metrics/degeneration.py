@@ -1,4 +1,4 @@
-"""Texts that went wrong as texts: length, empty ones, and ones that go round in circles."""
+"""Degenerate texts: length, empty texts, and texts that repeat themselves in a loop."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from kvbench.metrics.texts import Sample, ngrams, text_mean
 from kvbench.store.records import Output
 
 LOOP = 3
-"""A text loops if one of its 4-grams of words stands in it at least this often."""
+"""A text loops if one of its 4-grams of words occurs at least this often."""
 
 
 def _length(output: Output, sample: Sample) -> float:

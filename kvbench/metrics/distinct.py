@@ -1,8 +1,8 @@
 """Diversity of the texts as a set: distinct / all bigrams of words, with as many words from every text.
 
-It falls with the size of the set, hence the fixed budget. It is no function of sums over
-documents, and resampling with replacement would duplicate bigrams, so its interval is the
-jackknife's: one group left out at a time.
+The value falls with the size of the set, hence the fixed number of words. It is not a function of sums over documents,
+and resampling with replacement would duplicate bigrams, so its interval is that of the jackknife, which leaves out one
+group at a time.
 """
 
 from __future__ import annotations
@@ -29,17 +29,17 @@ class Jackknifed(NamedTuple):
 
 
 def budget(new_tokens: int) -> int:
-    """Words that are taken from every text: about as many as half its tokens."""
+    """Number of words that are used of every text: half of ``new_tokens``."""
     return max(ORDER, new_tokens // 2)
 
 
 def signature(new_tokens: int) -> str:
-    """The settings that decide what the number means."""
+    """The settings that define what the number means."""
     return f"distinct/all {ORDER}-grams of words|first {budget(new_tokens)} words of first draws|jackknife|v:1"
 
 
 def distinct(groups: Sequence[Sequence[str]], limit: int) -> Jackknifed:
-    """Of the texts of each group, using the first ``limit`` words of each text."""
+    """The value for groups of texts, using the first ``limit`` words of each text."""
     counts = []
     for texts in groups:
         counted: Counter[tuple[str, ...]] = Counter()
@@ -57,7 +57,7 @@ def distinct(groups: Sequence[Sequence[str]], limit: int) -> Jackknifed:
 
 
 def interval(found: Jackknifed) -> tuple[float, float, float]:
-    """The 95 % interval, and the standard error."""
+    """Bounds of the 95 % interval, and the standard error; NaN for fewer than two groups."""
     from scipy import stats  # takes half a second, which most reports need not pay
 
     n = len(found.without)
@@ -69,12 +69,12 @@ def interval(found: Jackknifed) -> tuple[float, float, float]:
 
 
 def difference(method: Jackknifed, full: Jackknifed) -> Jackknifed:
-    """Of two sets of texts with the same groups in the same order."""
+    """The difference between two sets of texts with the same groups in the same order."""
     return Jackknifed(method.value - full.value, method.without - full.without)
 
 
 def p_value(found: Jackknifed) -> float | None:
-    """Two-sided, that a difference is 0, by the jackknife's standard error."""
+    """Two-sided p-value for a difference of 0, by the jackknife's standard error; None if that is not finite."""
     from scipy import stats  # takes half a second, which most reports need not pay
 
     error = interval(found)[2]

@@ -1,7 +1,7 @@
-"""Fluency of what was written: its perplexity under a scorer, given the prefix.
+"""Fluency of generated text: its perplexity under a scoring model, given the prefix.
 
-Lower is not better below the value of the authors' own texts: repetition is cheap to predict
-(arXiv 1904.09751), so that it is read beside ``rep4``.
+Below the value of the authors' own texts, lower is not better: repetition is easy to predict (arXiv 1904.09751). It is
+therefore read beside ``rep4``.
 """
 
 from __future__ import annotations

@@ -1,10 +1,9 @@
-"""MAUVE: how near the distribution of what was written is to that of people's texts (arXiv 2102.01454).
+"""MAUVE: how close the distribution of generated texts is to that of human texts (arXiv 2102.01454).
 
-It compares clusters of texts, so that it needs many, and it is noisier than the differences of
-interest: it is measured with several seeds of the clustering, beside what people's own texts get
-(what the authors wrote after the reference, against the references). Resampling texts would
-duplicate points and change the clusters, so the interval is over the seeds of the clustering only.
-The library is GPL-3.0 and only called.
+It compares clusters of texts, so that it needs many, and its noise exceeds the differences of interest: it is measured
+with several seeds of the clustering, and shown beside the value of human text (what the authors wrote after the
+reference, against the references). Resampling texts would duplicate points and change the clusters, so the interval
+covers only the seeds of the clustering. The library is GPL-3.0 and only called.
 """
 
 from __future__ import annotations
@@ -24,20 +23,20 @@ Array = NDArray[np.float64]
 
 SHOWN = Shown("MAUVE", 3, None, (TEXTS, MEANING))
 LEAST_TEXTS = 200
-"""With fewer texts it is not measured."""
+"""Minimum number of texts; with fewer it is not measured."""
 MANY_TEXTS = 1000
-"""With fewer texts its value is shown with a warning: it is optimistic and noisy."""
+"""With fewer texts the value is shown with a warning: it is optimistic and noisy."""
 SEEDS = (25, 26, 27, 28, 29)
-"""Of the clustering; the library's default first."""
+"""Seeds of the clustering; the library's default first."""
 
 
 def buckets(n: int) -> int:
-    """Clusters for ``n`` texts a side: a tenth, as the library chooses, and the same for every row of a table."""
+    """Number of clusters for ``n`` texts per side: n / 10, as in the library, and the same for every row of a table."""
     return max(2, round(n / 10))
 
 
 def measure(people: Array, written: Array, seeds: Sequence[int] = SEEDS) -> list[float]:
-    """MAUVE of vectors ``[n, width]`` of people's and of written texts, once per seed."""
+    """MAUVE between the embeddings ``[n, width]`` of human and of generated texts, once per seed."""
     from mauve import compute_mauve
 
     with _without_native_warnings():
@@ -51,7 +50,7 @@ def measure(people: Array, written: Array, seeds: Sequence[int] = SEEDS) -> list
 
 @contextmanager
 def _without_native_warnings() -> Iterator[None]:
-    """The clustering says for every seed, past Python, that there are few points: the signature says it once."""
+    """Silence the native clustering, which warns of few points for every seed; the signature says it once."""
     sys.stderr.flush()
     kept, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
     try:
@@ -64,7 +63,7 @@ def _without_native_warnings() -> Iterator[None]:
 
 
 def over_seeds(values: Sequence[float]) -> tuple[float, float, float]:
-    """Mean, and its 95 % t-interval over seeds."""
+    """The mean over seeds and the bounds of its 95 % t-interval."""
     from scipy import stats  # takes half a second, which most reports need not pay
 
     mean = float(np.mean(values))
@@ -75,7 +74,7 @@ def over_seeds(values: Sequence[float]) -> tuple[float, float, float]:
 
 
 def signature(n: int, features: str) -> str:
-    """The settings that decide what the number means."""
+    """The settings that define what the number means."""
     warning = "" if n >= MANY_TEXTS else f"|few texts (below {MANY_TEXTS}): optimistic and noisy"
     return (
         f"mauve-text|features:{features} of the continuations|n:{n}|buckets:{buckets(n)}|scaling:5"

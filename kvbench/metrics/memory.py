@@ -1,4 +1,4 @@
-"""Bytes of the cache when a piece has been read: mean per piece, no interval (nothing is sampled)."""
+"""Bytes of the cache after a piece has been read: mean over pieces, without an interval (nothing is sampled)."""
 
 from __future__ import annotations
 

@@ -33,7 +33,7 @@ PERPLEXITY = (
 
 
 def recovery(method: Totals, full: Totals, none: Totals) -> Array:
-    """Share of what context is worth that the method keeps: (none - method) / (none - full)."""
+    """Share of the benefit of context that the method keeps, in nll: (none - method) / (none - full)."""
     return (none["nll"] - method["nll"]) / (none["nll"] - full["nll"])
 
 

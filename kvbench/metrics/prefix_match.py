@@ -1,4 +1,4 @@
-"""How far a method's greedy text agrees with the full cache's: tokens before the first difference."""
+"""How long a method's greedy text equals that of the full cache: share of tokens before the first difference."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ GREEDY = "greedy"
 
 
 def common_prefix(a: Sequence[int], b: Sequence[int]) -> int:
-    """Tokens before the first difference."""
+    """Number of tokens before the first difference."""
     return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(a, b, strict=False)))
 
 

@@ -1,4 +1,4 @@
-"""The metrics of a profile, by name: what each is, in a few words."""
+"""The metrics of a profile: how they are shown, and their units and definitions."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ PROFILE_SHOWN = {
         "decode peak MiB", 1, "low", (TIMING,), "decode peak above weights, MiB", scale=2**-20
     ),
 }
-"""How those are shown that tables have."""
+"""How the metrics that tables have are shown."""
 
 PROFILE_METRICS = {
     "ttft_s": "s|prompt to first token: prefill, compression, choosing",

@@ -1,4 +1,4 @@
-"""Recall of a stated fact: is every token of the answer the most probable one, and how likely?"""
+"""Recall of a stated fact: whether every token of the answer is the most probable one, and the answer's likelihood."""
 
 from __future__ import annotations
 

@@ -10,7 +10,7 @@ _TABLES = {2: (DEGENERATION,), 3: (DEGENERATION,), 4: (TEXTS, MEANING, GREEDY)}
 
 
 def _counts(n: int, sample: Sample) -> Columns:
-    """Summed rep-n over the texts that have n-grams, and how many those are."""
+    """Sum of rep-n over the texts that have n-grams, and the number of these texts."""
     found = [ngrams(output.text, n) for output in sample.outputs]
     shares = [1 - len(set(grams)) / len(grams) for grams in found if grams]
     return {f"rep{n}": sum(shares), f"rep{n}_texts": len(shares)}

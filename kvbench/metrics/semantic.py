@@ -1,7 +1,7 @@
-"""Meaning: cosine of sentence embeddings, of a text with its reference and with its own prefix.
+"""Semantic similarity: cosine of sentence embeddings, of a text with its reference and with its own prefix.
 
-Cosines of texts in one language and register are high by themselves: the authors' row has each
-reference beside that of another document, which is the floor to read the others from.
+Cosines of texts in one language and register are high in any case: the row of the authors' texts compares each
+reference with that of another document, which is the lower bound for the other rows.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What metrics of written text are computed from: per document columns that are summed over groups."""
+"""What text metrics are computed from: columns per document, which are summed over groups."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ class Sample:
 
     Attributes:
         outputs: one text per draw.
-        reference: what the author wrote; for the author's own row, what the next document's author wrote;
-            None where there is no such text.
-        reference_vector, prefix_vector: sentence embeddings, packed; None where none were made.
+        reference: the author's text; for the row of the authors' texts, that of the next document; None if there is no
+            such text.
+        reference_vector, prefix_vector: sentence embeddings, base64-encoded; None if there are none.
         full: the texts of the full cache under the same decoding; empty if there are none.
     """
 
@@ -40,15 +40,15 @@ class TextMetric(Metric):
     """A metric of texts.
 
     Attributes:
-        columns: a document's share of the sums that ``value`` is a function of; None where the
-            document has not what the metric needs, which leaves the metric out.
+        columns: computes a document's columns, whose sums ``value`` is a function of; None if the document lacks what
+            the metric needs, which leaves the metric out.
     """
 
     columns: Callable[[Sample], Columns | None] = lambda sample: None
 
 
 def mean_of(column: str, count: str) -> Callable[[Totals], Array]:
-    """The value of a metric that is a mean: the sum of one column over that of another."""
+    """The ``value`` of a metric that is a mean: the sum of one column divided by that of another."""
 
     def value(t: Totals) -> Array:
         return t[column] / t[count]
@@ -57,7 +57,7 @@ def mean_of(column: str, count: str) -> Callable[[Totals], Array]:
 
 
 def over_texts(column: str, measure: Callable[[Output, Sample], float | None]) -> Callable[[Sample], Columns | None]:
-    """Columns of a mean over texts: the sum of a measure, and how many texts there are."""
+    """The ``columns`` of a mean over texts: the sum of a measure, and the number of texts."""
 
     def columns(sample: Sample) -> Columns | None:
         found = [measure(output, sample) for output in sample.outputs]
@@ -80,7 +80,7 @@ def text_mean(
 
 
 def words(text: str) -> list[str]:
-    """Words as they stand between spaces, as in Su et al. (arXiv 2202.06417)."""
+    """Words, separated by spaces, as in Su et al. (arXiv 2202.06417)."""
     return text.split()
 
 
@@ -90,11 +90,11 @@ def ngrams(text: str, n: int) -> list[tuple[str, ...]]:
 
 
 def unpacked(vector: str) -> NDArray[np.float64]:
-    """A vector that was stored as half precision in base64."""
+    """Decode a vector that was stored in half precision as base64."""
     return np.frombuffer(base64.b64decode(vector), dtype=np.float16).astype(np.float64)
 
 
 def cosine(a: str, b: str) -> float:
-    """Of two packed vectors."""
+    """Cosine similarity of two stored vectors."""
     left, right = unpacked(a), unpacked(b)
     return float(left @ right / (np.linalg.norm(left) * np.linalg.norm(right)))

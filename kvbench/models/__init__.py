@@ -1,1 +1,1 @@
-"""Models, adapters, and where they are."""
+"""Loading models and adapters, and finding out what their layers do."""

@@ -1,9 +1,9 @@
-"""Adapters: what a trained method adds to a frozen base model, and the folder it lives in.
+"""Adapters: what a trained method adds to a frozen base model, and the folder it is saved in.
 
-A folder holds ``adapter_model.safetensors`` and ``adapter_config.json`` in PEFT's own format
-(loaded by PEFT it acts as plain LoRA), ``embeddings.safetensors`` with the special tokens' rows,
-and ``card.json``: which method, which base model, which data, how long, how good. Where the whole
-model was trained, ``weights.safetensors`` takes the place of PEFT's files.
+A folder holds ``adapter_model.safetensors`` and ``adapter_config.json`` in PEFT's format (loaded by
+PEFT, they act as plain LoRA on every token), ``embeddings.safetensors`` with the rows of the special
+tokens, and ``card.json`` with the method, base model, training data and held-out scores. If the whole
+model was trained, ``weights.safetensors`` replaces PEFT's files.
 """
 
 from __future__ import annotations
@@ -43,14 +43,14 @@ class AdapterCard:
         method: the compression method it was trained for.
         gate: what was trained: ``gated`` (low-rank pairs that act on special tokens only),
             ``plain`` (pairs that act on every token) or ``full`` (every weight of a small model).
-        rank: rank of each low-rank pair; of no meaning for ``full``.
-        alpha: LoRA's alpha; the pairs are scaled by ``alpha / rank``.
-        n_rows: trained embedding rows (two for Sentinel: open, close).
-        options: the method's options that it is bound to, such as ``n_comp``.
+        rank: rank of each low-rank pair; unused for ``full``.
+        alpha: LoRA's alpha; low-rank updates are scaled by ``alpha / rank``.
+        n_rows: number of trained embedding rows (two for Sentinel: open, close).
+        options: method options that it was trained with and requires, such as ``n_comp``.
         base_model: name of the base model.
         base_hash: fingerprint of the base model's files.
         training: steps, tokens, seed, optimiser, data with hashes, loss.
-        held_out: what was measured on data it was not trained on.
+        held_out: scores on data that it was not trained on.
     """
 
     method: str
@@ -67,13 +67,12 @@ class AdapterCard:
 
 
 class Adapter(nn.Module):
-    """Low-rank pairs on the attention projections (or a whole set of weights), and embedding rows.
+    """Low-rank pairs for the attention projections (or a copy of every weight), and embedding rows.
 
     Args:
-        card: its description.
-        model: the base model, whose shapes it takes.
-        width: size of the model's input embeddings.
-        dropout: on the input of the low-rank pairs, in training only.
+        card: description of the adapter.
+        model: base model, which determines the shapes.
+        dropout: dropout probability on the input of the low-rank pairs, in training only.
     """
 
     def __init__(
@@ -96,20 +95,20 @@ class Adapter(nn.Module):
 
     @classmethod
     def fresh(cls, card: AdapterCard, model: nn.Module, dropout: float = 0.0) -> Adapter:
-        """A new adapter: it changes nothing yet, and its rows are near the mean embedding."""
+        """Initialise an adapter that changes nothing yet; its embedding rows are drawn near the mean embedding."""
         embedding = model.get_input_embeddings().weight  # type: ignore[operator]
         adapter = cls(card, model, dropout)
         with torch.no_grad():
-            # Drawn where the rows are: the same numbers whatever device the model is on.
+            # Drawn on the rows' device, so that the values do not depend on the model's.
             mean, spread = (t.to(adapter.rows.device) for t in (embedding.float().mean(0), embedding.float().std(0)))
             adapter.rows.copy_(mean + 0.5 * spread * torch.randn_like(adapter.rows))
         return adapter
 
     @contextmanager
     def applied(self, model: nn.Module) -> Iterator[Adapter]:
-        """The model with this adapter in its attention projections, for the length of the block.
+        """Apply this adapter to the model for the length of the block.
 
-        Inside such a block a further one changes nothing: an adapter never acts twice.
+        A nested call has no effect: an adapter is never applied twice.
         """
         if self._applied:
             yield self
@@ -129,7 +128,7 @@ class Adapter(nn.Module):
 
     @contextmanager
     def closed(self, model: nn.Module) -> Iterator[None]:
-        """The base model again, inside ``applied``, for the length of the block."""
+        """Restore the base model inside ``applied``, for the length of the block."""
         slots, self.gate.slots = self.gate.slots, torch.empty(0, dtype=torch.long)
         try:
             with with_weights(model, self._base):
@@ -138,11 +137,11 @@ class Adapter(nn.Module):
             self.gate.slots = slots
 
     def open_gate(self, special: Tensor) -> None:
-        """Tell the adapter where the sentinels are in the input that comes next."""
+        """Set the slots (int64) of the special tokens in the next input; a plain adapter acts on all tokens."""
         self.gate.slots = None if self.card.gate == "plain" else special
 
     def save(self, folder: Path, target_name: str) -> None:
-        """Write the folder whole or not at all."""
+        """Write the folder under a temporary name first, so that it is never incomplete."""
         part = folder.with_name(folder.name + ".part")
         shutil.rmtree(part, ignore_errors=True)
         part.mkdir(parents=True)
@@ -174,10 +173,10 @@ class Adapter(nn.Module):
 
     @classmethod
     def load(cls, folder: Path, model: nn.Module) -> Adapter:
-        """Read an adapter folder for use with ``model``.
+        """Load an adapter for ``model``, in evaluation mode and frozen.
 
         Raises:
-            UserError: a file is missing or damaged, or the shapes are those of another model.
+            UserError: a file is missing or damaged, or the shapes do not match the model.
         """
         card = read_card(folder)
         try:
@@ -211,7 +210,7 @@ class Adapter(nn.Module):
 
 
 def read_card(folder: Path) -> AdapterCard:
-    """The card of an adapter folder, without reading its weights.
+    """Read the card of an adapter folder, without its weights.
 
     Raises:
         UserError: not an adapter folder, or its card is damaged.

@@ -1,12 +1,12 @@
-"""SDPA, called in the way that is fastest under a dense mask.
+"""The attention function of all models: SDPA, called in the way that is fastest under a dense mask.
 
-A dense mask keeps SDPA from skipping the future, which doubles the work of a causal pass. For
-scoring, the queries are fed in a few runs, each with the keys up to its end only, which gives
-most of that back with the stock kernel. For training on a CPU the kernel is called in float32,
-whose backward pass is faster there than that of bfloat16. Where transformers would copy keys and
-values for every query head, because there is a mask, the CPU's kernel groups the heads itself.
-Without a mask and without gradients this is SDPA, untouched. Models that cap the logits of their attention, or
-let learned sinks take part in it, which SDPA knows nothing of, are computed here as they are meant.
+Under a dense mask, SDPA cannot skip later keys, which doubles the work of a causal pass. For
+scoring, queries are therefore split into a few runs, each with the keys up to its end only, which
+recovers most of the loss with the stock kernel. For training on a CPU the kernel runs in float32,
+whose backward pass is faster there than that of bfloat16. Where transformers would repeat keys and
+values for every query head because there is a mask, the CPU kernel handles grouped queries itself.
+Without a mask and without gradients this is transformers' SDPA, unchanged. Attention with soft-capped
+logits or learned sinks, which SDPA does not support, is computed here in plain PyTorch.
 """
 
 from __future__ import annotations
@@ -25,20 +25,20 @@ from transformers.masking_utils import causal_mask_function, sdpa_mask
 from kvbench.models.attention_hooks import LISTENER, MASKS, OBSERVER, Attended, AttentionObserver, Rule
 
 NAME = "kvbench"
-"""Not to contain "sdpa": transformers would refuse models that cap their logits, which are computed here."""
+"""Must not contain "sdpa": transformers would refuse models with soft-capped logits, which are supported here."""
 RUNS = 4
-"""Runs of queries; r of them do (r + 1) / 2r of the full square."""
+"""Number of runs that queries are split into; r runs compute (r + 1) / 2r of the full query-key square."""
 SHORTEST = 128
-"""Queries below which one call is cheaper than several."""
+"""Number of queries below which one kernel call is faster than several."""
 
 
 def attention(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **extra: Any
 ) -> tuple[Tensor, None]:
-    """Attention of ``query`` ``[batch, heads, q, d]`` over keys and values, as transformers calls it.
+    """Attention of ``query`` ``[batch, query heads, q, d]`` over keys and values, with transformers' signature.
 
     Returns:
-        Output ``[batch, q, heads, d]``, and no weights.
+        Output ``[batch, q, query heads, d]``, and None in place of attention weights.
     """
     softcap, sinks = extra.get("softcap"), extra.get("s_aux")
     listener = LISTENER.get()
@@ -84,8 +84,8 @@ def _exact(
     query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scaling: float | None, softcap: float | None,
     sinks: Tensor | None,
 ) -> Tensor:
-    """Attention ``[batch, q, heads, width]`` with logits capped at ``softcap``, and one more logit per head, a sink
-    ``[heads]`` of no value, in the softmax."""
+    """Attention ``[batch, q, heads, width]`` with logits soft-capped at ``softcap``; the softmax includes one learned
+    sink logit per head, ``sinks`` ``[heads]``, which has no value."""
     batch, heads, count, width = query.shape
     group = heads // key.shape[1]
     scale = width**-0.5 if scaling is None else scaling
@@ -113,7 +113,7 @@ def _exact(
 
 
 def _mask(*args: Any, mask_function: Rule = causal_mask_function, **kwargs: Any) -> Tensor | None:
-    """SDPA's own mask function; notes by what rule the model makes its mask."""
+    """Make SDPA's own mask, and record the mask function that it is made from (see ``MASKS``)."""
     collected = MASKS.get()
     if collected is not None:
         kwargs |= {"allow_is_causal_skip": False, "allow_is_bidirectional_skip": False}
@@ -146,7 +146,7 @@ def _masked(mask: Tensor | None, query: Tensor, key: Tensor, value: Tensor, scal
 
 
 def register() -> str:
-    """Make the attention known to transformers, with SDPA's own masks; returns its name."""
+    """Register this attention with transformers, with SDPA's own masks, and return its name."""
     AttentionInterface.register(NAME, attention)
     AttentionMaskInterface.register(NAME, _mask)
     return NAME
@@ -154,7 +154,7 @@ def register() -> str:
 
 @contextmanager
 def plain_attention(model: Any) -> Iterator[None]:
-    """The model with its own attention, in plain PyTorch, instead of this module's."""
+    """Use the model's own eager attention instead of this module's, for the length of the block."""
     model.set_attn_implementation("eager")
     try:
         yield

@@ -1,4 +1,4 @@
-"""What looks on while a model attends: who decides its masks, who is told of its calls. Without transformers."""
+"""Hooks into the attention of a model: an observer that sets masks, a listener to calls. Needs no transformers."""
 
 from __future__ import annotations
 
@@ -12,26 +12,26 @@ from torch import Tensor
 
 
 class AttentionObserver(Protocol):
-    """Is shown what every layer attends with, once its new entries are stored."""
+    """Sets the mask of every layer and sees its queries and keys, after the new entries were stored in the cache."""
 
     def mask(self, layer: int, queries: int, keys: int, device: torch.device) -> Tensor | None:
-        """bool ``[queries, keys]`` or ``[batch, heads or query heads, queries, keys]``; None for all, causally."""
+        """bool ``[queries, keys]`` or ``[batch, heads or query heads, queries, keys]``; None for causal attention."""
 
     def attend(self, layer: int, query: Tensor, scaling: float | None) -> Tensor | None:
-        """The output ``[batch, query heads, q, width]``, where the observer attends by itself; None otherwise."""
+        """The output ``[batch, query heads, q, width]`` if the observer computes attention itself; None otherwise."""
 
     def observe(self, layer: int, query: Tensor, keys: Tensor, scaling: float) -> None:
-        """Rotated queries ``[batch, query heads, q, d]`` of a layer, and the keys that they attended."""
+        """Receive rotated queries ``[batch, query heads, q, d]`` of a layer, and the keys that they attended."""
 
 
 OBSERVER: ContextVar[AttentionObserver | None] = ContextVar("observer", default=None)
-"""Who decides the mask of every layer by itself and sees its queries; the model's own mask is then not used. Layers
-that hold different numbers of entries have no mask in common."""
+"""The active observer, if any. Its masks replace the model's own mask, which cannot serve layers with different
+numbers of entries."""
 
 
 @contextmanager
 def unwatched() -> Iterator[None]:
-    """Without a observer, for a model that is asked something while others use it."""
+    """Suspend the observer for the length of the block, so that the model can be probed inside a session."""
     token = OBSERVER.set(None)
     try:
         yield
@@ -40,9 +40,9 @@ def unwatched() -> Iterator[None]:
 
 
 class Attended(NamedTuple):
-    """What a layer attended: rotated ``query`` ``[batch, query heads, q, d]``, ``key`` and ``value``
-    ``[batch, heads, entries, width]``, the names of what else took part, the ``mask`` that the model gave, and
-    whether the layer is causal where it gave none."""
+    """One attention call of a layer: rotated ``query`` ``[batch, query heads, q, d]``, ``key`` and ``value``
+    ``[batch, heads, entries, width]``, names of additional terms in ``beside`` (``softcap``, ``s_aux``), the model's
+    ``mask``, and whether attention is causal if the mask is None."""
 
     layer: int | None
     query: Tensor
@@ -54,10 +54,10 @@ class Attended(NamedTuple):
 
 
 LISTENER: ContextVar[Callable[[Attended], None] | None] = ContextVar("listener", default=None)
-"""Is told of every call of the attention."""
+"""Called with every attention call, if set."""
 
 Rule = Callable[..., Any]
-"""``(row, head, query, key) -> bool``: by what the model itself makes a mask."""
+"""A mask function of transformers, ``(batch, head, query, key) -> bool``."""
 
 MASKS: ContextVar[list[tuple[Rule, Tensor]] | None] = ContextVar("masks", default=None)
-"""Collects the rules by which the model makes its masks, and the masks, none of them left out."""
+"""If set, collects the model's mask functions and the masks made from them; no mask is then replaced by None."""

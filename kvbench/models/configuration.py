@@ -1,4 +1,4 @@
-"""What a configuration says of a model that reads text."""
+"""Settings that are read from the configuration of a language model."""
 
 from __future__ import annotations
 
@@ -6,12 +6,12 @@ from typing import Any
 
 
 def text_config(config: Any) -> Any:
-    """The part of a configuration that is about text: all of it, unless the model also reads other things."""
+    """The part of a configuration that describes the text decoder: all of it, unless the model is multimodal."""
     return config.get_text_config(decoder=True)
 
 
 def context_of(config: Any) -> int:
-    """Positions that the model was made for."""
+    """Context length of the model in tokens; 2048 if the configuration does not say."""
     config = text_config(config)
     for name in ("max_position_embeddings", "n_positions"):
         if isinstance(getattr(config, name, None), int):

@@ -1,4 +1,4 @@
-"""Where a model runs. Apart from loading, because commands check this before they need transformers."""
+"""Choosing a device. Separate from loading, since commands check it before they import transformers."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from kvbench.errors import UserError
 
 
 def pick_device(name: str) -> torch.device:
-    """The device of that name, or the best one there is for ``auto``.
+    """The device of that name; for ``auto``, CUDA if it is available and the CPU otherwise.
 
     Raises:
-        UserError: unknown, or not present on this machine.
+        UserError: the device is unknown, or not present on this machine.
     """
     if name.partition(":")[0] not in ("auto", "cpu", "cuda"):
         raise UserError(f"Device {name!r} is not available here.", "kvbench runs on cpu and on cuda.")

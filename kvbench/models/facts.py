@@ -1,4 +1,4 @@
-"""What is known of a model once it has been probed, and what follows from it for a request."""
+"""What a probe found out about a model, and the requests that this rules out."""
 
 from __future__ import annotations
 
@@ -13,21 +13,21 @@ OTHER_METHOD = "Use a method whose layout is known beforehand, such as sinks."
 
 @dataclass(frozen=True)
 class ModelFacts:
-    """What a probe found.
+    """Results of probing a model.
 
     Attributes:
-        kind: class of the model.
-        refusal: why no number of this model would be right, as a sentence; empty if numbers are.
-        forward_refusal: why not even its own forward pass gives a likelihood; empty if it does.
-        policy_refusal: why policies cannot be used on it, likewise.
-        window: the longest text that every layer attends whole; None if there is no such bound.
-        window_setting: what the configuration calls it, such as ``sliding_window``.
-        needs_ids: predictions rest on more than the embeddings of the tokens, so that nothing can be fed but text.
-        learned: places are part of what is read, and not only of queries and keys.
-        mark: how the model enters the signature of a number; empty for most.
-        apart: how far the ways to the same number lay apart at most, in nats per token.
-        tolerance: how far they may, by the precision of the weights and by what two kernels differ in.
-        seconds: what the probe took.
+        kind: class name of the model.
+        refusal: why the model cannot be measured, as a sentence; empty if it can.
+        forward_refusal: why not even its own forward pass gives a valid likelihood; empty if it does.
+        policy_refusal: why cache policies cannot be used on it; empty if they can.
+        window: length of the longest text that every layer attends in full; None if there is no such limit.
+        window_setting: name of the window in the configuration, such as ``sliding_window``.
+        needs_ids: predictions depend on token ids beyond the input embeddings, so that only text tokens can be fed.
+        learned: positions change the hidden states (learned embeddings), and not only queries and keys.
+        mark: what the model adds to the signature of a result, such as ``|rope:by layer``; empty for most models.
+        apart: largest difference between two ways to compute the same likelihoods, in nats per token.
+        tolerance: accepted difference, from the dtype of the weights and the difference between two kernels.
+        seconds: duration of the probe.
     """
 
     kind: str
@@ -45,10 +45,10 @@ class ModelFacts:
 
     @classmethod
     def load(cls, raw: dict[str, Any]) -> ModelFacts:
-        """From what ``as_dict`` made of it.
+        """Restore facts from the output of ``as_dict``.
 
         Raises:
-            TypeError: something is too much, or of another type.
+            TypeError: a field is unknown, or has another type.
         """
         facts = cls(**raw)
         for name, value in facts.as_dict().items():
@@ -61,19 +61,19 @@ class ModelFacts:
         return dataclasses.asdict(self)
 
     def check(self, model: str) -> None:
-        """See that numbers of the model can be right at all.
+        """Check that the model can be measured.
 
         Raises:
-            UserError: they cannot.
+            UserError: it cannot.
         """
         if self.refusal:
             raise UserError(f"{model}: {self.refusal}", "Choose another model; 'kvbench doctor' says more.")
 
     def check_length(self, model: str, longest: int, remedy: str) -> None:
-        """See that every layer attends the whole of a text.
+        """Check that every layer attends a text of ``longest`` tokens in full.
 
         Raises:
-            UserError: some see less of it.
+            UserError: some layers attend less of it.
         """
         if self.window is not None and self.window < longest:
             raise UserError(
@@ -82,10 +82,10 @@ class ModelFacts:
             )
 
     def check_embeddings(self, model: str, method: str) -> None:
-        """See that special tokens can be fed, which have embeddings and no ids.
+        """Check that special tokens can be fed, which have embeddings but no ids.
 
         Raises:
-            UserError: the model looks more up by id than embeddings.
+            UserError: the model uses token ids beyond its input embeddings.
         """
         if self.needs_ids:
             raise UserError(

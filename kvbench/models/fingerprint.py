@@ -1,4 +1,4 @@
-"""The fingerprint of a model or adapter folder: every byte that decides its numbers, and no other."""
+"""The fingerprint of a model or adapter folder: a hash of every file that can change results, and of no other."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from kvbench.errors import UserError
 from kvbench.store.hashes import file_hashes
 
 WHOLE = 64 << 20
-"""Bytes up to which a file is read every time; a larger one counts by its hash, which is kept between commands."""
+"""Files of up to this many bytes are read every time; for larger ones a hash is cached between commands."""
 
 _WEIGHTS = ("*.safetensors", "*.bin", "*.index.json")
 _SETTINGS = ("config.json", "config.*.json", "generation_config.json", "adapter_config.json", "card.json")
@@ -26,19 +26,19 @@ _TOKENIZER = (
 
 _REMARKS = ("_from_model_config", "transformers_version")
 _UNSAID = {"output_attentions": False, "output_hidden_states": False, "use_cache": True}
-"""What transformers writes into a generation config that was made of a config which does not mention it."""
+"""Defaults that transformers writes into a generation config if the config that it is made from has no such field."""
 
 _FORMER = {"config.json", "tokenizer.json", "tokenizer_config.json", "adapter_config.json", "card.json"}
 _EDGE = 1 << 20
 
 
 def fingerprint(folder: Path) -> str:
-    """Hash of a model or adapter folder, 16 hexadecimal digits: weights, settings, tokenizer, by name and content.
+    """Hash names and contents of a folder's weights, settings and tokenizer; 16 hexadecimal digits.
 
-    Files for people, and what a training leaves behind, do not count (``*.bin`` always does). Neither does a
-    ``generation_config.json`` that says nothing beyond ``config.json``: it is what transformers makes of that when
-    it saves a model, and what it would make of it if the file were not there. Any other counts byte for byte,
-    since texts end where it says.
+    Documentation and leftovers of training do not count (but ``*.bin`` always does). Nor does a
+    ``generation_config.json`` that only repeats ``config.json``: transformers writes it when it saves a model, and
+    derives the same if the file is missing. Any other generation config counts byte for byte, since it sets the
+    end tokens.
 
     Raises:
         UserError: a file cannot be read.
@@ -58,9 +58,9 @@ def fingerprint(folder: Path) -> str:
 
 
 def former_fingerprint(folder: Path) -> str:
-    """The hash of kvbench 0.1, which adapters' cards may hold.
+    """The hash of kvbench 0.1, which the cards of older adapters hold.
 
-    Of files over 64 MiB it read the beginning, the last MiB and the size, and it knew fewer files.
+    It covered fewer files, and of files over 64 MiB only the first 64 MiB, the last MiB and the size.
     """
     digest = hashlib.sha256()
     for path in sorted(folder.iterdir()):
@@ -75,10 +75,10 @@ def former_fingerprint(folder: Path) -> str:
 
 
 def check_unchanged(folder: Path, expected: str) -> None:
-    """See that a folder still is what was planned with.
+    """Check that a folder has not changed since the command was planned.
 
     Raises:
-        UserError: its files have changed meanwhile.
+        UserError: its files have changed.
     """
     if fingerprint(folder) != expected:
         raise UserError(
@@ -88,9 +88,9 @@ def check_unchanged(folder: Path, expected: str) -> None:
 
 
 def check_snapshot(snapshot: Path) -> None:
-    """See that files in the hub's cache are what their commit says: each is kept under the hash of its content.
+    """Check files in the hub's cache, which are stored under the hash of their content.
 
-    Copies, which some systems make where they have no links, bear no such name and are not checked.
+    On systems without symbolic links files are copied instead; such copies have other names and are not checked.
 
     Raises:
         UserError: a file is damaged.
@@ -112,21 +112,21 @@ def _git_hash(path: Path) -> str:
 
 
 def _counted(folder: Path) -> dict[str, Path]:
-    """By their names in the folder, the files that count."""
+    """The files that the fingerprint covers, by their path relative to the folder."""
     patterns = (*_WEIGHTS, *_SETTINGS, *_TOKENIZER)
     names = {path.relative_to(folder).as_posix() for pattern in patterns for path in folder.glob(pattern)}
     config = _json(folder / "config.json")
     if _says_nothing(_json(folder / "generation_config.json"), config):
         names.discard("generation_config.json")
     names |= {str(config["transformers_weights"])} if "transformers_weights" in config else set()
-    for index in [name for name in names if name.endswith(".index.json")]:  # its parts may lie deeper
+    for index in [name for name in names if name.endswith(".index.json")]:  # shards may be in subfolders
         parts = _json(folder / index).get("weight_map")
         names |= {str(part) for part in parts.values()} if isinstance(parts, dict) else set()
     return {name: folder / name for name in names if (folder / name).is_file()}
 
 
 def _says_nothing(generation: dict[str, Any], config: dict[str, Any]) -> bool:
-    """Whether a generation config repeats the config."""
+    """Whether a generation config only repeats the config."""
     known = {**_UNSAID, **config}
     return bool(generation) and all(
         known.get(name) == value for name, value in generation.items() if name not in _REMARKS
@@ -134,7 +134,7 @@ def _says_nothing(generation: dict[str, Any], config: dict[str, Any]) -> bool:
 
 
 def _json(path: Path) -> dict[str, Any]:
-    """An object in a file; empty where there is none."""
+    """The JSON object in a file; empty if there is none."""
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
     except (FileNotFoundError, ValueError, RecursionError):

@@ -1,4 +1,4 @@
-"""Loading a causal language model so that what is measured is what was meant."""
+"""Loading a causal language model and its tokenizer; incomplete or unsupported models are refused."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from kvbench.models.rope import by_length
 
 
 class Loaded(NamedTuple):
-    """A model in evaluation mode with frozen weights, its tokenizer, context and vocabulary."""
+    """A model in evaluation mode with frozen weights, its tokenizer, context length and vocabulary size."""
 
     model: nn.Module
     tokenizer: Any
@@ -30,12 +30,12 @@ class Loaded(NamedTuple):
 def load_model(reference: ModelReference, device: str, dtype: str) -> Loaded:
     """Load weights (safetensors, or ``weights_only`` otherwise; never remote code) and tokenizer.
 
-    The attention is always that of :mod:`kvbench.models.attention`: eager attention silently adds
-    boolean masks to the logits.
+    The attention is always that of :mod:`kvbench.models.attention`, since eager attention silently
+    adds boolean masks to the logits.
 
     Raises:
-        UserError: not there, not reachable, damaged, incomplete, or a kind of model whose cache
-            the harness cannot manage.
+        UserError: the model is missing, unreachable, damaged, incomplete, or of a kind whose cache
+            kvbench cannot manage.
     """
     import transformers
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
@@ -69,15 +69,15 @@ def load_model(reference: ModelReference, device: str, dtype: str) -> Loaded:
         )
     _check_tokenizer(reference, model, tokenizer)
     model.eval().requires_grad_(False).to(where)
-    by_length(model)  # rotations that keep a state are looked at while they are new
+    by_length(model)  # examine stateful rotary embeddings before the first forward pass
     return Loaded(model, tokenizer, context_of(config), int(text_config(config).vocab_size))
 
 
 def end_tokens(loaded: Loaded) -> tuple[int, ...]:
-    """Ids after which a text has ended: the model's own, or the tokenizer's if it names none.
+    """Ids of the tokens that end a text: the model's own, or the tokenizer's if the model names none.
 
-    The end tokens are all that is read of a generation config that a checkpoint ships: the rest of
-    it would set temperatures and penalties without a word.
+    Nothing else of a checkpoint's generation config is used: it would silently set temperatures and
+    penalties.
     """
     model: Any = loaded.model
     configs = (model.config, getattr(model, "generation_config", None))
@@ -98,7 +98,7 @@ def _check_kind(reference: ModelReference, config: Any) -> None:
 
 
 def _check_attention(auto: Any, config: Any) -> None:
-    """See that the model computes attention by transformers' interface, so that ours takes its place."""
+    """Check that the model calls attention through transformers' interface, so that ours can replace it."""
     kind = auto._model_mapping.get(type(config), None)
     kind = kind[0] if isinstance(kind, (tuple, list)) else kind
     if kind is not None and not getattr(kind, "_supports_attention_backend", False):

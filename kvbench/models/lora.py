@@ -1,8 +1,8 @@
-"""A linear layer with a low-rank addition that acts only on chosen tokens.
+"""LoRA with a gate: the low-rank update of a linear layer acts on chosen tokens only.
 
-With the gate on the sentinels only, text tokens run through the base weights alone, so that an
-adapted model without sentinels *is* the base model, bit for bit. With the gate open everywhere
-this is plain LoRA (arXiv 2106.09685).
+If the gate selects special tokens only, text tokens use the base weights alone, so that an adapted
+model without special tokens equals the base model, bit for bit. If it selects all tokens, this is
+plain LoRA (arXiv 2106.09685).
 """
 
 from __future__ import annotations
@@ -21,17 +21,17 @@ from kvbench.errors import UserError
 
 @dataclass
 class Gate:
-    """Which tokens of the current input the low-rank addition acts on.
+    """Which tokens of the current input the low-rank update acts on.
 
     Attributes:
-        slots: int64 places in the fed sequence; None opens the gate for all of them.
+        slots: int64 indices in the fed sequence; None for all tokens.
     """
 
     slots: Tensor | None
 
 
 class LowRank(nn.Module):
-    """The pair A ``[rank, in]``, B ``[out, rank]`` of one linear layer; B starts at zero."""
+    """The matrices A ``[rank, in]`` and B ``[out, rank]`` of one linear layer; B is initialised to zero."""
 
     def __init__(self, fan_in: int, fan_out: int, rank: int) -> None:
         super().__init__()
@@ -41,7 +41,7 @@ class LowRank(nn.Module):
 
 
 class GatedLinear(nn.Module):
-    """``base(x) + scale * x A^T B^T`` on the tokens of the gate, ``base(x)`` on the others."""
+    """``base(x) + scale * x A^T B^T`` for tokens that the gate selects, ``base(x)`` for the others."""
 
     def __init__(self, base: nn.Module, pair: LowRank, scale: float, dropout: float, gate: Gate):
         super().__init__()
@@ -65,10 +65,10 @@ class GatedLinear(nn.Module):
 
 
 def attention_linears(model: nn.Module) -> dict[str, nn.Module]:
-    """The linear layers that belong directly to attention modules, by path.
+    """The linear layers directly inside attention modules, by path.
 
-    They are found by structure (an attention class with a ``layer_idx``), so that one rule
-    serves Llama, Qwen, Mistral, GPT-NeoX, OPT and GPT-2.
+    They are found by structure (a class named ``*Attention`` with a ``layer_idx``), so that one rule
+    covers Llama, Qwen, Mistral, GPT-NeoX, OPT and GPT-2.
 
     Raises:
         UserError: the model has no such layers.
@@ -98,7 +98,7 @@ def fan(linear: nn.Module) -> tuple[int, int]:
 
 @contextmanager
 def with_weights(model: nn.Module, weights: dict[str, nn.Parameter]) -> Iterator[None]:
-    """The model with parameters of its own replaced by others, tied ones together; then as before."""
+    """Replace parameters by name for the length of the block; tied parameters are replaced together."""
     names: dict[int, str] = {id(p): name for name, p in model.named_parameters()}
     places = [
         (module, leaf, parameter)
@@ -115,7 +115,7 @@ def with_weights(model: nn.Module, weights: dict[str, nn.Parameter]) -> Iterator
 
 @contextmanager
 def swapped(model: nn.Module, replacements: dict[str, nn.Module]) -> Iterator[None]:
-    """Put modules in the places of others by path, and always put the originals back."""
+    """Replace modules by path for the length of the block; the originals are always restored."""
     originals = {path: model.get_submodule(path) for path in replacements}
     try:
         for path, module in replacements.items():

@@ -1,8 +1,8 @@
-"""Models with random weights in published shapes, for timing: nothing has to be downloaded.
+"""Models with random weights in published shapes, for timing without downloads.
 
-Widths, layers, heads and vocabularies are those of the published configurations; the weights are
-random, so that only time and memory mean anything. Where positions are learnt, their table is
-made as long as the text needs it.
+Widths, layers, heads and vocabularies are those of the published configurations; since the weights
+are random, only time and memory are meaningful. Tables of learned positions are extended to the
+length of the text.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from torch import nn
 from kvbench.errors import UserError, unknown
 
 PREFIX = "shape:"
-"""What a model's name begins with, where it is a shape."""
+"""Prefix of the name of a model that is given as a shape."""
 
 _LLAMA = {"tie_word_embeddings": False, "rms_norm_eps": 1e-5}
 SHAPES: dict[str, tuple[str, dict[str, Any]]] = {
@@ -57,19 +57,19 @@ SHAPES: dict[str, tuple[str, dict[str, Any]]] = {
         "intermediate_size": 14336, "vocab_size": 128256, "max_position_embeddings": 131072,
     }),
 }
-"""Name -> model type of transformers, and what differs from its defaults."""
+"""Name -> model type of transformers, and settings that differ from its defaults."""
 
 _LEARNED = {"gpt2": "n_positions", "opt": "max_position_embeddings"}
-"""Model types whose positions are a table, and the setting that says how long it is."""
+"""Model types with learned positions, and the setting that holds the length of their table."""
 
 
 class Shape(NamedTuple):
     """A configuration in a published shape.
 
     Attributes:
-        config: of transformers.
-        context: positions of the published model.
-        extended: positions that the table was extended to; None if it was not.
+        config: configuration of transformers.
+        context: context length of the published model.
+        extended: length that the table of learned positions was extended to; None if it was not.
     """
 
     config: Any
@@ -82,10 +82,10 @@ def is_shape(model: str) -> bool:
 
 
 def check_shape(model: str) -> str:
-    """The name behind ``shape:``.
+    """The name of a shape, without the prefix ``shape:``.
 
     Raises:
-        UserError: there is no such shape; the nearest one is named.
+        UserError: there is no such shape; the message names the nearest one.
     """
     name = model.removeprefix(PREFIX)
     if name not in SHAPES:
@@ -94,7 +94,7 @@ def check_shape(model: str) -> str:
 
 
 def make_shape(model: str, positions: int) -> Shape:
-    """The configuration of a shape, with room for that many positions.
+    """The configuration of a shape, for texts of up to ``positions`` tokens.
 
     Raises:
         UserError: there is no such shape.

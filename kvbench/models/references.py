@@ -1,4 +1,4 @@
-"""Where a model is, decided without PyTorch: embedded, a folder, or a commit on the hub."""
+"""Finding a model (embedded, a folder, or a commit on the hub) without importing PyTorch."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from kvbench.errors import UserError
 from kvbench.models.fingerprint import check_snapshot, check_unchanged, fingerprint, former_fingerprint
 
 DEFAULT_MODEL = "kvbench-tiny"
-"""The model that is embedded."""
+"""The model that is part of the package."""
 
 _HUB_ID = re.compile(r"^[\w.-]+(/[\w.-]+)?$")
 _COMMIT = re.compile(r"^[0-9a-f]{40}$")
@@ -23,15 +23,15 @@ _COMMIT = re.compile(r"^[0-9a-f]{40}$")
 
 @dataclass(frozen=True)
 class ModelReference:
-    """A model by name.
+    """A model that the user named, and where it is.
 
     Attributes:
         name: as the user gave it.
-        location: what ``from_pretrained`` takes: a folder or a hub id.
-        revision: the commit on the hub; as it was asked for (a branch, a tag, None) where neither the hub nor its
-            cache could say which commit that is; None for a folder.
-        fingerprint: of the files in the folder, or the commit on the hub; empty where that is not known.
-        weight_bytes: size of the weight files; 0 for the hub.
+        location: argument for ``from_pretrained``: a folder or a hub id.
+        revision: the commit on the hub; the requested branch, tag or None if neither the hub nor its cache could
+            resolve it to a commit; None for a folder.
+        fingerprint: hash of the files in the folder, or the commit on the hub; empty if unknown.
+        weight_bytes: size of the safetensors files; 0 for the hub.
     """
 
     name: str
@@ -42,16 +42,16 @@ class ModelReference:
 
     @property
     def is_folder(self) -> bool:
-        """It is on this machine, and not on the hub."""
+        """Whether it is a local folder, and not on the hub."""
         return bool(self.fingerprint) and self.revision is None
 
     @property
     def short_name(self) -> str:
-        """The hub id, or the last part of a path."""
+        """The hub id, or the last component of the path."""
         return Path(self.location).name if self.is_folder else self.name
 
     def has_fingerprint(self, written: str) -> bool:
-        """Whether a fingerprint that was written down is this model's: by today's rule, or by that of kvbench 0.1."""
+        """Whether a stored fingerprint is this model's, by the current rule or by that of kvbench 0.1."""
         return written == self.fingerprint or (self.is_folder and written == self._former)
 
     @cached_property
@@ -59,10 +59,10 @@ class ModelReference:
         return former_fingerprint(Path(self.location))
 
     def check_unchanged(self) -> None:
-        """See, once it is loaded, that it is what the fingerprint says.
+        """Check, after loading, that the files still match the fingerprint.
 
         Raises:
-            UserError: they have changed meanwhile, or nobody knows which commit was loaded.
+            UserError: they have changed, or it is unknown which commit was loaded.
         """
         if not self.fingerprint:
             raise UserError(
@@ -76,10 +76,10 @@ class ModelReference:
 
 
 def expanded(name: str) -> Path:
-    """A path as it was given, with ``~`` for a home.
+    """The path, with ``~`` expanded to the home folder.
 
     Raises:
-        UserError: nobody knows whose.
+        UserError: there is no such home.
     """
     try:
         return Path(name).expanduser()
@@ -92,10 +92,10 @@ def assets() -> Path:
 
 
 def resolve_model(name: str, revision: str | None = None) -> ModelReference:
-    """Find out where a model is.
+    """Find a model by its name: the embedded one, a folder, or a hub id.
 
     Raises:
-        UserError: a path that is not there or cannot be read, or a name that can be neither a path nor a hub id.
+        UserError: the path is missing or cannot be read, or the name can be neither a path nor a hub id.
     """
     folder = assets() / DEFAULT_MODEL if name == DEFAULT_MODEL else expanded(name)
     if folder.is_dir() and revision is not None:
@@ -121,10 +121,10 @@ def resolve_model(name: str, revision: str | None = None) -> ModelReference:
 
 
 def _check_kept(name: str, commit: str) -> None:
-    """See that what the hub's cache holds of a commit is that commit.
+    """Check that the hub's cached files of a commit are intact.
 
     Raises:
-        UserError: it is damaged.
+        UserError: a file is damaged.
     """
     from huggingface_hub import try_to_load_from_cache
 
@@ -134,12 +134,12 @@ def _check_kept(name: str, commit: str) -> None:
 
 
 def _commit(name: str, revision: str | None) -> str | None:
-    """The commit that a branch or tag of a model on the hub stands for now, or stood for when it was last there.
+    """Resolve a branch or tag of a hub model to a commit: the current one, or the one in the local cache if offline.
 
-    None where neither the hub nor its cache knows the model: loading it says why.
+    None if neither the hub nor its cache knows the model; the error of loading it then says why.
 
     Raises:
-        UserError: it is an adapter, whose base model no commit of its own fixes.
+        UserError: it is an adapter: its commit does not fix the commit of its base model.
     """
     commit = _commit_with(name, "config.json", revision)
     if commit is not None and _commit_with(name, "adapter_config.json", commit) is not None:
@@ -151,24 +151,24 @@ def _commit(name: str, revision: str | None) -> str | None:
 
 
 def _commit_with(name: str, file: str, revision: str | None) -> str | None:
-    """The commit of a revision, if the hub or else its cache has the file in it. What is fixed is not asked twice."""
+    """The commit of a revision if it contains the file, by the hub or its cache; cached commit ids need no look-up."""
     from huggingface_hub import get_hf_file_metadata, hf_hub_url, try_to_load_from_cache
 
     is_fixed = revision is not None and _COMMIT.match(revision) is not None
-    with suppress(Exception):  # the library raises a different type for each way to be wrong
-        kept = try_to_load_from_cache(name, file, revision=revision)  # a path, None, or a mark that it does not exist
+    with suppress(Exception):  # the library raises a different type for each kind of failure
+        kept = try_to_load_from_cache(name, file, revision=revision)  # a path, None, or a marker that it does not exist
         if kept is None or not is_fixed:
-            with suppress(Exception):  # or to be missing, or offline
+            with suppress(Exception):  # also if the file is missing, or offline
                 return get_hf_file_metadata(hf_hub_url(name, file, revision=revision)).commit_hash
         return Path(kept).parent.name if isinstance(kept, str) else None
     return None
 
 
 def given_adapter(name: str) -> Path:
-    """The adapter folder that the user named: a path, or the name of a shipped one.
+    """The adapter folder that the user named: a path, or the name of a shipped adapter.
 
     Raises:
-        UserError: it is not there.
+        UserError: there is no such folder.
     """
     shipped = assets() / "adapters" / name
     folder = shipped if "/" not in name and shipped.is_dir() else expanded(name)
@@ -180,12 +180,12 @@ def given_adapter(name: str) -> Path:
 
 
 def find_adapter(method: str, model: ModelReference, options: Mapping[str, str]) -> Path:
-    """The adapter shipped for a method and model, with those trained options if there is one.
+    """The adapter shipped for a method and model, preferably one trained with these options.
 
-    Of several, the first by name: the others have a longer one and are for ``--adapter``.
+    Of several, it is the first by name; the others have longer names and can be given with ``--adapter``.
 
     Raises:
-        UserError: there is none; the command that trains one is named.
+        UserError: there is none; the hint names the command that trains one.
     """
     found: list[tuple[bool, Path]] = []
     for card in sorted((assets() / "adapters").glob("*/card.json")):

@@ -1,1 +1,1 @@
-"""What a short probe of a model shows: of what kind it is, and whether both executions give what it means."""
+"""A short probe of a model: which kind it is, and whether streamed and masked execution give its likelihoods."""

@@ -1,4 +1,4 @@
-"""The probe: a few short forward passes, in which the model is asked and nothing is taken from its configuration."""
+"""The probe: a few short forward passes that test the model itself instead of trusting its configuration."""
 
 from __future__ import annotations
 
@@ -29,28 +29,28 @@ from kvbench.models.rope import fixed_rotations, fresh_rotations, rotation_mark,
 from kvbench.probe.masks import Faults, sees, setting_of, sight_of
 
 LENGTH, CHUNK, LEAST = 48, 7, 8
-"""Tokens that are read, how many at a time where entries are stored, and the least that say anything."""
+"""Tokens of the probe's text, tokens per chunk in a stream, and the fewest tokens that give a meaningful result."""
 
 TOLERANCES = {torch.float32: 1e-4, torch.bfloat16: 0.1, torch.float16: 0.02}
-"""How far two ways to the same number may lie apart, in nats per token, by the precision of the weights."""
+"""Accepted difference between two ways to compute the same likelihoods, in nats per token, by dtype of the weights."""
 
 LONGEST = 1 << 20
-"""Texts beyond which no bound of a layer's sight is looked for."""
+"""Length in tokens up to which a limit on what layers attend is searched for."""
 
 
 class _FoundError(Exception):
-    """The probe has come to an end: the model cannot be measured."""
+    """Ends the probe: the model cannot be measured."""
 
 
 class _ForwardError(_FoundError):
-    """Not even its own forward pass gives a likelihood."""
+    """Not even the model's own forward pass gives a valid likelihood."""
 
 
 def examine(model: nn.Module, ids: Tensor) -> ModelFacts:
-    """Ask a model what it is.
+    """Probe a model.
 
     Args:
-        ids: int64 ``[1, n]``, some text of the model's own vocabulary; n at most its context.
+        ids: int64 ``[1, n]``, a text in the model's vocabulary; n is at most its context length.
     """
     started, facts = time.perf_counter(), ModelFacts(type(model).__name__)
     with torch.inference_mode():
@@ -65,8 +65,8 @@ def examine(model: nn.Module, ids: Tensor) -> ModelFacts:
 
 
 def apart(model: nn.Module, ids: Tensor) -> float:
-    """Nats per token between two ways of reading a text, the worse of two pairs: the model's own forward pass and
-    what is read with every entry stored; half of the entries masked, and really removed."""
+    """Difference in nats per token between ways of reading a text, the larger of two: the model's own forward pass
+    against a stream with every entry stored; half of the entries masked against the same entries really removed."""
     half = make_layout(Window(Fraction(1, 2)), ids.shape[1], 0, 0)
     with torch.inference_mode(), fixed_rotations(model, ids.shape[1]):
         streamed = _nll_streamed(model, ids, 64)
@@ -82,15 +82,15 @@ class _Probe:
         self.worst = 0.0
 
     def carried_out(self, facts: ModelFacts) -> ModelFacts:
-        """All questions, the ones that rule a model out first.
+        """Run all tests, those that rule a model out first.
 
         Raises:
-            _FoundError: it is ruled out.
+            _FoundError: the model is ruled out.
             UserError: its rotations cannot be fixed.
         """
         model, (rules, calls, own_masks) = self.model, self._masks()
         window = sight_of(rules, max(LONGEST, context_of(model.config)))
-        if window is not None and window < self.length:  # the rest is asked of texts that all layers attend whole
+        if window is not None and window < self.length:  # test the rest on a text that all layers attend in full
             self.ids, self.length = self.ids[:, :window], window
             if window < LEAST:
                 raise _FoundError(f"{type(model).__name__} attends no more than {window} tokens in some layers.")
@@ -99,7 +99,7 @@ class _Probe:
             own = self._tried(lambda: _nll(_own(model, ids), ids), "its own forward pass", _ForwardError)
         mine = self._tried(lambda: _nll(_own(model, ids), ids), "its own forward pass", _ForwardError)
         self._check("its attention, computed by PyTorch, is not that of its own code", own, mine, _ForwardError)
-        if next(model.parameters()).dtype != torch.float32:  # near what two kernels differ in
+        if next(model.parameters()).dtype != torch.float32:  # nearer to the difference between two kernels
             self.tolerance = min(self.tolerance, max(self.tolerance / 20, 4 * self.worst))
         with fixed_rotations(model, self.length):
             streamed = self._tried(lambda: _nll_streamed(model, ids, CHUNK), "reading it with stored entries")
@@ -115,11 +115,11 @@ class _Probe:
         )
 
     def _masks(self) -> tuple[list[Rule], list[Attended], str]:
-        """The rules of the masks that reach a layer, the layers' calls, and why policies cannot be used, if layers
-        make masks of their own.
+        """The mask functions that layers use, the layers' attention calls, and why policies cannot be used: a reason
+        if layers change the model's masks, otherwise empty.
 
         Raises:
-            _FoundError: a token sees what comes later.
+            _ForwardError: a token attends later tokens.
         """
         made: list[tuple[Rule, Tensor]] = []
         calls: list[Attended] = []
@@ -144,7 +144,7 @@ class _Probe:
         return list({id(rule): rule for rule in reached if rule is not None}.values()), calls, ""
 
     def _check_masks(self) -> None:
-        """A window, masked in one pass and really removed."""
+        """Check that a window gives the same likelihoods masked in one pass and with entries really removed."""
         layout = make_layout(Window(Fraction(1, 2)), self.length, 0, 0)
         what, ids = "reading it under a mask", self.ids
         masked = self._tried(lambda: _nll(Reader(self.model).one_pass(ids, layout), ids), what)
@@ -152,10 +152,10 @@ class _Probe:
         self._check("it does not attend under the masks that it is given", masked, removed)
 
     def _needs_ids(self, by_ids: Tensor) -> bool:
-        """Whether the embeddings alone give anything else, or if they are no token's.
+        """Whether predictions depend on token ids beyond the input embeddings.
 
-        The same kernels run on a token's embeddings, so that they should be equal. Embeddings a little larger than
-        those should give nearly the same: some models look up whose embeddings they were given, and know exact ones.
+        Feeding a token's embedding runs the same kernels as feeding its id, so results should be equal. Slightly
+        scaled embeddings should give nearly the same: some models map exact embeddings back to their ids.
         """
         embedded = self.model.get_input_embeddings()(self.ids)  # type: ignore[operator]
         slightly = 2**-10 if embedded.dtype == torch.float32 else 2**-6
@@ -169,7 +169,7 @@ class _Probe:
         return _distance(by_ids, exact) > self.tolerance / 100 or _distance(exact, larger) > 32 * slightly
 
     def _policies(self, own: Tensor, calls: list[Attended]) -> str:
-        """Why policies cannot be used on it: whether what is cached is what is attended, once in every layer."""
+        """Why policies cannot be used; empty if every layer attends exactly what it caches, in one call."""
         name = type(self.model).__name__
         beside = {term for call in calls for term in call.beside}
         if "softcap" in beside:
@@ -220,7 +220,7 @@ class _Probe:
 
 
 class _Noting(PolicyCache):
-    """Notes what every layer was given to attend."""
+    """Records the keys and values that every layer was given to attend."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -235,7 +235,7 @@ class _Noting(PolicyCache):
 
 
 def _uncached(cache: _Noting, heard: list[Attended]) -> str:
-    """In what way what is attended is not what is cached; empty if it is."""
+    """How attended keys and values differ from the cached ones; empty if they do not."""
     cached, attended = ([call[0] for call in calls] for calls in (cache.given, heard))
     if cached != attended:
         layer = next((i for i, pair in enumerate(zip(cached, attended, strict=False)) if pair[0] != pair[1]), 0)
@@ -249,7 +249,7 @@ def _uncached(cache: _Noting, heard: list[Attended]) -> str:
 
 
 def other_layers(model: nn.Module) -> list[str]:
-    """The kinds of layers that are no attention over keys and values, by what they are called."""
+    """Names of layer types other than attention over keys and values, at most three."""
     config: Any = text_config(model.config)
     kinds = {str(kind) for kind in getattr(config, "layer_types", None) or ()}
     parts = {
@@ -269,13 +269,13 @@ def _own(model: nn.Module, ids: Tensor) -> Tensor:
 
 
 def _nll(logits: Tensor, ids: Tensor) -> Tensor:
-    """float32 ``[1, n - 1]``, of every token but the first."""
+    """Negative log-likelihood of every token but the first, float32 ``[1, n - 1]``."""
     log_p = logits[:, : ids.shape[1] - 1].float().log_softmax(-1)
     return -log_p.gather(-1, ids[:, 1:, None])[..., 0]
 
 
 def _nll_streamed(model: nn.Module, ids: Tensor, chunk: int, layout: Layout | None = None) -> Tensor:
-    """With entries stored, and removed if there is a layout."""
+    """The same from a stream with stored entries, which are removed as the layout says if there is one."""
     layout = layout or make_layout(Full(), ids.shape[1], 0, 0)
     parts = []
     for part in LayoutSession(Reader(model), layout, ids.shape[1], chunk).prefill(ids):

@@ -1,4 +1,4 @@
-"""Probing a model once: what was found is kept by its fingerprint, and by the versions that it was found with."""
+"""Probing a model once: results are cached by the model's fingerprint and the versions of the software."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from kvbench.store.cached import read_cache, write_cache
 
 FILE = "probes.json"
 PROBE = 4
-"""Raised whenever the probe asks something else."""
+"""Version of the probe; to be raised whenever its tests change."""
 
 MOST = 4096
-"""Tokens of the longest text at which both ways of reading are compared."""
+"""Length in tokens of the longest text on which ways of reading are compared."""
 
 _TEXT = (
     "The harbour lay quiet in the morning, and three boats had already gone out before the bell rang. Nobody on the "
@@ -27,17 +27,17 @@ _TEXT = (
 
 
 def probed(loaded: Loaded, fingerprint: str) -> ModelFacts:
-    """What a short probe of the model shows.
+    """Facts about the model, from the cache or from a new probe.
 
     Args:
-        fingerprint: of its files; empty to ask anew.
+        fingerprint: of the model's files; empty to probe without the cache.
     """
     key = _key(loaded, fingerprint)
     kept = read_cache(FILE).get(key) if key else None
     if isinstance(kept, dict):
         try:
             return ModelFacts.load(kept)
-        except TypeError:  # of another probe
+        except TypeError:  # written by another version of the probe
             pass
     facts = examine(loaded.model, sample(loaded, min(LENGTH, loaded.context)))
     _keep(key, facts.as_dict())
@@ -45,10 +45,10 @@ def probed(loaded: Loaded, fingerprint: str) -> ModelFacts:
 
 
 def apart_at(loaded: Loaded, fingerprint: str, longest: int) -> tuple[int, float]:
-    """How far the two ways of reading lie apart in a text as long as the longest that will be read.
+    """Compare ways of reading a text (see ``apart``) on one as long as the longest that will be read.
 
     Returns:
-        Its tokens, at most 4096, and nats per token.
+        Length of the text, at most 4096 tokens, and the difference in nats per token.
     """
     length = min(longest, MOST)
     key = f"{_key(loaded, fingerprint)}-{length}" if fingerprint else ""
@@ -61,11 +61,11 @@ def apart_at(loaded: Loaded, fingerprint: str, longest: int) -> tuple[int, float
 
 
 def sample(loaded: Loaded, length: int) -> torch.Tensor:
-    """Ids ``[1, length]`` of some text, repeated as often as it takes."""
+    """Ids ``[1, length]`` of a sample text, repeated as needed; shuffled if longer than ``LENGTH``."""
     device = next(loaded.model.parameters()).device
     length = max(2, length)
     ids = [i for i in loaded.tokenizer(_TEXT, add_special_tokens=False).input_ids if i < loaded.vocabulary]
-    if len(set(ids)) < 8:  # a tokenizer that does not know the language
+    if len(set(ids)) < 8:  # the tokenizer does not cover English
         ids = list(range(min(8, loaded.vocabulary // 2), min(loaded.vocabulary, 90)))
     generator = torch.Generator().manual_seed(length)
     many = torch.tensor(ids).repeat(-(-length // len(ids)))[:length]

@@ -1,4 +1,4 @@
-"""What a model's masks let its layers attend: whether what comes later, and how long a text in whole."""
+"""What a model's masks allow: whether tokens attend later ones, and how long a text is attended in full."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from kvbench.models.attention_hooks import Attended, Rule
 from kvbench.models.configuration import text_config
 
 Faults = (RuntimeError, ValueError, LookupError, TypeError, AttributeError, AssertionError)
-"""What a model may raise when it is used in a way that it was not made for."""
+"""Exceptions that a model may raise when it is used in a way that it does not support."""
 
 
 def sees(call: Attended, later: Tensor) -> bool:
-    """Whether a query of the call sees a key that comes later, where bool ``[queries, keys]`` says what does."""
+    """Whether a query of the call attends a later key; ``later`` marks them, bool ``[queries, keys]``."""
     if call.mask is None:
         return not call.is_causal
     open_ = call.mask if call.mask.dtype == torch.bool else call.mask > -1e4
@@ -23,10 +23,10 @@ def sees(call: Attended, later: Tensor) -> bool:
 
 
 def sight_of(rules: list[Rule], longest: int) -> int | None:
-    """The longest text whose last token sees all of it by every rule; None if that of ``longest`` tokens does.
+    """Length of the longest text whose last token sees all of it under every rule; None if it exceeds ``longest``.
 
     Args:
-        rules: ``(row, head, query, key) -> bool``, as transformers makes masks by.
+        rules: mask functions of transformers, ``(batch, head, query, key) -> bool``.
     """
     found = [bound for rule in rules if (bound := _bound(rule, longest)) is not None]
     return min(found, default=None)
@@ -46,11 +46,11 @@ def _bound(rule: Rule, longest: int) -> int | None:
             low, high = (middle, high) if sees_all(middle) else (low, middle)
         return low
     except Faults:
-        return None  # a rule that is made for one text only: seen where texts are compared
+        return None  # the rule is bound to one text: the probe compares long texts instead
 
 
 def setting_of(config: Any, value: int | None) -> str:
-    """What a configuration calls a number."""
+    """Name of the setting that has this value in the configuration; one with window or chunk in its name first."""
     content = {**config.to_dict(), **text_config(config).to_dict()}
     names = [name for name, found in content.items() if type(found) is int and found == value]
     return next((name for name in names if "window" in name or "chunk" in name), names[0] if names else "a window of")

@@ -1,1 +1,1 @@
-"""How a number is taken: cuts, protocols, scoring."""
+"""Measurement protocols: how documents are cut into pieces, and how pieces are scored."""

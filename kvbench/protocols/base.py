@@ -1,7 +1,7 @@
-"""What a protocol is: how the documents of a task are cut into pieces, and what decides the meaning of a number.
+"""The base class of protocols: how a task's documents are cut into pieces, and which settings define a number.
 
-Protocols answer different questions and are never mixed in one row. Each is a file of this folder; registry.py is the
-table of them.
+Protocols answer different questions and are never mixed in one row. Each has a file in this folder; registry.py lists
+them.
 """
 
 from __future__ import annotations
@@ -16,18 +16,18 @@ from kvbench.errors import UserError, unknown
 from kvbench.protocols.pieces import MIN_TOKENS, Cut, Tokenizer
 
 if TYPE_CHECKING:
-    from kvbench.data.tasks import Task  # which takes pydantic, and a bare machine has none
+    from kvbench.data.tasks import Task  # needs pydantic, which GPU machines may lack
 
 
 @dataclass(frozen=True)
 class Setting:
-    """An option of a protocol, which ``--set`` gives; its value is text.
+    """A protocol option that ``--set`` sets; its value is text.
 
     Attributes:
-        default: ``auto`` where the model or the task decides.
-        choices: the allowed words, of which the first is meant by ``auto``; empty for a number.
-        least: of a whole number.
-        share: a decimal number instead, above the first bound and up to the second.
+        default: default value; ``auto`` if the model or the task decides.
+        choices: allowed values, the first of which ``auto`` stands for; empty for a number.
+        least: smallest allowed integer.
+        share: bounds of a decimal number, for an option that takes one: above the first and up to the second.
     """
 
     default: str
@@ -36,10 +36,10 @@ class Setting:
     share: tuple[float, float] | None = None
 
     def checked(self, name: str, value: str, protocol: str) -> str:
-        """The value in its one spelling.
+        """Check a value and return its canonical spelling.
 
         Raises:
-            UserError: a value of the wrong kind.
+            UserError: the value is not allowed.
         """
         if self.choices:
             value = self.choices[0] if value == "auto" else value
@@ -67,7 +67,7 @@ class Setting:
 
 
 CHUNK, BOS = Setting("64"), Setting("auto", ("auto", "true", "false"))
-"""Settings of every protocol: tokens fed at a time, and whether a BOS is put before every piece."""
+"""Settings of every protocol: tokens fed at a time, and whether a BOS is prepended to every piece."""
 
 
 @dataclass(frozen=True)
@@ -75,12 +75,12 @@ class Protocol(ABC):
     """A protocol with its lengths resolved for a model.
 
     Attributes:
-        name: as it is asked for, and written into cells.
-        kind: of the tasks that it measures.
+        name: name on the command line and in cells.
+        kind: kind of tasks that it measures.
         settings: its options.
         length_option: the option that makes its pieces shorter; "" if there is none.
-        in_chunks: the text comes in chunks of its own, such as turns.
-        may_exceed: pieces may be longer than the model's context.
+        in_chunks: whether the text comes in chunks of its own, such as turns.
+        may_exceed: whether pieces may be longer than the model's context; otherwise such pieces are skipped.
         chunk: tokens fed at a time when streamed.
         bos: ``auto``, ``true`` or ``false``.
     """
@@ -98,10 +98,10 @@ class Protocol(ABC):
     @classmethod
     @abstractmethod
     def resolve(cls, task: Task, options: Mapping[str, str], context: int, model: str) -> Self:
-        """Fill in what depends on the task, and on the model's context length.
+        """Create the protocol for a task, and for a model with that context length.
 
         Args:
-            model: its name, for the user.
+            model: name of the model, for messages.
 
         Raises:
             UserError: the lengths do not fit the model.
@@ -111,63 +111,63 @@ class Protocol(ABC):
     def pieces(
         self, documents: Sequence[Document], tokenizer: Tokenizer, seed: int, with_words: bool
     ) -> Iterator[tuple[Document, Cut]]:
-        """The documents, or trials made of them, each with its pieces; no piece where one is too short.
+        """Yield the documents, or trials made of them, each with its pieces; one that is too short has no piece.
 
         Args:
-            with_words: pieces say where their words are.
+            with_words: whether pieces record where their words are.
         """
 
     @property
     @abstractmethod
     def lengths(self) -> str:
-        """The lengths, as signatures say them."""
+        """The lengths, as written in signatures."""
 
     @property
     def seq_len(self) -> int | None:
-        """Tokens of a piece, or of its prefix; None where every piece has its own length."""
+        """Length of a piece, or of its prefix, in tokens; None if every piece has its own length."""
         return None
 
     @property
     def least(self) -> str:
-        """What a document needs for a piece, in words."""
+        """The length that a document needs for a piece, as text."""
         return f"{MIN_TOKENS} tokens"
 
     @property
     def marks(self) -> str:
-        """What else is said in signatures."""
+        """Further text for the signature."""
         return ""
 
     def taken(self, documents: Sequence[Document], limit: int | None) -> tuple[Sequence[Document], int | None]:
-        """The documents that are cut, and how many of what comes out is measured; None for all."""
+        """The documents to cut, and the maximum number of results to measure; None for all."""
         return documents, limit
 
     def signature(self, execution: str, has_bos: bool, tokenizer: str, version: int = 1) -> str:
-        """The settings that decide what a number means.
+        """The settings that define what a number means, as text.
 
         Args:
-            version: of the pieces (:class:`kvbench.protocols.pieces.Piece`).
+            version: version of the pieces (:class:`kvbench.protocols.pieces.Piece`).
         """
         step = f"chunk:{self.chunk}" if execution == "streamed" else "onepass"
         bos = "per_piece" if has_bos else "none"
         return f"{self.name}|{self.lengths}|{step}|bos:{bos}|reset:piece|tok:{tokenizer}{self.marks}|v:{version}"
 
     def shorter(self, tokens: int) -> str:
-        """What to do so that pieces have no more than so many tokens."""
+        """Advice on how to limit pieces to that many tokens."""
         return f"Use --set {self.length_option}={tokens}." if self.length_option else "Use shorter documents."
 
     def within(self, tokens: int) -> str:
-        """What to do so that sequences stay within so many tokens."""
+        """Advice on how to keep sequences within that many tokens."""
         return f"Keep sequences within {tokens} tokens, such as --set block={tokens}."
 
     longer: ClassVar[str] = "Give longer documents, or another --protocol."
-    """What to do where documents are too short."""
+    """Advice for documents that are too short."""
 
 
 def settings_of(protocol: type[Protocol], given: Mapping[str, str]) -> dict[str, str]:
-    """The protocol's options, defaults filled in, values checked.
+    """The protocol's options, with defaults filled in and values checked.
 
     Raises:
-        UserError: a value of the wrong kind.
+        UserError: a value is not allowed.
     """
     return {
         name: setting.checked(name, given.get(name, setting.default), protocol.name)
@@ -176,7 +176,7 @@ def settings_of(protocol: type[Protocol], given: Mapping[str, str]) -> dict[str,
 
 
 def check_length(length: int, context: int, model: str, remedy: str) -> None:
-    """See that sequences fit the model.
+    """Check that sequences fit the model.
 
     Raises:
         UserError: they do not.

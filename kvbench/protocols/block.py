@@ -13,7 +13,7 @@ from kvbench.protocols.base import BOS, CHUNK, Protocol, Setting, check_length
 from kvbench.protocols.pieces import MIN_TOKENS, Cut, Piece, Tokenizer, bytes_between
 
 if TYPE_CHECKING:
-    from kvbench.data.tasks import Task  # which takes pydantic, and a bare machine has none
+    from kvbench.data.tasks import Task  # needs pydantic, which GPU machines may lack
 
 PRESETS = {"standard": 512, "paper": 256}
 """Block length by preset; the Sentinel scripts use 256."""
@@ -21,7 +21,7 @@ PRESETS = {"standard": 512, "paper": 256}
 
 @dataclass(frozen=True)
 class Block(Protocol):
-    """Blocks of ``length`` tokens; every token but the first of each is scored."""
+    """Disjoint blocks of ``length`` tokens; every token but the first of each block is scored."""
 
     name = "block"
     settings = {
@@ -55,10 +55,10 @@ class Block(Protocol):
 
 
 def cut_blocks(document: Document, tokenizer: Tokenizer, length: int, with_words: bool = False) -> Cut:
-    """Disjoint blocks of ``length`` tokens, BOS included; the first token is context only.
+    """Cut a document into disjoint blocks of ``length`` tokens, BOS included; the first token is context only.
 
     Raises:
-        UserError: words are asked for, and the tokenizer does not say where its tokens are.
+        UserError: word positions are requested, and the tokenizer gives no offsets.
     """
     ids, ends = tokenizer.encode(document.text)
     lead = tokenizer.lead()
@@ -84,9 +84,9 @@ def cut_blocks(document: Document, tokenizer: Tokenizer, length: int, with_words
 
 
 def word_places(text: str, ends: list[int]) -> list[tuple[int, int, int]]:
-    """For tokens that end at ``ends``: the line, the word in it, and how many words the line has.
+    """For tokens that end at the characters ``ends``: index of the line, of the word in it, and words of the line.
 
-    Words are what lies between single spaces, as the released Sentinel code splits them.
+    Words are separated by single spaces, as in the released Sentinel code.
     """
     places, counts = [], [line.count(" ") + 1 for line in text.split("\n")]
     line = word = at = 0

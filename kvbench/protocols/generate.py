@@ -1,8 +1,8 @@
-"""Document generation: a document is cut into a prefix that is read and what its author wrote next.
+"""Document generation: a document is cut into a prefix, which is read, and the author's continuation as the reference.
 
-The model writes as many tokens as the reference has, so that no metric compares texts of different
-lengths by design. What follows the reference is kept too: human text of the same documents, to be
-compared with the references as a ceiling.
+The model generates as many tokens as the reference has, so that metrics compare texts of equal length by design. The
+text after the reference is kept too: human text of the same documents, which is compared with the references to give an
+upper bound.
 """
 
 from __future__ import annotations
@@ -26,17 +26,17 @@ NUCLEUS, GREEDY = "nucleus", "greedy"
 
 
 PRESETS = {"paper": (128, 64), "standard": (512, 128), "long": (1024, 256)}
-"""Tokens of prefix and tokens to write; words for ``paper``, whose numbers are recalled, not verified."""
+"""Tokens of the prefix and tokens to generate; words for ``paper``, whose numbers are recalled, not verified."""
 
 
 @dataclass(frozen=True)
 class Generate(Protocol):
-    """A prefix is compressed, and the model writes on.
+    """Compresses a prefix, and has the model continue it.
 
     Attributes:
         prefix, new_tokens: tokens of the prefix and of the continuation; words if ``in_words``.
         decodings: how each document is continued: ``nucleus`` once per draw, ``greedy`` once.
-        batch: documents written at a time; 0 leaves the choice to kvbench.
+        batch: documents generated at a time; 0 leaves the choice to kvbench.
     """
 
     name = "generate"
@@ -66,7 +66,7 @@ class Generate(Protocol):
 
     @classmethod
     def of(cls, spec: GenerationSpec, options: Mapping[str, str], context: int, model: str) -> Self:
-        """The same, by the part of the task that it takes."""
+        """As :meth:`resolve`, from the generation settings of a task."""
         preset = options["preset"]
         prefix, new = (spec.prefix, spec.new_tokens) if preset == "task" else PRESETS[preset]
         if preset == "task" and options["prefix"] == options["new_tokens"] == "auto":
@@ -124,7 +124,7 @@ class Generate(Protocol):
 
 
 def cut_for_writing(document: Document, tokenizer: Tokenizer, protocol: Generate) -> Cut:
-    """The prefix, the reference, and what follows it; no piece if the document is too short."""
+    """Cut a document into prefix, reference and the text after it; no piece if the document is too short."""
     version = 1
     cut = _words(document.text, protocol) if protocol.in_words else None
     if protocol.in_words and cut is None:
@@ -151,7 +151,7 @@ def cut_for_writing(document: Document, tokenizer: Tokenizer, protocol: Generate
 
 
 def _words(text: str, protocol: Generate) -> tuple[str, str, str] | None:
-    """The first words, the next, and as many after them; None if there are too few."""
+    """The first words, the next, and up to as many after them; None if there are too few."""
     ends = [i for i in range(1, len(text) + 1)
             if not text[i - 1].isspace() and (i == len(text) or text[i].isspace())]
     first, last = protocol.prefix, protocol.prefix + protocol.new_tokens
@@ -162,9 +162,9 @@ def _words(text: str, protocol: Generate) -> tuple[str, str, str] | None:
 
 
 def uniforms(piece: Piece, protocol: Generate, seed: int) -> NDArray[np.float64]:
-    """The random numbers of a document ``[outputs, new tokens]``, NaN where the output is greedy.
+    """Uniform random numbers for a document ``[outputs, new tokens]``, NaN where the output is greedy.
 
-    They are a function of the seed, the prefix and the number of the draw, and of nothing else.
+    They depend on the seed, the prefix and the index of the draw, and on nothing else.
     """
     size = len(piece.ids) - piece.context
     key = int(_name(piece.ids[: piece.context])[:16], 16)
@@ -176,5 +176,5 @@ def uniforms(piece: Piece, protocol: Generate, seed: int) -> NDArray[np.float64]
 
 
 def _name(ids: tuple[int, ...] | list[int]) -> str:
-    """A name for a prefix: what a document is called, or where it stands, must not change its text."""
+    """Hash of a prefix, so that the name or order of documents does not change what is generated."""
     return hashlib.sha256(np.asarray(ids, dtype=np.int64).tobytes()).hexdigest()

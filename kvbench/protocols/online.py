@@ -1,7 +1,7 @@
-"""The online protocol: what comes next is scored, given the memory of t chunks (arXiv 2312.03414).
+"""The online protocol: text is scored, given the compressed memory of the t chunks before it (arXiv 2312.03414).
 
-Chunks are turns of a dialogue, entries of a profile, demonstrations, or runs of text. The context
-of t chunks is compressed chunk by chunk; the query and the target are read raw after it.
+Chunks are turns of a dialogue, entries of a profile, demonstrations, or runs of text. The context of t chunks is
+compressed chunk by chunk; the query and the target after it are read without compression.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from kvbench.protocols.pieces import Cut, Part, Piece, Tokenizer, bytes_between
 
 @dataclass(frozen=True)
 class Online(Protocol):
-    """Trials after so many chunks as the task says; what comes next is scored."""
+    """Trials after as many chunks as the task says, each of which scores the text that comes next."""
 
     name = "online"
     kind = "online"
@@ -45,17 +45,17 @@ class Online(Protocol):
         return self.spec.signature()
 
     def taken(self, documents: Sequence[Document], limit: int | None) -> tuple[Sequence[Document], int | None]:
-        """A document is many trials, and the limit counts documents."""
+        """Limit the number of documents; each gives many trials."""
         return documents[:limit], None
 
 
 def online_trials(
     documents: Sequence[Document], tokenizer: Tokenizer, spec: OnlineSpec
 ) -> Iterator[tuple[Document, Cut]]:
-    """A trial per document and time step that the document is long enough for.
+    """Yield a trial per document and time step that the document is long enough for.
 
-    Each trial is a document of its own, whose group is the document that it is taken from. One has no piece, and is
-    counted as skipped, if a chunk or the target has no token of its own.
+    Each trial counts as a document, whose group is that of the document it is taken from. It has no piece, and counts
+    as skipped, if a chunk or the target has no token of its own.
 
     Raises:
         UserError: the documents have no turns, and the task asks for turns.
@@ -77,7 +77,7 @@ def online_trials(
 
 @dataclass(frozen=True)
 class _Trial:
-    """A trial as tokens of one text; ``version`` as in a piece."""
+    """The token ids of a trial, tokenised as one text; ``version`` as in a piece."""
 
     chunks: tuple[tuple[int, ...], ...]
     query: tuple[int, ...]
@@ -86,7 +86,7 @@ class _Trial:
 
 
 def _cut(name: str, tokenizer: Tokenizer, trial: _Trial, step: int) -> Cut:
-    """The piece of a trial; none where a token reaches over the whole of a chunk, or there is nothing to score."""
+    """The piece of a trial; none if a token spans the whole of a chunk, or if there is nothing to score."""
     if not all(trial.chunks) or not trial.target.ids:
         return Cut((), 0)
     chunks = ((*tokenizer.lead(), *trial.chunks[0]), *trial.chunks[1:])
@@ -99,12 +99,12 @@ def _cut(name: str, tokenizer: Tokenizer, trial: _Trial, step: int) -> Cut:
 
 
 def _turns(document: Document, tokenizer: Tokenizer, spec: OnlineSpec, step: int) -> _Trial | None:
-    """t turns, the query, and its answer, tokenised as one text."""
+    """t turns as chunks, the query, and its answer, tokenised as one text; None if there are too few turns."""
     turns = list(document.turns)
     if step + 2 > len(turns):
         return None
     query, answer = (turns[step], turns[step + 1]) if spec.query == "next" else (turns[-2], turns[-1])
-    # A line break or a label before the answer is part of the query; a space, of the answer's first word.
+    # A line break or label before the answer belongs to the query, a space to the answer's first word.
     label = spec.before_answer.rstrip(" ")
     texts = [(spec.between if i else "") + turn for i, turn in enumerate(turns[:step])]
     texts += [f"{spec.between}{query}{label}", spec.before_answer[len(label) :] + answer]
@@ -114,10 +114,10 @@ def _turns(document: Document, tokenizer: Tokenizer, spec: OnlineSpec, step: int
 
 
 def _text(document: Document, tokenizer: Tokenizer, spec: OnlineSpec, step: int) -> _Trial | None:
-    """t runs of text, no query, and the next run."""
+    """t runs of text as chunks, no query, and the next run as the target; None if the text is too short."""
     ids, ends = tokenizer.encode(document.text)
     lead, size = len(tokenizer.lead()), spec.segment
-    bounds = [max(0, i * size - lead) for i in range(step + 2)]  # the first run begins with what leads it
+    bounds = [max(0, i * size - lead) for i in range(step + 2)]  # the first run includes a BOS, if any
     if len(ids) < bounds[-1]:
         return None
     chunks = tuple(tuple(ids[start:stop]) for start, stop in pairwise(bounds[:-1]))

@@ -1,4 +1,4 @@
-"""Cutting documents into pieces that are scored: blocks, streams, prefixes."""
+"""The pieces of documents that are scored, and the tokenizer that documents are cut with."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from kvbench.errors import UserError
 from kvbench.methods import TextStructure
 
 MIN_TOKENS = 32
-"""Shorter tails and documents are not scored; they are counted."""
+"""Least length in tokens; shorter tails and documents are not scored but counted."""
 
 CONTEXT = 8
-"""Tokens that others are decoded after, where a tokenizer does not say where its tokens are."""
+"""Number of preceding tokens that are decoded along with others, if a tokenizer gives no offsets."""
 
 
 @dataclass(frozen=True)
@@ -25,17 +25,18 @@ class Piece:
     Attributes:
         document: id of the document it belongs to.
         ids: token ids; the method compresses the first ``context`` of them.
-        context: tokens under the method's layout; the rest is read without further compression.
-        scored: tokens ``scored ..`` are targets; those before are context only.
+        context: number of tokens that the method compresses; the rest is read without further compression.
+        scored: index of the first target; tokens before it are context only.
         n_bytes: UTF-8 bytes of the scored text.
-        layout: which of the 16 layouts it is read under.
-        bin: what results are also reported by, such as ``distance=120``.
+        layout: which of the 16 random layouts it is read under.
+        bin: key by which results are also reported separately, such as ``distance=120``.
         chunks: lengths of the chunks that the context came in; empty for running text.
-        words: line, word and words of the line of every token; None unless a method asks for them.
-        written: what follows the context is written by the model; ``ids`` has the author's own.
-        after: what the author wrote after that.
-        ahead: tokens after the context whose queries a policy has seen when it chooses what stays of the context.
-        version: of the way that its text became tokens: 2 where the parts of the text give others one by one.
+        words: for every token the index of its line, of its word, and the words of the line; None unless a method needs
+            it.
+        written: whether the model generates the text after the context; ``ids`` has the author's own.
+        after: token ids of the author's text after that.
+        ahead: number of tokens after the context whose queries a policy sees before it chooses what to keep.
+        version: version of the tokenisation: 2 where tokenising the parts of the text separately gives other tokens.
     """
 
     document: str
@@ -54,12 +55,12 @@ class Piece:
 
     @property
     def planned(self) -> int:
-        """Text tokens that the method's layout spans."""
+        """Number of text tokens that the method's layout covers."""
         return len(self.ids) if self.written else self.context
 
     @property
     def shape(self) -> tuple[int, int, int, tuple[int, ...]]:
-        """Pieces of equal shape can share a batch; under a seeded method, if their layouts agree."""
+        """Pieces of equal shape can share a batch; under a seeded method, only if their layouts agree."""
         return len(self.ids), self.context, self.scored, self.chunks
 
     @property
@@ -70,14 +71,14 @@ class Piece:
 
 @dataclass(frozen=True)
 class Cut:
-    """The pieces of one document, and how many of its tokens none of them holds."""
+    """The pieces of one document, and the number of its tokens that are in none of them."""
 
     pieces: tuple[Piece, ...]
     dropped: int
 
 
 class Part(NamedTuple):
-    """The tokens of one part of a text, and the UTF-8 bytes that they say."""
+    """The token ids of one part of a text, and the number of UTF-8 bytes that they cover."""
 
     ids: tuple[int, ...]
     n_bytes: int
@@ -96,7 +97,7 @@ class Tokenizer:
     bos: int | None
 
     def encode(self, text: str) -> tuple[list[int], list[int] | None]:
-        """Token ids without special tokens, and the end of each token in the text."""
+        """Token ids without special tokens, and where each token ends in the text, in characters; None if unknown."""
         if not self.hf.is_fast:
             return list(self.hf(text, add_special_tokens=False).input_ids), None
         out = self.hf(text, add_special_tokens=False, return_offsets_mapping=True)
@@ -107,7 +108,7 @@ class Tokenizer:
 
     @cached_property
     def _leaves_spaces_out(self) -> bool:
-        """Whether spaces are bytes of tokens, and those at the ends of a token are no part of where it is."""
+        """Whether tokens are byte-level and include spaces, while offsets exclude the spaces at the ends of tokens."""
         made_by = self.hf.backend_tokenizer
         ways, after = (
             b"".join(part.__getstate__() for part in parts if part is not None)
@@ -116,11 +117,11 @@ class Tokenizer:
         return b'"ByteLevel"' in ways and b'"trim_offsets":true' in after
 
     def split(self, parts: Sequence[str]) -> tuple[Part, ...]:
-        """The parts of one text, tokenised together: a token across a border belongs to what follows.
+        """Tokenise the parts of one text together; a token that crosses a boundary belongs to the later part.
 
         Every token of the joined text is in exactly one part; a part whose tokens all reach into the next is empty.
-        A tokenizer that does not say where its tokens are is asked for the text up to the border: what both begin
-        with lies before it.
+        Without offsets, the text up to the boundary is tokenised as well: the tokens that both begin with lie before
+        it.
         """
         text = "".join(parts)
         ids, ends = self.encode(text)
@@ -140,7 +141,7 @@ class Tokenizer:
         )
 
     def apart(self, parts: Sequence[str]) -> tuple[tuple[int, ...], ...]:
-        """The tokens of the parts one by one, as if nothing stood before them."""
+        """The token ids of the parts, each tokenised separately."""
         return tuple(tuple(self.encode(part)[0]) for part in parts)
 
     def lead(self) -> tuple[int, ...]:
@@ -148,12 +149,12 @@ class Tokenizer:
 
 
 def _ends_with_spaces(text: str, offsets: Sequence[tuple[int, int]], tokens: Sequence[str]) -> list[int]:
-    """Where byte-level tokens end, of which offsets leave out the spaces; a space that was put before the text is
-    nowhere in it."""
+    """Ends of byte-level tokens whose offsets exclude spaces; a space that the tokenizer prepends to the text is not
+    counted."""
     ends = [0]
     for (start, end), token in zip(offsets, tokens, strict=True):
-        spaces = len(token) - len(token.rstrip("\u0120"))  # how they write a space
-        is_bare = bool(spaces) and start == end  # nothing is left of it: it begins where the one before it ends
+        spaces = len(token) - len(token.rstrip("\u0120"))  # the character that stands for a space
+        is_bare = bool(spaces) and start == end  # spaces only: it begins where the token before it ends
         last = ends[-1] if is_bare else end
         may_be_cut = is_bare or (spaces < len(token) and text[last - 1] != " ")
         are_cut = may_be_cut and text[last : last + spaces] == " " * spaces
@@ -162,16 +163,16 @@ def _ends_with_spaces(text: str, offsets: Sequence[tuple[int, int]], tokens: Seq
 
 
 def _alike(ids: Sequence[int], others: Sequence[int]) -> int:
-    """How many tokens both begin with."""
+    """Number of tokens that both begin with."""
     pairs = zip(ids, others, strict=False)
     return next((i for i, (one, other) in enumerate(pairs) if one != other), min(len(ids), len(others)))
 
 
 def make_tokenizer(hf: Any, bos: str) -> Tokenizer:
-    """``bos``: ``auto`` (only if the tokenizer emits one for an empty text), ``true``, ``false``.
+    """Wrap a tokenizer. ``bos``: ``auto`` (only if the tokenizer emits one for an empty text), ``true``, ``false``.
 
     Raises:
-        UserError: a BOS is asked for and the tokenizer has none.
+        UserError: a BOS is requested and the tokenizer has none.
     """
     emitted = list(hf("").input_ids)
     token = hf.bos_token_id
@@ -186,7 +187,7 @@ def bytes_between(
 ) -> int:
     """UTF-8 bytes of tokens start .. stop - 1 of a text.
 
-    Without ``ends`` they are decoded after a few tokens before them: some decoders drop a leading space.
+    Without ``ends`` they are decoded together with a few tokens before them, since some decoders drop a leading space.
     """
     if start == stop:
         return 0

@@ -12,7 +12,7 @@ from kvbench.protocols.base import BOS, CHUNK, Protocol, Setting, check_length
 from kvbench.protocols.pieces import Cut, Piece, Tokenizer, bytes_between
 
 if TYPE_CHECKING:
-    from kvbench.data.tasks import Task  # which takes pydantic, and a bare machine has none
+    from kvbench.data.tasks import Task  # needs pydantic, which GPU machines may lack
 
 PREFIX_CONTEXT = 1280
 """Tokens of prefix and continuation together, if the model's context is that long."""
@@ -20,7 +20,7 @@ PREFIX_CONTEXT = 1280
 
 @dataclass(frozen=True)
 class Prefix(Protocol):
-    """A prefix of ``length`` tokens, and ``continuation`` tokens that are scored."""
+    """Compresses a prefix of ``length`` tokens, and scores the next ``continuation`` tokens."""
 
     name = "prefix"
     settings = {
@@ -61,7 +61,7 @@ class Prefix(Protocol):
 
 
 def cut_prefix(document: Document, tokenizer: Tokenizer, prefix: int, continuation: int) -> Cut:
-    """The first ``prefix`` tokens are compressed; the next ``continuation`` ones are scored."""
+    """Compress the first ``prefix`` tokens and score the next ``continuation`` ones; no piece if there are too few."""
     ids, ends = tokenizer.encode(document.text)
     lead = tokenizer.lead()
     start = prefix - len(lead)

@@ -1,6 +1,6 @@
-"""The recall protocol: a fact is stated among prose, and asked for after a distance in tokens.
+"""The recall protocol: a fact is hidden in prose, and asked for after a distance in tokens.
 
-Prose, fact, prose, question and answer are one text, as people would write it down, and tokenised as one.
+Prose, fact, prose, question and answer form one text and are tokenised together.
 """
 
 from __future__ import annotations
@@ -20,22 +20,22 @@ from kvbench.protocols.base import BOS, CHUNK, Protocol, Setting
 from kvbench.protocols.pieces import Cut, Part, Piece, Tokenizer
 
 ROUND = 20
-"""Contexts are multiples of it, so that round ratios are met exactly."""
+"""Context lengths are multiples of it, so that round ratios are met exactly."""
 
 HIDDEN, KNOWN = "hidden", "known"
-"""Whether the question of a trial is read after the context was compressed, or is the end of it."""
+"""Whether the question of a trial follows the compressed context (hidden), or ends the context (known)."""
 
 REACH, STARTS = 48, 64
-"""How far a border is moved, in characters, and how many places of the prose are tried."""
+"""Largest shift of a boundary, in characters, and the number of start positions that are tried in a document."""
 
 
 @dataclass(frozen=True)
 class Recall(Protocol):
-    """Facts among prose, each asked for after one of the task's distances, where its answer is scored.
+    """Facts hidden in prose, each asked for after one of the task's distances; the answer is scored.
 
     Attributes:
-        spec: the lengths, which are the task's own.
-        known: the question is part of the context.
+        spec: the lengths, set by the task.
+        known: whether the question is part of the context.
     """
 
     name = "prefix"
@@ -65,8 +65,8 @@ class _Prose:
     """A document that facts are hidden in.
 
     Attributes:
-        length: in tokens.
-        ends: of its tokens in its text, where the tokenizer says them.
+        length: length in tokens.
+        ends: where its tokens end in its text, in characters; None if the tokenizer gives no offsets.
     """
 
     document: Document
@@ -74,7 +74,7 @@ class _Prose:
     ends: list[int] | None
 
     def place(self, token: int) -> int:
-        """About where a token begins, in characters."""
+        """The approximate place where a token begins, in characters."""
         token = min(max(token, 0), self.length)
         if self.ends is None:
             return len(self.document.text) * token // max(1, self.length)
@@ -83,11 +83,11 @@ class _Prose:
 
 @dataclass(frozen=True)
 class _Wanted:
-    """What a trial has to be, in tokens.
+    """The requirements on a trial, with lengths in tokens.
 
     Attributes:
         parts: the fact, the question and the answer.
-        known: the question is part of the context.
+        known: whether the question is part of the context.
     """
 
     tokenizer: Tokenizer
@@ -97,22 +97,22 @@ class _Wanted:
     known: bool
 
     def split(self, text: str, first: int, middle: int, last: int) -> tuple[Part, ...]:
-        """Prose up to the fact, the fact, prose up to the question, the question, the answer."""
+        """Tokenise a trial: prose before the fact, the fact, prose before the question, the question, the answer."""
         statement, question, answer = self.parts
         return self.tokenizer.split((text[first:middle], statement, text[middle:last], question, answer))
 
     def asked(self, question: int) -> int:
-        """Tokens of the question that are in the context: if it is known, all but the last, from which the answer
-        is predicted once the context has been compressed."""
+        """Number of question tokens in the context: if the question is known, all but the last, from which the answer
+        is predicted after the context has been compressed."""
         return max(0, question - 1) if self.known else 0
 
     def before(self, statement: int, question: int) -> int:
-        """Tokens of prose before a fact of so many tokens."""
+        """Number of tokens of prose before the fact, given the tokens of fact and question."""
         rest = len(self.tokenizer.lead()) + statement + self.distance + self.asked(question)
         return -(-max(self.spec.context, self.spec.lead + rest) // ROUND) * ROUND - rest
 
     def missing(self, parts: Sequence[Part]) -> tuple[int, int]:
-        """Tokens of prose that are missing before and after the fact; negative if there are too many."""
+        """Number of tokens of prose missing before and after the fact; negative if there are too many."""
         before, statement, after, question, _ = (len(part.ids) for part in parts)
         return self.before(statement, question) - before, self.distance - after
 
@@ -120,21 +120,20 @@ class _Wanted:
 def recall_trials(
     documents: Sequence[Document], tokenizer: Tokenizer, spec: RecallSpec, seed: int, known: bool = False
 ) -> Iterator[tuple[Document, Cut]]:
-    """Facts among prose, each asked for after one of the distances, in turn.
+    """Yield trials that hide a fact in prose and ask for it after one of the distances, in turn.
 
-    The context is prose, the fact, and as much prose as the distance says; if the question is ``known``, then
-    the question as well, without its last token. Prose before the fact makes it at least ``spec.context`` tokens
-    long, and a multiple of 20. Each trial is a document of its own; its group is the document that the prose is
-    taken from.
+    The context is prose, the fact, and prose as long as the distance; if the question is ``known``, also the question
+    without its last token. Prose before the fact makes the context at least ``spec.context`` tokens long, and a
+    multiple of 20. Each trial counts as a document, whose group is that of the document the prose is taken from.
 
-    How long a text is in tokens is only known once it has been tokenised. So prose is first cut where it has as many
-    tokens as are wanted when it stands by itself, and the whole text is tokenised; its end, then its beginning is
-    moved by what is missing, and further, character by character, to and fro, until both lengths are exact. If that
-    does not come about within 48 characters, the fact moves on by a token of the prose, at last to the next document.
-    None of this is random.
+    The length of a text in tokens is known only after tokenisation. So prose is first cut where it has the wanted
+    number of tokens by itself, and the whole text is tokenised. Then the end and the beginning of the prose are shifted
+    by the number of missing tokens, and further in both directions character by character, until both lengths are
+    exact. If that fails within 48 characters, the fact moves on by one token of the prose, and finally to the next
+    document. The search is deterministic.
 
     Raises:
-        UserError: no document has the prose for it, or no place in it makes the lengths exact.
+        UserError: no document has enough prose, or no place in it makes the lengths exact.
     """
     proses = [_Prose(d, len(ids), ends) for d in documents for ids, ends in (tokenizer.encode(d.text),)]
     for trial in range(spec.trials * len(spec.distances)):
@@ -166,7 +165,7 @@ def recall_trials(
 def _placements(
     wanted: _Wanted, proses: Sequence[_Prose], start: int, lead: int
 ) -> Iterator[tuple[_Prose, tuple[Part, ...]]]:
-    """Where the lengths can be had: in the first document from ``start`` on, then in the others."""
+    """Yield places where the lengths are exact: in the first document from token ``start`` on, then in the others."""
     for prose in proses:
         places = prose.length - lead - wanted.distance + 1
         for move in range(min(STARTS, places)):
@@ -176,7 +175,7 @@ def _placements(
 
 
 def _placed(wanted: _Wanted, prose: _Prose, start: int, lead: int) -> tuple[Part, ...] | None:
-    """The parts of a trial whose prose begins about at a token; None if the lengths cannot be had there."""
+    """The parts of a trial whose prose begins near token ``start``; None if the lengths cannot be met there."""
     text, end = prose.document.text, start + lead + wanted.distance
     first, middle = prose.place(start), prose.place(start + lead)
     _, missing = wanted.missing(wanted.split(text, first, middle, prose.place(end)))
@@ -194,7 +193,7 @@ def _placed(wanted: _Wanted, prose: _Prose, start: int, lead: int) -> tuple[Part
 
 
 def _nearest(place: int, low: int, high: int) -> Iterator[int]:
-    """Places from low to high: this one, and those around it, the nearest first."""
+    """Numbers from low to high within reach of ``place``, the nearest first."""
     for step in range(REACH + 1):
         yield from (p for p in dict.fromkeys((place + step, place - step)) if low <= p <= high)
 

@@ -17,7 +17,7 @@ NAMES = tuple(dict.fromkeys(protocol.name for protocol in PROTOCOLS))
 
 
 def protocol_of(task: Task, name: str) -> type[Protocol]:
-    """The protocol of that name for tasks of that kind.
+    """The protocol of that name for the kind of the task.
 
     Raises:
         UserError: there is none.
@@ -29,10 +29,10 @@ def protocol_of(task: Task, name: str) -> type[Protocol]:
 
 
 def chosen_protocol(task: Task, asked: str | None) -> type[Protocol]:
-    """The protocol asked for, if the task has it (it may have been asked for another task); else the task's first.
+    """The requested protocol if the task supports it (the request may be for another task); else the task's first.
 
     Raises:
-        UserError: the task names a protocol that there is not.
+        UserError: the task names a protocol that does not exist.
     """
     known = {name: protocol_of(task, name) for name in task.protocols}
     return known[asked if asked in known else task.protocols[0]]

@@ -19,21 +19,21 @@ from kvbench.models.adapter import Adapter
 from kvbench.protocols.pieces import Piece
 
 DISTANCES = (0, 1, 2, 3, 4, 8, 16, 32, 64)
-"""Least distances of the bins that the loss is recorded by; the last bin is open."""
+"""Lower edges of the bins of distance that the loss is recorded by; the last bin is open."""
 
 POSITIONS = (0, *(base * 2**k for k in range(15) for base in (8, 12)))
-"""Least positions of the bins that the loss is recorded by: 0, 8, 12, 16, 24, 32, 48 ..."""
+"""Lower edges of the bins of position that the loss is recorded by: 0, 8, 12, 16, 24, 32, 48 ..."""
 
 
 @dataclass(frozen=True)
 class Reference:
-    """The full cache's predictions for one batch; it does not outlive the batch.
+    """The full cache's predictions for one batch; kept only as long as the batch is measured.
 
     Attributes:
         probabilities: ``[batch, targets, vocabulary]`` in float32.
         negentropy: ``[batch, targets]``, the sum of p log p.
         best: ``[batch, targets]``, the most probable token.
-        nll: ``[batch, targets]``, of the targets themselves.
+        nll: ``[batch, targets]``, negative log-likelihood of the targets.
     """
 
     probabilities: Tensor
@@ -42,7 +42,7 @@ class Reference:
     nll: Tensor
 
     def rows(self, which: list[int]) -> Reference:
-        """The reference of some of the batch's rows."""
+        """The reference for some of the batch's rows."""
         index = torch.tensor(which, device=self.best.device)
         fields = (self.probabilities, self.negentropy, self.best, self.nll)
         return Reference(*(t.index_select(0, index) for t in fields))
@@ -56,22 +56,22 @@ class Reference:
 
 @dataclass(frozen=True)
 class BatchScore:
-    """What a method did on a batch; tensors are ``[batch, targets]`` in float64 on the CPU.
+    """The scores of a method on a batch; tensors are ``[batch, targets]`` in float64 on the CPU.
 
     Attributes:
         nll: negative log-likelihood of each target, in nats.
         hit: whether the target was the most probable token.
         kl: KL(full || method) at each target; None for the reference itself.
-        top1: whether the most probable token is the full cache's; None likewise.
-        loss: what each target costs more than with the full cache, in nats; None likewise.
-        since: int64 ``[targets]``, text tokens since the last place where entries were replaced,
-            -1 before the first; None if the method replaces none.
+        top1: whether the most probable token is that of the full cache; None for the reference itself.
+        loss: nll of each target minus that with the full cache, in nats; None for the reference itself.
+        since: int64 ``[targets]``, text tokens since the last place where entries were replaced, -1 before the first;
+            None if the method replaces none.
         position: int64 ``[targets]``, text tokens before each target.
         visible: sum over scoring queries of entries visible / text tokens before.
-        queries: scoring queries with text before them.
-        held: entries after the context was read.
+        queries: number of scoring queries with text before them.
+        held: entries held after the context was read.
         peak: the most entries ever held.
-        logical, physical, full: bytes of the cache at that moment, for the whole batch.
+        logical, physical, full: bytes of the cache after the context was read, for the whole batch.
     """
 
     nll: Tensor
@@ -99,9 +99,9 @@ def score_pieces(
 
     Args:
         pieces: of equal ``shape``, and such that they can share a session (``rows_together``).
-        reference: the full cache's predictions for the batch, to compare these with.
+        reference: the full cache's predictions for the batch, to compare with.
         execution, chunk: see :func:`kvbench.inference.opening.open_session`.
-        keep_reference: return this batch's predictions, to compare the other methods with.
+        keep_reference: return this batch's predictions, as the reference for other methods.
     """
     first = pieces[0]
     with torch.inference_mode(), prepared(model, adapter, len(first.ids)):
@@ -112,7 +112,7 @@ def score_pieces(
 
 
 def text_of(pieces: Sequence[Piece]) -> Text:
-    """What a session is opened for, to read a batch of pieces."""
+    """The argument of ``open_session`` that describes a batch of pieces."""
     first = pieces[0]
     return Text(
         first.context, first.planned, tuple(piece.layout for piece in pieces), first.context < len(first.ids),
@@ -123,7 +123,7 @@ def text_of(pieces: Sequence[Piece]) -> Text:
 def score(
     session: Session, pieces: Sequence[Piece], reference: Reference | None = None, keep_reference: bool = False
 ) -> tuple[BatchScore, Reference | None]:
-    """The same, in a session that has just been opened."""
+    """As :func:`score_pieces`, in a session that has just been opened."""
     first = pieces[0]
     ids = torch.tensor([piece.ids for piece in pieces], device=session.device)
     context, behind = ids[:, : first.context], ids[:, first.context :]
@@ -154,7 +154,7 @@ class Rows:
         self._kept: list[Reference] | None = [] if keep else None
 
     def add(self, start: int, logits: Tensor) -> None:
-        """Logits ``[batch, m, vocabulary]`` after the text tokens start .. start + m - 1."""
+        """Score logits ``[batch, m, vocabulary]`` that follow the text tokens start .. start + m - 1."""
         first = start + 1 - self.scored  # the target that the first of these logits predicts
         skip = max(0, -first)
         first += skip
@@ -168,7 +168,7 @@ class Rows:
         nll = functional.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none").view_as(targets)
         chosen = logits.gather(-1, targets[..., None])[..., 0]
         highest = logits.amax(-1)
-        # An argmax is far dearer than a maximum, and only needed where half precision makes ties.
+        # An argmax is much slower than a maximum, and only needed where half precision makes ties.
         best = None if exact else logits.argmax(-1)
         if not bool(torch.isfinite(nll).all()):
             raise RuntimeError("the model's predictions are not finite (overflow, or damaged weights)")
@@ -192,7 +192,7 @@ class Rows:
         self, since: Tensor | None, position: Tensor, visible: float, queries: int, held: int, peak: int,
         sizes: CacheBytes,
     ) -> BatchScore:
-        """All that was collected, with what is known of the cache."""
+        """Combine the collected scores with the measurements of the cache."""
         return BatchScore(
             torch.cat(self.nll, 1), torch.cat(self.hit, 1), torch.cat(self.kl, 1) if self.kl else None,
             torch.cat(self.top1, 1) if self.top1 else None, torch.cat(self.loss, 1) if self.loss else None,
@@ -209,7 +209,7 @@ class Rows:
 def loss_by(
     where: Tensor, bins: tuple[int, ...], nll: Tensor, loss: Tensor
 ) -> dict[str, tuple[int, float, float]]:
-    """Targets, their summed nll and summed loss, by the bin that ``where`` falls into; negative is nowhere."""
+    """By bin of ``where``: number of targets, summed nll and summed loss; negative values are in no bin."""
     place = torch.bucketize(where, torch.tensor(bins), right=True) - 1
     found = {}
     for p in torch.unique(place[where >= 0]).tolist():

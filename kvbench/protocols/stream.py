@@ -1,4 +1,4 @@
-"""The protocol ``stream``: one long passage of a document, read with a cache of its own."""
+"""The protocol ``stream``: one long passage per document, read with a fresh cache."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from kvbench.protocols.block import Block, cut_blocks
 from kvbench.protocols.pieces import Cut, Tokenizer
 
 if TYPE_CHECKING:
-    from kvbench.data.tasks import Task  # which takes pydantic, and a bare machine has none
+    from kvbench.data.tasks import Task  # needs pydantic, which GPU machines may lack
 
 
 @dataclass(frozen=True)
@@ -20,7 +20,7 @@ class Stream(Block):
     """The first ``length`` tokens of a document; every token but the first is scored.
 
     Attributes:
-        beyond_context: they are more than the model was made for.
+        beyond_context: whether that is more than the model's context.
     """
 
     name = "stream"

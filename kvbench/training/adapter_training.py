@@ -1,10 +1,9 @@
 """Training the adapter of a compression method on a frozen base model.
 
-One masked pass per step: the layout's mask lets every span of a block be trained in one forward
-pass. Spans are drawn anew every step and the ratio is drawn per batch, so that one adapter serves
-the whole axis. The loss runs over all text tokens: the language-model loss (``text``, as
-published), or the divergence from the uncompressed base model's predictions (``distil``), which
-carries none of the noise of the text itself.
+Each step is one masked forward pass, in which the layout's mask trains all spans of a block at once. Spans and ratio
+are sampled anew for every batch, so that one adapter serves all ratios. The loss is over all text tokens: the
+language-model loss (``text``, as published), or the KL divergence from the uncompressed base model's predictions
+(``distil``), which is free of the noise of the text itself.
 """
 
 from __future__ import annotations
@@ -32,7 +31,7 @@ ALONE = Team()
 
 @dataclass(frozen=True)
 class AdapterPlan:
-    """All that decides the trained weights, besides the base model and the data.
+    """All settings that determine the trained weights, besides the base model and the data.
 
     Attributes:
         method: name of the trained method.
@@ -42,10 +41,10 @@ class AdapterPlan:
         length: text tokens per sequence.
         lr: peak learning rate (AdamW; warm-up, constant, linear to 3 %).
         rank: rank of the low-rank pairs; alpha is the same, so the scale is 1.
-        dropout: on the input of the pairs.
+        dropout: dropout on the input of the low-rank pairs.
         warmup: steps of linear warm-up.
-        decay_from: share of the steps after which the rate falls.
-        seed: of the weights, the data and the layouts.
+        decay_from: fraction of the steps after which the learning rate decays.
+        seed: seed of the weights, the data and the layouts.
         autocast: ``bfloat16`` or ``none``.
         objective: ``distil`` or ``text``.
         base_hash, data: fingerprints of the base model and of the data files.
@@ -104,8 +103,8 @@ def train_adapter(
 ) -> Iterator[Progress]:
     """Train ``adapter`` in place; yields after every step.
 
-    A checkpoint in ``out`` is continued, exactly: the same weights as an uninterrupted training
-    on the same machine with the same number of threads.
+    A checkpoint in ``out`` is resumed exactly: the weights are those of an uninterrupted training on the same machine
+    with the same number of threads.
 
     Raises:
         UserError: ``out`` holds the checkpoint of another plan.

@@ -24,16 +24,16 @@ END, UNUSED = "</s>", "<unused>"
 
 @dataclass(frozen=True)
 class BasePlan:
-    """All that decides the trained weights.
+    """All settings that determine the trained weights.
 
     Attributes:
         steps: optimiser steps.
         batch: sequences per step.
         length: tokens per sequence, and the model's context.
-        lr: peak rate of both optimisers.
+        lr: peak learning rate of both optimisers.
         hidden, layers, heads, kv_heads, feed_forward: the Llama's shape (heads of 64).
         vocabulary: entries of the tokenizer.
-        tokenizer, data: fingerprints of the tokenizer's folder (``trained`` if it is made of the data) and of the
+        tokenizer, data: fingerprints of the tokenizer's folder (``trained`` if it is trained on the data) and of the
             data files.
     """
 
@@ -56,7 +56,7 @@ class BasePlan:
 
 
 def train_tokenizer(texts: Iterable[str], vocabulary: int, context: int) -> Any:
-    """A byte-level BPE with an end mark and no BOS, as a Hugging Face tokenizer."""
+    """Train a byte-level BPE with an end-of-text token and no BOS, as a Hugging Face tokenizer."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
 
@@ -92,7 +92,7 @@ def new_model(plan: BasePlan, vocabulary: int, eos: int | None) -> nn.Module:
 def train_base(
     plan: BasePlan, model: nn.Module, data: Mixture, out: Path, checkpoint_every: int
 ) -> Iterator[Progress]:
-    """Train ``model`` in place; yields after every step; continues a checkpoint in ``out``.
+    """Train ``model`` in place; yields after every step; resumes a checkpoint in ``out``.
 
     Raises:
         UserError: ``out`` holds the checkpoint of another plan.

@@ -1,4 +1,4 @@
-"""Training text: files end to end as one stream of token ids."""
+"""Training text: files, concatenated into one stream of token ids."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ from kvbench.data.rows import TEXT, read_rows
 from kvbench.errors import UserError
 
 STREAM_TOKENS = 24_000_000
-"""Tokens that are read at most; batches are drawn from anywhere in them."""
+"""Maximum number of tokens that are read; batches are sampled from anywhere in them."""
 
 
 @dataclass(frozen=True)
 class Stream:
-    """Token ids of all documents, end to end, and where they come from.
+    """Concatenated token ids of all documents, and their sources.
 
     Attributes:
-        sources: of every file its name and hash, and the column that was read, where it is not ``text``.
+        sources: name and hash of every file, and the column that was read if it is not ``text``.
     """
 
     ids: np.ndarray
@@ -32,7 +32,7 @@ class Stream:
 
     @property
     def hash(self) -> str:
-        """Of the files and columns, whatever the files are called."""
+        """Hash of the files and columns, independent of the names of the files."""
         parts = (source["sha256"] + source.get("column", "") for source in self.sources)
         return hashlib.sha256("".join(parts).encode()).hexdigest()[:16]
 
@@ -41,8 +41,8 @@ def load_stream(paths: Sequence[Path], tokenizer: Any, least: int, column: str =
     """Read and tokenise files in order, up to :data:`STREAM_TOKENS`.
 
     Args:
-        least: tokens that training needs at the very least.
-        column: what the text is called in the files.
+        least: number of tokens that training needs at least.
+        column: name of the text column in the files.
 
     Raises:
         UserError: no file, an unreadable one, or too little text.
@@ -69,7 +69,7 @@ def load_stream(paths: Sequence[Path], tokenizer: Any, least: int, column: str =
 
 
 def _hash_of(path: Path) -> str:
-    """SHA-256 of a file; of a folder, of its texts' names and hashes."""
+    """SHA-256 of a file; for a folder, of the names and hashes of its text files."""
     if not path.is_dir():
         return hashlib.sha256(path.read_bytes()).hexdigest()
     found = [(file.relative_to(path).as_posix(), _hash_of(file)) for file in files_of(path)]

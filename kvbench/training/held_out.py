@@ -1,4 +1,4 @@
-"""What an adapter does on text it was not trained on: perplexity by ratio, and recall."""
+"""Held-out evaluation of an adapter: perplexity and recall at several ratios."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from kvbench.protocols.scoring import score_pieces
 
 RATIOS = ("0.3", "0.5", "0.7", "0.8", "0.9")
 _WHOLE = 1 << 16
-"""Tokens that are fed at a time: all of them."""
+"""Tokens that are fed at a time: more than any text has."""
 _TRIALS = RecallSpec(distances=(30, 120, 240, 400), trials=10, context=32)
 
 
@@ -55,7 +55,7 @@ class HeldOut:
                 documents.append(Document(row["id"], row["id"], text))
         try:
             trials = [c.pieces[0] for _, c in recall_trials(tuple(documents), tokenizer, _TRIALS, 0)]
-        except UserError:  # texts too short to hide a fact in: perplexity alone is measured
+        except UserError:  # texts too short to hide a fact in: only perplexity is measured
             trials = []
         if not blocks:
             raise UserError(f"{path} has no text of {MIN_TOKENS} tokens to measure on.")
@@ -65,10 +65,10 @@ class HeldOut:
         self, model: nn.Module, adapter: Adapter | None, method: str, ratios: Sequence[str] = RATIOS,
         options: dict[str, str] | None = None,
     ) -> dict[str, dict[str, float]]:
-        """Nats per token and recall accuracy, by the ratios that the method can reach.
+        """Nats per token and recall accuracy, for each ratio that the method can reach.
 
         Args:
-            method: of any mechanism; one that chooses from what was computed is scored as it removes entries.
+            method: a layout method or a policy; a policy is scored while it removes entries.
         """
         found = {}
         blocks = [Piece(str(i), ids, len(ids), 1, 0, i % LAYOUT_IDS) for i, ids in enumerate(self.blocks)]
@@ -76,7 +76,7 @@ class HeldOut:
             kind = make_method(method, Fraction(ratio), options)
             try:
                 kind.check(min(map(len, self.blocks)), in_chunks=False)
-            except UserError:  # out of this method's reach
+            except UserError:  # a ratio that this method cannot reach
                 continue
             scored, answered = (
                 [score_pieces(model, kind, [piece], adapter=adapter, chunk=_WHOLE)[0] for piece in pieces]

@@ -1,4 +1,4 @@
-"""What both trainings share: the learning-rate schedule, and checkpoints that are exact."""
+"""What both trainings share: the learning-rate schedule, and checkpoints that resume exactly."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from kvbench.errors import UserError
 
 CHECKPOINT = "checkpoint.pt"
 FLOOR = 0.03
-"""Share of the peak rate that the schedule ends at."""
+"""Final learning rate as a fraction of the peak."""
 
 
 class Progress(NamedTuple):
@@ -43,7 +43,7 @@ def rate_factor(step: int, steps: int, warmup: int, decay_from: float) -> float:
 
 
 def save_checkpoint(out: Path, plan: Any, step: int, parts: Mapping[str, Stateful]) -> None:
-    """Write the state after ``step`` steps, whole or not at all."""
+    """Write the state after ``step`` steps, atomically."""
     part = out / (CHECKPOINT + ".part")
     state = {name: thing.state_dict() for name, thing in parts.items()}
     torch.save({"plan": dataclasses.asdict(plan), "step": step, **state}, part)
@@ -53,7 +53,7 @@ def save_checkpoint(out: Path, plan: Any, step: int, parts: Mapping[str, Statefu
 def restore_checkpoint(out: Path, plan: Any, parts: Mapping[str, Stateful]) -> int:
     """Load the state of an interrupted training of the same plan.
 
-    What an older checkpoint does not know is not compared.
+    Settings that an older checkpoint does not contain are not compared.
 
     Returns:
         Steps done; 0 if there is no checkpoint.

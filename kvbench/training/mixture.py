@@ -1,9 +1,8 @@
 """Training sequences: windows of running text, copies, and facts to be recalled.
 
-Plain text alone teaches a small model little about its context. A quarter of the sequences
-therefore repeat a passage, or state facts (``The key of Mary is 4821.``) and restate them later,
-so that there is something in the cache worth keeping. Every batch is a function of (seed, step),
-so that an interrupted training can go on exactly where it was.
+Plain text alone teaches a small model little about its context. A quarter of the sequences therefore repeat a passage,
+or state facts (``The key of Mary is 4821.``) and restate them later, so that there is something in the cache worth
+keeping. Every batch is a function of (seed, step), so that an interrupted training can be resumed exactly.
 """
 
 from __future__ import annotations
@@ -23,13 +22,13 @@ Encode = Callable[[str], list[int]]
 
 @dataclass(frozen=True)
 class Mixture:
-    """Draws batches from one running stream of token ids.
+    """Samples batches from one stream of token ids.
 
     Attributes:
-        stream: int64 ``[tokens]``, documents end to end.
-        encode: text to the token ids that it has within another text.
+        stream: int64 ``[tokens]``, concatenated documents.
+        encode: maps a text to the token ids that it has within another text.
         length: tokens in a sequence.
-        seed: with the step, all that a batch depends on.
+        seed: a batch is a function of it and the step.
     """
 
     stream: np.ndarray
@@ -55,7 +54,7 @@ class Mixture:
         return self.stream[start : start + tokens]
 
     def _copies(self, rng: np.random.Generator) -> np.ndarray:
-        """A passage, other text, the passage again, and again after short gaps."""
+        """A passage, other text, and the passage again several times, with short gaps between."""
         longest = min(181, self.length // 3)
         passage = self._text(rng, int(rng.integers(24, max(25, longest))))
         parts = [passage, self._text(rng, int(rng.integers(0, min(201, self.length // 3))))]
@@ -64,7 +63,7 @@ class Mixture:
         return np.concatenate(parts)[: self.length]
 
     def _recall(self, rng: np.random.Generator) -> np.ndarray:
-        """One to five facts, stated and restated with prose between."""
+        """One to five facts, stated and restated with prose in between."""
         count = int(rng.integers(1, 6))
         names = rng.choice(len(NAMES), count, replace=False)
         facts = [

@@ -1,4 +1,4 @@
-"""Trainings from end to end: check, load, train, measure, write a folder with its card."""
+"""End-to-end training: check, load, train, measure, and write a folder with its card."""
 
 from __future__ import annotations
 
@@ -38,14 +38,14 @@ from kvbench.training.team import assemble, processes
 
 Measure = Callable[[int, float], dict[str, Any] | None]
 Follow = Callable[[Iterator[Progress], int, Measure, int], float]
-"""Runs a training to its end, shows it, and calls the measurement every so many steps."""
+"""Runs a training to its end, shows its progress, and calls the measurement at regular steps."""
 
 _CHOICES = {"objective": ("text", "distil"), "autocast": ("bfloat16", "none")}
 
 
 @dataclass(frozen=True)
 class AdapterRequest:
-    """What the user asked for; names are not yet checked."""
+    """The user's request; names are not yet checked."""
 
     method: str
     data: tuple[Path, ...]
@@ -68,7 +68,7 @@ class AdapterRequest:
 
 
 def _check_model(name: str, loaded: Loaded, facts: ModelFacts, length: int, method: Method) -> None:
-    """See that the method can be trained on the model, on texts of that length.
+    """Check that the method can be trained on the model, on texts of that length.
 
     Raises:
         UserError: it cannot.
@@ -98,7 +98,7 @@ def run_adapter_training(request: AdapterRequest, follow: Follow) -> Path:
         The adapter folder, which is ``request.out``; the checkpoint is deleted at the end.
 
     Raises:
-        UserError: anything in the request that cannot be carried out.
+        UserError: the request cannot be carried out.
     """
     plan = _plan(request)
     _check_out(request.out, "card.json")
@@ -145,7 +145,7 @@ def run_adapter_training(request: AdapterRequest, follow: Follow) -> Path:
     loss = follow(steps, plan.steps, measure, request.every)
     if not team.leads:
         return request.out
-    if not measured:  # continued after its last step
+    if not measured:  # resumed after its last step
         measure(plan.steps, loss)
     adapter.card = replace(card, held_out=measured, training={
         **{k: v for k, v in dataclasses.asdict(plan).items() if k not in ("base_hash", "data")},
@@ -169,7 +169,7 @@ def run_base_training(
     """Train and write a base model with its tokenizer.
 
     Raises:
-        UserError: anything in the request that cannot be carried out.
+        UserError: the request cannot be carried out.
     """
     from transformers import AutoTokenizer
 
@@ -233,7 +233,7 @@ def _plan(request: AdapterRequest) -> AdapterPlan:
 
 
 def _check_out(out: Path, marker: str) -> None:
-    """An output folder may be missing, empty, or hold a training of the same kind."""
+    """Check that the output folder is missing, empty, or holds an unfinished training."""
     if out.exists() and not out.is_dir():
         raise UserError(f"--out {out} is a file.", "Give a folder.")
     if not out.is_dir() or not any(out.iterdir()):
@@ -254,7 +254,7 @@ def _make(out: Path, fresh: bool) -> None:
 
 
 def goes_on(tokenizer: Any, text: str) -> list[int]:
-    """The tokens of a text that stands within another: what some tokenizers put before a text is not among them."""
+    """The token ids of a text within another text, without what some tokenizers prepend to a text."""
     return list(Tokenizer(tokenizer, None).split(("a", text))[1].ids)
 
 

@@ -1,7 +1,7 @@
-"""Training on several devices, through accelerate; on one device nothing of it is imported.
+"""Training on several devices through accelerate, which is not imported for one device.
 
-Started by ``accelerate launch -m kvbench train ...`` (or torchrun), every process takes its share
-of the rows of each batch and gradients are averaged, so that the weights are those of one device.
+Started by ``accelerate launch -m kvbench train ...`` (or torchrun), every process takes its share of the rows of each
+batch and gradients are averaged, so that the weights are those of training on one device.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ from kvbench.errors import UserError
 
 @dataclass(frozen=True)
 class Team:
-    """The processes of a training, seen from one of them.
+    """The processes of a training, as seen from one of them.
 
     Attributes:
-        rank, size: number of this process, and of all.
-        accelerator: accelerate's, None where there is one process.
+        rank, size: index of this process, and number of processes.
+        accelerator: the ``Accelerator``; None if there is one process.
     """
 
     rank: int = 0
@@ -57,7 +57,7 @@ class Team:
 
 
 def processes() -> int:
-    """How many processes a launcher started, by its variable ``WORLD_SIZE``.
+    """Number of processes that a launcher started, from the environment variable ``WORLD_SIZE``.
 
     Raises:
         UserError: the variable holds no number.
@@ -69,10 +69,10 @@ def processes() -> int:
 
 
 def assemble(device: str, batch: int) -> Team:
-    """The team that this process was started in; alone unless a launcher says otherwise.
+    """The team of this process; one process unless a launcher started several.
 
     Raises:
-        UserError: the batch cannot be shared out evenly.
+        UserError: the batch cannot be divided evenly.
     """
     size = processes()
     if size == 1:

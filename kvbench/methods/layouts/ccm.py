@@ -15,7 +15,7 @@ from kvbench.methods.options import option
 
 @dataclass(frozen=True)
 class Streaming(UnderBudget, Chunked):
-    """Memory made chunk by chunk, or, in the streaming form, whenever the cache is full."""
+    """Base of both variants: memory is made after every chunk or, in the streaming form, whenever the cache is full."""
 
     def uses_ratio(self, in_chunks: bool) -> bool:
         return super().uses_ratio(in_chunks) and not self.streams
@@ -33,15 +33,15 @@ class Streaming(UnderBudget, Chunked):
 
 @dataclass(frozen=True)
 class CCMConcat(Streaming):
-    """Compressed Context Memory, kept side by side: ``n_comp`` entries for every chunk.
+    """Compressed Context Memory, concatenated: ``n_comp`` entries for every chunk.
 
-    COMP tokens after a chunk see it, the memory of earlier chunks, and each other; their keys and
-    values are the chunk's memory. With ``recurrent=false`` the text of a chunk and its COMP tokens
-    see that chunk only, and just what follows the chunks reads the memory.
+    COMP tokens after a chunk attend to the chunk, the memory of earlier chunks, and each other; their keys and values
+    are the chunk's memory. With ``recurrent=false`` the text of a chunk and its COMP tokens attend to that chunk only,
+    and only text after the last chunk attends to the memory.
 
-    Departures from the released code: the loss is on all text (each chunk given the memory of
-    those before it) instead of on answers only; chunks of running text are set by the ratio.
-    ``budget=160`` gives the published streaming form, with absolute positions.
+    Departures from the released code: the loss is on all text (each chunk given the memory of those before it) instead
+    of on answers only; the ratio sets the chunk length of running text. ``budget=160`` gives the published streaming
+    form, with absolute positions.
     """
 
     name = "ccm-concat"
@@ -57,13 +57,12 @@ class CCMConcat(Streaming):
 
 @dataclass(frozen=True)
 class CCMMerge(Streaming):
-    """Compressed Context Memory, merged: ``n_comp`` entries in all, whatever was read.
+    """Compressed Context Memory, merged: ``n_comp`` entries in total, however long the text.
 
-    After each chunk the memory becomes the mean of all chunks' COMP entries (``merge=mean``) or
-    half old and half new (``merge=ema``). Keys are averaged as they are in the cache, each rotated
-    to its own place, as published, or before the rotation (``merge_at=unrotated``). SUM tokens
-    are the addresses that merged entries are written to; nothing reads what the model computes
-    there. Values are merged from values, also in the streaming form.
+    After each chunk the memory becomes the mean of all chunks' COMP entries (``merge=mean``) or half old and half new
+    (``merge=ema``). Keys are averaged as cached, each with the rotary embedding of its own position, as published, or
+    before the rotary embedding (``merge_at=unrotated``). SUM tokens are the slots that merged entries are written to;
+    what the model computes at them is not used. Merged values are averages of values, also in the streaming form.
     """
 
     name = "ccm-merge"

@@ -1,12 +1,12 @@
-"""A cache that never grows beyond a budget: sinks, a small memory, and a window that is cut when full.
+"""The streaming form of the Compressed Context Memory (arXiv 2312.03414): a cache that never exceeds a budget.
 
-This is the streaming form of the Compressed Context Memory (arXiv 2312.03414): when sinks, memory
-and raw window together reach ``budget`` entries, the oldest ``compress`` raw ones are made into
-``n_comp`` memory entries, of which the newest ``memory`` are kept. ``sinks`` with the same options
-drops raw entries at the same moments, so that it always holds equally many.
+The cache consists of sinks, memory and a window of raw (uncompressed) text. When they reach ``budget`` entries
+together, the oldest ``compress`` raw entries are compressed into ``n_comp`` memory entries; the newest ``memory``
+memory entries are kept. ``sinks`` with the same options drops raw entries at the same steps, so that it always holds
+the same number of entries.
 
-Departure from the released code: keys keep their absolute positions, so that a stream beyond the
-model's context is beyond its positions as well.
+Departure from the released code: keys keep their absolute positions, so that a stream longer than the model's context
+uses positions beyond it.
 """
 
 from __future__ import annotations
@@ -29,12 +29,12 @@ _NEVER = 1 << 60
 
 
 class Cut(NamedTuple):
-    """One cut of the window.
+    """One cut of the window, at which its oldest tokens are compressed, or dropped.
 
     Attributes:
-        after: text token after which it is made.
-        start, stop: raw tokens that leave.
-        memory: entries of memory from then on.
+        after: text token after which it takes place.
+        start, stop: range of raw tokens that are removed.
+        memory: number of memory entries afterwards.
     """
 
     after: int
@@ -45,7 +45,7 @@ class Cut(NamedTuple):
 
 @dataclass(frozen=True)
 class UnderBudget(LayoutMethod):
-    """What methods share that have a streaming form; ``budget=0`` turns it off, and the other options with it."""
+    """Base of methods with a streaming form; ``budget=0`` disables it, and the other options with it."""
 
     budget: int = option(0, "entries at which the cache is cut; 0: no streaming form")
     memory: int = option(8, "entries of memory that are kept, under --set budget=", least=1)
@@ -54,7 +54,7 @@ class UnderBudget(LayoutMethod):
 
     @property
     def streams(self) -> bool:
-        """Whether the cache has a budget."""
+        """Whether the streaming form is used."""
         return self.budget > 0
 
     @property
@@ -62,7 +62,7 @@ class UnderBudget(LayoutMethod):
         return {k: v for k, v in super().resolved.items() if self.streams or k not in UnderBudget.options()}
 
     def check_budget(self, n_comp: int, in_chunks: bool) -> None:
-        """See that the budget has room for sinks, memory and the tokens to compress.
+        """Check that the budget has room for sinks, memory and the tokens to compress.
 
         Raises:
             UserError: it has not, or the text comes in chunks of its own.
@@ -89,7 +89,7 @@ class UnderBudget(LayoutMethod):
 
 
 def cuts(n: int, method: UnderBudget, n_comp: int, most: int) -> list[Cut]:
-    """The cuts while ``n`` tokens are read, with at most ``most`` entries of memory."""
+    """The cuts made while ``n`` tokens are read, with at most ``most`` memory entries."""
     budget, compress, sink = method.budget, method.compress, method.sink
     found: list[Cut] = []
     start, memory = sink, 0
@@ -103,7 +103,7 @@ def cuts(n: int, method: UnderBudget, n_comp: int, most: int) -> list[Cut]:
 
 
 def window_cuts(n: int, method: UnderBudget, n_comp: int) -> list[Cut]:
-    """The cuts of a window without memory that holds as many entries as ``ccm-concat`` would."""
+    """The cuts of a window without memory that always holds as many entries as ``ccm-concat``."""
     with_memory = cuts(n, method, n_comp, method.memory)
     found: list[Cut] = []
     start, before = method.sink, 0
@@ -116,12 +116,12 @@ def window_cuts(n: int, method: UnderBudget, n_comp: int) -> list[Cut]:
 
 @dataclass(frozen=True, eq=False)
 class BudgetVisibility:
-    """Who sees whom: text sees what is still held, memory tokens the sinks, the memory and what they compress.
+    """Visibility: text sees all entries still held; memory tokens see the sinks, the memory and what they compress.
 
     Attributes:
         until: int64 ``[T]``: the last slot from which text may see each entry.
-        kind: kind of the entries that are memory.
-        sink: raw tokens at the start that stay.
+        kind: token kind of memory entries.
+        sink: number of first raw tokens that stay.
     """
 
     until: Tensor
@@ -145,7 +145,7 @@ class BudgetVisibility:
 def budget_layout(
     method: UnderBudget, n: int, n_comp: int, mixture: Merge | Pool | None, with_memory: bool = True
 ) -> Layout:
-    """The layout of ``n`` tokens under a budget; of a window that is as long as with memory, or with memory tokens."""
+    """The layout of ``n`` tokens under a budget: with memory tokens, or as a plain window with equally many entries."""
     sink = method.sink
     most = n_comp if mixture is not None else method.memory
     made = cuts(n, method, n_comp, most) if with_memory else window_cuts(n, method, n_comp)
@@ -186,7 +186,7 @@ def budget_layout(
 
 
 def _ends(tokens: Tokens, made: list[Cut]) -> Tensor:
-    """int64 ``[cuts]``: the last slot of each cut, from which on what it removed is not seen."""
+    """int64 ``[cuts]``: the last slot of each cut, which is the last that may see what the cut removes."""
     ends = tokens.slot[tokens.kind == RAW][[cut.after for cut in made]]
     for e in range(len(made)):
         special = tokens.slot[(tokens.kind != RAW) & (tokens.unit == e)]

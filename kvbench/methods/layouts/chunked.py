@@ -1,4 +1,4 @@
-"""Text that comes in chunks, each of which leaves a few entries: the layout, and how entries are mixed."""
+"""Layouts of text in chunks, each compressed into a few entries, and how entries are merged."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from kvbench.methods.layouts.layout import COMP, RAW, SUM, Layout, MergePlan, To
 
 
 def equal_chunks(n: int, chunk: int, n_comp: int) -> list[int]:
-    """Chunks of ``n`` tokens of running text; a shorter last one if closing it saves entries."""
+    """Chunk lengths for ``n`` tokens of running text; a shorter last chunk only if compressing it saves entries."""
     lengths = [chunk] * (n // chunk)
     if n % chunk > n_comp:
         lengths.append(n % chunk)
@@ -22,13 +22,14 @@ def equal_chunks(n: int, chunk: int, n_comp: int) -> list[int]:
 
 @dataclass(frozen=True)
 class ChunkVisibility:
-    """Who sees the memory, for ``chunks`` chunks; the text after them always does.
+    """Which tokens attend to the memory of earlier chunks; text after the last chunk always does.
 
     Attributes:
-        text: the text of the chunks.
-        memory: the tokens that the memory is made with.
-        latest: only the latest chunk's entries are memory: they stand for all before them.
-        kind: kind of the entries that are memory.
+        chunks: number of chunks.
+        text: whether text within the chunks does.
+        memory: whether the COMP tokens do.
+        latest: whether only the latest chunk's entries are memory, standing for all chunks before.
+        kind: token kind of memory entries.
     """
 
     chunks: int
@@ -51,10 +52,9 @@ class ChunkVisibility:
 def chunk_layout(
     n: int, chunks: Sequence[int], n_comp: int, who: ChunkVisibility, mixture: Merge | Pool | None
 ) -> Layout:
-    """The sequence chunk, its memory tokens, chunk, ... and the rest of the text, raw.
+    """The sequence chunk, its memory tokens, chunk, ... and the rest of the text, uncompressed.
 
-    Memory tokens are numbered on from the last token of their chunk, and the text as if they did
-    not exist.
+    Positions of memory tokens continue from the last token of their chunk; text positions do not count memory tokens.
     """
     after = n - sum(chunks)
     special = [] if isinstance(mixture, Pool) else [COMP]
@@ -72,7 +72,7 @@ def chunk_layout(
     slot = torch.arange(len(kind))
     begins = torch.repeat_interleave(torch.cumsum(counts, 0) - counts, counts)
     row = torch.where(kind == RAW, -1, slot - begins)
-    # Pooled entries have no token of their own, and take the place of their chunk's last one.
+    # Pooled entries take the position of the last token of their chunk.
     position = raw if isinstance(mixture, Pool) else raw + row + 1
     tokens = Tokens(slot, kind, raw, unit, row)
     return Layout(
@@ -83,7 +83,7 @@ def chunk_layout(
 
 @dataclass(frozen=True)
 class Merge:
-    """``SUM_t = (1 - a_t) SUM_(t-1) + a_t COMP_t``: a mean (a_t = 1/t) or an average that forgets (1/2)."""
+    """``SUM_t = (1 - a_t) SUM_(t-1) + a_t COMP_t``: a running mean (a_t = 1/t) or an exponential one (1/2)."""
 
     ema: bool
     unrotated: bool

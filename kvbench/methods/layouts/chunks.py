@@ -1,8 +1,8 @@
-"""What methods share that make memory chunk by chunk.
+"""Base class of methods that compress text chunk by chunk.
 
-The text comes in chunks (turns of a dialogue, or equal runs of tokens). When a chunk has been
-read, a few entries are made of it and the chunk itself leaves the cache. The methods differ in who
-sees the memory while it is made, and in whether memories are kept side by side or merged.
+The text comes in chunks (turns of a dialogue, or runs of equal length). After a chunk has been read, it is compressed
+into a few memory entries and leaves the cache. The methods differ in which tokens attend to the memory meanwhile, and
+in whether memories are concatenated or merged.
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ from kvbench.methods.layouts.method import LayoutMethod
 from kvbench.methods.options import option
 
 SHORTEST, LONGEST = 8, 128
-"""Bounds on the tokens of a chunk of running text."""
+"""Bounds on the chunk length of running text, in tokens."""
 
 
 def chunk_length(method: LayoutMethod, n_comp: int) -> int:
-    """Tokens of a chunk that keeps ``n_comp`` entries at the method's ratio: round(n / (1 - r)).
+    """Chunk length at which ``n_comp`` entries per chunk meet the method's ratio: round(n_comp / (1 - r)) tokens.
 
     Raises:
-        UserError: outside 8 to 128.
+        UserError: it is outside 8 to 128.
     """
     chunk = math.floor(Fraction(n_comp) / (1 - method.ratio) + Fraction(1, 2))
     if not SHORTEST <= chunk <= LONGEST:
@@ -44,7 +44,7 @@ def chunk_length(method: LayoutMethod, n_comp: int) -> int:
 
 @dataclass(frozen=True)
 class Chunked(LayoutMethod):
-    """What the methods of this file share: the ratio sets the chunk, options set the rest."""
+    """Base of methods that compress chunk by chunk: the ratio sets the chunk length, options set the rest."""
 
     position_rule = "shared"
 
@@ -62,7 +62,7 @@ class Chunked(LayoutMethod):
         return self.n_rows
 
     def chunk(self) -> int:
-        """Tokens of a chunk of running text."""
+        """Chunk length of running text, in tokens."""
         return chunk_length(self, self.n_comp)
 
     def check(self, longest: int, in_chunks: bool) -> None:
@@ -74,7 +74,7 @@ class Chunked(LayoutMethod):
 
     @property
     def goes_on(self) -> bool:
-        """Whether what the model writes is compressed too: text of a chunk must see the memory."""
+        """Whether generated text is compressed too, which requires that text within chunks sees the memory."""
         return self.who(1).text
 
     def who(self, chunks: int) -> ChunkVisibility:
@@ -91,7 +91,7 @@ class Chunked(LayoutMethod):
 
     @classmethod
     def training_layout(cls, n: int, rng: np.random.Generator, options: dict[str, str]) -> Layout:
-        """Chunks of one length, drawn evenly on a logarithmic scale; now and then the rest stays raw."""
+        """Chunks of one length, sampled log-uniformly; sometimes the end of the text stays uncompressed."""
         method = cls.of(Fraction(0), options)
         length = round(float(np.exp(rng.uniform(np.log(SHORTEST), np.log(min(LONGEST, n // 2))))))
         compressed = n if rng.random() < 0.75 else int(rng.integers(length, n))

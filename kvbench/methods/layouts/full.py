@@ -1,4 +1,4 @@
-"""The uncompressed cache, and its opposite: no context beyond the current chunk."""
+"""The uncompressed cache, and the opposite control: no context beyond the current chunk."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from kvbench.methods.layouts.layout import RUNNING, Layout, TextStructure, Token
 from kvbench.methods.layouts.method import LayoutMethod
 
 NONE_CHUNK = 32
-"""Tokens in a chunk of the ``none`` control; part of its signature."""
+"""Chunk length of the ``none`` control in tokens; part of its signature."""
 
 
 @dataclass(frozen=True)
 class Full(LayoutMethod):
-    """Every entry is held: the baseline of every comparison."""
+    """Keeps every entry: the baseline of every comparison."""
 
     name = "full"
     summary = "the whole cache, nothing removed"
@@ -32,9 +32,9 @@ class Full(LayoutMethod):
 
 @dataclass(frozen=True)
 class NoContext(LayoutMethod):
-    """Only the current disjoint chunk of 32 tokens is seen: the floor that recovery is taken from.
+    """Each token sees only its own disjoint chunk of 32 tokens: the lower reference point of the metric ``recovery``.
 
-    Where the text itself comes in chunks, such as turns, only the current one is seen.
+    If the text comes in chunks of its own, such as turns, these take the place of the chunks of 32 tokens.
     """
 
     name = "none"
@@ -61,10 +61,10 @@ def _same_unit(queries: Tokens, keys: Tokens) -> Tensor:
 
 @dataclass(frozen=True)
 class Adapted(Full):
-    """The tuned model with nothing removed: what an ungated adapter changes by itself.
+    """The fine-tuned model with the full cache: the effect of a plain adapter by itself.
 
-    Tuning alone lowers in-domain perplexity, so a method with a plain adapter is always shown
-    beside this control. A gated adapter needs none: without sentinels it is the base model.
+    Fine-tuning alone lowers in-domain perplexity, so a method with a plain adapter is always shown beside this control.
+    A gated adapter needs none: without special tokens it is the base model.
     """
 
     name = "adapted"

@@ -17,10 +17,9 @@ from kvbench.methods.options import option
 class Gist(Chunked):
     """Gist tokens (arXiv 2304.08467), trained on one context at a time.
 
-    ``mode=online`` compresses every chunk by itself and keeps all gists side by side, which is
-    not what they were trained for. ``mode=fixed`` reads the whole context and compresses it once
-    at its end. Departures: the base model is frozen and the gist tokens have an adapter; their
-    number of rows is ``n_comp``, not one row repeated.
+    ``mode=online`` compresses every chunk separately and concatenates all gists, which they were not trained for.
+    ``mode=fixed`` reads the whole context and compresses it once at its end. Departures: the base model is frozen and
+    the gist tokens have an adapter; each of the ``n_comp`` tokens has an embedding of its own, instead of one repeated.
     """
 
     name = "gist"

@@ -1,13 +1,13 @@
-"""Layouts: who may see whom, and until when.
+"""Layouts: which token may see which entry, and until when.
 
-A static compression method is described once, as a typed token sequence with positions and a
-rule of visibility. Two executions follow from that single description:
+A static compression method is described once, as a typed token sequence with positions and a visibility rule. Two
+executions follow from that single description:
 
 * ``Layout.visible`` over everything is the **mask** of the one-pass execution;
-* ``Layout.last_query`` is the **eviction rule** of the streamed execution: an entry leaves the
-  cache as soon as no later query may see it.
+* ``Layout.last_query`` is the **eviction rule** of the streamed execution: an entry leaves the cache as soon as no
+  later query may see it.
 
-Both executions must give the same logits; the test-suite checks this for every method.
+Both executions must give the same logits; the test suite checks this for every method.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ import torch
 from torch import Tensor
 
 RAW, OPEN, CLOSE, COMP, SUM = 0, 1, 2, 3, 4
-"""Kinds of tokens: a token of the text; a sentinel that opens a span, one that closes it; a token whose
-entry becomes memory; the address of an entry that is computed from other entries."""
+"""Kinds of tokens: a token of the text; a sentinel that opens a span, one that closes it; a token whose entry becomes
+memory; a slot whose entry is computed from other entries."""
 
 OUTSIDE = -1
-"""The unit of a token that belongs to no span."""
+"""The unit of a token that belongs to no span or chunk."""
 
 _ROWS_AT_ONCE = 1024
 
@@ -34,11 +34,11 @@ class Tokens(NamedTuple):
     """Typed tokens as int64 tensors of one shape (or broadcastable ones).
 
     Attributes:
-        slot: place in the fed sequence, sentinels included.
+        slot: index in the input sequence, special tokens included.
         kind: ``RAW``, ``OPEN``, ``CLOSE``, ``COMP`` or ``SUM``.
-        raw: number of the token in the text; for other kinds, that of the token whose place it shares.
-        unit: the span or chunk the token belongs to, ``OUTSIDE`` if none.
-        row: row of the adapter's embeddings that feeds it; -1 for text.
+        raw: index of the token in the text; for other kinds, that of the text token before their place in the text.
+        unit: index of the span or chunk the token belongs to, ``OUTSIDE`` if none.
+        row: index of the adapter's embedding that is fed; -1 for text.
     """
 
     slot: Tensor
@@ -59,12 +59,12 @@ class TextStructure(NamedTuple):
     """What a layout may know of the text besides its length.
 
     Attributes:
-        chunks: lengths of the pieces that arrive one after another, such as the turns of a
-            dialogue; empty for running text.
-        words: for every token its line, its word in that line, and the words of that line; None
-            unless the method asks for them.
-        prefix: tokens that are read before the model writes the rest, at whose end the ratio is
-            met exactly; 0 where all of the text is read.
+        chunks: lengths of the parts that arrive one after another, such as the turns of a dialogue; empty for running
+            text.
+        words: for every token the index of its line, of its word in the line, and the number of words in the line; None
+            unless the method needs them.
+        prefix: number of tokens that are read before the model generates the rest, at whose end the ratio is met
+            exactly; 0 if all of the text is read.
     """
 
     chunks: tuple[int, ...] = ()
@@ -76,12 +76,12 @@ RUNNING = TextStructure()
 """Running text, of which only the length is known."""
 
 Visibility = Callable[[Tokens, Tokens], Tensor]
-"""``(queries [q, 1], keys [k]) -> bool [q, k]``. Causality and self-visibility are added by the
-layout, so that it only says what a query may see among the tokens *before* it."""
+"""``(queries [q, 1], keys [k]) -> bool [q, k]``. The layout adds causality and self-visibility, so the rule only
+decides among tokens *before* the query."""
 
 
 def everything(queries: Tokens, keys: Tokens) -> Tensor:
-    """The visibility in the uncompressed cache."""
+    """The visibility of the uncompressed cache: every earlier token."""
     return (keys.slot <= queries.slot) | True
 
 
@@ -89,17 +89,16 @@ def everything(queries: Tokens, keys: Tokens) -> Tensor:
 class MergePlan:
     """Entries that are computed from other entries of their layer, not from a token.
 
-    Keys and values of each of the ``slots`` are a weighted sum of those of its sources. Sources
-    come earlier in the fed sequence and may be mixed themselves (a running mean needs only the
-    previous mean and the new entry), and the visibility lets a ``SUM`` token see them, which is what
-    keeps them in the cache until then.
+    Keys and values at each of the ``slots`` are a weighted sum of those at its sources. Sources come earlier in the
+    sequence and may be merged themselves (a running mean needs only the previous mean and the new entry). The
+    visibility lets a ``SUM`` token see its sources, which keeps them in the cache until they are merged.
 
     Attributes:
         slots: int64 ``[m]``, ascending.
         sources: int64 ``[m, s]``.
         weights: float32 ``[m, s]``; 0 where a slot has fewer than s sources.
-        unrotated: keys are averaged before the rotary embedding, and rotated to the place of the
-            slot; otherwise as they are in the cache, each rotated to its own place.
+        unrotated: whether keys are averaged before the rotary embedding, and rotated to the position of the slot;
+            otherwise they are averaged as cached, each rotated to its own position.
     """
 
     slots: Tensor
@@ -108,14 +107,14 @@ class MergePlan:
     unrotated: bool = False
 
     def among(self, first: int, present: Tensor) -> tuple[Tensor, Tensor]:
-        """How to mix once the slots from ``first`` on have been fed.
+        """What to merge once the slots from ``first`` on have been fed.
 
         Args:
             present: int64, the slots in the cache, ascending.
 
         Returns:
-            Places among ``present`` that are mixed now ``[m]``, and their weights over all places
-            ``[m, present]``, with chains of mixed sources followed to their ends.
+            Indices into ``present`` of the entries that are merged now ``[m]``, and their weights over all present
+            entries ``[m, present]``; a source that is merged now itself is replaced by its own sources.
         """
         chosen = (self.slots >= first) & (self.slots <= int(present[-1]))
         places = torch.searchsorted(present, self.slots[chosen])
@@ -132,14 +131,14 @@ class Layout:
     """A typed token sequence for one block of ``n_raw`` text tokens.
 
     Attributes:
-        tokens: the fed sequence, ``T`` tokens, sentinels included.
-        position: int64 ``[T]``, the position id that each token is fed with.
-        visibility: who may see whom among earlier tokens.
+        tokens: the input sequence, ``T`` tokens, special tokens included.
+        position: int64 ``[T]``, the position id of each token.
+        visibility: which earlier tokens each token may see.
         n_raw: number of text tokens in the block.
         next_unit: unit of the text that follows the block.
         mixture: how the ``SUM`` entries are computed; None if there are none.
-        predictors: int64 ``[n_raw]``, the slot whose logits predict the token after each text
-            token; None for the text tokens themselves.
+        predictors: int64 ``[n_raw]``, the slot whose logits predict the token after each text token; None for the text
+            tokens themselves.
     """
 
     tokens: Tokens
@@ -160,7 +159,7 @@ class Layout:
 
     @cached_property
     def raw_slots(self) -> Tensor:
-        """int64 ``[n_raw]``: where the text tokens are in the fed sequence."""
+        """int64 ``[n_raw]``: the slots of the text tokens."""
         return torch.nonzero(self.tokens.kind == RAW).flatten()
 
     @cached_property
@@ -170,13 +169,13 @@ class Layout:
 
     @cached_property
     def source(self) -> Tensor:
-        """int64 ``[T]``: row of the table [text tokens; the adapter's rows] that feeds each slot."""
+        """int64 ``[T]``: index of each slot's input in the concatenation [text tokens; the adapter's embeddings]."""
         kind, raw = self.tokens.kind, self.tokens.raw
         return torch.where(kind == RAW, raw, self.n_raw + self.tokens.row)
 
     @cached_property
     def special_slots(self) -> Tensor:
-        """int64: where the tokens that are not text are in the fed sequence."""
+        """int64: the slots of the tokens that are not text."""
         return torch.nonzero(self.tokens.kind != RAW).flatten()
 
     @cached_property
@@ -192,11 +191,11 @@ class Layout:
 
     @cached_property
     def last_query(self) -> Tensor:
-        """int64 ``[T]``: the last slot that may see each entry; ``T`` if a token that followed
-        the block could still see it. This is the eviction rule."""
+        """int64 ``[T]``: the last slot that may see each entry; ``T`` if text after the block could still see it. This
+        is the eviction rule."""
         size = len(self)
         last, open_ = torch.arange(size), torch.arange(size)
-        # From the end: a key that a later row sees needs no earlier one, so that windows cost what they hold.
+        # Backwards: a key that a later query sees is checked no further, so that a window costs only its size.
         for start in reversed(range(0, size, _ROWS_AT_ONCE)):
             rows = torch.arange(start, min(start + _ROWS_AT_ONCE, size))
             keys = open_[open_ <= int(rows[-1])]
@@ -209,13 +208,13 @@ class Layout:
         return torch.where(self.visibility(following.as_queries(), every)[0], size, last)
 
     def held_after(self, fed: int) -> Tensor:
-        """int64: the slots that stay in the cache once the first ``fed`` tokens were read."""
+        """int64: the slots that are in the cache after the first ``fed`` slots have been fed."""
         return torch.nonzero(self.last_query[:fed] >= fed).flatten()
 
     @cached_property
     def visible_before(self) -> Tensor:
-        """int64 ``[n_raw]``: how many earlier entries are seen where the token after each text token
-        is predicted (that place itself excluded)."""
+        """int64 ``[n_raw]``: how many earlier entries the query sees that predicts the token after each text token, its
+        own entry excluded."""
         counts = []
         every = torch.arange(len(self))
         for rows in torch.split(self.read_slots, _ROWS_AT_ONCE):
@@ -224,7 +223,7 @@ class Layout:
 
 
 def plain_tokens(n: int, unit: Tensor | None = None) -> Tokens:
-    """``n`` text tokens without sentinels; ``unit`` marks groups (default: none)."""
+    """``n`` text tokens without special tokens; ``unit`` marks groups (default: none)."""
     slot = torch.arange(n)
     unit = torch.full((n,), OUTSIDE) if unit is None else unit
     return Tokens(slot, torch.full((n,), RAW), slot, unit, torch.full((n,), -1))

@@ -1,4 +1,4 @@
-"""What a method's mask looks like: its layout over a short text, small enough to be kept with a run."""
+"""Example of a method's attention mask: its layout over a short text, small enough to be stored with a run."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ LENGTH = 48
 """Text tokens of the example."""
 
 _LETTERS = "rocms"
-"""Raw, open, close, memory, sum: the kinds of layout.py in their order."""
+"""Raw, open, close, memory, sum: a letter for each kind in layout.py, in order."""
 
 
 class Mask(TypedDict):
-    """A mask as text: a letter for the kind of every slot, and for every query the slots that it sees."""
+    """A mask as text: a letter for the kind of every slot, and for every query a string of 0 and 1 over the slots."""
 
     kinds: str
     rows: list[str]

@@ -1,4 +1,4 @@
-"""Memory without parameters: means of entries."""
+"""Mean pooling: memory without trained parameters."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from kvbench.methods.options import option
 
 @dataclass(frozen=True)
 class MeanPool(Chunked):
-    """Each memory entry is the mean of the keys and values of a run of its chunk's tokens; no parameters.
+    """Each memory entry is the mean of the keys and values over a run of its chunk's tokens; no parameters.
 
-    Keys are averaged as they are in the cache, or before the rotation (``merge_at=unrotated``).
+    Keys are averaged as cached, or before the rotary embedding (``merge_at=unrotated``).
     """
 
     name = "meanpool"

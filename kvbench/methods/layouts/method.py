@@ -1,4 +1,4 @@
-"""Methods whose layout is known before the text is read."""
+"""The base class of methods whose layout is known before the text is read."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ LAYOUT_IDS = 16
 
 @dataclass(frozen=True)
 class LayoutMethod(Method):
-    """A method that says by a layout who may see whom, and until when."""
+    """A method that is described by a layout: which token may see which entry, and until when."""
 
     executions = ("streamed", "onepass")
 
@@ -32,12 +32,12 @@ class LayoutMethod(Method):
             text: what is known of the text besides its length.
 
         Raises:
-            UserError: the ratio is beyond what the method can reach on ``n`` tokens.
+            UserError: the method cannot reach the ratio on ``n`` tokens.
         """
 
     @classmethod
     def training_layout(cls, n: int, rng: np.random.Generator, options: dict[str, str]) -> Layout:
-        """A layout to train on: the ratio is drawn, so that one adapter serves the whole axis."""
+        """A layout to train on, at a random ratio, so that one adapter serves all ratios."""
         percent = int(rng.integers(*TRAINED_PERCENT, endpoint=True))
         return cls.of(Fraction(percent, 100), options).layout(n, rng)
 
@@ -57,13 +57,13 @@ class LayoutMethod(Method):
 
 
 def layout_id(document: str, block: int) -> int:
-    """Which of the 16 layouts a block gets: the same for all methods, whatever the batch."""
+    """Which of the 16 random layouts a block gets: the same for all methods and batches."""
     digest = hashlib.sha256(f"{document}\0{block}".encode()).digest()
     return int.from_bytes(digest[:8], "big") % LAYOUT_IDS
 
 
 def make_layout(method: LayoutMethod, n: int, seed: int, which: int, text: TextStructure = RUNNING) -> Layout:
-    """The layout of a block: a function of (seed, n, ratio, id) and of the text's own structure."""
+    """The layout of a block: a function of (seed, n, ratio, layout id) and of the text's structure."""
     ratio = method.ratio
     rng = np.random.default_rng([seed, n, ratio.numerator, ratio.denominator, which])
     return method.layout(n, rng, text)

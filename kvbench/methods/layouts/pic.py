@@ -14,7 +14,7 @@ from kvbench.methods.options import option
 class PIC(Chunked):
     """Memory tokens that each see their own chunk only, after PIC (arXiv 2602.13980).
 
-    The abstract leaves open whether they also see earlier memory: ``sees=memory``.
+    The abstract does not say whether they also see earlier memory; with ``sees=memory`` they do.
     """
 
     name = "pic"

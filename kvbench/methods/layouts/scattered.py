@@ -1,4 +1,4 @@
-"""Random columns of the block, the second baseline of the Sentinel paper."""
+"""Random columns of the attention mask, the second baseline of the Sentinel paper."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ _DROPPED, _KEPT = 0, 1
 
 @dataclass(frozen=True)
 class Scattered(LayoutMethod):
-    """kept(N, r) columns of the block (or the prefix), drawn without replacement; self is always visible.
+    """Keeps kept(N, r) random columns of the block (or the prefix), without replacement; tokens always see themselves.
 
-    The published code draws each column by itself with probability 1 - r, so that the number
-    kept is random: ``--set sampler=published``.
+    The published code samples each column independently with probability 1 - r, so that the number kept is random:
+    ``--set sampler=published``.
     """
 
     name = "scattered"
@@ -50,7 +50,7 @@ class Scattered(LayoutMethod):
 
 @dataclass(frozen=True)
 class ScatteredTuned(Scattered):
-    """The same columns, read by a model whose LoRA was trained under such masks, as the paper's code does."""
+    """``scattered`` with a LoRA trained under such masks, as in the paper's code."""
 
     name = "scattered-tuned"
     summary = "the same, with a LoRA trained under such masks"

@@ -22,23 +22,21 @@ MAX_SPAN = 25
 
 @dataclass(frozen=True)
 class Sentinel(LayoutMethod):
-    """Spans of text between an opening and a closing sentinel, of which one entry remains.
+    """Compresses each span of text between an opening and a closing sentinel into one entry.
 
-    The closing sentinel sees its own span and the opening sentinel only, so that its keys and
-    values become the summary of the span; every later token may see the closing sentinel and
-    never the span. Sentinels repeat the position of the token before them.
+    The closing sentinel sees its own span and the opening sentinel only, so that its keys and values become the summary
+    of the span; later tokens may see the closing sentinel but never the span. Sentinels share the position of the token
+    before them.
 
-    With ``recent=w`` a span is closed when w more tokens have been read, so that the last w
-    tokens are always raw: the two sentinels are then fed after the fact, at their own positions.
-    Neither sees anything but the span, so their entries are the same; only the text in between
-    still saw the span. ``sampler=published`` draws spans of words as the released code does;
-    ``predict_from_cr=true`` predicts the token after a span from the closing sentinel.
+    With ``recent=w`` a span is closed after w more tokens have been read, so that the last w tokens are always
+    uncompressed: both sentinels are then fed late, with their usual positions. Neither sees anything but the span, so
+    their entries are the same; only the text in between still saw the span. ``sampler=published`` samples spans of
+    words as the released code does; ``predict_from_cr=true`` predicts the token after a span from the closing sentinel.
 
-    Departures from the released code: sentinel ids are inserted after tokenisation (no stray
-    spaces), spans are drawn so that the realised ratio is the asked one to 1/n (the released
-    sampler saturates near one half), spans that a block would cut are left out, and the same
-    text tokens are scored for every method. As published, the token after a span is predicted
-    by the last token of the span.
+    Departures from the released code: sentinel ids are inserted after tokenisation (no stray spaces), spans are sampled
+    so that the realised ratio equals the requested one to within 1/n (the released sampler saturates near one half),
+    spans that a block boundary would cut are left out, and the same text tokens are scored for every method. As
+    published, the token after a span is predicted by the last token of the span.
     """
 
     name = "sentinel"
@@ -90,7 +88,7 @@ class Sentinel(LayoutMethod):
                 )
             gaps, lengths = word_spans(n, self.ratio, top, rng, text.words)
         else:
-            # In a piece too short for it, such as the end of a document, the window is what the ratio leaves.
+            # In a short piece, such as the end of a document, the window shrinks to what the ratio leaves.
             recent = max(0, min(recent, _widest(text.prefix or n, self.ratio, top)))
             gaps, lengths = sample_spans(text.prefix or n, self.ratio, rng, top, recent)
             if text.prefix:
@@ -101,11 +99,11 @@ class Sentinel(LayoutMethod):
 def sample_spans(
     n: int, ratio: Fraction, rng: np.random.Generator, top: int = MAX_SPAN, recent: int = 0
 ) -> tuple[list[int], list[int]]:
-    """Draw spans that remove exactly floor(ratio * n) of ``n`` entries, all before the last ``recent``.
+    """Sample spans that remove exactly floor(ratio * n) of ``n`` entries, all before the last ``recent``.
 
     Returns:
-        The K + 1 gaps of uncompressed tokens around the spans, and the K span lengths
-        (2 to ``top`` tokens each); together they cover the n tokens.
+        The K + 1 gaps of uncompressed tokens around the spans, and the K span lengths (2 to ``top`` tokens each);
+        together they cover the n tokens.
 
     Raises:
         UserError: no set of such spans removes that many entries.
@@ -123,9 +121,9 @@ def sample_spans(
 def _written_too(
     gaps: list[int], lengths: list[int], n: int, ratio: Fraction, rng: np.random.Generator, top: int, recent: int
 ) -> tuple[list[int], list[int]]:
-    """Spans of a prefix, and of what is written after it up to ``n`` tokens: as near to the ratio as they come."""
+    """Extend the spans of a prefix to generated text, up to ``n`` tokens in all, as close to the ratio as possible."""
     prefix = sum(gaps) + sum(lengths)
-    rest = n - prefix + recent  # the window at the end of the prefix is closed while the model writes
+    rest = n - prefix + recent  # the window at the end of the prefix is compressed during generation
     removed = (ratio.numerator * n) // ratio.denominator - (ratio.numerator * prefix) // ratio.denominator
     more, spans = _draw_spans(rest, min(removed, _most_removed(rest, top, recent)), rng, top, recent)
     return [*gaps[:-1], gaps[-1] - recent + more[0], *more[1:]], [*lengths, *spans]
@@ -134,7 +132,7 @@ def _written_too(
 def _draw_spans(
     n: int, removed: int, rng: np.random.Generator, top: int, recent: int
 ) -> tuple[list[int], list[int]]:
-    """As ``sample_spans``, for a number of entries that is known to be possible."""
+    """As ``sample_spans``, for a number of entries that is known to be feasible."""
     if removed == 0:
         return [n], []
     fewest, most = math.ceil(removed / (top - 1)), min(n - recent - removed, removed)
@@ -155,13 +153,13 @@ def _widest(n: int, ratio: Fraction, top: int) -> int:
 
 
 def _most_removed(n: int, top: int, recent: int) -> int:
-    """The most entries that spans of up to ``top`` tokens before the last ``recent`` can remove."""
+    """The most entries that spans of up to ``top`` tokens, all before the last ``recent`` tokens, can remove."""
     room = max(0, n - recent)
     return room - math.ceil(room / top)
 
 
 def _bounded_composition(total: int, parts: int, top: int, rng: np.random.Generator) -> np.ndarray:
-    """``parts`` integers in [1, top] with the given sum: uniform draws, then random unit moves."""
+    """``parts`` integers in [1, top] with the given sum: uniform samples, then random steps of one."""
     draw = rng.integers(1, top, size=parts, endpoint=True)
     while (missing := total - int(draw.sum())) != 0:
         step = 1 if missing > 0 else -1
@@ -208,11 +206,11 @@ def span_layout(
 
 @dataclass(frozen=True, eq=False)
 class SpanVisibility:
-    """Who sees whom: see the class docstring of :class:`Sentinel`.
+    """Visibility of :class:`Sentinel`; see its docstring.
 
     Attributes:
-        closed: int64 ``[K]``, the slot of each span's closing sentinel: text before it sees the
-            span, text after it sees the sentinel.
+        closed: int64 ``[K]``, the slot of each span's closing sentinel: text before it sees the span, text after it
+            sees the sentinel.
     """
 
     closed: Tensor

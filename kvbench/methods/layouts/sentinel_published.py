@@ -1,8 +1,8 @@
-"""The span sampler of the released Sentinel code, on words, kept to show what it really removes.
+"""The span sampler of the released Sentinel code, on words, included to show which ratio it really reaches.
 
-Written from a description of its behaviour. Per line of text: lines under 30 words are left alone;
-spans of 2 to M words are drawn by rejection, with a bounded number of tries, until the target share
-of words is covered. Because tries run out, the share that is really removed saturates.
+Written from a description of its behaviour. Lines of text under 30 words are left alone; in longer ones, spans of 2 to
+M words are sampled by rejection, with a bounded number of tries, until the target share of words is covered. Because
+tries run out, the share that is really removed saturates.
 """
 
 from __future__ import annotations
@@ -41,11 +41,11 @@ def draw_words(n: int, ratio: Fraction, top: int, rng: np.random.Generator) -> l
 def word_spans(
     n: int, ratio: Fraction, top: int, rng: np.random.Generator, words: Sequence[tuple[int, int, int]]
 ) -> tuple[list[int], list[int]]:
-    """The gaps and lengths, in tokens, of spans drawn in each line of a block of ``n`` tokens.
+    """The gaps and lengths, in tokens, of spans sampled in each line of a block of ``n`` tokens.
 
     Args:
-        words: for every token its line, its word in the line, and the words of that line. Spans
-            that reach the first or last token of the block may be cut by it and are left out.
+        words: for every token the index of its line, of its word in the line, and the number of words in the line.
+            Spans that reach the first or last token of the block may be cut by it and are left out.
     """
     gaps, lengths, end = [], [], 0
     for _, tokens in groupby(range(n), key=lambda i: words[i][0]):
@@ -56,7 +56,7 @@ def word_spans(
             if len(inside) < 2:
                 continue
             start, stop = places[inside[0]], places[inside[-1]] + 1
-            first = start == 0 or words[start - 1][2] == 0  # nothing, or a BOS, lies before
+            first = start == 0 or words[start - 1][2] == 0  # preceded by nothing, or by a BOS only
             if first or stop == n:
                 continue
             gaps.append(start - end)

@@ -1,4 +1,4 @@
-"""Methods that hold recent entries: a constant window, a proportional one, sinks and a window."""
+"""Methods that keep recent entries: a constant window, a proportional one, and sinks with a window."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ from kvbench.methods.layouts.method import LayoutMethod
 from kvbench.methods.options import option
 
 SINKS = 4
-"""First entries that ``sinks`` always holds."""
+"""Number of first entries that ``sinks`` always keeps."""
 
 
 def _fixed_at(n: int, text: TextStructure, ratio: Fraction) -> int:
-    """Tokens after which a window no longer grows: the prefix, where a ratio is asked for at all."""
+    """Tokens after which a window stops growing: the prefix, if there is one and the ratio is above 0; else ``n``."""
     return text.prefix if text.prefix and ratio else n
 
 
 @dataclass(frozen=True)
 class Window(LayoutMethod):
-    """The last kept(N, r) entries, a constant number over the block (or the prefix) of N tokens.
+    """Keeps the last kept(N, r) entries, a constant number over the block (or the prefix) of N tokens.
 
     Early in a block it sees more than a proportional window does; ``ratio_mean`` shows this.
     """
@@ -46,10 +46,9 @@ class Window(LayoutMethod):
 
 @dataclass(frozen=True)
 class Local(LayoutMethod):
-    """The last kept(n, r) of the n entries read so far: a window that grows with the text.
+    """Keeps the last kept(n, r) of the n entries read so far: a window that grows with the text.
 
-    This is the local-attention baseline of the Sentinel paper's code: query i sees the keys
-    from floor(i * r) on.
+    This is the local-attention baseline of the Sentinel paper's code: query i sees the keys from floor(i * r) on.
     """
 
     name = "local"
@@ -68,13 +67,12 @@ class Local(LayoutMethod):
 
 @dataclass(frozen=True)
 class Sinks(UnderBudget):
-    """The 4 first entries and a recent window, max(5, kept(n, r)) together at every n.
+    """Keeps the first 4 entries and a recent window, max(5, kept(n, r)) entries together after every n tokens.
 
-    After StreamingLLM (arXiv 2309.17453), with two departures: the window grows with the text,
-    so that it holds as many entries as the methods it is compared with, and kept keys keep
-    their absolute positions. While the model writes, the window stays as it was at the end of the
-    prefix. With ``budget=160`` it is cut at the moments, and to the sizes, of ``ccm-concat`` under
-    that budget.
+    After StreamingLLM (arXiv 2309.17453), with two departures: the window grows with the text, so that it holds as many
+    entries as the methods it is compared with, and kept keys keep their absolute positions. During generation the
+    window keeps its size at the end of the prefix. With ``budget=160`` entries are dropped at the same steps, and down
+    to the same number, as by ``ccm-concat`` under that budget.
     """
 
     name = "sinks"
@@ -115,7 +113,7 @@ class Sinks(UnderBudget):
 
 @dataclass(frozen=True)
 class LocalTuned(Local):
-    """The same window, read by a model whose LoRA was trained under it, as the paper's code does."""
+    """``local`` with a LoRA trained under such windows, as in the paper's code."""
 
     name = "local-tuned"
     summary = "the same, with a LoRA trained under such windows"
@@ -124,7 +122,7 @@ class LocalTuned(Local):
 
 @dataclass(frozen=True)
 class SinksTuned(Sinks):
-    """The same sinks and window, read by a model whose LoRA was trained under them."""
+    """``sinks`` with a LoRA trained under the same sinks and window."""
 
     name = "sinks-tuned"
     summary = "the same, with a LoRA trained under such windows"

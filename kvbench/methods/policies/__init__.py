@@ -1,1 +1,1 @@
-"""Methods that choose from what was computed."""
+"""Methods that choose entries by computed keys, values or attention."""

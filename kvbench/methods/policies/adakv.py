@@ -1,4 +1,4 @@
-"""AdaKV (arXiv 2407.11550): the budget of a layer goes to the heads that need it."""
+"""AdaKV (arXiv 2407.11550): the budget of a layer is divided among its heads by need."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from kvbench.methods.policies.snapkv import SnapKV
 
 @dataclass(frozen=True)
 class AdaKV(SnapKV):
-    """As SnapKV, with the entries of a layer shared among its heads by what all of them attend most.
+    """SnapKV with a budget per head: a layer's entries are divided among its heads by the highest scores of all heads.
 
-    Of the entries before the window, each head gets ``floor`` per cent of an even share and, of the rest, what it
-    has among the highest scores of all heads; what rounding leaves goes to the next highest. Heads that keep less
-    store less: the layer is ragged, and its bytes fall (the published code needs a kernel of its own for this;
-    kvpress masks and frees nothing).
+    Before the window, the budget of a head is ``floor`` per cent of an even share, plus the remaining per cent of the
+    number of entries that it has among the highest scores of the layer; entries lost to rounding go to the next highest
+    scores. Heads with a smaller budget store fewer entries: the layer is ragged, and its bytes fall (the published code
+    needs a custom kernel for this; kvpress masks and frees nothing).
     """
 
     name = "adakv"
@@ -45,18 +45,18 @@ class AdaKV(SnapKV):
 
 
 def _ranks(scores: Tensor) -> Tensor:
-    """How many entries of the same row and head are worth more; of equal ones the later is worth more."""
+    """Rank of each entry: the number of higher scores in the last dimension; of equal scores the later is higher."""
     order = (scores.shape[-1] - 1 - scores.flip(-1).sort(dim=-1, descending=True, stable=True).indices)
     return order.argsort(-1)
 
 
 def _best(scores: Tensor, count: int) -> Tensor:
-    """bool, where the ``count`` highest scores of each row are, as far as there are so many."""
+    """bool, True at the ``count`` highest scores of each row; entries with a score of -inf are never chosen."""
     return (_ranks(scores) < count) & (scores > float("-inf"))
 
 
 def _places(chosen: Tensor) -> Tensor:
-    """int64 ``[batch, heads, most]`` of bool ``[batch, heads, entries]``: ascending, -1 in front for none."""
+    """Indices int64 ``[batch, heads, most]`` of bool ``[batch, heads, entries]``: ascending, -1 in front as padding."""
     places = torch.arange(chosen.shape[-1], device=chosen.device).expand(chosen.shape)
     ordered = places.masked_fill(~chosen, -1).sort(-1).values
     return ordered[..., chosen.shape[-1] - int(chosen.sum(-1).max()) :]

@@ -14,16 +14,16 @@ from kvbench.methods.policies.random import drawn
 
 @dataclass(frozen=True)
 class CaM(CachePolicy):
-    """Holds the first ``sinks`` entries and the most recent, kept(N, r) together; values of others are spread.
+    """Keeps the first ``sinks`` entries and the most recent, kept(N, r) together; adds values of others to them.
 
-    That constant number is StreamingLLM's, at absolute positions; after a prefix of P tokens it stays at kept(P, r).
-    A removed entry is merged with the probability a / b, at most 1, where a is the attention that it received per
-    query that could see it, and b the mean of the same over the ``spread`` entries behind it; then a ``spread``-th of
-    its value is added to each of theirs. Departures: of the published codes one takes the attention of the last query
-    alone, and b over the whole window, another the sums of all queries, over 16 entries; a prefix that is compressed
-    at once is not merged, since the values of hundreds of entries would add up in a few; all that go together are
-    merged into the same entries (``step=1``: one by one, as published). The former masks what it removes and frees
-    nothing.
+    The constant size is StreamingLLM's, at absolute positions; after a prefix of P tokens it stays at kept(P, r). A
+    removed entry is merged with probability min(1, a / b), where a is the attention that it received per query that
+    could see it, and b the mean of the same over the next ``spread`` kept entries; then 1 / ``spread`` of its value is
+    added to the value of each of these. Departures: of the published codes, one takes the attention of the last query
+    alone, and b over the whole window, another the sums of all queries, over 16 entries; a prefix that is compressed at
+    once is not merged, since the values of hundreds of entries would add up in a few; all entries that are removed
+    together are merged into the same entries (``step=1``: one by one, as published). The first of these codes masks
+    what it removes and frees nothing.
     """
 
     name = "cam"

@@ -1,4 +1,4 @@
-"""Cascading KV cache (arXiv 2406.17808): sub-caches that let through ever fewer tokens."""
+"""Cascading KV cache (arXiv 2406.17808): a chain of sub-caches that accept fewer and fewer tokens."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from kvbench.methods.policies.policy import CachePolicy, LayerView, Needs
 
 @dataclass(frozen=True)
 class Cascading(CachePolicy):
-    """Holds the first ``sinks`` entries and a chain of ``caches``, kept(N, r) together, a constant number.
+    """Keeps the first ``sinks`` entries and a chain of ``caches`` sub-caches, kept(N, r) together, a constant number.
 
-    The newest sub-cache takes every token. What falls out of one is offered to the next, and sub-cache i takes what
-    it is offered once in 2^i tokens; at other times the offered entry and the newest of that sub-cache compete, and
-    the one with more attention stays. So the same entries reach back 2^caches - 1 times as far as a window of one
-    sub-cache. Sub-caches are filled before anything is thinned; positions are counted in the cache
-    (``positions=absolute``: in the text), and attention is a moving sum per head. Attention is that of the moment of
-    removal, after every ``step`` tokens, where the published code compares after every one.
+    The newest sub-cache accepts every token. An entry that drops out of one is offered to the next; sub-cache i accepts
+    an offer once in 2^i tokens, and otherwise keeps whichever of the offered entry and its newest one has more
+    attention. So the same number of entries reaches back 2^caches - 1 times as far as one sub-cache used as a window.
+    No entry is removed before all sub-caches are full. Positions are counted in the cache (``positions=absolute``: in
+    the text), and attention is an exponentially decaying sum per head. Entries are removed after every ``step`` tokens,
+    by their attention at that moment; the published code compares after every token.
     """
 
     name = "cascading"
@@ -52,13 +52,13 @@ class Cascading(CachePolicy):
         return alive
 
     def _dropped(self, alive: Tensor, sums: Tensor, push: int, keep: int) -> Tensor:
-        """The place ``[batch, heads, 1]`` in ``alive`` of the entry that a new token, the ``push``-th, pushes out."""
+        """Index into ``alive``, ``[batch, heads, 1]``, of the entry that is evicted by the ``push``-th token."""
         sinks, caches = self.sinks, self.caches
-        taking = min(caches, (push & -push).bit_length())  # sub-caches that take a token now, the newest first
+        taking = min(caches, (push & -push).bit_length())  # sub-caches that accept an entry now, the newest first
         if taking == caches:
             return alive.new_full((*alive.shape[:2], 1), sinks)
-        newer = sum((keep - sinks + i) // caches for i in range(taking))  # entries of the taking sub-caches
-        newest = keep - newer - 1  # of the sub-cache that does not take one; the offered entry is the next
+        newer = sum((keep - sinks + i) // caches for i in range(taking))  # entries of the accepting sub-caches
+        newest = keep - newer - 1  # of the next sub-cache, which does not accept; the offered entry follows
         pair = sums.gather(-1, alive[..., newest : newest + 2])
         return newest + (pair[..., 1:] < pair[..., :1]).long()
 

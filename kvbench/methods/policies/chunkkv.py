@@ -14,9 +14,9 @@ from kvbench.methods.policies.snapkv import SnapKV
 
 @dataclass(frozen=True)
 class ChunkKV(SnapKV):
-    """Holds whole chunks of ``size`` tokens: those whose entries are attended most together, over all heads.
+    """Keeps whole chunks of ``size`` tokens: those with the highest mean score over their entries and all heads.
 
-    Of ``reuse`` layers each, the first one chooses for all. Scores are SnapKV's, pooled as in its published runs
+    The first of every ``reuse`` layers chooses for all of them. Scores are SnapKV's, pooled as in its published runs
     (``kernel=1``: not pooled).
     """
 
@@ -34,7 +34,7 @@ class ChunkKV(SnapKV):
     def scores(self, view: LayerView) -> Tensor:
         size = self.size
         worth = self._worth(view).mean(1)
-        # Chunks are of the text, so that they stay what they are when others have gone.
+        # Chunks are counted in text positions, so that removing entries does not shift them.
         chunk = view.positions[:, 0] // size
         total = torch.zeros(*worth.shape[:1], int(chunk.max()) + 1, device=worth.device)
         count = torch.zeros_like(total).scatter_add_(1, chunk, torch.ones_like(worth))

@@ -16,13 +16,14 @@ from kvbench.methods.policies.policy import LayerView, Merged, lost, protect_fir
 
 @dataclass(frozen=True)
 class D2O(H2O):
-    """As H2O, with the first ``sinks`` entries kept, and what is removed merged into the entry with the nearest key.
+    """H2O that keeps the first ``sinks`` entries, and merges removed entries into those with the most similar keys.
 
-    It is, where the cosine of the keys is at least a threshold: one number per layer of a text, which moves half way
-    to the mean of these cosines, over all heads and entries, at every removal; at the first one it is that mean. Keys
-    and values (``merge=values``: values alone) become the mean of their own and of what is merged, each weighted by
-    its cosine. Departures: every layer gets the same budget, where the published code gives more to some; an entry is
-    merged by its own cosine, where the published code merges the j-th of all heads by the mean of theirs.
+    An entry is merged if the cosine of the two keys reaches a threshold, one number per layer and text: at the first
+    removal the mean of these cosines over all heads and entries, then half way from there to the new mean at every
+    removal. Keys and values (``merge=values``: values alone) become the mean of the kept entry and of those merged into
+    it, the latter weighted by their cosines. Departures: every layer gets the same budget, where the published code
+    gives some layers more; an entry is merged by its own cosine, where the published code merges the j-th entry of all
+    heads by the mean of their cosines.
     """
 
     name = "d2o"

@@ -1,4 +1,4 @@
-"""Expected Attention (arXiv 2510.00636): what the queries to come are expected to attend."""
+"""Expected Attention (arXiv 2510.00636): entries that future queries are expected to attend to."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from kvbench.models.rope import rotated
 
 @dataclass(frozen=True)
 class ExpectedAttention(CachePolicy):
-    """Holds the entries that normal queries with the mean and covariance of those so far would attend most.
+    """Keeps the entries most attended by normally distributed queries with the mean and covariance of those so far.
 
-    Queries are averaged before they are rotated, from the ``sinks`` first tokens on, which stay; the mean is turned
-    by the average rotation of the ``future`` next places. An entry's score is the softmax of the expected logit and
-    half its variance, averaged over the query heads, times the norm of its value. Moments go on being taken while
-    text is read and written; the published code takes those of the prompt. Where positions are learnt, nothing is
-    rotated.
+    Statistics are of queries before the rotary embedding, without the ``sinks`` first tokens, which are kept; mean and
+    covariance are then rotated by the average rotation of the ``future`` next positions. An entry's score is the
+    softmax of the expected logit plus half its variance, averaged over the query heads, times the norm of its value.
+    Statistics are updated while text is read and generated; the published code takes those of the prompt. With learned
+    positions, nothing is rotated.
     """
 
     name = "expected-attention"
@@ -33,7 +33,7 @@ class ExpectedAttention(CachePolicy):
 
     def scores(self, view: LayerView) -> Tensor:
         norms = view.values.float().norm(dim=-1)
-        if view.query_moments is None or view.query_moments[0] == 0:  # nothing has been read behind the sinks
+        if view.query_moments is None or view.query_moments[0] == 0:  # nothing has been read after the sinks
             return protect_first(norms, view.positions, self.sinks)
         mean, covariance = self._turned(view)
         batch, heads, _, width = view.keys.shape
@@ -47,7 +47,7 @@ class ExpectedAttention(CachePolicy):
         return protect_first(expected * norms, view.positions, self.sinks)
 
     def _turned(self, view: LayerView) -> tuple[Tensor, Tensor]:
-        """Mean ``[batch, query heads, width]`` and covariance of the queries, at the average of the coming places."""
+        """Mean ``[batch, query heads, width]`` and covariance of the queries, rotated to the coming positions."""
         assert view.query_moments is not None
         count, total, squares = view.query_moments
         mean = total / count

@@ -12,9 +12,9 @@ from kvbench.methods.policies.policy import CachePolicy, LayerView
 
 @dataclass(frozen=True)
 class FP8(CachePolicy):
-    """Holds all entries in 8-bit floating point (e4m3), with a scale per row and head that the first of them set.
+    """Stores all entries in 8-bit floating point (e4m3), with one scale per row and head, set by the first entries.
 
-    As the fp8 cache of transformers, which has one scale for a whole tensor.
+    Similar to the fp8 cache of transformers, which has one scale for a whole tensor.
     """
 
     name = "fp8"

@@ -1,4 +1,4 @@
-"""H2O (arXiv 2306.14048): heavy hitters of the attention so far, and a window."""
+"""H2O (arXiv 2306.14048): heavy hitters by accumulated attention, and a recent window."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from kvbench.methods.policies.policy import CachePolicy, LayerView, Needs, prote
 
 @dataclass(frozen=True)
 class H2O(CachePolicy):
-    """Holds the entries with the most attention, summed over all queries so far, and as many recent ones.
+    """Keeps the entries with the most attention, summed over all queries so far, and as many recent ones.
 
-    Each is half of the budget. Sums are those of the query heads of each head together, and are not divided by how
-    many queries could see an entry, as published.
+    Each of the two groups is half of the budget. Attention is summed over the query heads of each key-value head and,
+    as published, not divided by the number of queries that could see an entry.
     """
 
     name = "h2o"
@@ -23,7 +23,7 @@ class H2O(CachePolicy):
     needs = Needs(attention=True)
 
     def recent(self, read: int) -> int:
-        """Recent entries that stay."""
+        """Number of recent entries that are kept."""
         return self.held_after(read) // 2
 
     def scores(self, view: LayerView) -> Tensor:

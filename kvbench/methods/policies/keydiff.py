@@ -1,4 +1,4 @@
-"""KeyDiff (arXiv 2504.15364): entries whose keys are unlike the others."""
+"""KeyDiff (arXiv 2504.15364): entries whose keys differ from the others."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from kvbench.methods.policies.policy import CachePolicy, LayerView
 
 @dataclass(frozen=True)
 class KeyDiff(CachePolicy):
-    """Holds the entries whose keys are least like the mean of all normalised keys of their head.
+    """Keeps the entries whose keys have the lowest cosine similarity to the mean of all normalised keys of their head.
 
-    ``prefill=blocks`` removes after every ``step`` tokens of a prefix, which is what the method was designed for; by
-    default a prefix is compressed once, as under every other policy.
+    ``prefill=blocks`` removes entries after every ``step`` tokens of a prefix, which is what the method was designed
+    for; by default a prefix is compressed once, as under every other policy.
     """
 
     name = "keydiff"

@@ -21,14 +21,14 @@ USUAL_BITS, USUAL_RESIDUAL = 4, 128
 
 @dataclass(frozen=True)
 class KIVI(CachePolicy):
-    """Holds keys in ``bits`` bits per channel over groups of entries, and values per entry over groups of channels.
+    """Quantises keys to ``bits`` bits per channel over groups of entries, values per entry over groups of channels.
 
-    The most recent entries stay as they are, at least ``residual`` of them; what is older is quantised in whole
-    groups of ``group``, once. Departures: keys and values leave the residual together, where the published code lets
-    values go one by one; where a head is no multiple of the group, its channels are one group. What is stored is
-    unpacked for one layer and forward pass at a time. ``fit=bytes`` lets a ratio choose: the most bits with which
-    the cache takes no more than that share of the full one, and the longest residual that then has place (at least
-    the one that was given).
+    The most recent entries, at least ``residual`` of them, are not quantised; older ones are, once, in whole groups of
+    ``group``. Departures: keys and values leave the residual together, where the published code quantises values one by
+    one; if the head dimension is not a multiple of the group, its channels are one group. Stored entries are
+    dequantised for one layer and forward pass at a time. With ``fit=bytes`` the ratio decides: the most bits with which
+    the cache takes no more than the bytes that the ratio leaves, and the longest residual that then fits (at least the
+    given one).
     """
 
     name = "kivi"
@@ -51,7 +51,7 @@ class KIVI(CachePolicy):
 
     @property
     def resolved(self) -> dict[str, str]:
-        """Without what is chosen text by text, unless it was given."""
+        """Options in effect; ``bits`` and ``residual`` are left out where they are chosen for each text."""
         chosen = {name for name in ("bits", "residual") if self.by_bytes and getattr(self, name) is None}
         return {name: value for name, value in super().resolved.items() if name not in chosen}
 
@@ -96,21 +96,21 @@ class KIVI(CachePolicy):
         )
 
     def _entries(self, n: int, bits: int, shape: CacheShape) -> Fraction:
-        """Entries held as they are that would take as many bytes."""
+        """Number of unquantised entries that take as many bytes as the cache after ``n`` tokens."""
         count = self._quantised(n)
         return n - count + count * self._share(bits, shape)
 
     def _share(self, bits: int, shape: CacheShape) -> Fraction:
-        """Of the bytes of an entry, what is left when it has been quantised."""
+        """Bytes of a quantised entry as a fraction of those of an unquantised one."""
         group, taken = self.group, Fraction(0)
         for heads, keys, values in shape.layers:
             channels = group if values % group == 0 else values
-            scales = Fraction(4 * keys, group) + Fraction(4 * values, channels)  # a least value and a step each
+            scales = Fraction(4 * keys, group) + Fraction(4 * values, channels)  # a minimum and a step per group
             taken += heads * (Fraction((keys + values) * bits, 8) + scales)
         return taken / shape.entry_bytes
 
     def _least_quantised(self, n: int, bits: int, shape: CacheShape, wanted: Fraction) -> int:
-        """The fewest entries, in whole groups, with which the cache takes no more than is wanted."""
+        """Fewest entries to quantise, in whole groups, for a cache of at most the bytes of ``wanted`` entries."""
         group = self.group
         if wanted >= n:
             return 0

@@ -1,4 +1,4 @@
-"""Key norms (arXiv 2406.11430): entries with small keys are attended most."""
+"""Key norms (arXiv 2406.11430): keys with a small norm receive the most attention."""
 
 from __future__ import annotations
 
@@ -13,9 +13,10 @@ from kvbench.methods.policies.policy import CachePolicy, LayerView
 
 @dataclass(frozen=True)
 class KNorm(CachePolicy):
-    """Holds the entries whose keys have the least L2 norm, in every head by itself.
+    """Keeps the entries whose keys have the smallest L2 norm, separately in every head.
 
-    ``skip=k`` leaves the first k layers whole, which makes the realised ratio less than the asked one; 0 by default.
+    ``skip=k`` leaves the first k layers uncompressed, so that the realised ratio is below the requested one; 0 by
+    default.
     """
 
     name = "knorm"

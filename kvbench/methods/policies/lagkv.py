@@ -1,4 +1,4 @@
-"""LagKV (arXiv 2504.04704): entries that stand out against the window that follows theirs."""
+"""LagKV (arXiv 2504.04704): entries that stand out against the window after theirs."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from kvbench.methods.policies.policy import CachePolicy, LayerView
 
 @dataclass(frozen=True)
 class LagKV(CachePolicy):
-    """Windows of ``lag`` entries after the ``sinks``; each is scored against the next one.
+    """Splits the entries after the ``sinks`` into windows of ``lag``; each window is scored against the next one.
 
-    Keys and values are scaled, channel by channel, by the least and the greatest of the next window; an entry's
-    score is the softmax, over its window, of the deviation of its channels, keys and values added. Scores are ranked
-    within their window, so that each gives as many. The sinks, the last whole window and what follows it go last.
-    Departures: one choice over all windows at the moment of removal, where the published code goes through them once
-    each; channels that do not differ count as zero.
+    Keys and values are min-max scaled per channel, by the minimum and maximum of the next window; an entry's score is
+    the standard deviation over its channels, softmaxed over its window, keys and values added. Scores are replaced by
+    ranks within the window, so that each window keeps equally many entries. The sinks, the last whole window and the
+    entries after it are removed last. Departures: one choice over all windows at every removal, where the published
+    code processes each window once; channels that are constant in the next window count as zero.
     """
 
     name = "lagkv"
@@ -33,7 +33,7 @@ class LagKV(CachePolicy):
         sinks, lag, n = self.sinks, self.lag, view.entries
         windows = max(0, n - sinks) // lag
         recent = torch.arange(n, device=view.keys.device).float()
-        scores = (2 + recent).expand(view.keys.shape[:3]).clone()  # beyond all ranks; the later the more
+        scores = (2 + recent).expand(view.keys.shape[:3]).clone()  # above all ranks; later entries score higher
         scores[..., :sinks] = float("inf")
         if windows < 2:
             return scores
@@ -49,7 +49,7 @@ class LagKV(CachePolicy):
 
 
 def _deviation(windows: Tensor) -> Tensor:
-    """``[batch, heads, windows - 1, lag]`` of ``[batch, heads, windows, lag, width]``."""
+    """Scores ``[batch, heads, windows - 1, lag]`` of windows ``[batch, heads, windows, lag, width]``."""
     least, most = windows[:, :, 1:].amin(-2, keepdim=True), windows[:, :, 1:].amax(-2, keepdim=True)
     span = most - least
     scaled = torch.where(span > 0, (windows[:, :, :-1] - least) / span, torch.zeros_like(windows[:, :, :-1]))

@@ -1,4 +1,4 @@
-"""LoRC (arXiv 2410.03111): projections of keys and values of low rank. Its quality only: nothing is removed here."""
+"""LoRC (arXiv 2410.03111): low-rank projections of keys and values. Shows their quality only: nothing is removed."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from kvbench.methods.policies.policy import CachePolicy
 
 @dataclass(frozen=True)
 class LoRC(CachePolicy):
-    """Computes keys and values by weights of low rank, so that a cache could hold fewer numbers per entry.
+    """Computes keys and values with low-rank weights, so that a cache could store fewer numbers per entry.
 
-    The ratio is what such a cache would remove: of the d numbers of all heads it would hold kept(d, r), the rank.
-    Here entries are stored whole, and the table shows no saving: with rotary positions the keys would have to be
-    expanded and rotated anew at every step. Departure: the same rank in every layer, where the published
-    method gives shallow layers more, by the condition numbers of those behind them.
+    The ratio is what such a cache would save: of the d numbers of all heads it would store kept(d, r), the rank. Here
+    entries are stored in full, and the table shows no saving: with rotary embeddings, keys would have to be
+    reconstructed and rotated again at every step. Departure: the same rank in every layer, where the published method
+    gives shallow layers a higher one, by the condition numbers of the layers after them.
     """
 
     name = "lorc"

@@ -1,4 +1,4 @@
-"""Projections of keys and values replaced by low-rank ones, for as long as a model is used so."""
+"""Replaces a model's key and value projections by low-rank ones, within a context manager."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class Part:
     Attributes:
         module: the projection.
         columns: int64 ``[heads * width]``.
-        basis: left singular vectors of the weights, by singular value ``[heads * width, heads * width]``.
+        basis: left singular vectors of the weights ``[heads * width, heads * width]``, by descending singular value.
         bias: ``[heads * width]``; None if there is none.
     """
 
@@ -34,7 +34,7 @@ class Part:
     bias: Tensor | None
 
     def reduced(self, output: Tensor, rank: int) -> Tensor:
-        """The output, as if the weights of these columns had the rank: the best approximation of theirs."""
+        """The output as if the weights of these columns were replaced by their best approximation of that rank."""
         if rank >= len(self.columns):
             return output
         mine = output[..., self.columns].float()
@@ -47,10 +47,10 @@ class Part:
 
 @contextmanager
 def low_rank(model: nn.Module, rank: int) -> Iterator[None]:
-    """Keys and values of that rank, of all heads of a layer together.
+    """Compute keys and values with weights of that rank, over all heads of a layer together, within the block.
 
     Raises:
-        UserError: a model whose projections are not known.
+        UserError: the model's key and value projections are not known.
     """
     if model not in _FOUND:
         _FOUND[model] = list(_parts(model))
@@ -65,10 +65,10 @@ def low_rank(model: nn.Module, rank: int) -> Iterator[None]:
 
 
 def columns_of(model: nn.Module) -> int:
-    """Numbers in the keys of all heads of a layer, and as many in the values.
+    """Width of a layer's keys over all heads, which is that of its values as well.
 
     Raises:
-        UserError: layers differ, or keys from values.
+        UserError: widths differ between layers, or between keys and values.
     """
     shape = cache_shape(model)
     if len(set(shape.layers)) > 1 or len(shape.widths) > 1:

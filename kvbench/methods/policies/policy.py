@@ -1,8 +1,8 @@
-"""Policies: methods that choose what to keep from what was computed.
+"""Policies: methods that choose which entries to keep by computed keys, values and attention.
 
-A policy scores the entries of a layer; the highest are kept, as many as the budget says, chosen for every row
-and head by itself unless the policy says otherwise. Scores are float32, and of equal ones the later entry is kept: in
-half precision ties decide the set. Entries are attended first and removed after (docs/definitions.md).
+A policy scores the entries of a layer; those with the highest scores are kept, as many as the budget allows, for every
+row and head separately unless the policy says otherwise. Scores are float32 (in half precision ties would decide), and
+of equal scores the later entry is kept. Tokens attend first, entries are removed after (docs/definitions.md).
 """
 
 from __future__ import annotations
@@ -25,23 +25,23 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class LayerView:
-    """A layer when something has to be removed from it.
+    """The state of a layer from which a policy chooses entries.
 
     Attributes:
-        keys, values: ``[batch, heads, entries, width]``; keys as they are cached, rotated to their places.
-        positions: int64 ``[batch, heads, entries]``, ascending; -1 in front where a head has fewer than another.
-        attention_sums: float32 ``[batch, heads, entries]``: attention received so far, summed over queries and over
-            the query heads of each head; zero unless the policy needs it.
+        keys, values: ``[batch, heads, entries, width]``; keys as cached, after the rotary embedding.
+        positions: int64 ``[batch, heads, entries]``, in the text, ascending; -1 in front where a head has fewer.
+        attention_sums: float32 ``[batch, heads, entries]``: attention received so far, summed over queries and over the
+            query heads of each head; zero unless the policy needs it.
         queries: the last ``CachePolicy.window`` queries ``[batch, query heads, w, width]``, rotated; None if that is 0.
-        scaling: of the attention's logits.
+        scaling: factor of the attention logits.
         read: text tokens read so far.
-        layer, layers: which of how many.
-        row_seeds: int64 ``[batch]``, a seed of each row that depends on its text only, for policies that draw.
-        seed: of the run.
-        query_moments: of the queries so far, before they were rotated, if the policy takes them: how many, their sum
-            ``[batch, query heads, width]`` and the sum of their outer products.
-        inv_freq: angle per position of each pair of coordinates, where the policy needs it and keys are rotated.
-        carried: what :meth:`CachePolicy.merged` handed on when entries were last removed from this layer; None before.
+        layer, layers: index of the layer, and number of layers.
+        row_seeds: int64 ``[batch]``, a seed for each row that depends on its text only, for random policies.
+        seed: seed of the run.
+        query_moments: of the queries so far, before the rotary embedding, if the policy needs them: number, sum
+            ``[batch, query heads, width]`` and sum of outer products.
+        inv_freq: inverse frequencies of the rotary embedding ``[d / 2]``, if needed and if keys are rotated.
+        carried: what :meth:`CachePolicy.merged` returned when entries were last removed from this layer; None before.
     """
 
     keys: Tensor
@@ -64,11 +64,11 @@ class LayerView:
         return int(self.keys.shape[-2])
 
     def attention(self, last: int) -> Tensor:
-        """Attention of the ``last`` queries: float32 ``[batch, heads, group, last, entries]``, causal."""
+        """Attention weights of the ``last`` queries: float32 ``[batch, heads, group, last, entries]``, causal."""
         assert self.queries is not None, "the policy has a window"
         batch, heads, _, width = self.keys.shape
         queries = self.queries[:, :, -last:]
-        grouped = queries.reshape(batch, heads, -1, width).float()  # not spread over the group: keys would be copied
+        grouped = queries.reshape(batch, heads, -1, width).float()  # grouped, so that keys need not be repeated
         logits = (grouped @ self.keys.float().transpose(-1, -2)).mul_(self.scaling)
         logits = logits.view(batch, heads, -1, queries.shape[2], self.entries)
         places = torch.arange(self.read - queries.shape[2], self.read, device=logits.device)
@@ -78,11 +78,11 @@ class LayerView:
 
 
 class Merged(NamedTuple):
-    """Entries when some are removed, as they shall be stored.
+    """The entries of a layer after those to be removed have been merged into others.
 
     Attributes:
-        keys, values: ``[batch, heads, entries, width]``, of those that go as well.
-        carried: ``[batch, ...]``, handed on to the next removal from the layer; None for nothing.
+        keys, values: ``[batch, heads, entries, width]``, of all entries, those to be removed included.
+        carried: ``[batch, ...]``, state for the next removal from the layer; None for nothing.
     """
 
     keys: Tensor
@@ -91,10 +91,10 @@ class Merged(NamedTuple):
 
 
 class Needs(NamedTuple):
-    """What a policy has to be shown, besides keys, values and its ``window`` of last queries.
+    """What must be recorded for a policy, besides keys, values and its ``window`` of last queries.
 
     Attributes:
-        attention: the attention of all queries, summed; ``decay``: what is left of it after each further query.
+        attention: attention of all queries, summed; ``decay``: the factor applied to the sums for every further query.
         moments: mean and covariance of the queries.
     """
 
@@ -105,14 +105,14 @@ class Needs(NamedTuple):
 
 @dataclass(frozen=True)
 class CachePolicy(Method):
-    """A method that scores entries.
+    """A method that scores entries and keeps those with the highest scores.
 
     Attributes:
-        needs: what it is to be shown.
-        shares_heads: all heads of a layer keep the same entries.
+        needs: what must be recorded for it.
+        shares_heads: whether all heads of a layer keep the same entries.
         step, prefill: options of every policy.
-        window: last queries that it is shown; ``sinks``: first tokens of the text that stay. Options, where a policy
-            makes them one.
+        window: number of last queries that it uses; ``sinks``: number of first tokens that it always keeps. They are
+            options only where a policy declares them so.
     """
 
     needs: ClassVar[Needs] = Needs()
@@ -133,7 +133,7 @@ class CachePolicy(Method):
             )
 
     def check_kept(self, n: int) -> None:
-        """More sinks than by default need room: they are held whatever the ratio, which would not be met."""
+        """Check that more sinks than by default have room: they are always kept, and the ratio would not be met."""
         sinks = self.options().get("sinks")
         if sinks is not None and self.sinks > int(sinks.default):
             check_room(self, n, "sinks", "the ratio would not be met")
@@ -145,17 +145,17 @@ class CachePolicy(Method):
 
     @property
     def packs(self) -> bool:
-        """Whether nothing is removed, and older entries are stored in another form."""
+        """Whether nothing is removed, and older entries are stored in a smaller form."""
         return self.effect is Effect.PACKS
 
     @property
     def keeps_all(self) -> bool:
-        """Whether what is not chosen stays, unattended until the next step with full attention."""
+        """Whether entries that are not chosen stay, unattended until the next step with full attention."""
         return self.effect is Effect.ATTENDS_LESS
 
     @property
     def observes(self) -> bool:
-        """Whether it has to be shown queries."""
+        """Whether the policy uses queries."""
         return bool(self.window or self.needs.attention or self.needs.moments)
 
     @property
@@ -163,30 +163,30 @@ class CachePolicy(Method):
         return self.sinks + 1
 
     def budget(self, read: int, total: int, layer: int, layers: int) -> int:
-        """Entries that a layer holds after ``read`` of ``total`` tokens.
+        """Number of entries that a layer keeps after ``read`` of ``total`` tokens.
 
-        However little has been read, sinks are held: one that has once been removed does not return.
+        Sinks are kept from the start, however few tokens have been read, since a removed entry cannot return.
         """
         return read if self.packs else min(read, max(self.sinks + 1, self.held_after(read)))
 
     def constant(self, total: int) -> int:
-        """What policies hold whose cache does not grow: kept(N, r) entries of N tokens, or the budget."""
+        """Size of a cache that does not grow: the budget in tokens if given, else kept(N, r) of N tokens."""
         return max(self.minimum, self.budget_tokens or kept(total, self.ratio))
 
     def held_after(self, read: int) -> int:
-        """Entries of a layer, on average: a share of what was read, or a constant number where one is given."""
+        """Mean number of entries per layer after ``read`` tokens: kept(read, r), or up to the budget in tokens."""
         return min(read, self.budget_tokens) if self.budget_tokens else kept(read, self.ratio)
 
     def on(self, model: nn.Module) -> AbstractContextManager[None]:
-        """Entered around the model's forward passes, for policies that change what it computes."""
+        """Context manager around the model's forward passes, for policies that change what it computes."""
         return nullcontext()
 
     def run_length(self, read: int) -> int:
-        """How many tokens are fed at a time where entries are removed on the way."""
+        """Number of tokens that are fed at a time if entries are removed while a context is read."""
         return self.step
 
     def is_due(self, read: int, since: int) -> bool:
-        """Whether entries are removed now, ``since`` tokens after the last time."""
+        """Whether to remove entries now, ``since`` tokens after the last removal."""
         return since >= self.step
 
     def is_full_step(self, read: int) -> bool:
@@ -194,42 +194,42 @@ class CachePolicy(Method):
         return False
 
     def follows(self, layer: int) -> int:
-        """The layer whose choice this one takes over; itself if it makes its own."""
+        """The layer whose choice this layer takes over; the layer itself if it makes its own."""
         return layer
 
     def scores(self, view: LayerView) -> Tensor:
-        """float ``[batch, heads, entries]``: how much each entry is worth keeping; infinite for what must stay.
+        """float ``[batch, heads, entries]``: the score of each entry; infinite for entries that must be kept.
 
-        By default the later is worth more, behind the sinks.
+        By default later entries score higher, and the sinks are kept.
         """
         return protect_first(view.positions.float(), view.positions, self.sinks)
 
     def chosen(self, view: LayerView, keep: int) -> Tensor:
-        """int64 ``[batch, heads, keep]``, ascending: the entries that stay."""
+        """Indices of the entries to keep: int64 ``[batch, heads, keep]``, ascending."""
         scores = self.scores(view).float()
         if self.shares_heads:
             scores = scores.mean(1, keepdim=True).expand_as(scores)
         return highest(scores, keep)
 
     def merged(self, view: LayerView, entries: Tensor) -> Merged:
-        """All entries, with what is lost in the others added to ``entries``, if anything is."""
+        """Return all entries, with removed ones merged into the kept ``entries``; by default nothing is merged."""
         return Merged(view.keys, view.values)
 
     def pack(self, view: LayerView, earlier: tuple[StoredEntries, ...]) -> tuple[StoredEntries, int] | None:
-        """The first entries in another form, and how many they are; None if there are none to pack yet.
+        """Pack the first entries: their packed form, and how many they are; None if there are none to pack yet.
 
         Args:
-            view: the entries that are held as they are.
+            view: the unpacked entries.
             earlier: what has been packed before.
         """
         return None
 
 
 def highest(scores: Tensor, keep: int) -> Tensor:
-    """The places of the ``keep`` highest scores, ascending; of equal ones the last."""
+    """Indices of the ``keep`` highest scores, ascending; of equal scores the last are taken."""
     least = scores.kthvalue(scores.shape[-1] - keep + 1, dim=-1, keepdim=True).values
     chosen = scores >= least
-    if int(chosen.sum()) > keep * scores[..., 0].numel():  # more are equal to the least than there is place for
+    if int(chosen.sum()) > keep * scores[..., 0].numel():  # more scores equal the lowest kept one than fit
         above = scores > least
         place = keep - above.sum(-1, keepdim=True)
         last = (scores == least).flip(-1).cumsum(-1).flip(-1) <= place
@@ -238,21 +238,21 @@ def highest(scores: Tensor, keep: int) -> Tensor:
 
 
 def protect_last(scores: Tensor, count: int) -> Tensor:
-    """Scores with the last ``count`` entries beyond all others."""
+    """Scores with the last ``count`` entries set to infinity."""
     recent = torch.arange(scores.shape[-1], device=scores.device) >= scores.shape[-1] - count
     return scores.masked_fill(recent, float("inf"))
 
 
 def protect_first(scores: Tensor, positions: Tensor, count: int) -> Tensor:
-    """Scores with the first ``count`` tokens of the text beyond all others, where they are still held."""
+    """Scores with the first ``count`` tokens of the text, as far as they are still held, set to infinity."""
     return scores.masked_fill(positions < count, float("inf"))
 
 
 def check_room(policy: CachePolicy, n: int, name: str, otherwise: str) -> None:
-    """See that what is kept of ``n`` entries has room for what an option protects, and for one more.
+    """Check that what is kept of ``n`` entries has room for what an option protects, and for one more.
 
     Raises:
-        UserError: it has not; ``otherwise``: what would come of it.
+        UserError: it has not; ``otherwise`` is what the message gives as the consequence.
     """
     left, needed = kept(n, policy.ratio), policy.minimum
     if left < min(n, needed):
@@ -265,15 +265,15 @@ def check_room(policy: CachePolicy, n: int, name: str, otherwise: str) -> None:
 
 
 def check_kernel(kernel: int) -> None:
-    """See that smoothing has a middle.
+    """Check that a pooling kernel can be centred.
 
     Raises:
-        UserError: it spans an even number of places.
+        UserError: its size is even.
     """
     if kernel % 2 == 0:
         raise UserError(f"--set kernel={kernel} has no middle.", "Give an odd number of places.")
 
 
 def lost(view: LayerView, entries: Tensor) -> Tensor:
-    """bool ``[batch, heads, entries]``: what does not stay."""
+    """bool ``[batch, heads, entries]``: True for entries that are removed."""
     return torch.ones_like(view.positions, dtype=torch.bool).scatter_(-1, entries, False)

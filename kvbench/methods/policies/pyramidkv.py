@@ -10,10 +10,10 @@ from kvbench.methods.policies.snapkv import SnapKV
 
 @dataclass(frozen=True)
 class PyramidKV(SnapKV):
-    """SnapKV with more entries in early layers and fewer in late ones, falling evenly; the mean is the budget.
+    """SnapKV with a budget that falls linearly from the first layer to the last; the mean over layers is the budget.
 
-    The last layer gets 1 / ``beta`` of what all would get, the window apart, and the first as much more. Published
-    runs pool as those of SnapKV, as here.
+    Apart from the window, the last layer gets 1 / ``beta`` of the mean, and the first layer as much more than the mean.
+    Pooling is that of SnapKV, as in published runs.
     """
 
     name = "pyramidkv"

@@ -1,4 +1,4 @@
-"""Random eviction: the control of every policy."""
+"""Random eviction: the control for every policy."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ _STEP, _MIX, _MORE = (x - (1 << 64) for x in (0x9E3779B97F4A7C15, 0xBF58476D1CE4
 
 @dataclass(frozen=True)
 class Random(CachePolicy):
-    """Holds the first ``sinks`` entries and those of the others that drew the highest numbers.
+    """Keeps the first ``sinks`` entries and a random choice of the others.
 
-    Sinks are protected since a model may rest on them, so that a choice without them would be no control of choices
-    that have them; ``sinks=0`` draws among all entries. Every entry draws when it is computed. The number is a hash
-    of seed, text, layer, head and place, so that it depends on nothing else, and an entry that has been removed could
-    not have come back.
+    Sinks are kept since models may rely on them: a choice without them would be no fair control for policies that keep
+    them; ``sinks=0`` chooses among all entries. Every entry has a fixed random number, and the highest are kept. The
+    number is a hash of seed, text, layer, head and position and depends on nothing else, so that a removed entry would
+    not have been chosen later.
     """
 
     name = "random"
@@ -33,7 +33,7 @@ class Random(CachePolicy):
 
 
 def drawn(view: LayerView) -> Tensor:
-    """float32 ``[batch, heads, entries]`` in [0, 1): a number of each entry, the same whenever it is asked for."""
+    """float32 ``[batch, heads, entries]`` in [0, 1): a random number for each entry, the same at every call."""
     heads = torch.arange(view.keys.shape[1], device=view.keys.device)
     state = _hashed(view.row_seeds[:, None, None] * 1009 + view.seed)
     state = _hashed(state + (view.layer * 1024 + heads)[None, :, None])
@@ -41,7 +41,7 @@ def drawn(view: LayerView) -> Tensor:
 
 
 def _hashed(x: Tensor) -> Tensor:
-    """What splitmix64 draws after the state ``x``, int64 standing for 64 bits."""
+    """Output of splitmix64 for the state ``x``; int64 stands for 64 unsigned bits."""
     x = x + _STEP
     x = (x ^ _shifted(x, 30)) * _MIX
     x = (x ^ _shifted(x, 27)) * _MORE
@@ -49,5 +49,5 @@ def _hashed(x: Tensor) -> Tensor:
 
 
 def _shifted(x: Tensor, count: int) -> Tensor:
-    """Shifted to the right with zeros behind: int64 would bring in its sign."""
+    """Logical right shift, which fills with zeros; on int64, ``>>`` fills with the sign bit."""
     return (x >> count) & ((1 << (64 - count)) - 1)

@@ -1,4 +1,4 @@
-"""RefreshKV (arXiv 2411.05787): everything stays, and little of it is attended between two looks at all."""
+"""RefreshKV (arXiv 2411.05787): all entries stay; between steps with full attention, only a few are attended."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from kvbench.methods.policies.policy import CachePolicy, LayerView, check_kernel
 
 @dataclass(frozen=True)
 class RefreshKV(CachePolicy):
-    """Attends kept(n, r) entries and those since, chosen by every ``step``-th token, which attends all of them.
+    """Attends to kept(n, r) entries and those since, chosen at every ``step``-th token, which attends to all entries.
 
     The choice is by the attention of that token, averaged over the query heads of each head and smoothed over
-    ``kernel`` places. What follows a context of P tokens stays attended, and what is chosen anew meanwhile is
-    kept(P, r) of the context's entries. It saves computation and no memory: all entries stay, and those attended are
-    held twice. The paper also looks when queries have changed; its thresholds are not public, and no code is.
+    ``kernel`` positions. Tokens after a context of P tokens always stay attended, and each choice among the context's
+    entries takes kept(P, r) of them. It saves computation and no memory: all entries stay, and those attended are
+    stored twice. The paper also refreshes when queries have changed; its thresholds are not public, and no code is.
     """
 
     name = "refreshkv"

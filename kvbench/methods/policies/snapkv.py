@@ -16,11 +16,12 @@ POOLS: dict[str, Callable[..., Tensor]] = {"mean": functional.avg_pool1d, "max":
 
 @dataclass(frozen=True)
 class SnapKV(CachePolicy):
-    """Holds the last ``window`` entries and those that their queries attend most, smoothed over ``kernel`` places.
+    """Keeps the last ``window`` entries and those that their queries attend to most, pooled over ``kernel`` positions.
 
-    Attention is averaged over the queries of the window and the query heads of each head, so that what is stored is
-    one set per head of keys. The published code stores a set per query head, which takes more memory. Published runs
-    take the maximum over 7 places, as here; the class in that code has the mean over 5 (``pool=mean``, ``kernel=5``).
+    Attention is averaged over the queries of the window and the query heads of each key-value head, so that one set of
+    entries is stored per key-value head. The published code stores a set per query head, which takes more memory.
+    Published runs take the maximum over 7 positions, as here; the class in that code defaults to the mean over 5
+    (``pool=mean``, ``kernel=5``).
     """
 
     name = "snapkv"
@@ -36,7 +37,7 @@ class SnapKV(CachePolicy):
         return self.window + 1
 
     def check_kept(self, n: int) -> None:
-        """A window that fills all that is kept is a plain window, whatever the method is called."""
+        """Check that more than the window is kept; otherwise the method would be a plain window, whatever its name."""
         check_room(self, n, "window", "it would be a plain window")
 
     def check(self, longest: int, in_chunks: bool) -> None:
@@ -47,7 +48,7 @@ class SnapKV(CachePolicy):
         return protect_last(self._worth(view), self.window)
 
     def _worth(self, view: LayerView) -> Tensor:
-        """``[batch, heads, entries]``: attention before the window, smoothed; 0 within it."""
+        """``[batch, heads, entries]``: smoothed attention to the entries before the window; 0 within it."""
         before = max(0, view.entries - self.window)
         worth = view.attention(self.window).mean((2, 3))[..., :before]
         kernel, pool = self.kernel, POOLS[self.pool]

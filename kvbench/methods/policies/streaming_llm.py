@@ -10,10 +10,10 @@ from kvbench.methods.policies.policy import CachePolicy
 
 @dataclass(frozen=True)
 class StreamingLLM(CachePolicy):
-    """Holds the first ``sinks`` entries and the most recent, kept(N, r) together, a constant number.
+    """Keeps the first ``sinks`` entries and the most recent, kept(N, r) together, a constant number.
 
-    Keys are rotated to their place in the cache, as published; ``positions=absolute`` leaves them at their place in
-    the text (what ``sinks`` does, at a proportional budget).
+    Keys are rotated to their position in the cache, as published; ``positions=absolute`` leaves them at their position
+    in the text (as the method ``sinks`` does, with a budget that is proportional to the text).
     """
 
     name = "streaming-llm"

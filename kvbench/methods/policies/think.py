@@ -1,4 +1,4 @@
-"""ThinK (arXiv 2407.21018): keys lose the channels that queries use least."""
+"""ThinK (arXiv 2407.21018): removes the channels of keys that queries use least."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ from kvbench.methods.policies.policy import CachePolicy, LayerView, highest
 
 @dataclass(frozen=True)
 class ThinK(CachePolicy):
-    """Removes channels of the keys, each head its own: those with the least energy in the last queries and the keys.
+    """Removes the key channels with the least energy in the last queries and the keys, separately in each head.
 
-    The ratio is that of the bytes of the whole cache, so that 0.25 removes about half of the channels of the keys.
-    The last ``recent`` entries stay whole; of older ones, a channel's energy is the mean of its squares over the
-    last ``window`` queries, of all query heads of the head, times that over the keys. Entries lose channels once, as
-    they leave the recent ones, at least ``group`` of them together. ``channels`` is how many each key keeps; 0, the
-    default, lets the ratio say it, for the whole text with its recent entries. What is removed is freed; kvpress
-    sets it to zero.
+    The ratio is that of the bytes of the whole cache, so that 0.25 removes about half of the channels of the keys. The
+    last ``recent`` entries stay whole; for older ones, the energy of a channel is its mean square over the last
+    ``window`` queries of all query heads of the head, times its mean square over the keys. Entries lose channels once,
+    as they leave the recent ones, at least ``group`` of them together. ``channels`` is the number of channels that each
+    key keeps; 0, the default, derives it from the ratio, for the whole text with its recent entries. Removed channels
+    are freed; kvpress sets them to zero.
     """
 
     name = "think"
@@ -50,7 +50,7 @@ class ThinK(CachePolicy):
 
     @property
     def rule_version(self) -> int:
-        """2 under a budget in bytes, which is held since; by the ratio nothing has changed."""
+        """2 with a budget in bytes, which version 1 could exceed; 1 otherwise, where nothing has changed."""
         return 2 if self.budget_bytes else 1
 
     def pack(self, view: LayerView, earlier: tuple[StoredEntries, ...]) -> tuple[StoredEntries, int] | None:
@@ -72,7 +72,7 @@ class ThinK(CachePolicy):
                 f"{' and '.join(map(str, sorted(shape.widths)))} numbers.", "Use another method.",
             )
         asked, old = replace(self, ratio=self.ratio_of_bytes(n, shape), budget_bytes=0), n - self.recent
-        one = Fraction(old, min(shape.widths)) if self.budget_bytes else 0  # the channel that has to stay
+        one = Fraction(old, min(shape.widths)) if self.budget_bytes else 0  # one channel has to stay
         if not self.channels and (asked.ratio * n * 2 >= max(0, old) or asked.ratio * n * 2 > old - one):
             raise UserError(
                 f"think cannot remove {float(asked.ratio):.3g} of the bytes of {n} entries: "
@@ -83,8 +83,8 @@ class ThinK(CachePolicy):
         return replace(asked, channels=given)
 
     def _left(self, n: int, width: int, at_most: bool = False) -> int:
-        """Channels that the keys of older entries keep, so that the bytes of the whole cache are met: as near as they
-        come, or no more of them, where bytes are a budget."""
+        """Channels that the keys of older entries keep: as close to the ratio of the whole cache's bytes as possible,
+        or, if ``at_most``, without exceeding the bytes that it leaves."""
         old = n - self.recent
         if old <= 0:
             return width

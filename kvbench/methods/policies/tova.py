@@ -1,4 +1,4 @@
-"""TOVA (arXiv 2401.06104): what the last query attends."""
+"""TOVA (arXiv 2401.06104): entries that the last query attends to."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from kvbench.methods.policies.policy import CachePolicy, LayerView
 
 @dataclass(frozen=True)
 class TOVA(CachePolicy):
-    """Holds the entries that the last query attends most, averaged over all heads: the same set for all of them.
+    """Keeps the entries that the last query attends to most, averaged over all heads: the same set for all of them.
 
-    No sinks and no window are protected; the newest entry stays by its own weight, or does not.
+    No sinks and no window are protected; the newest entry is kept only if its own attention suffices.
     """
 
     name = "tova"
