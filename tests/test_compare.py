@@ -115,7 +115,8 @@ def test_profiles_of_different_hours_are_not_compared(called: Call, tmp_path: Pa
     cell = replace(CELL, task="profile", protocol="profile", options={"seq_len": "64", "batch_size": "1"})
     one = made(tmp_path / "one", [(SINKS, 0.0)])
     (one / RUN).write_text(json.dumps({
-        "content": "c", "tasks": {cell.setting: {"kind": "profile"}}, "cells": [dataclasses.asdict(cell)],
+        "content": "c", "tasks": {cell.setting: {"kind": "profile", "repeats": 1, "signature": "s"}},
+        "cells": [dataclasses.asdict(cell)],
     }))
     refused(called, ["compare", one, one], "not timed in turn")
 

@@ -131,7 +131,7 @@ def test_values_follow_from_the_texts_on_disk(work: Path, finished: Outcome) -> 
     cells = {cell.method: cell for cell in run.cells()}
     people = run.texts(cells[HUMAN])
     found = run.texts(cells["local"])
-    names = list(run.manifest()["tasks"][cells[HUMAN].setting]["documents"])
+    names = list(run.manifest().tasks[cells[HUMAN].setting].documents)
     written = [found[n].of("nucleus")[0].text for n in names]
     references = [people[n].of("human")[0].text for n in names]
     row = next(r for r in rows(finished, method="local", metric="chrf") if r["params"]["bin"] is None)

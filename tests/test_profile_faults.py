@@ -9,25 +9,25 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from io import StringIO
 from pathlib import Path
 from typing import Any
 
 import psutil
 import pytest
-from rich.console import Console
-from rich.progress import Progress
 
 from kvbench.analysis.profile import profile_results
 from kvbench.errors import UserError
-from kvbench.execution.channel import Channel
+from kvbench.execution.channel import At, Channel, End, Failed, Ready, Records, event_of
 from kvbench.models.random_models import is_shape
 from kvbench.models.references import resolve_model
 from kvbench.planning.profile import ProfilePlan, ProfileRequest, at_batch, build_profile_plan
-from kvbench.profiling import measuring
 from kvbench.profiling.job import ProfileJob
+from kvbench.profiling.parent import check_machine
 from kvbench.profiling.worker import Worker
 from kvbench.store.folder import RUN, RunFolder
+from kvbench.store.manifest import Machine, ProfileInfo
 from kvbench.store.profile_records import TimingRecord
 from kvbench.store.records import Cell
 from tests.conftest import kvbench
@@ -94,7 +94,7 @@ def test_killed_and_run_again_it_ends_as_if_nothing_had_happened(work: Path) -> 
     before = {cell.key: set(folder.measurements(cell)) for cell in folder.cells()}
     found = kvbench(*TWO_REPEATS, "--out", "torn", "--json", cwd=work)
     assert found.code == 0, found.err
-    assert folder.manifest()["finished"]
+    assert folder.manifest().finished
     for cell in folder.cells():
         lines = (folder.cell_folder(cell) / "records.jsonl").read_text().splitlines()
         assert len(lines) == len(folder.measurements(cell)) == 5  # twice a warm-up and a request; a memory pass
@@ -180,7 +180,7 @@ def test_rows_of_a_profile_by_hand(tmp_path: Path) -> None:
             )
             for r in range(2) for n in range(3)
         ])
-    info = {"repeats": 2, "notes": [], "signature": "s", "device": "cpu"}
+    info = ProfileInfo(repeats=2, signature="s")
 
     def speedups(without: tuple[str, ...]) -> dict[str, tuple[float | None, str | None]]:
         found, _ = profile_results(folder, info, [c for c in cells if c.method not in without])
@@ -198,14 +198,10 @@ def test_rows_of_a_profile_by_hand(tmp_path: Path) -> None:
 
 
 def test_a_profile_is_not_continued_on_another_machine(tmp_path: Path) -> None:
-    here = {"device": "cpu", "device_name": None, "dtype": "float32", "threads": 2}
-    run = measuring.Run(
-        build(), RunFolder(tmp_path), [], Console(), False, Progress(), 0, machine={**here, "threads": 1}  # type: ignore[arg-type]
-    )
+    here = Machine(device="cpu", dtype="float32", threads=2)
     with pytest.raises(UserError, match="measured with threads 1, and here it is 2"):
-        measuring._check_machine(run, here)
-    run.machine = here
-    measuring._check_machine(run, here)
+        check_machine(tmp_path, replace(here, threads=1), here)
+    check_machine(tmp_path, here, here)
 
 
 def build(**settings: Any) -> ProfilePlan:
@@ -230,30 +226,30 @@ def job_of(kind: str, cells: tuple[Cell, ...], **settings: Any) -> ProfileJob:
     return ProfileJob(kind, cells, location, longest, 0, rounds=1, warmups=1, **settings)
 
 
-def events_of(job: ProfileJob) -> list[dict[str, Any]]:
+def events_of(job: ProfileJob) -> list[Any]:
     """What a child would report, run inside this process."""
     said = StringIO()
     worker = Worker(job, Channel(said))
     worker.run(worker.prepare())
-    return [json.loads(line) for line in said.getvalue().splitlines()]
+    return [event_of(line) for line in said.getvalue().splitlines()]
 
 
 def test_a_random_adapter_and_extended_positions_are_said() -> None:
     cells = cells_of(model="shape:gpt2", methods=("ccm-concat",), ratios=("0.9",), seq_lens=(1100,))
     assert [(c.method, c.adapter) for c in cells] == [("full", None), ("ccm-concat", "random")]
     ready, *events = events_of(job_of("time", cells))
-    assert ready["notes"] == ["random weights", "positions extended from 1024 to 1104"]
-    records = [e["record"] for e in events if e["event"] == "record"]
+    assert ready.machine.notes == ("random weights", "positions extended from 1024 to 1104")
+    records = [record for event in events if isinstance(event, Records) for record in event.records]
     assert [(r["held"], r["warmup"]) for r in records] == [(1100, True), (110, True), (1100, False), (110, False)]
     assert all(r["ttft_s"] is None and len(r["gaps"]) == 3 for r in records)
-    assert events[-1]["event"] == "end"
+    assert events[-1] == End()
 
 
 def test_a_shape_that_does_not_fit_is_refused_before_it_is_allocated() -> None:
     events = events_of(job_of("time", cells_of(batch_sizes=(100_000_000,))))
-    assert [e["event"] for e in events] == ["ready", "at", "failed"]
-    assert "nothing was allocated" in events[-1]["error"]
-    assert "--batch-size" in events[-1]["hint"]
+    assert [type(event) for event in events] == [Ready, At, Failed]
+    assert "nothing was allocated" in events[-1].failure.error
+    assert "--batch-size" in events[-1].failure.hint
 
 
 @pytest.mark.parametrize("kind", ["time", "memory"])
@@ -269,9 +265,9 @@ def test_memory_that_cannot_be_had_is_a_failed_cell(kind: str) -> None:
         [sys.executable, "-c", code], input=f"{job.to_json()}\ngo\n", capture_output=True, text=True, check=False,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
     )
-    last = json.loads(done.stdout.splitlines()[-1])
-    assert last["event"] == "failed", done.stderr[-2000:]
-    assert "--batch-size" in last["hint"]
+    last = event_of(done.stdout.splitlines()[-1])
+    assert isinstance(last, Failed), done.stderr[-2000:]
+    assert "--batch-size" in last.failure.hint
 
 
 def test_a_probe_that_runs_out_of_memory_does_not_fit() -> None:
@@ -280,7 +276,7 @@ def test_a_probe_that_runs_out_of_memory_does_not_fit() -> None:
 
     def probed(batch: int, budget: int) -> dict[str, Any]:
         events = events_of(job_of("probe", (at_batch(search, batch),), budget=budget))
-        return next(e["record"] for e in events if e["event"] == "record")
+        return next(event.records[0] for event in events if isinstance(event, Records))
 
     fits = probed(2, 64 << 20)
     assert (fits["fits"], fits["why"], fits["batch"]) == (True, "", 2)

@@ -210,7 +210,7 @@ def test_interrupted_keeps_what_was_measured(documents: Path) -> None:
     assert (victim.returncode, out) == (130, "")
     assert "interrupted; what was measured is kept" in err
     assert "Traceback" not in err
-    assert RunFolder(documents / "broken-off").manifest()["finished"] is None
+    assert RunFolder(documents / "broken-off").manifest().finished is None
 
 
 def test_two_processes_cannot_share_a_folder(

@@ -11,7 +11,6 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
 
 import pytest
 from hypothesis import given
@@ -23,6 +22,7 @@ from kvbench.execution.executors import Ended, participate
 from kvbench.execution.job import Job
 from kvbench.execution.shards import ShardLocks, parts_of
 from kvbench.store.folder import RECORDS, RUN, RunFolder
+from kvbench.store.manifest import TaskInfo
 from kvbench.store.progress import RunProgress
 from tests.conftest import Outcome, kvbench
 from tests.test_store import CELL, TEXT, record
@@ -70,8 +70,8 @@ def test_a_grid_has_rows_for_every_seed(first: Outcome, place: Path) -> None:
     }
     assert all(r["baseline"] == "full" for r in first.document["rows"] if r["delta"] is not None)
     manifest = RunFolder(place / "run").manifest()
-    assert set(manifest["tasks"]) == {"minidocs@kvbench-tiny#0", "minidocs@kvbench-tiny#1"}
-    assert manifest["finished"]
+    assert set(manifest.tasks) == {"minidocs@kvbench-tiny#0", "minidocs@kvbench-tiny#1"}
+    assert manifest.finished
     assert set(RunFolder(place / "run").masks()) == {"full", "sinks 0.5"}
 
 
@@ -300,8 +300,10 @@ def test_a_part_is_held_by_one(tmp_path: Path) -> None:
 def test_parts_hold_every_document_once(count: int, methods: int) -> None:
     cells = [dataclasses.replace(CELL, method=f"m{i}") for i in range(methods)]
     documents = [f"d{i}" for i in range(count)]
-    info: dict[str, dict[str, Any]] = {CELL.task: {"documents": documents, "lengths": [3] * count}}
-    parts = parts_of(cells, info)
+    info = TaskInfo(
+        kind="lm", signature="s", seq_len=8, documents=tuple(documents), lengths=(3,) * count
+    )
+    parts = parts_of(cells, {CELL.task: info})
     assert [name for part in parts for name in part.documents] == documents
     assert len({part.name for part in parts}) == len(parts)
     assert sum(part.tokens for part in parts) == 3 * count * methods

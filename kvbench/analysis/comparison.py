@@ -15,6 +15,7 @@ from kvbench.errors import UserError, unknown
 from kvbench.statistics import holm
 from kvbench.store.faults import faults_in, named, remarks_of
 from kvbench.store.folder import RunFolder
+from kvbench.store.manifest import TaskInfo
 from kvbench.store.records import HUMAN, ITSELF, Cell, Row
 
 _BYTES = {metric.name for metric in metrics.MEMORY}
@@ -106,7 +107,7 @@ def compare(first: Side, second: Side) -> list[Pair]:
     Raises:
         UserError: they cannot be compared, and why.
     """
-    infos = [side.folder.manifest()["tasks"] for side in (first, second)]
+    infos = [side.folder.manifest().tasks for side in (first, second)]
     found = []
     for one, other in _shared(first, second):
         pairs = _paired(first.cells(one), second.cells(other))
@@ -132,7 +133,7 @@ def _shared(first: Side, second: Side) -> list[tuple[str, str]]:
         settings: dict[str, list[str]] = {}
         for cell in side.folder.cells():
             mine = settings.setdefault(cell.task, [])
-            if cell.setting not in mine and cell.setting in side.folder.manifest()["tasks"]:
+            if cell.setting not in mine and cell.setting in side.folder.manifest().tasks:
                 mine.append(cell.setting)
         sides.append(settings)
     tasks = [task for task in sides[0] if task in sides[1]]
@@ -169,17 +170,17 @@ def _paired(first: Sequence[Cell], second: Sequence[Cell]) -> list[tuple[Cell, C
     return []
 
 
-def _check(one: dict[str, Any], other: dict[str, Any], a: Cell, b: Cell) -> None:
+def _check(one: TaskInfo, other: TaskInfo, a: Cell, b: Cell) -> None:
     """See that two cells were scored on the same text in the same way."""
     wrong = [
         f"{what} differ ({x} and {y})" for what, x, y in (
             ("versions of the task", a.task_version, b.task_version), ("texts", a.data_hash[:12], b.data_hash[:12]),
-            ("protocols", a.protocol, b.protocol), ("settings", one["signature"], other["signature"]),
+            ("protocols", a.protocol, b.protocol), ("settings", one.signature, other.signature),
         ) if x != y
     ]
-    if one["documents"] != other["documents"]:
-        same = len(set(one["documents"]) & set(other["documents"]))
-        wrong.append(f"documents differ ({len(one['documents'])} and {len(other['documents'])}, {same} in common)")
+    if one.documents != other.documents:
+        same = len(set(one.documents) & set(other.documents))
+        wrong.append(f"documents differ ({len(one.documents)} and {len(other.documents)}, {same} in common)")
     if wrong:
         raise UserError(
             f"{a.label} and {b.label} cannot be compared: {'; '.join(wrong)}.",
@@ -187,7 +188,7 @@ def _check(one: dict[str, Any], other: dict[str, Any], a: Cell, b: Cell) -> None
         )
 
 
-def _compared(first: Side, second: Side, a: Cell, b: Cell, info: dict[str, Any]) -> Pair:
+def _compared(first: Side, second: Side, a: Cell, b: Cell, info: TaskInfo) -> Pair:
     # The same name does not make the same model.
     which = [f", {c.model}@{c.model_hash[:8] or 'unknown'}" if a.model_hash != b.model_hash else "" for c in (a, b)]
     names = tuple(
@@ -195,7 +196,7 @@ def _compared(first: Side, second: Side, a: Cell, b: Cell, info: dict[str, Any])
     )
     # Rows are paired with whatever stands in the place of the full cache.
     standing = replace(a, method="full", variant="", role="control", options={**a.options, "side": "first"})
-    if info["kind"] == "generation":
+    if info.kind == "generation":
         records = {standing.key: first.folder.texts(a), b.key: second.folder.texts(b)}
         people = next((first.folder.texts(c) for c in first.folder.cells()
                        if c.setting == a.setting and c.name == HUMAN), {})
@@ -206,7 +207,7 @@ def _compared(first: Side, second: Side, a: Cell, b: Cell, info: dict[str, Any])
         mine, theirs = first.folder.records(a), second.folder.records(b)
         _complete(info, mine, first, a)
         _complete(info, theirs, second, b)
-        chosen = info["documents"]
+        chosen = info.documents
         rows = scored_rows([(standing, [mine[n] for n in chosen]), (b, [theirs[n] for n in chosen])], info)
     is_first = {id(row): row.name == "full" and row.baseline is None for row in rows}
     at = {(r.metric, r.params.get("bin")): r for r in rows if is_first[id(r)]}
@@ -224,11 +225,11 @@ def _scorer(cell: Cell) -> str | None:
     return f"{cell.model}@{cell.model_hash}" if scorer == ITSELF else scorer
 
 
-def _complete(info: dict[str, Any], records: dict[str, Any], side: Side, cell: Cell) -> None:
-    missing = [name for name in info["documents"] if name not in records]
+def _complete(info: TaskInfo, records: dict[str, Any], side: Side, cell: Cell) -> None:
+    missing = [name for name in info.documents if name not in records]
     if missing:
         raise UserError(
-            f"{cell.label} in {side.folder.path} lacks {len(missing)} of {len(info['documents'])} documents.",
+            f"{cell.label} in {side.folder.path} lacks {len(missing)} of {len(info.documents)} documents.",
             "Run that command again to continue it.",
         )
 

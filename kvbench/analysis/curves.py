@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from kvbench.analysis.rows import NO_DIFFERENCE, Difference, Estimate, row
 from kvbench.statistics import GroupSums, bootstrap_intervals
 from kvbench.store.faults import remarks_of
+from kvbench.store.manifest import TaskInfo
 from kvbench.store.records import Cell, DocumentRecord, Row
 
 CURVES = ("since", "position")
@@ -24,7 +25,7 @@ def is_of_curve(row: Row) -> bool:
     return str(row.params.get("bin")).partition("=")[0] in CURVES
 
 
-def curve_rows(cell: Cell, records: Sequence[DocumentRecord], info: dict[str, Any]) -> list[Row]:
+def curve_rows(cell: Cell, records: Sequence[DocumentRecord], info: TaskInfo) -> list[Row]:
     """The points of both curves: metric ``nll``, with its difference to ``full`` on the same targets.
 
     ``params.bin`` is ``since=d``: targets with at least d text tokens (and fewer than the next d) between
@@ -38,7 +39,7 @@ def curve_rows(cell: Cell, records: Sequence[DocumentRecord], info: dict[str, An
 
 
 def _rows(
-    cell: Cell, curves: Sequence[tuple[str, dict[str, tuple[int, float, float]]]], info: dict[str, Any], axis: str
+    cell: Cell, curves: Sequence[tuple[str, dict[str, tuple[int, float, float]]]], info: TaskInfo, axis: str
 ) -> list[Row]:
     bins = sorted({int(name) for _, curve in curves for name in curve})
     groups = sorted({group for group, _ in curves})
@@ -58,27 +59,18 @@ def _rows(
     with np.errstate(divide="ignore", invalid="ignore"):
         found = bootstrap_intervals([GroupSums(sums.reshape(len(groups), -1))], means, cell.seed)
     intervals = found.reshape(len(bins), 2, 2)
-    is_full, rows = cell.method == "full", []
+    rows = []
     for i, start in enumerate(bins):
         count, nll, loss = sums[:, i].sum(0)
-        (low, high), (delta_low, delta_high) = (map(_known, pair) for pair in intervals[i])
-        rows.append(Row(
-            task=cell.task, protocol=cell.protocol, model=cell.model, method=cell.method,
-            ratio_asked=None if cell.ratio_asked is None else float(cell.ratio_asked),
-            ratio_realised=None, ratio_mean=None, entries_peak=None,
-            removal=cell.removal,
-            params={
-                "seq_len": info["seq_len"], "batch_size": None, "new_tokens": None, "step": None,
-                "bin": f"{axis}={start}", "position_rule": cell.position_rule, **remarks_of(cell), **cell.options,
-            },
-            groups=int((sums[:, i, 0] > 0).sum()), metric="nll", value=float(nll / count), ci_low=low, ci_high=high,
-            n=int(count), unit="token", delta=None if is_full else float(loss / count),
-            delta_ci_low=None if is_full else delta_low, delta_ci_high=None if is_full else delta_high,
-            p_value=None, baseline=None if is_full else "full", seed=cell.seed,
-            signature=f"nll:{info['signature']}|{_SIGNATURES[axis]}",
+        (low, high), (delta_low, delta_high) = intervals[i]
+        apart = Estimate.of(loss / count, (delta_low, delta_high))
+        params = {
+            "seq_len": info.seq_len, "batch_size": None, "new_tokens": None, "step": None, "bin": f"{axis}={start}",
+            "position_rule": cell.position_rule, **remarks_of(cell), **cell.options,
+        }
+        rows.append(row(
+            cell, "nll", f"{info.signature}|{_SIGNATURES[axis]}", Estimate.of(nll / count, (low, high)),
+            NO_DIFFERENCE if cell.method == "full" else Difference(apart, None, "full"), unit="token", n=int(count),
+            groups=int((sums[:, i, 0] > 0).sum()), params=params,
         ))
     return rows
-
-
-def _known(value: float) -> float | None:
-    return float(value) if np.isfinite(value) else None

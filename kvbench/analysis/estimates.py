@@ -2,20 +2,28 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from kvbench import metrics
+from kvbench.analysis.rows import (
+    NO_DIFFERENCE,
+    NO_INTERVAL,
+    Compression,
+    Difference,
+    Estimate,
+    Interval,
+    remarks,
+    row,
+)
 from kvbench.metrics import Metric
 from kvbench.statistics import GroupSums, bootstrap_intervals, exchanged_p_values, paired_p_value
-from kvbench.store.faults import remarks_of
+from kvbench.store.manifest import TaskInfo
 from kvbench.store.records import Cell, Row
 
 Array = NDArray[np.float64]
@@ -51,7 +59,7 @@ class CellSums:
 
 
 def bin_rows(
-    parts: list[CellSums], kinds: Sequence[Metric], info: dict[str, Any], bin_name: str | None
+    parts: list[CellSums], kinds: Sequence[Metric], info: TaskInfo, bin_name: str | None
 ) -> list[Row]:
     """Rows of one task, or of one bin of it, with p-values as they come."""
     full = next((p for p in parts if p.cell.name == "full"), None)
@@ -64,7 +72,7 @@ def bin_rows(
 
 def _rows_of(
     part: CellSums, full: CellSums | None, none: CellSums | None, kinds: Sequence[Metric],
-    info: dict[str, Any], bin_name: str | None,
+    info: TaskInfo, bin_name: str | None,
 ) -> list[Row]:
     pairable = full is not None and full is not part and full.groups == part.groups
     baseline = full if pairable else None
@@ -82,21 +90,26 @@ def _rows_of(
         delta_at = len(sampled) + at if at is not None and compared and baseline else None
         p_value = exchanged.get(metric.name)
         if baseline is not None and metric.tested:
-            difference = part.sums[metric.tested] - baseline.sums[metric.tested]
-            p_value = paired_p_value(difference, part.cell.seed)
+            apart = part.sums[metric.tested] - baseline.sums[metric.tested]
+            p_value = paired_p_value(apart, part.cell.seed)
         value = float(metric.value(part.totals())[0])
-        rows.append(row_of(part, info, bin_name, metric.name, metric.signature, metric.unit,
-                         value, _pair(intervals, at), _at(values, delta_at),
-                         _pair(intervals, delta_at), p_value, baseline))
+        rows.append(row_of(
+            part, info, bin_name, metric.name, metric.signature, metric.unit,
+            Estimate.of(value, _pair(intervals, at)),
+            difference_of(Estimate.of(_at(values, delta_at), _pair(intervals, delta_at)), p_value, baseline),
+        ))
     if gap is not None and bin_name is None:
-        useful = _useful_gap(intervals[-1])
+        is_useful, last = _useful_gap(intervals[-1]), len(values) - 2
         rows.insert(3, row_of(
             part, info, bin_name, "recovery", metrics.RECOVERY_SIGNATURE, "document",
-            _at(values, len(values) - 2) if useful else None,
-            _pair(intervals, len(values) - 2) if useful else (None, None),
-            None, (None, None), None, None,
+            Estimate.of(_at(values, last), _pair(intervals, last)) if is_useful else Estimate(),
         ))
     return rows
+
+
+def difference_of(estimate: Estimate, p_value: float | None, baseline: CellSums | None) -> Difference:
+    """A difference to the full cache, where there is one to compare with."""
+    return Difference(estimate, p_value, None if baseline is None or estimate.value is None else "full")
 
 
 def _exchanged(part: CellSums, full: CellSums | None, kinds: Sequence[Metric]) -> dict[str, float | None]:
@@ -164,34 +177,27 @@ def _useful_gap(interval: Array) -> bool:
 
 
 def row_of(
-    part: CellSums, info: dict[str, Any], bin_name: str | None, name: str, signature: str,
-    unit: str, value: float | None, interval: tuple[float | None, float | None],
-    delta: float | None, delta_interval: tuple[float | None, float | None],
-    p_value: float | None, baseline: CellSums | None,
+    part: CellSums, info: TaskInfo, bin_name: str | None, name: str, signature: str, unit: str, estimate: Estimate,
+    difference: Difference = NO_DIFFERENCE,
 ) -> Row:
+    """A row of a cell whose records are summed."""
     cell, totals = part.cell, {k: float(v.sum()) for k, v in part.sums.items()}
     step = bin_name.removeprefix("step=") if bin_name else ""
-    asked = {"question": "hidden"} if info["kind"] == "recall" else {}
+    asked = {"question": "hidden"} if info.kind == "recall" else {}
     params: dict[str, Any] = {
-        **asked, **cell.options, "seq_len": info["seq_len"], "batch_size": None, "new_tokens": info.get("new_tokens"),
+        **asked, **cell.options, "seq_len": info.seq_len, "batch_size": None, "new_tokens": info.new_tokens,
         "step": int(step) if step.isdecimal() else None, "bin": bin_name,
-        "adapter": None if cell.adapter is None else Path(cell.adapter).name,
         "entries_peak_mean": part.mean_peak or None,
-        "entry_bytes": totals["kv_full"] / totals["raw"] if totals["raw"] else None,
-        "position_rule": cell.position_rule, **remarks_of(cell),
+        "entry_bytes": totals["kv_full"] / totals["raw"] if totals["raw"] else None, **remarks(cell),
     }
-    return Row(
-        task=cell.task, protocol=cell.protocol, model=cell.model, method=cell.method,
-        ratio_asked=None if cell.ratio_asked is None else float(cell.ratio_asked),
-        ratio_realised=1 - totals["held"] / totals["raw"] if totals["raw"] else None,
-        ratio_mean=1 - totals["visible"] / totals["queries"] if totals["queries"] else None,
-        entries_peak=part.peak or None, removal=cell.removal,
-        params=params, groups=len(part.groups), metric=name, value=_finite(value),
-        ci_low=_finite(interval[0]), ci_high=_finite(interval[1]),
-        n=int(totals["pieces"]) if unit == "sequence" else part.n, unit=unit,
-        delta=delta, delta_ci_low=_finite(delta_interval[0]), delta_ci_high=_finite(delta_interval[1]),
-        p_value=p_value, baseline="full" if baseline is not None and delta is not None else None,
-        seed=cell.seed, signature=f"{name}:{info['signature']}{_steps(cell)}|{signature}",
+    compression = Compression(
+        1 - totals["held"] / totals["raw"] if totals["raw"] else None,
+        1 - totals["visible"] / totals["queries"] if totals["queries"] else None, part.peak or None,
+    )
+    return row(
+        cell, name, f"{info.signature}{_steps(cell)}|{signature}", estimate, difference, unit=unit,
+        n=int(totals["pieces"]) if unit == "sequence" else part.n, groups=len(part.groups), params=params,
+        compression=compression,
     )
 
 
@@ -202,15 +208,9 @@ def _steps(cell: Cell) -> str:
     return f"|evicts every {cell.options['step']}, prefix {cell.options['prefill']}"
 
 
-def _finite(value: float | None) -> float | None:
-    return value if value is not None and math.isfinite(value) else None
-
-
 def _at(values: Array, place: int | None) -> float | None:
-    return None if place is None else _finite(float(values[place]))
+    return None if place is None else float(values[place])
 
 
-def _pair(intervals: Array, place: int | None) -> tuple[float | None, float | None]:
-    if place is None:
-        return None, None
-    return _finite(float(intervals[place, 0])), _finite(float(intervals[place, 1]))
+def _pair(intervals: Array, place: int | None) -> Interval:
+    return NO_INTERVAL if place is None else (float(intervals[place, 0]), float(intervals[place, 1]))

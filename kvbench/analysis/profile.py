@@ -5,15 +5,15 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from kvbench.analysis.rows import NO_DIFFERENCE, NO_INTERVAL, Compression, Difference, Estimate, remarks, row
 from kvbench.statistics import fitted_slope, paired_p_value, repeat_interval
-from kvbench.store.faults import remarks_of
 from kvbench.store.folder import RunFolder
+from kvbench.store.manifest import ProfileInfo
 from kvbench.store.profile_records import AGAIN, FULL, STOCK, MemoryRecord, ProbeRecord, SearchRecord, TimingRecord
 from kvbench.store.records import Cell, Failure, Row
 
@@ -26,7 +26,6 @@ _DRIFT = {"cpu": 0.05, "cuda": 0.02}
 given to better than this share, by device. (Ratios are paired within minutes, and do not need it.)"""
 _SPREAD, _EXTREME = 0.1, 0.5
 """A standard deviation, or an extreme, this far from the mean makes a timing unstable."""
-_NONE = (None, None)
 
 
 @dataclass(frozen=True)
@@ -61,7 +60,7 @@ class Profiled:
 
 
 def profile_results(
-    folder: RunFolder, info: dict[str, Any], cells: Sequence[Cell]
+    folder: RunFolder, info: ProfileInfo, cells: Sequence[Cell]
 ) -> tuple[list[Row], list[Failure]]:
     """All rows of a profile, and the cells that lack something."""
     rows: list[Row] = []
@@ -73,7 +72,7 @@ def profile_results(
             ended = next((r for r in records if isinstance(r, SearchRecord)), None)
             if ended is not None:
                 probes = sum(isinstance(r, ProbeRecord) for r in records)
-                rows.append(_plain_row(cell, info, "max_batch", float(ended.batch), probes, 1, "probe"))
+                rows.append(_plain_row(cell, info, "max_batch", Estimate(float(ended.batch)), probes, 1, "probe"))
             elif folder.failure(cell) is None:
                 failures.append(Failure(
                     cell.key, f"{cell.name} at {cell.options['seq_len']}: the search for the largest batch has not "
@@ -86,13 +85,13 @@ def profile_results(
         memory = next((r for r in records if isinstance(r, MemoryRecord)), None)
         is_weighed = memory is not None or cell.name == AGAIN or "memory_budget" in cell.options
         done = len({t.repeat for t in times})
-        is_whole = done >= info["repeats"] and is_weighed
-        if times and (done >= info["repeats"] or folder.failure(cell) is None):
+        is_whole = done >= info.repeats and is_weighed
+        if times and (done >= info.repeats or folder.failure(cell) is None):
             found.append(Profiled(cell, tuple(times), memory, math.nan))
         if not is_whole and folder.failure(cell) is None:
             lacks = "" if is_weighed else ", and its memory is not measured"
             failures.append(Failure(
-                cell.key, f"{cell.label}: {done} of {info['repeats']} repeats are done{lacks}.",
+                cell.key, f"{cell.label}: {done} of {info.repeats} repeats are done{lacks}.",
                 "Run the same command again to continue.",
             ))
     bandwidth = [t.bandwidth for p in found for t in p.times if t.bandwidth]
@@ -124,10 +123,10 @@ def _baseline(part: Profiled, group: Sequence[Profiled], seconds: Callable[[Prof
     return None if part is stock else stock
 
 
-def _time_rows(part: Profiled, group: Sequence[Profiled], info: dict[str, Any]) -> list[Row]:
+def _time_rows(part: Profiled, group: Sequence[Profiled], info: ProfileInfo) -> list[Row]:
     is_twin = part.cell.name == AGAIN
-    rival = _baseline(part, group, lambda p: -float(np.median(p.speed)))
-    sooner = _baseline(part, group, lambda p: float(np.median([t.ttft_s or 0.0 for t in p.times])))
+    baseline = _baseline(part, group, lambda p: -float(np.median(p.speed)))
+    ttft_baseline = _baseline(part, group, lambda p: float(np.median([t.ttft_s or 0.0 for t in p.times])))
     times, rows = part.times, []
     values: dict[str, list[Any]] = {
         "ttft_s": [t.ttft_s for t in times], "prefill_s": [t.prefill_s for t in times],
@@ -142,7 +141,7 @@ def _time_rows(part: Profiled, group: Sequence[Profiled], info: dict[str, Any]) 
     for name, column in values.items():
         if any(value is None for value in column):
             continue
-        delta, against = None, sooner if name == "ttft_s" else rival
+        delta, against = None, ttft_baseline if name == "ttft_s" else baseline
         if against is not None and name in base:
             theirs = {t.pair: base[name](t, against.batch) for t in against.times}
             delta = np.array([
@@ -153,26 +152,26 @@ def _time_rows(part: Profiled, group: Sequence[Profiled], info: dict[str, Any]) 
     for percent, least in _PERCENTILES:
         if len(gaps) >= least:
             rows.append(_row(part, info, f"itl_p{percent}_s", np.array([np.percentile(gaps, percent)])))
-    if rival is not None:
-        rows += _speedup_rows(part, rival, is_twin, info)
-    if sooner is not None:
-        rows += _first_rows(part, sooner, is_twin, info)
+    if baseline is not None:
+        rows += _speedup_rows(part, baseline, is_twin, info)
+    if ttft_baseline is not None:
+        rows += _first_rows(part, ttft_baseline, is_twin, info)
     if math.isfinite(part.bandwidth):
         reached = part.step_bytes / np.array([t.tpot_s for t in times]) / part.bandwidth
         rows.append(_row(part, info, "bandwidth_share", reached))
     return rows
 
 
-def _speedup_rows(part: Profiled, rival: Profiled, is_twin: bool, info: dict[str, Any]) -> list[Row]:
-    """Speed over the rival's, request by request; for the twin of ``full``, how far it is from 1."""
-    theirs = {t.pair: t for t in rival.times}
+def _speedup_rows(part: Profiled, baseline: Profiled, is_twin: bool, info: ProfileInfo) -> list[Row]:
+    """Speed over the baseline's, request by request; for the twin of ``full``, how far it is from 1."""
+    theirs = {t.pair: t for t in baseline.times}
     pairs = [(t, theirs[t.pair]) for t in part.times if t.pair in theirs]
     if not pairs:
         return []
-    ratio = np.array([a.decode_tok_s(part.batch) / b.decode_tok_s(rival.batch) for a, b in pairs])
-    predicted = part.batch * rival.step_bytes / (rival.batch * part.step_bytes)
+    ratio = np.array([a.decode_tok_s(part.batch) / b.decode_tok_s(baseline.batch) for a, b in pairs])
+    predicted = part.batch * baseline.step_bytes / (baseline.batch * part.step_bytes)
     rows = [
-        _row(part, info, "decode_speedup", ratio, np.log(ratio), rival, is_log=True),
+        _row(part, info, "decode_speedup", ratio, np.log(ratio), baseline, is_log=True),
         _row(part, info, "decode_speedup_predicted", np.array([predicted])),
     ]
     if is_twin:
@@ -180,20 +179,20 @@ def _speedup_rows(part: Profiled, rival: Profiled, is_twin: bool, info: dict[str
     return rows
 
 
-def _first_rows(part: Profiled, rival: Profiled, is_twin: bool, info: dict[str, Any]) -> list[Row]:
+def _first_rows(part: Profiled, baseline: Profiled, is_twin: bool, info: ProfileInfo) -> list[Row]:
     """How much sooner the first token comes."""
-    theirs = {t.pair: t.ttft_s for t in rival.times}
+    theirs = {t.pair: t.ttft_s for t in baseline.times}
     pairs = [(t.ttft_s, theirs[t.pair]) for t in part.times if t.pair in theirs]
     first = np.array([b / a for a, b in pairs if a and b])
     if not len(first):
         return []
-    rows = [_row(part, info, "ttft_speedup", first, np.log(first), rival, is_log=True)]
+    rows = [_row(part, info, "ttft_speedup", first, np.log(first), baseline, is_log=True)]
     if is_twin:
         rows.append(_row(part, info, "aa_gap_ttft", np.array([abs(float(np.median(first)) - 1)])))
     return rows
 
 
-def _memory_rows(part: Profiled, info: dict[str, Any]) -> list[Row]:
+def _memory_rows(part: Profiled, info: ProfileInfo) -> list[Row]:
     m = part.memory
     if m is None:
         return []
@@ -209,7 +208,7 @@ def _memory_rows(part: Profiled, info: dict[str, Any]) -> list[Row]:
     ]
 
 
-def _cost_rows(found: Sequence[Profiled], info: dict[str, Any]) -> list[Row]:
+def _cost_rows(found: Sequence[Profiled], info: ProfileInfo) -> list[Row]:
     """What a token costs per entry kept, and per token of the prompt: slopes over the lengths."""
     rows = []
     usual = [p for p in found if "memory_budget" not in p.cell.options]
@@ -226,37 +225,37 @@ def _cost_rows(found: Sequence[Profiled], info: dict[str, Any]) -> list[Row]:
                 continue  # a method of constant size: there is nothing to be a slope of
             slope, low, high = fitted_slope(np.array(x, dtype=np.float64), y)
             rows.append(_plain_row(
-                mine[0].cell, info, name, slope, len(y), info["repeats"], "repeat", (low, high), seq_len=None,
+                mine[0].cell, info, name, Estimate.of(slope, (low, high)), len(y), info.repeats, "repeat", seq_len=None,
             ))
     return rows
 
 
 def _row(
-    part: Profiled, info: dict[str, Any], name: str, values: Array, paired: Array | None = None,
-    rival: Profiled | None = None, is_log: bool = False, drifts: bool = False,
+    part: Profiled, info: ProfileInfo, name: str, values: Array, paired: Array | None = None,
+    baseline: Profiled | None = None, is_log: bool = False, drifts: bool = False,
 ) -> Row:
-    """The median of the values with its interval; ``paired`` are differences to the rival, tested against 0."""
-    interval: tuple[float | None, float | None] = repeat_interval(values) if len(values) > 1 else _NONE
+    """The median of the values with its interval; ``paired`` are differences to the baseline, tested against 0."""
+    interval = repeat_interval(values) if len(values) > 1 else NO_INTERVAL
     if drifts and len(values) > 1:
-        middle, share = float(np.median(values)), _DRIFT[info.get("device", "cpu").partition(":")[0]]
+        middle, share = float(np.median(values)), _DRIFT[info.device.partition(":")[0]]
         low, high = repeat_interval(values)
         interval = min(low, middle * (1 - share)), max(high, middle * (1 + share))
-    delta = float(np.median(paired)) if paired is not None and len(paired) and not is_log else None
-    p_value = paired_p_value(paired, part.cell.seed) if paired is not None and len(paired) > 1 else None
+    difference = NO_DIFFERENCE
+    if paired is not None and len(paired):
+        apart = Estimate() if is_log else Estimate.of(float(np.median(paired)), repeat_interval(paired))
+        p_value = paired_p_value(paired, part.cell.seed) if len(paired) > 1 else None
+        difference = Difference(apart, p_value, baseline.cell.name if baseline else None)
+    elif paired is not None and baseline is not None:
+        difference = Difference(baseline=baseline.cell.name)
     return _plain_row(
-        part.cell, info, name, float(np.median(values)), len(part.times),
-        len({t.repeat for t in part.times}), "repeat", interval,
-        part=part, delta=delta, p_value=p_value,
-        delta_interval=repeat_interval(paired) if paired is not None and delta is not None else _NONE,
-        baseline=rival.cell.name if rival is not None and paired is not None else None,
+        part.cell, info, name, Estimate.of(float(np.median(values)), interval), len(part.times),
+        len({t.repeat for t in part.times}), "repeat", part, difference,
     )
 
 
 def _plain_row(
-    cell: Cell, info: dict[str, Any], name: str, value: float, n: int, groups: int, unit: str,
-    interval: tuple[float | None, float | None] = _NONE, part: Profiled | None = None, delta: float | None = None,
-    delta_interval: tuple[float | None, float | None] = _NONE, p_value: float | None = None,
-    baseline: str | None = None, **more: Any,
+    cell: Cell, info: ProfileInfo, name: str, estimate: Estimate, n: int, groups: int, unit: str,
+    part: Profiled | None = None, difference: Difference = NO_DIFFERENCE, **more: Any,
 ) -> Row:
     options = dict(cell.options)
     first = part.times[0] if part else None
@@ -264,25 +263,22 @@ def _plain_row(
     params: dict[str, Any] = {
         **options, "seq_len": int(options["seq_len"]), "batch_size": int(options["batch_size"]) or None,
         "new_tokens": int(options["new_tokens"]), "step": None,
-        "bin": f"budget={options['memory_budget']}" if "memory_budget" in options else None,
-        "adapter": None if cell.adapter is None else Path(cell.adapter).name, "position_rule": cell.position_rule,
-        **remarks_of(cell), "cache": "transformers" if cell.name == STOCK else "kvbench", "entries_mean": entries,
-        "notes": list(info["notes"]), "warnings": _warnings(part), **more,
+        "bin": f"budget={options['memory_budget']}" if "memory_budget" in options else None, **remarks(cell),
+        "cache": "transformers" if cell.name == STOCK else "kvbench", "entries_mean": entries,
+        "notes": list(info.notes), "warnings": _warnings(part), **more,
     }
     average = first.raw + (len(first.gaps) + 1) / 2 if first else 1.0
-    return Row(
-        task=cell.task, protocol=cell.protocol, model=cell.model, method=cell.method,
-        ratio_asked=None if cell.ratio_asked is None else float(cell.ratio_asked),
-        ratio_realised=1 - first.held / first.raw if first else None,
-        ratio_mean=1 - entries / average if entries is not None else None,
-        entries_peak=part.memory.entries_peak if part and part.memory else None, removal=cell.removal, params=params,
-        groups=groups, metric=name, value=_finite(value), ci_low=_finite(interval[0]), ci_high=_finite(interval[1]),
-        n=n, unit=unit, delta=_finite(delta), delta_ci_low=_finite(delta_interval[0]),
-        delta_ci_high=_finite(delta_interval[1]), p_value=p_value, baseline=baseline, seed=cell.seed,
-        signature=(
-            f"{name}:{info['signature']}|P:{params['seq_len']}|B:{params['batch_size']}|G:{params['new_tokens']}"
-            f"|median of {n} in {groups} processes, interval for the median of a repetition|v:1"
-        ),
+    compression = Compression(
+        1 - first.held / first.raw if first else None, 1 - entries / average if entries is not None else None,
+        part.memory.entries_peak if part and part.memory else None,
+    )
+    signature = (
+        f"{info.signature}|P:{params['seq_len']}|B:{params['batch_size']}|G:{params['new_tokens']}"
+        f"|median of {n} in {groups} processes, interval for the median of a repetition|v:1"
+    )
+    return row(
+        cell, name, signature, estimate, difference, unit=unit, n=n, groups=groups, params=params,
+        compression=compression,
     )
 
 
@@ -298,7 +294,3 @@ def _warnings(part: Profiled | None) -> list[str]:
     if max(seconds.max() / seconds.mean() - 1, 1 - seconds.min() / seconds.mean()) >= _EXTREME:
         found.append("an extreme is 50 % or more from the mean")
     return found
-
-
-def _finite(value: float | None) -> float | None:
-    return value if value is not None and math.isfinite(value) else None

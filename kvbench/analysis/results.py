@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -19,6 +18,7 @@ from kvbench.errors import UserError
 from kvbench.metrics import KL_BINS, Metric
 from kvbench.statistics import holm
 from kvbench.store.folder import RunFolder
+from kvbench.store.manifest import TaskInfo
 from kvbench.store.records import Cell, DocumentRecord, Failure, Results, Row
 
 Array = NDArray[np.float64]
@@ -39,20 +39,20 @@ def compute_results(folder: RunFolder, only: Sequence[str] = ()) -> Results:
         UserError: not a run folder, or damaged.
     """
     manifest = folder.manifest()
-    cells = folder.cells()
+    cells = manifest.cells
     failures = [f for f in (folder.failure(cell) for cell in cells) if f is not None]
     rows: list[Row] = []
     for setting in dict.fromkeys(cell.setting for cell in cells):
-        info, mine = manifest["tasks"].get(setting), [cell for cell in cells if cell.setting == setting]
-        if info is None:  # a sweep that has not come to it yet
-            failures += _not_begun(mine, failures)
-            continue
-        if info["kind"] == "profile":
-            found, lacking = profile_results(folder, info, mine)
+        info, mine = manifest.tasks.get(setting), [cell for cell in cells if cell.setting == setting]
+        if profile := manifest.profiles.get(setting):
+            found, lacking = profile_results(folder, profile, mine)
             rows += _adjusted(found)
             failures += lacking
             continue
-        chosen = info["documents"]
+        if info is None:  # a sweep that has not come to it yet
+            failures += _not_begun(mine, failures)
+            continue
+        chosen = info.documents
         complete: list[Cell] = []
         for cell in mine:
             try:
@@ -68,7 +68,7 @@ def compute_results(folder: RunFolder, only: Sequence[str] = ()) -> Results:
                     cell.key, f"{cell.label}: {len(present)} of {len(chosen)} documents are done.",
                     "Run the same command again to continue.",
                 ))
-        if info["kind"] == "generation":
+        if info.kind == "generation":
             found = [row for row in generation_rows(folder, complete, info) if _is_shown(row.metric, only)]
         else:
             records = {cell.key: folder.records(cell) for cell in complete}
@@ -85,18 +85,18 @@ def _not_begun(cells: Sequence[Cell], failures: Sequence[Failure]) -> list[Failu
     ]
 
 
-def scored_rows(measured: list[tuple[Cell, list[DocumentRecord]]], info: dict[str, Any]) -> list[Row]:
+def scored_rows(measured: list[tuple[Cell, list[DocumentRecord]]], info: TaskInfo) -> list[Row]:
     """Rows of a task that scores text, and of its bins, with p-values as they come."""
-    kinds: tuple[Metric, ...] = metrics.ANSWER_METRICS if info.get("answers") else metrics.LM_METRICS
-    if info["kind"] == "recall":
+    kinds: tuple[Metric, ...] = metrics.ANSWER_METRICS if info.answers else metrics.LM_METRICS
+    if info.kind == "recall":
         kinds = metrics.RECALL_METRICS
     rows = bin_rows([_aggregate(c, r) for c, r in measured], kinds, info, None)
     bins = list(dict.fromkeys(r.bin for _, records in measured for r in records if r.bin is not None))
-    tested = tuple(m for m in kinds if m.tested or (info["kind"] == "online" and m in metrics.MEMORY))
+    tested = tuple(m for m in kinds if m.tested or (info.kind == "online" and m in metrics.MEMORY))
     for name in sorted(bins, key=_bin_order):
         parts = [_aggregate(c, [r for r in records if r.bin == name]) for c, records in measured]
         rows += bin_rows(parts, tested, info, name)
-    if info["kind"] != "recall":  # its targets all lie at the same few distances
+    if info.kind != "recall":  # its targets all lie at the same few distances
         rows += [row for cell, records in measured for row in curve_rows(cell, records, info)]
     return rows
 

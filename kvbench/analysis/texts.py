@@ -9,13 +9,15 @@ from typing import Any
 import numpy as np
 
 from kvbench import metrics
-from kvbench.analysis.estimates import Array, CellSums, bin_rows, row_of
+from kvbench.analysis.estimates import Array, CellSums, bin_rows, difference_of, row_of
+from kvbench.analysis.rows import NO_DIFFERENCE, Difference, Estimate
 from kvbench.metrics import TextMetric
 from kvbench.metrics import distinct as distinct_metric
 from kvbench.metrics import mauve as mauve_metric
 from kvbench.metrics.texts import Sample
 from kvbench.parsing import parse_json
 from kvbench.store.folder import MAUVE, RunFolder
+from kvbench.store.manifest import TaskInfo
 from kvbench.store.records import HUMAN, Cell, GenerationRecord, Output, Row
 
 Records = dict[str, GenerationRecord]
@@ -23,7 +25,7 @@ Records = dict[str, GenerationRecord]
 _MEMORY = ("raw", "held", "visible", "queries", "kv_logical", "kv_physical", "kv_full")
 
 
-def generation_rows(folder: RunFolder, cells: Sequence[Cell], info: dict[str, Any]) -> list[Row]:
+def generation_rows(folder: RunFolder, cells: Sequence[Cell], info: TaskInfo) -> list[Row]:
     """Rows of a task, with p-values as they come.
 
     The main rows are of the drawn texts where there are any; those of the greedy ones are then
@@ -43,7 +45,7 @@ def generation_rows(folder: RunFolder, cells: Sequence[Cell], info: dict[str, An
 
 
 def decoded_rows(
-    shown: Sequence[Cell], records: dict[str, Records], people: Records, info: dict[str, Any]
+    shown: Sequence[Cell], records: dict[str, Records], people: Records, info: TaskInfo
 ) -> list[Row]:
     """Rows of all metrics that are sums over documents, for every way of decoding; drawn texts first."""
     written = [cell for cell in shown if cell.name != HUMAN]
@@ -63,7 +65,7 @@ def _kinds(written: Sequence[Cell], records: dict[str, Records]) -> list[str]:
 
 
 def _decoding_rows(
-    cells: Sequence[Cell], records: dict[str, Records], people: Records, info: dict[str, Any], decode: str,
+    cells: Sequence[Cell], records: dict[str, Records], people: Records, info: TaskInfo, decode: str,
     bin_name: str | None,
 ) -> list[Row]:
     full = next((records[c.key] for c in cells if c.name == "full"), None)
@@ -75,7 +77,7 @@ def _decoding_rows(
 
 
 def _match_rows(
-    cells: Sequence[Cell], records: dict[str, Records], people: Records, info: dict[str, Any]
+    cells: Sequence[Cell], records: dict[str, Records], people: Records, info: TaskInfo
 ) -> list[Row]:
     """Agreement of the greedy texts with the full cache's: a row of the main table."""
     full = next((records[c.key] for c in cells if c.name == "full"), None)
@@ -87,13 +89,13 @@ def _match_rows(
 
 
 def _samples(
-    cell: Cell, mine: Records, people: Records, full: Records | None, info: dict[str, Any], decode: str
+    cell: Cell, mine: Records, people: Records, full: Records | None, info: TaskInfo, decode: str
 ) -> dict[str, Sample]:
     """By document. A person's text is compared with that of the next document of another group.
 
     Where the people's texts could not be had, what needs them is left out.
     """
-    names = list(info["documents"])
+    names = list(info.documents)
     found = {}
     for i, name in enumerate(names):
         person = people.get(name)
@@ -164,9 +166,10 @@ def _summed(
 
 def _distinct_rows(
     parts: Sequence[CellSums], samples: dict[str, dict[str, Sample]], records: dict[str, Records],
-    info: dict[str, Any], bin_name: str | None,
+    info: TaskInfo, bin_name: str | None,
 ) -> list[Row]:
-    limit = distinct_metric.budget(info["new_tokens"])
+    new_tokens = info.new_tokens or 0
+    limit = distinct_metric.budget(new_tokens)
     found = {}
     for part in parts:
         by_group: dict[str, list[str]] = {group: [] for group in part.groups}
@@ -179,20 +182,20 @@ def _distinct_rows(
         mine = found[part.cell.key]
         low, high, _ = distinct_metric.interval(mine)
         baseline = full if full is not None and full is not part and full.groups == part.groups else None
-        delta, delta_interval, p_value = None, (float("nan"), float("nan")), None
+        difference = NO_DIFFERENCE
         if baseline is not None:
             apart = distinct_metric.difference(mine, found[baseline.cell.key])
-            delta, p_value = apart.value, distinct_metric.p_value(apart)
-            delta_interval = distinct_metric.interval(apart)[:2]
+            estimate = Estimate.of(apart.value, distinct_metric.interval(apart)[:2])
+            difference = difference_of(estimate, distinct_metric.p_value(apart), baseline)
         rows.append(row_of(
-            part, info, bin_name, "distinct", distinct_metric.signature(info["new_tokens"]), "document",
-            mine.value, (low, high), delta, delta_interval, p_value, baseline,
+            part, info, bin_name, "distinct", distinct_metric.signature(new_tokens), "document",
+            Estimate.of(mine.value, (low, high)), difference,
         ))
     return rows
 
 
 def _mauve_rows(
-    folder: RunFolder, cells: Sequence[Cell], records: dict[str, Records], people: Records, info: dict[str, Any],
+    folder: RunFolder, cells: Sequence[Cell], records: dict[str, Records], people: Records, info: TaskInfo,
     decode: str,
 ) -> list[Row]:
     """MAUVE as it was measured after the run, once per seed; the full cache's seeds are the same."""
@@ -201,7 +204,7 @@ def _mauve_rows(
         path = folder.cell_folder(cell) / MAUVE
         with suppress(OSError, ValueError, KeyError, TypeError):  # not there, or damaged: it was not measured
             stored = parse_json(path.read_text(encoding="utf-8"))
-            if stored["documents"] == len(info["documents"]):
+            if stored["documents"] == len(info.documents):
                 values[cell.key] = stored["values"]
     full = next((c for c in cells if c.name == "full" and c.key in values), None)
     rows = []
@@ -209,13 +212,13 @@ def _mauve_rows(
         samples = _samples(cell, records[cell.key], people, None, info, decode)
         part = _aggregate(cell, records[cell.key], samples, ())
         mean, low, high = mauve_metric.over_seeds(values[cell.key])
-        delta, delta_low, delta_high = None, float("nan"), float("nan")
+        difference = NO_DIFFERENCE
         if full is not None and full is not cell:
             pairs = np.subtract(values[cell.key], values[full.key])
-            delta, delta_low, delta_high = mauve_metric.over_seeds(pairs.tolist())
+            delta, *interval = mauve_metric.over_seeds(pairs.tolist())
+            difference = Difference(Estimate.of(delta, (interval[0], interval[1])), None, "full")
         signature = mauve_metric.signature(len(samples), cell.options["mauve_features"])
         rows.append(row_of(
-            part, info, None, "mauve", signature, "document", mean, (low, high), delta, (delta_low, delta_high),
-            None, part if delta is not None else None,
+            part, info, None, "mauve", signature, "document", Estimate.of(mean, (low, high)), difference,
         ))
     return rows

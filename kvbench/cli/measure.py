@@ -12,6 +12,7 @@ import typer
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from kvbench.store.manifest import Manifest
     from kvbench.store.records import Results
 
 
@@ -39,22 +40,17 @@ def measured(
     from kvbench.errors import StoppedError
     from kvbench.execution.locks import KEPT, disk, finish, locked
     from kvbench.execution.process import WorkerDiedError
-    from kvbench.store.faults import fault_of
-    from kvbench.store.folder import RESULTS, RUN, RunFolder, write_atomic
+    from kvbench.store.folder import RESULTS, RunFolder, write_atomic
     from kvbench.store.records import Failure, Results
 
     folder = RunFolder(path)
     folder.check(content, fresh or shared)
     with nullcontext() if shared else locked(path):
-        manifest = folder.manifest() if not fresh and (path / RUN).exists() else {}
-        is_done = manifest.get("finished") and (manifest.get("limit"), manifest["content"]) == (limit, content)
-        wanted = set(cells) or {cell.key for cell in folder.cells()} if is_done else set()
-        if is_done and folder.knows_models() and {cell.key for cell in folder.cells()} == wanted and not any(
-            fault_of(cell) for cell in folder.cells()
-        ):
+        manifest = None if fresh else folder.earlier()
+        if manifest and manifest.finished and manifest.describes(content, limit) and _is_present(manifest, cells):
             found = compute_results(folder, only)
             if found.ok:
-                console.print(f"Already measured ({manifest['finished']}); --fresh measures again.")
+                console.print(f"Already measured ({manifest.finished}); --fresh measures again.")
                 return found
             console.print("What was measured is no longer whole, and is completed.")
         try:
@@ -65,7 +61,7 @@ def measured(
         except KeyboardInterrupt:
             console.print("kvbench: interrupted; what was measured is kept, and the same command goes on.")
             raise typer.Exit(130) from None
-        if folder.manifest()["content"] != content:
+        if folder.manifest().content != content:
             raise StoppedError(
                 f"Another sweep has described {path} as its own meanwhile; what was measured is kept.",
                 "The same command prints its results.",
@@ -76,3 +72,11 @@ def measured(
             if results.ok:
                 finish(folder, content)
         return results
+
+
+def _is_present(manifest: Manifest, wanted: Sequence[str]) -> bool:
+    """Whether a finished run holds the wanted cells, and no other, by the present version of every method."""
+    from kvbench.store.faults import fault_of
+
+    keys = {cell.key for cell in manifest.cells}
+    return manifest.knows_models and set(wanted or keys) == keys and not any(map(fault_of, manifest.cells))

@@ -32,15 +32,15 @@ def show(
     from kvbench.store.folder import RunFolder
 
     folder = RunFolder(run)
-    manifest = folder.manifest()
-    writing = [cell for cell in folder.cells() if cell.writes and cell.setting in manifest["tasks"]]
+    infos = folder.manifest().tasks
+    writing = [cell for cell in folder.cells() if cell.writes and cell.setting in infos]
     tasks = {cell.task: cell.setting for cell in reversed(writing)}  # of several models or seeds the first
     if not tasks:
         raise UserError(f"No task of {run} writes text.", "Run one with --task minidocs-gen.")
     if task is not None and task not in tasks:
         raise unknown("task of this run", task, tasks)
     chosen = task or next(iter(reversed(tasks)))
-    documents = manifest["tasks"][tasks[chosen]]["documents"]
+    documents = infos[tasks[chosen]].documents
     if document is not None and document not in documents:
         raise unknown(f"document of task {chosen}", document, documents)
     console = Console()

@@ -2,18 +2,102 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import sys
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import IO, Any
+from dataclasses import dataclass, field
+from typing import IO, Annotated, Any, Literal
+
+from pydantic import Field, TypeAdapter
 
 from kvbench.errors import UserError
+from kvbench.store.manifest import Machine, TaskInfo
+from kvbench.store.records import Failure
 
-FAULTS = (RuntimeError, ValueError, IndexError, MemoryError, UserError)
-"""What may go wrong in a cell, and stays in it."""
+CONTAINED = (RuntimeError, ValueError, IndexError, MemoryError, UserError)
+"""What may go wrong in a cell without ending the others."""
+
+
+@dataclass(frozen=True)
+class Refused:
+    """The job cannot be carried out; the child ends."""
+
+    message: str
+    hint: str
+    event: Literal["refused"] = "refused"
+
+
+@dataclass(frozen=True)
+class Ready:
+    """Everything is loaded and checked, and nothing has been measured.
+
+    Attributes:
+        tasks: workload -> how it was cut.
+        unable: cells that are left out, and why.
+        masks: pictures of methods, by method and ratio.
+        probe: facts that a probe of the model has shown.
+        machine: of a profile.
+    """
+
+    tasks: dict[str, TaskInfo] = field(default_factory=dict)
+    unable: tuple[Failure, ...] = ()
+    masks: dict[str, Any] = field(default_factory=dict)
+    probe: dict[str, Any] = field(default_factory=dict)
+    machine: Machine = field(default_factory=Machine)
+    event: Literal["ready"] = "ready"
+
+
+@dataclass(frozen=True)
+class At:
+    """The child begins with a cell, or goes on with it."""
+
+    cell: str
+    event: Literal["at"] = "at"
+
+
+@dataclass(frozen=True)
+class Advanced:
+    """So many more tokens of the shard in hand are done."""
+
+    tokens: int
+    event: Literal["advanced"] = "advanced"
+
+
+@dataclass(frozen=True)
+class Records:
+    """Finished records of a cell, as ``dataclasses.asdict`` makes them."""
+
+    cell: str
+    records: tuple[dict[str, Any], ...]
+    event: Literal["records"] = "records"
+
+
+@dataclass(frozen=True)
+class Failed:
+    """A cell has failed; the child leaves it alone from now on."""
+
+    failure: Failure
+    event: Literal["failed"] = "failed"
+
+
+@dataclass(frozen=True)
+class End:
+    """The order, or the whole job of a profile, is done."""
+
+    event: Literal["end"] = "end"
+
+
+Event = Refused | Ready | At | Advanced | Records | Failed | End
+_EVENT: TypeAdapter[Event] = TypeAdapter(Annotated[Event, Field(discriminator="event")])
+
+
+def event_of(line: str) -> Event:
+    """An event from its line."""
+    return _EVENT.validate_python(json.loads(line))
 
 
 class Channel:
@@ -22,9 +106,9 @@ class Channel:
     def __init__(self, events: IO[str]) -> None:
         self.events = events
 
-    def say(self, event: str, **content: Any) -> None:
-        """An event, at once."""
-        self.events.write(json.dumps({"event": event, **content}) + "\n")
+    def say(self, event: Event) -> None:
+        """Send an event at once."""
+        self.events.write(json.dumps(dataclasses.asdict(event)) + "\n")
         self.events.flush()
 
 
@@ -37,13 +121,19 @@ def serving() -> Iterator[tuple[str, Channel]]:
     try:
         yield job, channel
     except UserError as error:
-        channel.say("refused", message=error.message, hint=error.hint)
+        channel.say(Refused(error.message, error.hint))
 
 
-def reason_of(error: BaseException) -> str:
-    """The first line of what a fault says, or what it is called; all of it goes to the log."""
+def failure_of(cell: str, label: str, error: BaseException, hint: str | None = None) -> Failure:
+    """A fault as the failure of a cell: the first line of what it says; all of it goes to the log.
+
+    Args:
+        label: the cell, for people.
+        hint: what to do; None for what the error itself says.
+    """
     print("".join(traceback.format_exception(error)), file=sys.stderr)
     if isinstance(error, UserError):
-        return error.message
-    said = str(error).strip()
-    return said.splitlines()[0] if said else type(error).__name__
+        said, own = error.message, error.hint
+    else:
+        said, own = (str(error).strip().splitlines() or [type(error).__name__])[0], ""
+    return Failure(cell, f"{label}: {said}", own if hint is None else hint)

@@ -40,9 +40,9 @@ def start_workers(
 
         def look(seconds: float) -> None:
             done = 0
-            if (folder.path / RUN).exists():
-                tasks = folder.manifest()["tasks"]
-                total = sum(len(tasks[c.setting]["documents"]) for c in cells if c.setting in tasks)
+            if manifest := folder.earlier():
+                tasks = manifest.tasks
+                total = sum(len(tasks[c.setting].documents) for c in cells if c.setting in tasks)
                 with suppress(ValueError, KeyError, TypeError):  # a damaged cell, which the results will tell
                     done = sum(len(recorded.documents(c)) for c in cells if c.setting in tasks)
                 label = f"{executor}: {workers} workers"
@@ -59,9 +59,8 @@ def _tell(ended: list[Ended], sweep: Sweep, console: Console) -> None:
     Raises:
         UserError: no worker has measured anything.
     """
-    path = sweep.folder / RUN
-    manifest = RunFolder(sweep.folder).manifest() if path.exists() else {}
-    if manifest.get("content") != sweep.content or manifest["limit"] != sweep.plans[0].request.limit:
+    manifest = RunFolder(sweep.folder).earlier()
+    if manifest is None or not manifest.describes(sweep.content, sweep.plans[0].request.limit):
         worst = next((worker for worker in ended if worker.code == 2), None) or next(
             (worker for worker in ended if worker.code != 0), ended[0])
         words = worst.words.splitlines() or ["it said nothing."]

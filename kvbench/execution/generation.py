@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from kvbench.data.documents import Document
+from kvbench.execution.channel import Advanced, At
 from kvbench.inference.generation import read_prompt, written
 from kvbench.inference.opening import open_session, prepared, rows_together
 from kvbench.inference.sampling import Sampling
@@ -42,14 +43,14 @@ def write_window(
         for cell in cells:
             todo = [piece for piece in batch if piece.document not in done.get(cell.key, ())]
             if todo and cell.key not in worker.failed:
-                worker.say("at", cell=cell.key)
+                worker.say(At(cell.key))
                 with worker.guarded(cell):
                     records = _human(worker, batch, groups) if cell.method == HUMAN else _written(
                         worker, cell, protocol, batch, groups
                     )
                     wanted = {piece.document for piece in todo}
                     worker.record(cell, [record for record in records if record.document in wanted])
-            worker.say("tick", tokens=sum(len(piece.ids) for piece in batch))
+            worker.say(Advanced(sum(len(piece.ids) for piece in batch)))
 
 
 def _batches(pieces: Sequence[Piece], protocol: Generate) -> Iterator[list[Piece]]:

@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 
 from filelock import FileLock, Timeout
 
 from kvbench.errors import UserError
-from kvbench.store.folder import RUN, RunFolder, write_atomic
+from kvbench.store.folder import RunFolder
 
 KEPT = "What was measured before is kept, and the same command goes on."
 
@@ -58,6 +58,5 @@ def finish(folder: RunFolder, content: str) -> None:
     """Note in ``run.json`` that all cells of this content are done, if it still describes them."""
     with folder.lock("manifest"):
         manifest = folder.manifest()
-        if manifest["content"] == content:
-            manifest["finished"] = datetime.now(UTC).isoformat(timespec="seconds")
-            write_atomic(folder.path / RUN, json.dumps(manifest, indent=1, ensure_ascii=False) + "\n")
+        if manifest.content == content:
+            folder.describe(replace(manifest, finished=datetime.now(UTC).isoformat(timespec="seconds")))

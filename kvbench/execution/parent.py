@@ -11,21 +11,23 @@ from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
 from kvbench.errors import StoppedError, UserError
+from kvbench.execution.channel import Advanced, At, End, Event, Failed, Ready, Records, Refused
 from kvbench.execution.job import Order
 from kvbench.execution.locks import KEPT, disk
 from kvbench.execution.pool import Events, WorkerHandle, started_workers
 from kvbench.execution.process import WorkerDiedError
+from kvbench.execution.resume import is_done, is_whole, left_of
 from kvbench.execution.run_writer import RunWriter
 from kvbench.execution.shards import Shard, ShardLocks, parts_of
 from kvbench.planning.quality import Plan
-from kvbench.store.folder import RunFolder
+from kvbench.store.folder import RunFolder, record_of
+from kvbench.store.manifest import TaskInfo
 from kvbench.store.records import Failure
 
 POLL = 0.5
@@ -59,6 +61,7 @@ class _Run:
         tokens: of the shards that are done, and ``total`` of all shards that are known.
     """
 
+    plans: Sequence[Plan]
     writer: RunWriter
     options: ExecutionOptions
     console: Console
@@ -102,13 +105,16 @@ def execute(
         TimeRemainingColumn(), console=console, transient=True,
     ) as progress:
         bar = progress.add_task("loading the model", total=None)
-        writer = RunWriter(plans, RunFolder(folder), content, command, options.fresh)
-        run = _Run(writer, options, console, progress, bar)
+        cells = {cell.key: cell for plan in plans for cell in plan.cells}
+        sources = {name: corpus.source for plan in plans for name, corpus in plan.corpora.items()}
+        limit = plans[0].request.limit
+        writer = RunWriter(RunFolder(folder), content, limit, command, cells, sources, options.fresh)
+        run = _Run(plans, writer, options, console, progress, bar)
         refused: list[tuple[Plan, UserError | WorkerDiedError]] = []
         try:
             for plan in plans:
                 try:
-                    if not writer.is_whole(plan):
+                    if not is_whole(writer, plan):
                         _carry_out(run, plan)
                 except StoppedError:
                     raise
@@ -120,7 +126,7 @@ def execute(
                 raise refused[0][1]
             for plan, reason in refused:
                 message, hint = (reason.message, reason.hint) if isinstance(reason, UserError) else (str(reason), "")
-                for cell in (c for c in plan.cells if c.key not in writer.failed and not writer.is_done(c)):
+                for cell in (c for c in plan.cells if c.key not in writer.failed and not is_done(writer, c)):
                     _fail(run, Failure(cell.key, f"{cell.label}: {message}", hint))
         except _EnoughError:
             console.print("Stopped at the first failure; the same command goes on.", highlight=False)
@@ -152,24 +158,25 @@ def _carry_out(run: _Run, plan: Plan) -> None:
                 _replace_dead(run, crew, handle)
 
 
-def _handle(run: _Run, crew: _Crew, handle: WorkerHandle, event: dict[str, Any]) -> None:
+def _handle(run: _Run, crew: _Crew, handle: WorkerHandle, event: Event) -> None:
     handle.touch()
-    match event.pop("event"):
-        case "refused":
-            raise UserError(event["message"], event["hint"])
-        case "ready":
+    match event:
+        case Refused():
+            raise UserError(event.message, event.hint)
+        case Ready():
             _begin(run, crew, handle, event)
-        case "at":
-            handle.child.at = event["cell"]
-            run.progress.update(run.bar, description=run.writer.cells[event["cell"]].label)
-        case "tick":
-            handle.tokens += event["tokens"]
+        case At():
+            handle.child.at = event.cell
+            run.progress.update(run.bar, description=run.writer.cells[event.cell].label)
+        case Advanced():
+            handle.tokens += event.tokens
             _show(run, crew)
-        case "records":
-            run.writer.append(event["cell"], event["records"])
-        case "failed":
-            _fail(run, Failure(**event))
-        case "end":
+        case Records():
+            cell = run.writer.cells[event.cell]
+            run.writer.append(event.cell, [record_of(cell, raw) for raw in event.records])
+        case Failed():
+            _fail(run, event.failure)
+        case End():
             assert handle.shard is not None
             _finish(run, crew, handle.shard)
             handle.shard = None
@@ -178,21 +185,25 @@ def _handle(run: _Run, crew: _Crew, handle: WorkerHandle, event: dict[str, Any])
                     _assign(run, crew, other)
 
 
-def _begin(run: _Run, crew: _Crew, handle: WorkerHandle, ready: dict[str, Any]) -> None:
+def _begin(run: _Run, crew: _Crew, handle: WorkerHandle, ready: Ready) -> None:
     """A child is ready. Nothing is written before all of them are."""
     handle.is_ready = True
     if crew.shards is not None:
         _assign(run, crew, handle)
     elif all(other.is_ready for other in crew.handles):
-        damaged = run.writer.open(crew.plan, ready["tasks"], ready["masks"], ready["probe"])
-        for unable in ready["unable"]:  # known beforehand, and no reason to stop
-            run.writer.fail(Failure(**unable))
-            _tell(run, Failure(**unable))
+        plan, writer = crew.plan, run.writer
+        settings = {cell.workload: cell.setting for cell in plan.cells}
+        writer.tasks |= {settings[name]: info for name, info in ready.tasks.items()}
+        writer.probes[plan.model.name] = ready.probe
+        damaged = writer.open(plan.cells, ready.masks)
+        for unable in ready.unable:  # known beforehand, and no reason to stop
+            writer.fail(unable)
+            _tell(run, unable)
         for failure in damaged:
             _fail(run, failure)
-        crew.shards = parts_of(crew.plan.cells, ready["tasks"])
+        crew.shards = parts_of(plan.cells, ready.tasks)
         run.total += sum(shard.tokens for shard in crew.shards)
-        _say_what_is_left_out(run.console, ready["tasks"])
+        _say_what_is_left_out(run.console, ready.tasks)
         for other in crew.handles:
             _assign(run, crew, other)
 
@@ -205,7 +216,7 @@ def _assign(run: _Run, crew: _Crew, handle: WorkerHandle) -> None:
             is_mine = crew.claims.take(shard.name)
         if not is_mine:
             continue
-        left = run.writer.left_of(shard)
+        left = left_of(run.writer, shard)
         if left is None:
             _finish(run, crew, shard)
             continue
@@ -252,25 +263,24 @@ def _replace_dead(run: _Run, crew: _Crew, handle: WorkerHandle) -> None:
     handle.ended = True
     if all(other.ended for other in crew.handles):  # none of them can even load the model again
         left = {cell.key: cell for shard in crew.shards for cell in shard.cells if cell.key not in run.writer.failed}
-        for cell in (cell for cell in left.values() if not run.writer.is_done(cell)):
+        for cell in (cell for cell in left.values() if not is_done(run.writer, cell)):
             _fail(run, Failure(cell.key, f"{cell.label}: {reason}", hint))
 
 
 def _show(run: _Run, crew: _Crew) -> None:
     """The bar; plans that have not been cut yet are taken to be as large as those that have."""
-    plans = run.writer.plans
-    known = sum(len(plan.cells) for plan in plans[: plans.index(crew.plan) + 1])
+    known = sum(len(plan.cells) for plan in run.plans[: run.plans.index(crew.plan) + 1])
     total = run.total * len(run.writer.cells) / max(1, known)
     done = run.tokens + sum(handle.tokens for handle in crew.handles if handle.shard is not None)
     run.progress.update(run.bar, total=total, completed=done)
 
 
-def _say_what_is_left_out(console: Console, tasks: dict[str, Any]) -> None:
+def _say_what_is_left_out(console: Console, tasks: dict[str, TaskInfo]) -> None:
     for name, task in tasks.items():
-        if task["skipped_documents"] or task["dropped_tokens"]:
+        if task.skipped_documents or task.dropped_tokens:
             console.print(
-                f"{name}: {len(task['documents'])} documents; {task['skipped_documents']} too short or too long were "
-                f"skipped; {task['dropped_tokens']} tokens are in no sequence.", highlight=False,
+                f"{name}: {len(task.documents)} documents; {task.skipped_documents} too short or too long were "
+                f"skipped; {task.dropped_tokens} tokens are in no sequence.", highlight=False,
             )
 
 

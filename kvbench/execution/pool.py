@@ -5,8 +5,8 @@ from __future__ import annotations
 import os
 import queue
 import time
-from typing import Any
 
+from kvbench.execution.channel import Event
 from kvbench.execution.job import Job
 from kvbench.execution.process import WorkerProcess
 from kvbench.execution.shards import FEW, Shard
@@ -16,7 +16,7 @@ from kvbench.planning.quality import Plan
 SMALL_MODEL_BYTES = 256 << 20
 MOST_CHILDREN = 4
 
-Events = queue.Queue[tuple[int, dict[str, Any] | None]]
+Events = queue.Queue[tuple[int, Event | None]]
 
 
 class WorkerHandle:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import queue
 import signal
@@ -11,7 +10,9 @@ import sys
 import tempfile
 import threading
 from contextlib import suppress
-from typing import IO, Any, ClassVar, Generic, Protocol, TypeVar
+from typing import IO, ClassVar, Generic, Protocol, TypeVar
+
+from kvbench.execution.channel import Event, event_of
 
 
 class Task(Protocol):
@@ -32,7 +33,7 @@ class WorkerDiedError(Exception):
 class WorkerProcess(Generic[Work]):
     """One measuring process, and a thread that turns its output into events."""
 
-    def __init__(self, job: Work, number: int, events: queue.Queue[tuple[int, dict[str, Any] | None]]) -> None:
+    def __init__(self, job: Work, number: int, events: queue.Queue[tuple[int, Event | None]]) -> None:
         self.job = job
         self.at: str | None = None
         self.ended = False
@@ -46,11 +47,11 @@ class WorkerProcess(Generic[Work]):
         self.tell(job.to_json())
         threading.Thread(target=self._listen, args=(number, events), daemon=True).start()
 
-    def _listen(self, number: int, events: queue.Queue[tuple[int, dict[str, Any] | None]]) -> None:
+    def _listen(self, number: int, events: queue.Queue[tuple[int, Event | None]]) -> None:
         assert self.process.stdout is not None
         for line in self.process.stdout:
             if line.endswith("\n"):
-                events.put((number, json.loads(line)))
+                events.put((number, event_of(line)))
         events.put((number, None))
 
     def tell(self, line: str) -> None:

@@ -10,11 +10,11 @@ import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from filelock import FileLock, Timeout
 
 from kvbench.store.folder import RunFolder
+from kvbench.store.manifest import TaskInfo
 from kvbench.store.records import Cell
 
 FEW, MANY = 8, 16
@@ -38,20 +38,20 @@ class Shard:
     tokens: int
 
 
-def parts_of(cells: Sequence[Cell], tasks: dict[str, dict[str, Any]]) -> list[Shard]:
+def parts_of(cells: Sequence[Cell], tasks: dict[str, TaskInfo]) -> list[Shard]:
     """The shards of a plan, in order.
 
     Args:
         cells: of one model and seed.
-        tasks: workload -> what a child said of it: ``documents`` and their ``lengths`` in tokens.
+        tasks: workload -> how it was cut.
     """
     found = []
     for workload, info in tasks.items():
         mine = tuple(cell for cell in cells if cell.workload == workload)
-        documents, lengths = info["documents"], info["lengths"]
+        documents, lengths = info.documents, info.lengths
         size = MANY if len(documents) >= 256 else FEW
         for start in range(0, len(documents), size):
-            names = tuple(documents[start : start + size])
+            names = documents[start : start + size]
             key = hashlib.sha256(json.dumps((mine[0].setting, *names)).encode()).hexdigest()[:16]
             tokens = sum(lengths[start : start + size]) * len(mine)
             found.append(Shard(key, workload, names, mine, tokens))

@@ -24,10 +24,10 @@ from kvbench.cache.shape import cache_shape
 from kvbench.data.documents import Document
 from kvbench.errors import UserError
 from kvbench.execution.accumulator import DocumentAccumulator
-from kvbench.execution.channel import FAULTS, Channel, reason_of, serving
+from kvbench.execution.channel import CONTAINED, Advanced, At, Channel, End, Failed, Ready, Records, failure_of, serving
 from kvbench.execution.generation import write_window
 from kvbench.execution.job import Job, Order
-from kvbench.execution.workload import TaskWork, batches, cut_task, tokens_of
+from kvbench.execution.workload import TaskWork, batches, cut_task
 from kvbench.inference.opening import check_method, places_needed, rows_together
 from kvbench.judges.loading import check_mauve, load_judges
 from kvbench.methods import Method, make_method
@@ -163,21 +163,9 @@ class Worker:
 
     def announce(self) -> None:
         """Tell the parent what there is to do."""
-        self.say("ready", tasks={
-            work.name: {
-                "kind": work.task.kind, "answers": work.task.has_answers, "version": work.task.version,
-                "signature": work.signature,
-                "seq_len": work.protocol.seq_len,
-                "new_tokens": getattr(work.protocol, "new_tokens", None),
-                "documents": [document.id for document, _ in work.documents],
-                "lengths": [tokens_of([cut]) for _, cut in work.documents],
-                "skipped_documents": work.skipped,
-                "dropped_tokens": sum(cut.dropped for _, cut in work.documents),
-                "tokens": tokens_of(cut for _, cut in work.documents),
-            }
-            for work in self.works
-        }, unable=[dataclasses.asdict(failure) for failure in self.unable], masks=self._masks(),
-            probe={**self.facts.as_dict(), "compared_tokens": self.compared[0], "compared_apart": self.compared[1]})
+        probe = {**self.facts.as_dict(), "compared_tokens": self.compared[0], "compared_apart": self.compared[1]}
+        tasks = {work.name: work.info() for work in self.works}
+        self.say(Ready(tasks, tuple(self.unable), self._masks(), probe))
 
     def _masks(self) -> dict[str, Mask]:
         """Pictures of the methods on a short text, by ``Cell.label``'s method and ratio; where one has no mask
@@ -201,7 +189,7 @@ class Worker:
         mine = tuple(pair for pair in work.documents if pair[0].id in wanted)
         for start in range(0, len(mine), WINDOW):
             self._run_window(work, mine[start : start + WINDOW], recorded)
-        self.say("end")
+        self.say(End())
 
     def _run_window(
         self, work: TaskWork, documents: tuple[tuple[Document, Cut], ...], done: dict[str, set[str]]
@@ -221,10 +209,10 @@ class Worker:
             for cell in work.cells:
                 wanted = cell in todo or (cell.method == "full" and needs_full)
                 if wanted and cell.key not in self.failed:
-                    self.say("at", cell=cell.key)
+                    self.say(At(cell.key))
                     kept = self._measure(cell, batch, reference, pending)
                     reference = reference or kept
-                self.say("tick", tokens=tokens)
+                self.say(Advanced(tokens))
 
     def _measure(
         self, cell: Cell, batch: list[Piece], reference: Reference | None,
@@ -254,10 +242,9 @@ class Worker:
         """A fault inside stays in the cell: it is reported, and the cell is left alone from then on."""
         try:
             yield
-        except FAULTS as error:
+        except CONTAINED as error:
             self.failed.add(cell.key)
-            failure = Failure(cell.key, f"{cell.label}: {reason_of(error)}", getattr(error, "hint", ""))
-            self.say("failed", **dataclasses.asdict(failure))
+            self.say(Failed(failure_of(cell.key, cell.label, error)))
 
     def _store(
         self, cell: Cell, batch: list[Piece], score: BatchScore,
@@ -277,7 +264,7 @@ class Worker:
     def record(self, cell: Cell, records: Sequence[DocumentRecord | GenerationRecord]) -> None:
         """Hand finished records to the parent."""
         if records:
-            self.say("records", cell=cell.key, records=[dataclasses.asdict(r) for r in records])
+            self.say(Records(cell.key, tuple(dataclasses.asdict(record) for record in records)))
 
 
 def main() -> None:

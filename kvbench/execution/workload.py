@@ -21,6 +21,7 @@ from kvbench.models.loading import Loaded
 from kvbench.protocols.base import Protocol
 from kvbench.protocols.pieces import Cut, Piece, make_tokenizer
 from kvbench.protocols.registry import protocol_of
+from kvbench.store.manifest import TaskInfo
 from kvbench.store.records import HUMAN, Cell
 
 MAX_ROWS, MAX_SCORES = 8, 1 << 25
@@ -42,6 +43,17 @@ class TaskWork:
     def name(self) -> str:
         """What is measured, such as ``recall:known``: a task, with its question where there are two."""
         return self.cells[0].workload
+
+    def info(self) -> TaskInfo:
+        """What the run's manifest and reports say of it."""
+        return TaskInfo(
+            kind=self.task.kind, answers=self.task.has_answers, version=self.task.version, signature=self.signature,
+            seq_len=self.protocol.seq_len, new_tokens=getattr(self.protocol, "new_tokens", None),
+            documents=tuple(document.id for document, _ in self.documents),
+            lengths=tuple(tokens_of([cut]) for _, cut in self.documents), skipped_documents=self.skipped,
+            dropped_tokens=sum(cut.dropped for _, cut in self.documents),
+            tokens=tokens_of(cut for _, cut in self.documents),
+        )
 
 
 def cut_task(job: Job, name: str, loaded: Loaded, facts: ModelFacts) -> TaskWork:

@@ -1,4 +1,4 @@
-"""MAUVE of a finished run: from the vectors on disk, once per cell, kept beside its records."""
+"""MAUVE of a finished run, computed from the stored vectors once per cell, and stored with the cell's records."""
 
 from __future__ import annotations
 
@@ -19,15 +19,14 @@ from kvbench.store.records import HUMAN, Cell, GenerationRecord, Output
 
 
 def measure_similarity(folder: RunFolder, console: Console) -> None:
-    """Measure what is not yet there; tasks with fewer than 200 documents are left out.
+    """Compute MAUVE where it is missing; tasks with fewer than 200 documents are skipped.
 
-    With several draws each is compared by itself, so that every comparison has as many texts on
-    either side, and the mean over draws is kept for every seed.
+    If several texts were sampled per document, each draw is compared by itself, so that both sides
+    have equally many texts, and the mean over draws is stored for every seed of the clustering.
     """
-    tasks = folder.manifest()["tasks"]
-    for setting, info in tasks.items():
-        documents = info["documents"]
-        if info["kind"] != "generation" or len(documents) < LEAST_TEXTS:
+    for setting, info in folder.manifest().tasks.items():
+        documents = info.documents
+        if info.kind != "generation" or len(documents) < LEAST_TEXTS:
             continue
         mine = [cell for cell in folder.cells() if cell.setting == setting]
         cells = [cell for cell in mine if cell.options.get("mauve_features", NOTHING) != NOTHING]
@@ -60,18 +59,18 @@ def _is_measured(path: Path, documents: int) -> bool:
 
 
 def _texts_to_compare(records: Sequence[GenerationRecord], cell: Cell) -> list[list[Output]]:
-    """One text per document, once per draw: what people wrote next, or what was drawn (greedy if nothing was)."""
+    """One text per document, for every draw: what the author wrote next, or sampled text (greedy if there is none)."""
     drawn = "nucleus" if records[0].of("nucleus") else "greedy"
     rows = [record.of("after" if cell.method == HUMAN else drawn) for record in records]
     if cell.method == HUMAN and any(
         len(row[0].ids) < len(record.of("human")[0].ids) for row, record in zip(rows, records, strict=True)
     ):
-        return []  # some documents end too soon, and fewer or shorter texts would be another number
+        return []  # some documents end too soon; MAUVE of shorter texts would not be comparable
     return [list(draw) for draw in zip(*rows, strict=True)]
 
 
 def _vectors(outputs: Sequence[Output]) -> NDArray[np.float64] | None:
-    """``[texts, width]``; None if the texts have no vectors."""
+    """Vectors ``[texts, width]`` of the outputs; None if any of them has none."""
     packed = [output.features or output.vector for output in outputs]
     if any(vector is None for vector in packed):
         return None

@@ -18,6 +18,8 @@ from kvbench.models.random_models import check_shape, is_shape
 from kvbench.models.references import ModelReference, find_adapter, resolve_model
 from kvbench.planning.adapters import Adapters, Entry
 from kvbench.planning.methods import parse_choice
+from kvbench.planning.request import MeasurementRequest
+from kvbench.store.manifest import PROFILE
 from kvbench.store.profile_records import AGAIN, FULL, STOCK
 from kvbench.store.records import Cell
 from kvbench.units import parse_bytes
@@ -26,26 +28,21 @@ FILLS = ("real", "synthetic")
 RANDOM = "random"
 """The adapter of a trained method that has none for this model: its values do not matter here."""
 
-PROFILE = "profile"
 
-
-@dataclass(frozen=True)
-class ProfileRequest:
-    """What the user asked for, settings merged in; names are not yet checked.
+@dataclass(frozen=True, kw_only=True)
+class ProfileRequest(MeasurementRequest):
+    """What ``kvbench profile`` is to measure.
 
     Attributes:
+        seq_lens, batch_sizes: tokens of a prompt, and prompts at a time.
+        new_tokens: to write; ``chunk`` tokens of the prompt that are fed at a time.
+        fill: ``real`` to read a prompt, ``synthetic`` to start from a random cache.
         repeats: processes; ``rounds`` timed requests of each cell in each of them, 0 for as many as are
             quick; ``warmups`` the most that are run before.
-        fill: ``real`` to read a prompt, ``synthetic`` to start from a random cache.
         budget: memory in which the largest batch is looked for, such as ``2GiB``; None for no search.
         timeout: seconds after which a probe of a batch size is given up.
     """
 
-    model: str
-    revision: str | None
-    adapters: tuple[str, ...]
-    methods: tuple[str, ...]
-    ratios: tuple[str, ...]
     seq_lens: tuple[int, ...]
     batch_sizes: tuple[int, ...]
     new_tokens: int
@@ -56,14 +53,6 @@ class ProfileRequest:
     warmups: int
     budget: str | None
     timeout: int
-    seed: int
-    options: dict[str, str]
-    out: Path | None
-    reports: Path
-    baselines: bool
-    device: str
-    dtype: str
-    threads: int
 
 
 @dataclass(frozen=True)
@@ -103,10 +92,7 @@ def build_profile_plan(request: ProfileRequest) -> ProfilePlan:
     _check_numbers(request)
     ratios = [parse_ratio(text) for text in request.ratios]
     wanted = _wanted(request, ratios)
-    known = {name for method, *_ in wanted for name in method.options()}
-    for key in request.options:
-        if key not in known:
-            raise unknown("--set key", key, known)
+    request.check_options(entry.method for entry in wanted)
     for method, *_ in wanted:
         for length in request.seq_lens:
             method.check(length, in_chunks=False)
@@ -128,8 +114,7 @@ def build_profile_plan(request: ProfileRequest) -> ProfilePlan:
         return Cell(
             model=request.model, revision=model.revision if model else None,
             model_hash=model.fingerprint if model else "",
-            dtype="float32" if request.dtype == "auto" and request.device == "cpu" else request.dtype,
-            device=request.device, method=name,
+            dtype=request.cell_dtype, device=request.device, method=name,
             ratio_asked=ratio_text(method.ratio) if method.uses_ratio(False) else None,
             role=entry.role, task=PROFILE, task_version=1, data_hash="random ids", protocol=PROFILE,
             execution="streamed",

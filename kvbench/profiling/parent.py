@@ -1,30 +1,63 @@
-"""The order of a profile: what is timed in turn, what is weighed, and the search for the largest batch."""
+"""The parent of a profile: what is timed in turn, whose memory is measured, and the search for the largest batch.
+
+It starts one child after the other, and is the only one that writes to disk.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from pathlib import Path
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.markup import escape
+from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
-from kvbench.errors import StoppedError
-from kvbench.execution.locks import KEPT, disk
+from kvbench.errors import UserError
+from kvbench.execution.run_writer import RunWriter
 from kvbench.planning.profile import ProfilePlan, at_batch
-from kvbench.profiling.job import MEMORY, PROBE, ROUNDS, TIME
+from kvbench.profiling.child import DAY, Outcome, run_child
+from kvbench.profiling.job import MEMORY, PROBE, ROUNDS, TIME, ProfileJob
 from kvbench.profiling.largest_batch import largest
-from kvbench.profiling.measuring import Run, add, carried_out, fail, job_of, store
-from kvbench.store.folder import RUN, RunFolder
-from kvbench.store.profile_records import AGAIN, ProbeRecord, SearchRecord, TimingRecord
-from kvbench.store.records import Cell
+from kvbench.store.folder import RunFolder
+from kvbench.store.manifest import PROFILE, Machine, ProfileInfo
+from kvbench.store.profile_records import AGAIN, ProbeRecord, ProfileRecord, SearchRecord, TimingRecord
+from kvbench.store.records import Cell, Failure
 
 SMALL_BYTES = 1 << 28
 """Weights and cache below which two cells are weighed at a time."""
 
 
+
+
 class _SearchFailedError(Exception):
     """A probe failed for another reason than memory."""
+
+
+@dataclass
+class _Run:
+    """A profile on its way.
+
+    Attributes:
+        earlier: the machine that the folder was measured on so far; None if nothing is there.
+    """
+
+    plan: ProfilePlan
+    writer: RunWriter
+    console: Console
+    progress: Progress
+    bar: TaskID
+    earlier: Machine | None
+
+    def measurements(self, cell: Cell) -> dict[str, ProfileRecord]:
+        """What is on disk of a cell and need not be measured again."""
+        is_replaced = self.writer.fresh and not self.writer.opened
+        return {} if is_replaced else self.writer.folder.measurements(cell)
+
+    @property
+    def machine(self) -> Machine:
+        return self.writer.machine or self.earlier or Machine()
 
 
 def profile(plan: ProfilePlan, command: list[str], console: Console, fresh: bool = False) -> None:
@@ -41,11 +74,13 @@ def profile(plan: ProfilePlan, command: list[str], console: Console, fresh: bool
         TimeRemainingColumn(), console=console, transient=True,
     ) as progress:
         bar = progress.add_task("starting", total=_steps(plan))
-        run = Run(plan, RunFolder(plan.folder), command, console, fresh, progress, bar)
-        run.cells = {cell.key: cell for cell in plan.cells}
-        if not fresh and (plan.folder / RUN).exists():
-            run.cells |= {cell.key: cell for cell in run.folder.cells()}
-            run.machine = run.folder.manifest().get("machine", {})
+        folder = RunFolder(plan.folder)
+        earlier = None if fresh else folder.earlier()
+        found = earlier.cells if earlier else ()  # batches that a search has found among them
+        cells = {cell.key: cell for cell in (*plan.cells, *found)}
+        sources = {PROFILE: "random token ids"}
+        writer = RunWriter(folder, plan.content, plan.request.repeats, command, cells, sources, fresh)
+        run = _Run(plan, writer, console, progress, bar, earlier.machine if earlier else None)
         for repeat in range(plan.request.repeats):
             for group in plan.groups:
                 _repeat(run, group, repeat)
@@ -61,53 +96,50 @@ def _steps(plan: ProfilePlan) -> int:
     return cells * (request.repeats * per_repeat + 1) + 8 * len(plan.searches)
 
 
-def _repeat(run: Run, group: Sequence[Cell], repeat: int) -> None:
+def _repeat(run: _Run, group: Sequence[Cell], repeat: int) -> None:
     """One process that times the cells of a group in turn; whole, or not recorded at all."""
     while True:
-        cells = [cell for cell in group if cell.key not in run.failed]
+        cells = [cell for cell in group if cell.key not in run.writer.failed]
         done = [repeat in _repeats(run, cell) for cell in cells]
         if not cells or all(done):
             run.progress.advance(run.bar, sum(done) * run.plan.request.rounds)
             return
-        found = carried_out(run, job_of(run, TIME, cells, repeat))
-        if found.victim is None:
+        found = _carried_out(run, _job(run, TIME, cells, repeat))
+        if found.failure is None:
             # A repeat is one process: what another one measured under this number must not be paired with it.
-            with disk(run.folder.path, KEPT, StoppedError):
-                for cell in cells:
-                    run.folder.forget(cell, f"time/{repeat}/")
-            store(run, found.records)
+            for cell in cells:
+                run.writer.forget(cell.key, f"time/{repeat}/")
+            _store(run, found.records)
             return
-        fail(run, found.victim)
+        _fail(run, found.failure)
 
 
-def _repeats(run: Run, cell: Cell) -> set[int]:
+def _repeats(run: _Run, cell: Cell) -> set[int]:
     """The repeats of a cell that are on disk."""
-    if run.about is None and run.fresh:
-        return set()
-    return {r.repeat for r in run.folder.measurements(cell).values() if isinstance(r, TimingRecord) and not r.warmup}
+    return {r.repeat for r in run.measurements(cell).values() if isinstance(r, TimingRecord) and not r.warmup}
 
 
-def _memory(run: Run, cells: Sequence[Cell]) -> None:
+def _memory(run: _Run, cells: Sequence[Cell]) -> None:
     """A process for each cell; nothing is timed, so that small ones may run two at a time."""
-    todo = [cell for cell in cells if cell.key not in run.failed and MEMORY not in run.folder.measurements(cell)]
-    on_cpu = run.machine.get("device") == "cpu"
+    todo = [cell for cell in cells if cell.key not in run.writer.failed and MEMORY not in run.measurements(cell)]
+    on_cpu = run.machine.device == "cpu"
     pair = on_cpu and all(_full_bytes(run, cell) < SMALL_BYTES for cell in todo)
     threads = 1 if pair else None  # several threads of two processes starve one another
     with ThreadPoolExecutor(2 if pair else 1) as pool:
-        for found in pool.map(lambda cell: carried_out(run, job_of(run, MEMORY, [cell], threads=threads)), todo):
-            store(run, found.records)
-            if found.victim is not None:
-                fail(run, found.victim)
+        for found in pool.map(lambda cell: _carried_out(run, _job(run, MEMORY, [cell], threads=threads)), todo):
+            _store(run, found.records)
+            if found.failure is not None:
+                _fail(run, found.failure)
 
 
-def _full_bytes(run: Run, cell: Cell) -> float:
+def _full_bytes(run: _Run, cell: Cell) -> float:
     """Bytes of weights and of a whole cache."""
     options = cell.options
     tokens = (int(options["seq_len"]) + int(options["new_tokens"])) * int(options["batch_size"])
-    return float(run.machine.get("weights", 0) + run.machine.get("entry", 0) * tokens)
+    return float(run.machine.weights + run.machine.entry * tokens)
 
 
-def _equal_memory(run: Run) -> None:
+def _equal_memory(run: _Run) -> None:
     """The largest batch of every cell, and all of them in turn, each at its own."""
     searches = run.plan.searches
     for length in dict.fromkeys(cell.options["seq_len"] for cell in searches):
@@ -119,42 +151,106 @@ def _equal_memory(run: Run) -> None:
                 continue
             if batch:
                 found.append(at_batch(cell, batch))
-        if any(cell.key not in run.cells for cell in found):
-            add(run, found)
+        if any(cell.key not in run.writer.cells for cell in found):
+            run.writer.add(found)
         for repeat in range(run.plan.request.repeats):
             _repeat(run, found, repeat)
 
 
-def _largest(run: Run, search: Cell) -> int:
+def _largest(run: _Run, search: Cell) -> int:
     """The largest batch of a cell, from disk if its search has ended."""
-    ended = run.folder.measurements(search).get("search") if run.about or not run.fresh else None
+    ended = run.measurements(search).get("search")
     if isinstance(ended, SearchRecord):
         return ended.batch
     batch = largest(lambda size: _fits(run, search, size), lambda: _guess(run, search))
-    store(run, [(search.key, SearchRecord(batch))])
+    _store(run, [(search.key, SearchRecord(batch))])
     return batch
 
 
-def _fits(run: Run, search: Cell, batch: int) -> bool:
+def _fits(run: _Run, search: Cell, batch: int) -> bool:
     """Whether a batch fits, from disk if it was tried before; a killed or late probe is one that does not."""
-    known = run.folder.measurements(search).get(f"probe/{batch}") if run.about or not run.fresh else None
+    known = run.measurements(search).get(f"probe/{batch}")
     if isinstance(known, ProbeRecord):
         return known.fits
-    found = carried_out(run, job_of(run, PROBE, [at_batch(search, batch)]), float(run.plan.request.timeout))
+    found = _carried_out(run, _job(run, PROBE, [at_batch(search, batch)]), float(run.plan.request.timeout))
     record = next((r for _, r in found.records if isinstance(r, ProbeRecord)), None)
-    if record is None and found.victim is not None and not found.is_short:
-        fail(run, replace(found.victim, cell=search.key))
+    if record is None and found.failure is not None and not found.is_short:
+        _fail(run, replace(found.failure, cell=search.key))
         raise _SearchFailedError
     if record is None:
-        record = ProbeRecord(batch, False, found.victim.error if found.victim else "no answer", 0)
-    store(run, [(search.key, record)])
+        record = ProbeRecord(batch, False, found.failure.error if found.failure else "no answer", 0)
+    _store(run, [(search.key, record)])
     return record.fits
 
 
-def _guess(run: Run, search: Cell) -> int:
+def _guess(run: _Run, search: Cell) -> int:
     """The batch that would fill the budget, if every row took what the first one does."""
-    alone = run.folder.measurements(search).get("probe/1")
-    budget, weights = run.plan.budget or run.machine.get("device_bytes") or 0, run.machine.get("weights", 0)
+    alone = run.measurements(search).get("probe/1")
+    budget, weights = run.plan.budget or run.machine.device_bytes or 0, run.machine.weights
     if not isinstance(alone, ProbeRecord) or alone.needed <= weights:
         return 2
     return int((budget - weights) // (alone.needed - weights))
+
+
+def _job(run: _Run, kind: str, cells: Sequence[Cell], repeat: int = 0, threads: int | None = None) -> ProfileJob:
+    plan, request = run.plan, run.plan.request
+    location = plan.model.location if plan.model else request.model
+    return ProfileJob(
+        kind, tuple(cells), location, plan.positions, request.threads if threads is None else threads, repeat,
+        request.rounds, request.warmups, plan.budget,
+    )
+
+
+def _carried_out(run: _Run, job: ProfileJob, seconds: float = DAY) -> Outcome:
+    """Run a child to its end; the first one begins the folder."""
+    def begin(machine: Machine) -> None:
+        if not run.writer.opened:
+            _open(run, machine)
+
+    def show(cell: Cell | None) -> None:
+        if cell is None:
+            run.progress.advance(run.bar)
+        else:
+            run.progress.update(run.bar, description=f"{job.kind}: {cell.label}")
+
+    return run_child(job, not run.writer.opened, begin, show, seconds)
+
+
+def _store(run: _Run, records: Sequence[tuple[str, ProfileRecord]]) -> None:
+    for key in dict.fromkeys(key for key, _ in records):
+        run.writer.append(key, [record for cell, record in records if cell == key])
+
+
+def _fail(run: _Run, failure: Failure) -> None:
+    run.writer.fail(failure)
+    run.console.print(f"[red]failed[/] {escape(f'{failure.error} {failure.hint}'.strip())}", highlight=False)
+
+
+def _open(run: _Run, machine: Machine) -> None:
+    """The first child is ready: write ``run.json`` and the cells' folders."""
+    if run.earlier is not None:
+        check_machine(run.plan.folder, run.earlier, machine)
+    plan, writer = run.plan, run.writer
+    threads = f"|threads:{machine.threads}" if machine.device == "cpu" else ""
+    writer.machine = machine
+    writer.profiles[plan.cells[0].setting] = ProfileInfo(
+        repeats=plan.request.repeats, notes=machine.notes, device=machine.device or "cpu",
+        budget=plan.budget or machine.device_bytes,
+        signature=f"profile|{plan.request.fill}|{machine.dtype}|{machine.device}{threads}|sdpa{machine.mark}|v:1",
+    )
+    writer.open(list(writer.cells.values()))
+
+
+def check_machine(folder: Path, earlier: Machine, now: Machine) -> None:
+    """See that a profile is continued where it was begun.
+
+    Raises:
+        UserError: device, precision or threads are others.
+    """
+    for what in ("device", "device_name", "dtype", "threads"):
+        before, here = getattr(earlier, what), getattr(now, what)
+        if before != here:
+            raise UserError(
+                f"{folder} was measured with {what} {before}, and here it is {here}: their seconds do not belong "
+                "together.", "Use --fresh, or another --out.",
+            )

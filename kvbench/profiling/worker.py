@@ -11,13 +11,14 @@ from contextlib import contextmanager
 import torch
 
 from kvbench.errors import UserError
-from kvbench.execution.channel import FAULTS, Channel, reason_of, serving
+from kvbench.execution.channel import CONTAINED, At, Channel, End, Failed, Ready, Records, failure_of, serving
 from kvbench.profiling.bandwidth import copy_bandwidth
 from kvbench.profiling.bench import Bench, make_bench
 from kvbench.profiling.clock import clock_of
 from kvbench.profiling.job import MEMORY, PROBE, ROUNDS, TIME, ProfileJob
 from kvbench.profiling.memory import free_bytes, memory_of, read_bytes, rss_peak, weights_bytes
 from kvbench.profiling.passes import measure_memory, time_request
+from kvbench.store.manifest import Machine
 from kvbench.store.profile_records import FULL, STOCK, MemoryRecord, ProbeRecord, ProfileRecord, TimingRecord
 from kvbench.store.records import Cell
 from kvbench.units import bytes_of
@@ -29,6 +30,9 @@ WARM_TOKENS, SLOW_TOKENS = 16, 32
 """Tokens written to warm up, and by a cache of transformers that is not near ours."""
 SLOW = 1.5
 """Times the seconds per token of ours from which that cache is timed once per process."""
+
+SMALLER = "Use a smaller --batch-size or --seq-len, or --dtype bfloat16."
+"""What to do where memory is short."""
 
 LEAST_ROUNDS, SECONDS = 2, 60.0
 """Fewer rounds are run if they would take longer, but not fewer than the least."""
@@ -65,13 +69,14 @@ class Worker:
                 f"{bytes_of(bench.sizes.weights + free_bytes(bench.device))} with the weights.",
                 "Give a smaller budget.",
             )
-        self.say(
-            "ready", notes=bench.notes, mark=bench.facts.mark, probe=bench.facts.as_dict(),
-            weights=bench.sizes.weights, entry=bench.sizes.entry,
-            threads=torch.get_num_threads(), device=str(bench.device), dtype=str(bench.dtype).removeprefix("torch."),
-            device_name=torch.cuda.get_device_name(bench.device) if bench.device.type == "cuda" else None,
-            device_bytes=torch.cuda.mem_get_info(bench.device)[1] if bench.device.type == "cuda" else None,
-        )
+        is_gpu = bench.device.type == "cuda"
+        self.say(Ready(machine=Machine(
+            notes=tuple(bench.notes), mark=bench.facts.mark, probe=bench.facts.as_dict(), weights=bench.sizes.weights,
+            entry=bench.sizes.entry, threads=torch.get_num_threads(), device=str(bench.device),
+            dtype=str(bench.dtype).removeprefix("torch."),
+            device_name=torch.cuda.get_device_name(bench.device) if is_gpu else None,
+            device_bytes=torch.cuda.mem_get_info(bench.device)[1] if is_gpu else None,
+        )))
         return bench
 
     def run(self, bench: Bench) -> None:
@@ -80,7 +85,7 @@ class Worker:
             {TIME: self._time, MEMORY: self._weigh, PROBE: self._probe}[self.job.kind](bench)
         except CellFailedError:
             return
-        self.say("end")
+        self.say(End())
 
     def _time(self, bench: Bench) -> None:
         """Every cell in turn, forwards and backwards, after each has been warmed up."""
@@ -172,7 +177,7 @@ class Worker:
             self._tell(cell, ProbeRecord(batch, not why, why, needed))
 
     def _tell(self, cell: Cell, record: ProfileRecord) -> None:
-        self.say("record", cell=cell.key, record=dataclasses.asdict(record))
+        self.say(Records(cell.key, (dataclasses.asdict(record),)))
 
     @contextmanager
     def guarded(self, cell: Cell, bench: Bench | None) -> Iterator[None]:
@@ -184,17 +189,15 @@ class Worker:
         Raises:
             CellFailedError: there was a fault.
         """
-        self.say("at", cell=cell.key)
+        self.say(At(cell.key))
         try:
             refusal = bench.refusal(cell) if bench else None
             if refusal is not None:
-                raise UserError(refusal, "Use a smaller --batch-size or --seq-len, or --dtype bfloat16.")
+                raise UserError(refusal, SMALLER)
             yield
-        except FAULTS as error:
-            hint = getattr(error, "hint", "")
-            if is_out_of_memory(error):
-                hint = "Use a smaller --batch-size or --seq-len, or --dtype bfloat16."
-            self.say("failed", cell=cell.key, error=reason_of(error), hint=hint)
+        except CONTAINED as error:
+            hint = SMALLER if is_out_of_memory(error) else None
+            self.say(Failed(failure_of(cell.key, cell.label, error, hint)))
             raise CellFailedError from error
 
 

@@ -11,7 +11,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
-from typing import Any
 
 from jinja2 import Environment
 from markupsafe import Markup
@@ -21,6 +20,7 @@ from kvbench.errors import UserError
 from kvbench.reporting.tables.tables import tables_of
 from kvbench.store.faults import named, remarks_of
 from kvbench.store.folder import RunFolder, write_atomic
+from kvbench.store.manifest import Manifest
 from kvbench.store.records import Cell, DocumentRecord, Results
 
 WORST = 5
@@ -57,9 +57,9 @@ def write_page(folders: Sequence[RunFolder], results: Results, figures: Sequence
             {"name": path.stem, "data": base64.b64encode(path.read_bytes()).decode("ascii")}
             for path in figures if path.suffix == ".png"
         ],
-        commands=[shlex.join(["kvbench", *manifest.get("command", ())[1:]]) for manifest in manifests],
+        commands=[shlex.join(["kvbench", *manifest.command[1:]]) for manifest in manifests],
         environment=json.dumps(
-            [manifest.get("environment", {}) for manifest in manifests], indent=1, ensure_ascii=False
+            [manifest.environment for manifest in manifests], indent=1, ensure_ascii=False
         ),
         rows=_as_text(rows), recipes=_as_text(recipes),
     )
@@ -90,11 +90,11 @@ def _rows_and_recipes(results: Results) -> tuple[list[str], list[str]]:
     return rows, [f"{number}: {recipe}" for recipe, number in recipes.items()]
 
 
-def _about(manifest: dict[str, Any]) -> str:
-    environment = manifest.get("environment", {})
+def _about(manifest: Manifest) -> str:
+    environment = manifest.environment
     code = environment.get("code") or {}
     parts = [
-        f"measured {manifest.get('started', '')}", environment.get("processor") or "",
+        f"measured {manifest.started}", environment.get("processor") or "",
         f"torch {environment.get('packages', {}).get('torch', '')}",
         f"kvbench {environment.get('packages', {}).get('kvbench', '')}"
         + (f" at {code['commit'][:10]}{' with changes' if code.get('dirty') else ''}" if code.get("commit") else ""),
@@ -106,8 +106,8 @@ def worst_documents(folder: RunFolder) -> list[Worst]:
     """The documents where each method that scores text loses most, by task, method and ratio."""
     cells = folder.cells()
     found: list[Worst] = []
-    for setting, info in folder.manifest()["tasks"].items():
-        if info["kind"] != "lm":
+    for setting, info in folder.manifest().tasks.items():
+        if info.kind != "lm":
             continue
         full = next((c for c in cells if c.setting == setting and c.method == "full"), None)
         if full is None:

@@ -17,6 +17,7 @@ from filelock import FileLock
 
 from kvbench.errors import UserError
 from kvbench.parsing import parse_json
+from kvbench.store.manifest import Manifest
 from kvbench.store.profile_records import ProfileRecord, load_profile_record
 from kvbench.store.records import Cell, DocumentRecord, Failure, GenerationRecord
 
@@ -30,6 +31,17 @@ RUN, CELL, RECORDS, FAILURE, RESULTS, MAUVE, MASKS, SIGNATURE = (
     "run.json", "cell.json", "records.jsonl", "failure.json", "results.json", "mauve.json", "masks.json",
     "signature.txt",
 )
+
+
+def record_of(cell: Cell, raw: dict[str, Any]) -> Record:
+    """A record of a cell, from what ``dataclasses.asdict`` made of it.
+
+    Raises:
+        TypeError, KeyError: something is missing, or too much.
+    """
+    if cell.is_profile:
+        return load_profile_record(raw)
+    return GenerationRecord.load(raw) if cell.writes else DocumentRecord.load(raw)
 
 
 def _repair(file: BinaryIO) -> None:
@@ -105,7 +117,7 @@ class RunFolder:
                 f"The output folder {self.path} holds something that is not a kvbench run.",
                 "Choose an empty or a new folder with --out.",
             )
-        if not fresh and self.manifest().get("content") != content:
+        if not fresh and self.manifest().content != content:
             raise UserError(
                 f"The output folder {self.path} holds another run.",
                 "Choose an empty or a new folder with --out.",
@@ -118,7 +130,7 @@ class RunFolder:
         for name in ("cells", "figures", "tables"):
             shutil.rmtree(self.path / name, ignore_errors=True)
 
-    def manifest(self) -> dict[str, Any]:
+    def manifest(self) -> Manifest:
         """``run.json``.
 
         Raises:
@@ -126,9 +138,7 @@ class RunFolder:
         """
         path = self.path / RUN
         try:
-            manifest = parse_json(path.read_text(encoding="utf-8"))
-            if not isinstance(manifest, dict) or not {"cells", "tasks", "content"} <= set(manifest):
-                raise ValueError("it lacks what a run has")
+            return Manifest.parse(path.read_text(encoding="utf-8"))
         except (FileNotFoundError, NotADirectoryError) as error:
             raise UserError(
                 f"{self.path} is not a run folder: {path.name} is not there.",
@@ -138,13 +148,18 @@ class RunFolder:
             raise UserError(f"{path} cannot be read: {error.strerror}.", "Make it readable.") from error
         except ValueError as error:
             raise UserError(f"{path} is damaged: {error}.", "Run again with --fresh.") from error
-        return manifest
 
-    def knows_models(self) -> bool:
-        """Whether the models of the run were probed when it was measured, or are only timed."""
-        manifest = self.manifest()
-        measured = {raw["model"] for raw in manifest["cells"] if raw["protocol"] != "profile"}
-        return measured <= set(manifest.get("probes", {}))
+    def earlier(self) -> Manifest | None:
+        """``run.json`` of what was measured before; None if nothing was.
+
+        Raises:
+            UserError: it is damaged.
+        """
+        return self.manifest() if (self.path / RUN).exists() else None
+
+    def describe(self, manifest: Manifest) -> None:
+        """Write ``run.json``; hold the lock ``manifest`` where other processes may write it."""
+        write_atomic(self.path / RUN, manifest.text())
 
     def cell_folder(self, cell: Cell) -> Path:
         return self.path / "cells" / cell.key
@@ -294,7 +309,4 @@ class RunFolder:
 
     def cells(self) -> list[Cell]:
         """The cells of the run, in the order of the plan."""
-        try:
-            return [Cell(**raw) for raw in self.manifest()["cells"]]
-        except TypeError as error:
-            raise UserError(f"{self.path / RUN} is damaged: {error}.", "Run again with --fresh.") from error
+        return list(self.manifest().cells)

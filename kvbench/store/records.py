@@ -7,7 +7,7 @@ import hashlib
 import json
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any
+from typing import Any, ClassVar
 
 SCHEMA = 1
 
@@ -56,6 +56,7 @@ class Cell:
     version: int = 1
     note: str = ""
     variant: str = ""
+    __pydantic_config__: ClassVar[dict[str, str]] = {"extra": "forbid"}  # a key is of all that a cell says
 
     @cached_property
     def key(self) -> str:

@@ -1,0 +1,167 @@
+"""``run.json`` as typed records: what a folder was asked for, and what is known of tasks, models and machine."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from pydantic import TypeAdapter, ValidationError
+
+from kvbench.parsing import parse_json
+from kvbench.store.records import Cell
+
+PROFILE = "profile"
+"""The task and the protocol of a profile, and the kind of its entry."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TaskInfo:
+    """A task after its documents were cut into token sequences for one model.
+
+    Attributes:
+        kind: ``lm``, ``recall``, ``online`` or ``generation``.
+        answers: its targets are answers, of which accuracy is reported.
+        version: of the task.
+        signature: how its documents were cut and read.
+        seq_len: tokens of a sequence, None where they differ; ``new_tokens`` to write after it, if any.
+        documents: their ids, in order; ``lengths`` their tokens.
+        skipped_documents: too short or too long for the protocol; ``dropped_tokens`` those that no sequence holds.
+        tokens: sum of the lengths.
+    """
+
+    kind: str
+    answers: bool = False
+    version: int = 1
+    signature: str
+    seq_len: int | None
+    new_tokens: int | None = None
+    documents: tuple[str, ...]
+    lengths: tuple[int, ...] = ()
+    skipped_documents: int = 0
+    dropped_tokens: int = 0
+    tokens: int = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class ProfileInfo:
+    """What all cells of a profile share.
+
+    Attributes:
+        repeats: processes that were asked for.
+        notes: what the model's name does not say, such as that its weights are random.
+        device: where it was measured.
+        budget: bytes within which the largest batch is searched for.
+        signature: fill, precision, device, threads and attention kernel.
+    """
+
+    kind: str = PROFILE
+    repeats: int
+    notes: tuple[str, ...] = ()
+    device: str = "cpu"
+    documents: tuple[str, ...] = ()
+    budget: int | None = None
+    signature: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Machine:
+    """The model on the machine that profiles it.
+
+    Attributes:
+        notes: as of a profile; ``mark`` what is appended to the attention kernel in signatures.
+        probe: facts that a probe of the model has shown, by name.
+        weights: bytes of the weights; ``entry`` of one cache entry, all layers, one row.
+        threads: CPU threads.
+        device_name, device_bytes: name and memory of the GPU; None on a CPU.
+    """
+
+    notes: tuple[str, ...] = ()
+    mark: str = ""
+    probe: dict[str, Any] = field(default_factory=dict)
+    weights: int = 0
+    entry: int = 0
+    threads: int | None = None
+    device: str | None = None
+    dtype: str | None = None
+    device_name: str | None = None
+    device_bytes: int | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Manifest:
+    """The content of ``run.json``.
+
+    Attributes:
+        content: hash of what is asked for.
+        started, finished: ISO times; ``finished`` is None until every cell is complete.
+        command: the command line.
+        limit: documents per task, or repeats of a profile; 0 for all.
+        sources: task -> where its documents come from.
+        tasks: setting (:attr:`Cell.setting`) -> its task; ``profiles`` likewise.
+        probes: model -> what a probe of it has shown.
+        machine: of a profile.
+        environment: versions of packages, processor, commit (:mod:`kvbench.environment`).
+        cells: in the order of the plan.
+    """
+
+    content: str
+    started: str = ""
+    command: tuple[str, ...] = ()
+    limit: int = 0
+    finished: str | None = None
+    sources: dict[str, str] = field(default_factory=dict)
+    tasks: dict[str, TaskInfo] = field(default_factory=dict)
+    profiles: dict[str, ProfileInfo] = field(default_factory=dict)
+    probes: dict[str, dict[str, Any]] = field(default_factory=dict)
+    machine: Machine | None = None
+    environment: dict[str, Any] = field(default_factory=dict)
+    cells: tuple[Cell, ...]
+
+    @classmethod
+    def parse(cls, text: str) -> Manifest:
+        """Read the text of ``run.json``.
+
+        Raises:
+            ValueError: it is not what :meth:`text` writes.
+        """
+        raw = parse_json(text)
+        if not isinstance(raw, dict) or not {"cells", "tasks", "content"} <= set(raw):
+            raise ValueError("it lacks what a run has")
+        try:
+            infos = _INFOS.validate_python(raw["tasks"])
+            profiles = {name: info for name, info in infos.items() if info.get("kind") == PROFILE}
+            tasks = {name: info for name, info in infos.items() if name not in profiles}
+            return _MANIFEST.validate_python({**raw, "tasks": tasks, "profiles": profiles})
+        except ValidationError as error:
+            first = error.errors()[0]
+            raise ValueError(f"{'.'.join(map(str, first['loc']))}: {first['msg']}") from error
+
+    def text(self) -> str:
+        """The text of ``run.json``."""
+        content = {"schema": 1, **dataclasses.asdict(self)}
+        content["tasks"] |= content.pop("profiles")
+        for name in ("probes", "machine"):
+            if not content[name]:
+                del content[name]
+        return json.dumps(content, indent=1, ensure_ascii=False) + "\n"
+
+    def describes(self, content: str, limit: int) -> bool:
+        """Whether this is of a run of that content and limit."""
+        return (self.content, self.limit) == (content, limit)
+
+    @property
+    def knows_models(self) -> bool:
+        """Whether the models of the run were probed when it was measured, or are only timed."""
+        return {cell.model for cell in self.cells if not cell.is_profile} <= set(self.probes)
+
+    def signature_of(self, setting: str) -> str | None:
+        """The signature that records of a setting were made under; None if none were."""
+        info = self.tasks.get(setting)
+        return info.signature if info else None
+
+
+_INFOS: TypeAdapter[dict[str, Mapping[str, Any]]] = TypeAdapter(dict[str, Mapping[str, Any]])
+_MANIFEST = TypeAdapter(Manifest)
