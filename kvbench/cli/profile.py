@@ -11,6 +11,7 @@ import typer
 from kvbench.cli import options
 from kvbench.cli.dry_run import print_cells_as_json
 from kvbench.cli.measure import measured
+from kvbench.cli.requests import profile_request
 
 if TYPE_CHECKING:
     from kvbench.planning.profile import ProfilePlan
@@ -19,6 +20,7 @@ _WHAT, _HOW, _MEMORY, _OUT = "What to profile", "How to profile", "The largest b
 
 
 def profile(
+    context: typer.Context,
     seq_len: Annotated[list[int] | None, typer.Option(
         help="Tokens of the prompt; repeatable. [default: 4096]", show_default=False, rich_help_panel=_WHAT)] = None,
     batch_size: Annotated[list[int] | None, typer.Option(
@@ -112,30 +114,14 @@ def profile(
     from kvbench.errors import StoppedError, UserError
     from kvbench.execution.locks import KEPT, disk
     from kvbench.models.device import pick_device
-    from kvbench.planning.profile import ProfileRequest, build_profile_plan, doubts
-    from kvbench.planning.quality import parse_options
+    from kvbench.planning.profile import build_profile_plan, doubts
     from kvbench.profiling.parent import profile as measure
     from kvbench.store.folder import RunFolder
     from kvbench.units import CARD
 
     console = Console(stderr=True)
     settings = load_settings(config).profile
-
-    def given(value: int | None, default: int) -> int:
-        return default if value is None else value
-
-    request = ProfileRequest(
-        model=model or settings.model, revision=revision, adapters=tuple(adapter or ()),
-        methods=tuple(method or settings.method), ratios=tuple(ratio or (f"{r:.10g}" for r in settings.ratio)),
-        seq_lens=tuple(dict.fromkeys(seq_len or settings.seq_len)),
-        batch_sizes=tuple(dict.fromkeys(batch_size or settings.batch_size)),
-        new_tokens=given(new_tokens, settings.new_tokens), chunk=given(chunk, settings.chunk),
-        fill=fill or settings.fill, repeats=given(repeats, settings.repeats), rounds=given(rounds, settings.rounds),
-        warmups=given(warmups, settings.warmups), budget=memory_budget, timeout=probe_timeout,
-        seed=given(seed, settings.seed), options=parse_options(set_ or []), out=out, reports=Path(settings.out),
-        baselines=baselines, device=device or settings.device, dtype=options.checked_dtype(dtype or settings.dtype),
-        threads=options.checked_threads(threads, settings.threads),
-    )
+    request = profile_request(context.params, settings)
     if pick_device(request.device).type != "cuda" and memory_budget == CARD:
         raise UserError(f"--memory-budget {CARD} is for GPUs, and this is a CPU.", "Give a size, such as 2GiB.")
     plan = build_profile_plan(request)

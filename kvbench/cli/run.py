@@ -11,9 +11,11 @@ import typer
 from kvbench.cli import options
 from kvbench.cli.dry_run import print_plans
 from kvbench.cli.measure import measured
+from kvbench.cli.requests import quality_request
 
 
 def run(
+    context: typer.Context,
     method: options.Method = None,
     ratio: options.Ratio = None,
     task: options.Task = None,
@@ -71,24 +73,13 @@ def run(
     from kvbench.config import load_settings
     from kvbench.execution.parent import ExecutionOptions, execute
     from kvbench.judges.mauve import measure_similarity
-    from kvbench.planning.methods import parse_budget
-    from kvbench.planning.quality import Request, build_plan, parse_options
+    from kvbench.planning.quality import build_plan
     from kvbench.store.folder import RunFolder
 
     console = Console(stderr=True)
     settings = load_settings(config).run
-    request = Request(
-        model=model or settings.model, revision=revision, adapters=tuple(adapter or ()),
-        methods=tuple(method or settings.method),
-        ratios=tuple(ratio or (f"{r:.10g}" for r in settings.ratio)),
-        tasks=tuple(task or settings.task), data=data, protocol=protocol, execution=execution,
-        limit=options.checked_limit(limit, settings.limit), seed=options.checked_seed(seed, settings.seed),
-        options=parse_options(set_ or []), out=out, reports=Path(settings.out), baselines=baselines,
-        device=options.checked_device(device or settings.device),
-        dtype=options.checked_dtype(dtype or settings.dtype),
-        threads=options.checked_threads(threads, settings.threads), scorer=scorer, mauve_features=mauve_features,
-        metrics=tuple(dict.fromkeys(metric or ())),
-        budget=parse_budget(budget_tokens, budget_bytes, equal_bytes, ratio or ()), column=column,
+    request = quality_request(
+        context.params, settings, model or settings.model, options.checked_seed(seed, settings.seed)
     )
     plan = build_plan(request)
     if dry_run:

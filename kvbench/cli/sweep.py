@@ -11,6 +11,7 @@ import typer
 from kvbench.cli import options
 from kvbench.cli.dry_run import print_plans
 from kvbench.cli.measure import measured
+from kvbench.cli.requests import quality_request
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -21,6 +22,7 @@ _WHAT, _HOW = "What to run", "How to run"
 
 
 def sweep(
+    context: typer.Context,
     settings_file: Annotated[Path | None, typer.Argument(
         parser=options.path,
         metavar="[CONFIG]", help="Settings file with a \\[sweep] table. [default: ./kvbench.toml if there is one]",
@@ -108,8 +110,7 @@ def sweep(
     from kvbench.config import load_settings
     from kvbench.errors import UserError, unknown
     from kvbench.execution.executors import EXECUTORS
-    from kvbench.planning.methods import parse_budget
-    from kvbench.planning.quality import Request, parse_options
+    from kvbench.planning.quality import parse_options
     from kvbench.planning.sweep import build_sweep
     from kvbench.store.folder import RunFolder
 
@@ -126,17 +127,7 @@ def sweep(
         raise UserError(f"--timeout {timeout:g} is not above 0.", "It is a number of seconds.")
     if executor_option and name == "local":
         raise UserError("--executor-option is for --executor ray or slurm.", "Name one of them, or leave it out.")
-    request = Request(
-        model=models[0], revision=revision, adapters=tuple(adapter or ()),
-        methods=tuple(method or settings.method), ratios=tuple(ratio or (f"{r:.10g}" for r in settings.ratio)),
-        tasks=tuple(task or settings.task), data=data, protocol=protocol, execution=execution,
-        limit=options.checked_limit(limit, settings.limit), seed=seeds[0], options=parse_options(set_ or []), out=out,
-        reports=Path(settings.out), baselines=baselines, device=options.checked_device(device or settings.device),
-        dtype=options.checked_dtype(dtype or settings.dtype),
-        threads=options.checked_threads(threads, settings.threads), scorer=scorer, mauve_features=mauve_features,
-        metrics=tuple(dict.fromkeys(metric or ())),
-        budget=parse_budget(budget_tokens, budget_bytes, equal_bytes, ratio or ()), column=column,
-    )
+    request = quality_request(context.params, settings, models[0], seeds[0])
     found = build_sweep(request, models, seeds)
     if dry_run:
         RunFolder(found.folder).check(found.content, fresh=True)  # it may hold another sweep

@@ -19,8 +19,9 @@ from kvbench.methods import Method, parse_ratio, ratio_text
 from kvbench.metrics import GENERATION_NAMES, NEED_ENCODER, NEED_SCORER
 from kvbench.models.fingerprint import fingerprint
 from kvbench.models.references import ModelReference, resolve_model
-from kvbench.planning.adapters import Adapters, Entry
+from kvbench.planning.adapters import Adapters
 from kvbench.planning.methods import NO_BUDGET, Budget, entries_of, feasible, parse_choice
+from kvbench.planning.request import MeasurementRequest
 from kvbench.protocols.base import settings_of
 from kvbench.protocols.recall import HIDDEN, KNOWN
 from kvbench.protocols.registry import NAMES, chosen_protocol
@@ -31,28 +32,25 @@ LONGEST_VALUE = 1000
 """Characters of an option's value: numbers of thousands of digits are no numbers to Python."""
 
 
-@dataclass(frozen=True)
-class Request:
-    """What the user asked for, settings merged in; names are not yet checked."""
+@dataclass(frozen=True, kw_only=True)
+class Request(MeasurementRequest):
+    """What ``kvbench run`` is to measure.
 
-    model: str
-    revision: str | None
-    adapters: tuple[str, ...]
-    methods: tuple[str, ...]
-    ratios: tuple[str, ...]
+    Attributes:
+        tasks: names, or paths of task files.
+        data: the user's own corpus; ``column`` what the text is called in it, or in a data set on the hub.
+        protocol: None for each task's own.
+        execution: ``streamed`` or ``onepass``.
+        limit: documents per task; 0 for all.
+        scorer, mauve_features, metrics: what judges written texts; None or empty for what is usual.
+        budget: what is to be kept, instead of ratios.
+    """
+
     tasks: tuple[str, ...]
     data: Path | None
     protocol: str | None
     execution: str
     limit: int
-    seed: int
-    options: dict[str, str]
-    out: Path | None
-    reports: Path
-    baselines: bool
-    device: str
-    dtype: str
-    threads: int
     scorer: str | None = None
     mauve_features: str | None = None
     metrics: tuple[str, ...] = ()
@@ -122,9 +120,9 @@ def build_plan(request: Request, omit: bool = False) -> Plan:
         )
         for name in tasks
     }
-    _check_options(
-        request, [entry for entries in wanted.values() for entry in entries],
-        {name for protocol in protocols.values() for name in protocol.settings},
+    request.check_options(
+        (entry.method for entries in wanted.values() for entry in entries),
+        (name for protocol in protocols.values() for name in protocol.settings),
     )
     omitted: list[str] = []
     for name, entries in wanted.items():
@@ -144,7 +142,7 @@ def build_plan(request: Request, omit: bool = False) -> Plan:
         task, options = tasks[name], of_task
         measured: dict[str, Any] = {
             "model": model.name, "revision": model.revision, "model_hash": model.fingerprint,
-            "dtype": _dtype(request), "device": request.device, "task": task.name, "task_version": task.version,
+            "dtype": request.cell_dtype, "device": request.device, "task": task.name, "task_version": task.version,
             "data_hash": corpora[name].hash, "protocol": protocols[name].name, "execution": request.execution,
             "seed": request.seed,
         }
@@ -263,16 +261,3 @@ def _judging(request: Request, writes: bool) -> tuple[JudgeChoice, dict[str, str
 def _named(model: ModelReference) -> str:
     """A judging model by its name and fingerprint."""
     return f"{model.short_name}@{model.fingerprint}" if model.fingerprint else model.short_name
-
-
-def _dtype(request: Request) -> str:
-    """``auto`` is float32 on a CPU, so that a run cannot be continued in another precision."""
-    return "float32" if request.dtype == "auto" and request.device == "cpu" else request.dtype
-
-
-def _check_options(request: Request, methods: Sequence[Entry], known: set[str]) -> None:
-    for method, *_ in methods:
-        known |= set(method.options())
-    for key in request.options:
-        if key not in known:
-            raise unknown("--set key", key, known)
