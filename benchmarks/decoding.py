@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from benchmarks.pairs import compare_times
-from kvbench.inference.generation import greedy, read_prompt, written
+from kvbench.inference.generation import generate, greedy, read_prompt
 from kvbench.inference.opening import Text, open_session, prepared
 from kvbench.inference.sampling import Sampling
 from kvbench.methods import make_method
@@ -38,7 +38,7 @@ class Prompt:
             session = open_session(self.model, make_method(method, Fraction(ratio)), text, adapter=adapter)
             logits = read_prompt(session, self.ids)
             start = time.perf_counter()
-            for _ in written(session, logits, greedy(rows, self.new), Sampling()):
+            for _ in generate(session, logits, greedy(rows, self.new), Sampling()):
                 pass
             return time.perf_counter() - start
 

@@ -11,25 +11,25 @@ import torch
 
 from benchmarks.pairs import compare
 from kvbench.methods import make_layout, make_method
-from kvbench.methods.layouts.layout import CLOSE, OPEN, RAW, Layout
+from kvbench.methods.layouts.layout import CLOSE, OPEN, TEXT, Layout
 
 LENGTH, ROWS = 256, 8
 
 
 def loops(layout: Layout) -> torch.Tensor:
     """The attention rule entry by entry, as scripts write it."""
-    kind, unit = layout.tokens.kind.tolist(), layout.tokens.unit.tolist()
+    kind, segment = layout.tokens.kind.tolist(), layout.tokens.segment.tolist()
     size = len(kind)
     mask = [[False] * size for _ in range(size)]
     for q in range(size):
         for k in range(q + 1):
-            same = unit[q] == unit[k] and unit[q] >= 0
+            same = segment[q] == segment[k] and segment[q] >= 0
             if q == k:
                 mask[q][k] = True
             elif kind[q] == CLOSE:
                 mask[q][k] = same
             elif kind[q] != OPEN:
-                mask[q][k] = kind[k] == CLOSE or (kind[k] == RAW and (unit[k] < 0 or same))
+                mask[q][k] = kind[k] == CLOSE or (kind[k] == TEXT and (segment[k] < 0 or same))
     return torch.tensor(mask)
 
 

@@ -16,9 +16,9 @@ from kvbench.errors import UserError
 from kvbench.inference.reader import Reader
 from kvbench.methods import Layout, TextStructure, make_layout, make_method
 from kvbench.methods.layouts.chunks import chunk_length
-from kvbench.methods.layouts.layout import COMP, RAW, SUM
+from kvbench.methods.layouts.layout import COMP, SUM, TEXT
 from kvbench.models.attention import register
-from kvbench.models.rope import frequencies, rotated
+from kvbench.models.rope import inv_freq_by_layer, rotated
 from tests.conftest import VOCABULARY, adapter_for, small_model
 from tests.helpers.sessions import read_all
 from tests.zoo import zoo_model
@@ -29,23 +29,23 @@ chunk_lists = st.lists(st.integers(1, 12), min_size=1, max_size=6)
 
 def slow_mask(layout: Layout, name: str, recurrent: bool, memory_sees: bool) -> list[list[bool]]:
     """Section by section of the paper: own chunk, memory of earlier chunks, nothing else."""
-    kind, unit = layout.tokens.kind.tolist(), layout.tokens.unit.tolist()
-    after, memory_kind = layout.next_unit, SUM if name in ("ccm-merge", "meanpool") else COMP
+    kind, segment = layout.tokens.kind.tolist(), layout.tokens.segment.tolist()
+    after, memory_kind = layout.next_segment, SUM if name in ("ccm-merge", "meanpool") else COMP
     size = len(kind)
     mask = [[False] * size for _ in range(size)]
     for q in range(size):
         for k in range(q + 1):
-            own = unit[k] == unit[q]
-            latest = name != "ccm-merge" or unit[k] == unit[q] - 1
-            memory = kind[k] == memory_kind and unit[k] < unit[q] and latest
+            own = segment[k] == segment[q]
+            latest = name != "ccm-merge" or segment[k] == segment[q] - 1
+            memory = kind[k] == memory_kind and segment[k] < segment[q] and latest
             if q == k:
                 seen = True
-            elif kind[q] == RAW:
-                seen = (own and kind[k] == RAW) or (memory and (recurrent or unit[q] == after))
+            elif kind[q] == TEXT:
+                seen = (own and kind[k] == TEXT) or (memory and (recurrent or segment[q] == after))
             elif kind[q] == COMP:
-                seen = (own and kind[k] in (RAW, COMP)) or (memory and memory_sees)
+                seen = (own and kind[k] in (TEXT, COMP)) or (memory and memory_sees)
             else:  # an address: sees what it is made of
-                seen = (own and kind[k] in (RAW, COMP)) or (memory and unit[k] == unit[q] - 1)
+                seen = (own and kind[k] in (TEXT, COMP)) or (memory and segment[k] == segment[q] - 1)
             mask[q][k] = seen
     return mask
 
@@ -90,7 +90,7 @@ def test_positions_skip_the_memory_tokens() -> None:
     """Text is numbered as if they did not exist; they go on from their chunk's last token."""
     method = make_method("ccm-merge", Fraction(0), {"n_comp": "2"})
     layout = make_layout(method, 5, 0, 0, TextStructure((3, 2)))
-    assert layout.tokens.kind.tolist() == [RAW] * 3 + [COMP] * 2 + [SUM] * 2 + [RAW] * 2 + [COMP] * 2 + [SUM] * 2
+    assert layout.tokens.kind.tolist() == [TEXT] * 3 + [COMP] * 2 + [SUM] * 2 + [TEXT] * 2 + [COMP] * 2 + [SUM] * 2
     assert layout.position.tolist() == [0, 1, 2, 3, 4, 3, 4, 3, 4, 5, 6, 5, 6]
     assert layout.tokens.row.tolist() == [-1, -1, -1, 0, 1, 0, 1, -1, -1, 0, 1, 0, 1]
 
@@ -138,7 +138,7 @@ def test_turning_keys_is_what_the_model_does(family_name: str) -> None:
     import sys
 
     model = small_model(family_name)
-    (speeds, *others) = frequencies(model) or ()
+    (speeds, *others) = inv_freq_by_layer(model) or ()
     assert speeds is not None
     assert all(other is not None and torch.equal(other, speeds) for other in others)
     rotary = next(m for m in model.modules() if hasattr(m, "inv_freq"))
@@ -190,7 +190,7 @@ def test_a_budget_is_never_passed_and_rivals_hold_as_much(
     made = ours.tokens.kind == COMP
     for slot in ours.tokens.slot[made].tolist():
         seen = ours.visible(torch.tensor([slot]), torch.arange(slot))[0]
-        raws = ours.tokens.raw[:slot][seen & (ours.tokens.kind[:slot] == RAW)]
+        raws = ours.tokens.raw[:slot][seen & (ours.tokens.kind[:slot] == TEXT)]
         assert int((raws >= sink).sum()) == compress
 
 
@@ -199,7 +199,7 @@ def test_memory_tokens_of_a_stream_read_sinks_memory_and_the_oldest_tokens() -> 
     layout = make_layout(make_method("ccm-concat", Fraction(0), options), 30, 0, 0)
     second = layout.tokens.slot[layout.tokens.kind == COMP][1]
     seen = layout.visible(second[None], torch.arange(int(second)))[0]
-    raws = layout.tokens.raw[: int(second)][seen & (layout.tokens.kind[: int(second)] == RAW)]
+    raws = layout.tokens.raw[: int(second)][seen & (layout.tokens.kind[: int(second)] == TEXT)]
     assert raws.tolist() == [0, 7, 8, 9, 10, 11, 12]
     assert int((seen & (layout.tokens.kind[: int(second)] == COMP)).sum()) == 1
 
@@ -222,8 +222,8 @@ def test_a_budget_is_for_running_text(name: str) -> None:
 
 def test_keys_that_cannot_be_turned_are_refused() -> None:
     with pytest.raises(UserError, match="cannot be undone"):
-        frequencies(zoo_model("cohere", register()))
-    assert frequencies(small_model("gpt2")) is None
+        inv_freq_by_layer(zoo_model("cohere", register()))
+    assert inv_freq_by_layer(small_model("gpt2")) is None
 
 
 def test_chunks_longer_than_the_text_are_refused() -> None:

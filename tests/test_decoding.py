@@ -23,7 +23,7 @@ from kvbench.inference.reader import Reader
 from kvbench.inference.sampling import Sampling, choose
 from kvbench.methods import Layout, TextStructure, kept, make_layout
 from kvbench.protocols.base import settings_of
-from kvbench.protocols.generate import Generate, cut_for_writing, uniforms
+from kvbench.protocols.generate import Generate, cut_for_generation, uniforms
 from kvbench.protocols.pieces import make_tokenizer
 from tests.conftest import VOCABULARY, adapter_for
 from tests.helpers.sessions import layout_method, texts
@@ -239,16 +239,16 @@ TEXT = " ".join(f"word{i} and then," for i in range(300))
 
 def test_a_document_is_cut_into_prefix_reference_and_what_follows(tiny_tokenizer: Any) -> None:
     tokenizer = make_tokenizer(tiny_tokenizer, "auto")
-    piece, = cut_for_writing(Document("d", "g", TEXT), tokenizer, writing()).pieces
+    piece, = cut_for_generation(Document("d", "g", TEXT), tokenizer, writing()).pieces
     assert (piece.context, len(piece.ids), len(piece.after)) == (64, 80, 16)
     assert tiny_tokenizer.decode([*piece.ids, *piece.after]) == TEXT[: len(tiny_tokenizer.decode(
         [*piece.ids, *piece.after]))]
-    assert cut_for_writing(Document("d", "g", "short"), tokenizer, writing()).pieces == ()
+    assert cut_for_generation(Document("d", "g", "short"), tokenizer, writing()).pieces == ()
 
 
 def test_the_paper_preset_cuts_at_words(tiny_tokenizer: Any) -> None:
     tokenizer = make_tokenizer(tiny_tokenizer, "auto")
-    piece, = cut_for_writing(Document("d", "g", TEXT), tokenizer, writing(preset="paper")).pieces
+    piece, = cut_for_generation(Document("d", "g", TEXT), tokenizer, writing(preset="paper")).pieces
     assert tiny_tokenizer.decode(piece.ids[: piece.context]).split() == TEXT.split()[:128]
     assert tiny_tokenizer.decode(piece.ids[piece.context :]).split() == TEXT.split()[128:192]
     assert tiny_tokenizer.decode(piece.after).split() == TEXT.split()[192:256]
@@ -274,9 +274,9 @@ def test_what_does_not_fit_the_context_is_refused() -> None:
 
 def test_luck_belongs_to_the_prefix_not_to_its_name_or_place(tiny_tokenizer: Any) -> None:
     tokenizer, plan = make_tokenizer(tiny_tokenizer, "auto"), writing(draws="2")
-    one, = cut_for_writing(Document("a", "g", TEXT), tokenizer, plan).pieces
-    same, = cut_for_writing(Document("b", "h", TEXT), tokenizer, plan).pieces
-    other, = cut_for_writing(Document("c", "h", TEXT[7:]), tokenizer, plan).pieces
+    one, = cut_for_generation(Document("a", "g", TEXT), tokenizer, plan).pieces
+    same, = cut_for_generation(Document("b", "h", TEXT), tokenizer, plan).pieces
+    other, = cut_for_generation(Document("c", "h", TEXT[7:]), tokenizer, plan).pieces
     assert one.layout == same.layout
     np.testing.assert_array_equal(uniforms(one, plan, 0), uniforms(same, plan, 0))
     assert not np.array_equal(uniforms(one, plan, 0)[0], uniforms(other, plan, 0)[0])

@@ -25,7 +25,7 @@ from kvbench.methods.layouts import windows
 from kvbench.methods.policies.policy import CachePolicy
 from kvbench.models import rope as rotary
 from kvbench.models.facts import ModelFacts
-from kvbench.probe import asking
+from kvbench.probe import probing
 from kvbench.profiling.clock import Timeline
 from kvbench.profiling.passes import Timed
 from tests.conftest import FAMILIES
@@ -131,7 +131,7 @@ def test_kinds_of_models_that_are_read_right_pass(
 ) -> None:
     subject = small(make_subject(str(zoo_folder(kind, **more)), None, "cpu", "float32"))
     for run in UNTIMED:
-        check = checks.carried_out(run, subject)
+        check = checks.run_check(run, subject)
         assert check.ok, check
 
 
@@ -148,14 +148,14 @@ def test_kinds_of_models_that_cannot_be_read_are_refused(
 def failing(subject: Subject) -> list[str]:
     """The checks of the model that do not hold."""
     of_model = [run for run in UNTIMED if run is not checks.intervals_are_right]
-    return [run.__name__ for run in of_model if not checks.carried_out(run, subject).ok]
+    return [run.__name__ for run in of_model if not checks.run_check(run, subject).ok]
 
 
 def test_rotations_that_are_not_fixed_are_seen(
     zoo_folder: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Though the switch lies beyond every text that doctor reads."""
-    monkeypatch.setattr(rotary, "_fixed", lambda module, length, model: copy.deepcopy(module))
+    monkeypatch.setattr(rotary, "_fixed_copy", lambda module, length, model: copy.deepcopy(module))
     folder = zoo_folder("llama", rope_parameters=LONG)
     subject = small(make_subject(str(folder), None, "cpu", "float32"))
     assert failing(subject) == ["rotations_are_those_of_one_pass"]
@@ -165,9 +165,10 @@ def test_layers_that_are_taken_to_turn_alike_are_seen(
     zoo_folder: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     subject = small(make_subject(str(zoo_folder("smollm3")), None, "cpu", "float32"))
-    found = rotary.turned(subject.loaded.model)
-    monkeypatch.setattr(rotary, "turned", lambda _: rotary.Turned((found.layers[0],) * len(found.layers), False))
-    assert failing(subject) == ["layers_turn_as_assumed"]
+    found = rotary.find_rotations(subject.loaded.model)
+    wrong = rotary.Rotations((found.layers[0],) * len(found.layers), False)
+    monkeypatch.setattr(rotary, "find_rotations", lambda _: wrong)
+    assert failing(subject) == ["layers_rotate_as_assumed"]
 
 
 def test_rotations_that_differ_little_are_not_taken_for_one_another(
@@ -183,10 +184,11 @@ def test_rotations_that_differ_little_are_not_taken_for_one_another(
         },
     )
     subject = make_subject(str(folder), None, "cpu", "bfloat16")
-    assert model_checks.layers_turn_as_assumed(subject).ok
-    found = rotary.turned(subject.loaded.model)
-    monkeypatch.setattr(rotary, "turned", lambda _: rotary.Turned((found.layers[1],) * len(found.layers), False))
-    assert not model_checks.layers_turn_as_assumed(subject).ok
+    assert model_checks.layers_rotate_as_assumed(subject).ok
+    found = rotary.find_rotations(subject.loaded.model)
+    wrong = rotary.Rotations((found.layers[1],) * len(found.layers), False)
+    monkeypatch.setattr(rotary, "find_rotations", lambda _: wrong)
+    assert not model_checks.layers_rotate_as_assumed(subject).ok
 
 
 def test_embeddings_that_are_fed_where_ids_are_needed_are_seen(
@@ -209,7 +211,7 @@ def test_policies_of_a_model_that_attends_otherwise_are_seen(
     zoo_folder: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Attention twice per layer; caps that a policy does not know."""
-    monkeypatch.setattr(asking._Probe, "_policies", lambda *_: "")
+    monkeypatch.setattr(probing._Probe, "_policies", lambda *_: "")
     for kind in ("diffllama", "gemma2"):
         subject = small(make_subject(str(zoo_folder(kind)), None, "cpu", "float32"))
         assert {"policies_see_attention", "nothing_removed_is_full", "chosen_is_masked"} & set(failing(subject)), kind
@@ -221,7 +223,7 @@ def test_policies_of_a_model_that_attends_otherwise_are_seen(
 def test_attention_that_is_local_is_seen(
     zoo_folder: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, kind: str, more: dict[str, Any]
 ) -> None:
-    monkeypatch.setattr(asking, "sight_of", lambda *_: None)
+    monkeypatch.setattr(probing, "attention_span", lambda *_: None)
     subject = small(make_subject(str(zoo_folder(kind, **more)), None, "cpu", "float32"))
     assert "targets_are_scored_once" in failing(subject)
 
@@ -338,7 +340,7 @@ def test_bad_requests_are_sentences(called: Call) -> None:
 
 
 def test_a_hub_that_cannot_be_reached_is_a_line(subject: Subject) -> None:
-    check = checks.carried_out(published.published_is_met, subject)
+    check = checks.run_check(published.published_is_met, subject)
     assert not check.ok
     assert check.name == "published is met"
     assert "Hugging Face hub" in check.found

@@ -143,14 +143,14 @@ def test_turns_of_any_length_and_what_follows(model: nn.Module, name: str) -> No
     assert len(held) == expected
     with run.ready():
         at_once, one_by_one = (read_all(run, text[:, :context], layout, 7).session.cache for _ in range(2))
-        together = run.go_on(text[:, context:], context, at_once)
+        together = run.extend(text[:, context:], context, at_once)
         steps = [
-            run.go_on(text[:, context + i : context + i + 1], context + i, one_by_one) for i in range(more)
+            run.extend(text[:, context + i : context + i + 1], context + i, one_by_one) for i in range(more)
         ]
         after_one_pass = EvictingCache()
         run.one_pass(text[:, :context], layout, cache=after_one_pass)
         after_one_pass.keep(held)
-        masked = run.go_on(text[:, context:], context, after_one_pass)
+        masked = run.extend(text[:, context:], context, after_one_pass)
     assert (torch.cat(steps, 1) - together).abs().max() < TOLERANCE
     assert (together - masked).abs().max() < TOLERANCE
     assert one_by_one.entries() == len(held) + more
@@ -170,7 +170,7 @@ def test_what_follows_a_context_is_masked_by_hand(llama: nn.Module) -> None:
     mask[size:, size:] = torch.ones(more, more, dtype=torch.bool).tril()
     with run.ready():
         cache = read_all(run, text[:, :context], layout, 7).session.cache
-        together = run.go_on(text[:, context:], context, cache)
+        together = run.extend(text[:, context:], context, cache)
         assert run.adapter is not None
         run.adapter.open_gate(layout.special_slots)
         embeddings = llama.get_input_embeddings()(text[:, context:])
@@ -188,7 +188,7 @@ def test_nothing_removed_is_the_base_model_exactly(model: nn.Module, name: str) 
     """At ratio 0, or with no chunk yet full, a gated method is the base model bit for bit."""
     method = layout_method(name, "0")
     if isinstance(method, Chunked):
-        layout = chunk_layout(N, [], method.n_comp, method.who(0), method.mixture())
+        layout = chunk_layout(N, [], method.n_comp, method.visibility(0), method.merge_rule())
     else:
         layout = make_layout(method, N, 0, 5)
     run = reader(model, method)

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from kvbench.errors import UserError
 from kvbench.methods import METHODS, LayoutMethod, kept, layout_id, make_layout, make_method
 from kvbench.methods.layouts.chunks import Chunked
-from kvbench.methods.layouts.layout import CLOSE, OPEN, RAW, Layout
+from kvbench.methods.layouts.layout import CLOSE, OPEN, TEXT, Layout
 from kvbench.methods.layouts.sentinel import sample_spans, span_layout
 
 RATIOS = ("0", "0.1", "0.3", "0.5", "0.7", "0.9")
@@ -77,12 +77,12 @@ def test_local_is_the_published_rule() -> None:
 
 def slow_sentinel_mask(layout: Layout) -> list[list[bool]]:
     """The attention rule of the paper's code, pair by pair."""
-    kind, unit = layout.tokens.kind.tolist(), layout.tokens.unit.tolist()
+    kind, segment = layout.tokens.kind.tolist(), layout.tokens.segment.tolist()
     size = len(kind)
     mask = [[False] * size for _ in range(size)]
     for q in range(size):
         for k in range(q + 1):
-            same, outside = unit[q] == unit[k] and unit[q] >= 0, unit[k] < 0
+            same, outside = segment[q] == segment[k] and segment[q] >= 0, segment[k] < 0
             if q == k:
                 seen = True
             elif kind[q] == OPEN:
@@ -92,7 +92,7 @@ def slow_sentinel_mask(layout: Layout) -> list[list[bool]]:
             elif kind[k] == CLOSE:
                 seen = True
             else:
-                seen = kind[k] == RAW and (outside or same)
+                seen = kind[k] == TEXT and (outside or same)
             mask[q][k] = seen
     return mask
 
@@ -123,7 +123,7 @@ def test_spans_beyond_reach_are_refused() -> None:
 
 def test_sentinel_positions_repeat_the_token_before() -> None:
     layout = span_layout([3, 2], [4])
-    kinds = [RAW] * 3 + [OPEN] + [RAW] * 4 + [CLOSE] + [RAW] * 2
+    kinds = [TEXT] * 3 + [OPEN] + [TEXT] * 4 + [CLOSE] + [TEXT] * 2
     assert layout.tokens.kind.tolist() == kinds
     assert layout.position.tolist() == [0, 1, 2, 2, 3, 4, 5, 6, 6, 7, 8]
     assert span_layout([0, 0], [4]).position.tolist() == [0, 0, 1, 2, 3, 3]

@@ -31,10 +31,11 @@ from kvbench.methods import make_method
 from kvbench.methods.policies.knorm import KNorm
 from kvbench.models.attention import register
 from kvbench.models.facts import ModelFacts
-from kvbench.models.rope import fixed_rotations, frequencies, rotated, turned
+from kvbench.models.rope import find_rotations, fixed_rotations, inv_freq_by_layer, rotated
 from kvbench.planning.quality import Request, build_plan
-from kvbench.probe.asking import examine
-from kvbench.probe.masks import sight_of
+from kvbench.probe import cached, probing
+from kvbench.probe.masks import attention_span
+from kvbench.probe.probing import examine
 from kvbench.protocols.pieces import Piece
 from kvbench.protocols.scoring import BatchScore, score_pieces
 from kvbench.store.folder import RunFolder
@@ -120,7 +121,7 @@ def test_turned_keys_turn_by_the_rotations_of_the_whole_text() -> None:
     speeds = []
     for length in (50, 200):
         with fixed_rotations(model, length):
-            found = frequencies(model)
+            found = inv_freq_by_layer(model)
             assert found is not None
             assert found[0] is not None
             speeds.append(found[0].clone())
@@ -162,7 +163,7 @@ def test_where_nothing_is_turned_positions_change_nothing(kind: str) -> None:
 def test_each_layer_is_turned_by_its_own_rotation(kind: str) -> None:
     """Keys of a token alone at one place, turned, are its keys at another, in a cache of transformers."""
     model = zoo_model(kind, register())
-    speeds, caches = frequencies(model), [DynamicCache(), DynamicCache()]
+    speeds, caches = inv_freq_by_layer(model), [DynamicCache(), DynamicCache()]
     with torch.inference_mode():
         for cache, place in zip(caches, (2, 31), strict=True):
             model(input_ids=torch.tensor([[5]]), position_ids=torch.tensor([[place]]), past_key_values=cache)
@@ -177,7 +178,7 @@ def test_a_way_of_turning_that_is_not_known_is_refused() -> None:
     """Pairs of neighbours (Cohere), queries scaled by their place (Llama 4)."""
     for kind in ("cohere", "llama4_text"):
         with pytest.raises(UserError, match="turns its keys in a way that cannot be undone here"):
-            frequencies(zoo_model(kind, register()))
+            inv_freq_by_layer(zoo_model(kind, register()))
 
 
 def test_models_that_need_ids_are_fed_ids() -> None:
@@ -228,10 +229,10 @@ def test_the_sight_of_a_layer_is_read_off_its_mask() -> None:
     from transformers.masking_utils import sliding_window_causal_mask_function as sliding
 
     chunked = chunked_causal_mask_function(48, torch.zeros(1, dtype=torch.long))
-    assert sight_of([causal_mask_function], 1 << 16) is None
-    assert sight_of([causal_mask_function, sliding(100)], 1 << 16) == 100
-    assert sight_of([chunked, sliding(1000)], 1 << 16) == 48
-    assert sight_of([sliding(1 << 20)], 1 << 16) is None
+    assert attention_span([causal_mask_function], 1 << 16) is None
+    assert attention_span([causal_mask_function, sliding(100)], 1 << 16) == 100
+    assert attention_span([chunked, sliding(1000)], 1 << 16) == 48
+    assert attention_span([sliding(1 << 20)], 1 << 16) is None
 
 
 def run(called: Call, folder: Path, *more: str) -> Outcome:
@@ -403,32 +404,30 @@ def test_a_configuration_without_a_causal_model_is_refused_with_the_true_reason(
 
 def test_facts_are_kept_by_fingerprint_and_versions(monkeypatch: pytest.MonkeyPatch, tiny_tokenizer: Any) -> None:
     from kvbench.models.loading import Loaded
-    from kvbench.probe import kept
 
     loaded = Loaded(zoo_model("llama", register(), vocab_size=4096), tiny_tokenizer, 512, 4096)
     asked: Iterator[ModelFacts] = iter([ModelFacts("first"), ModelFacts("second"), ModelFacts("third")])
-    monkeypatch.setattr(kept, "examine", lambda *_: next(asked))
-    assert [kept.probed(loaded, print_).kind for print_ in ("a", "a", "b", "a", "")] == [
+    monkeypatch.setattr(cached, "examine", lambda *_: next(asked))
+    assert [cached.probed(loaded, print_).kind for print_ in ("a", "a", "b", "a", "")] == [
         "first", "first", "second", "first", "third",
     ]
-    monkeypatch.setattr(kept, "PROBE", kept.PROBE + 1)
-    monkeypatch.setattr(kept, "examine", lambda *_: ModelFacts("fourth"))
-    assert kept.probed(loaded, "a").kind == "fourth"
+    monkeypatch.setattr(cached, "PROBE", cached.PROBE + 1)
+    monkeypatch.setattr(cached, "examine", lambda *_: ModelFacts("fourth"))
+    assert cached.probed(loaded, "a").kind == "fourth"
 
 
 def test_a_policy_sees_a_layer_once(llama: nn.Module) -> None:
     """What the probe compares is there: a cache that gives other values than it stores is found."""
-    from kvbench.probe import asking
 
-    cache, heard = asking._Noting(), []
+    cache, heard = probing._Noting(), []
     reading = PolicySession(llama, KNorm(), 40, (0,))
     reading.cache = cache
-    with asking._heard(heard.append), torch.inference_mode():
+    with probing._heard(heard.append), torch.inference_mode():
         list(reading.prefill(zoo_text(40)))
-    assert asking._uncached(cache, heard) == ""
+    assert probing._uncached(cache, heard) == ""
     layer, keys, values = cache.given[3]
     cache.given[3] = (layer, keys, values + 1)
-    assert asking._uncached(cache, heard) == f"layer {layer} caches other values than it attends"
+    assert probing._uncached(cache, heard) == f"layer {layer} caches other values than it attends"
 
 
 def test_queries_that_are_scaled_by_their_place_have_it_after_removal() -> None:
@@ -465,7 +464,7 @@ def test_layers_whose_rotations_coincide_in_short_texts_are_told_apart_in_long_o
     )
     for length, alike in ((60, True), (200, False)):
         with fixed_rotations(model, length):
-            first, second, *_ = frequencies(model) or ()
+            first, second, *_ = inv_freq_by_layer(model) or ()
             assert first is not None
             assert second is not None
             assert torch.allclose(first, second) is alike
@@ -532,7 +531,7 @@ def test_rotations_that_differ_little_are_told_apart_in_any_precision(dtype: tor
     wanted = [next(t for name, t in buffers.items() if name.endswith(f"{kind}_inv_freq") and "original" not in name)
               for kind in ("sliding_attention", "full_attention")]
     assert not torch.allclose(wanted[0], wanted[1])
-    found = frequencies(model)
+    found = inv_freq_by_layer(model)
     assert found is not None
     for one, other in zip(found, wanted, strict=True):
         assert one is not None
@@ -550,7 +549,7 @@ def test_a_large_coordinate_hides_no_rotation() -> None:
         for bias in (layer.self_attn.k_proj.bias, layer.self_attn.q_proj.bias):
             bias.data.zero_()
             bias.data.view(-1, 16)[:, [7, 15]] = torch.tensor([60.0, 30.0])
-    found, wanted = frequencies(model.to(torch.bfloat16)), model.model.rotary_emb.inv_freq.float()
+    found, wanted = inv_freq_by_layer(model.to(torch.bfloat16)), model.model.rotary_emb.inv_freq.float()
     assert found is not None
     assert all(speeds is not None and torch.equal(speeds, wanted) for speeds in found)
 
@@ -560,7 +559,7 @@ def test_queries_that_are_scaled_far_away_are_seen() -> None:
     model = zoo_model("ministral3", register(), max_position_embeddings=2048, rope_parameters={
         **YARN, "rope_theta": 1e4, "original_max_position_embeddings": 1500, "llama_4_scaling_beta": 0.5})
     with pytest.raises(UserError, match="turns its keys in a way that cannot be undone"):
-        frequencies(model)
+        inv_freq_by_layer(model)
 
 
 def test_embeddings_that_are_looked_up_again_are_seen() -> None:
@@ -578,16 +577,16 @@ def test_embeddings_that_are_looked_up_again_are_seen() -> None:
 def test_half_precision_finds_the_rotations_of_whole_precision(kind: str) -> None:
     """Though deep layers are not twice the same in it, where sinks take part in what a single token attends."""
     whole, half = zoo_model(kind, register()), zoo_model(kind, register())
-    for module in half.modules():  # as models are loaded: weights are rounded, frequencies are not
+    for module in half.modules():  # as models are loaded: weights are rounded, inv_freq_by_layer are not
         module._parameters = {name: None if p is None else nn.Parameter(p.to(torch.bfloat16), requires_grad=False)
                               for name, p in module._parameters.items()}
-    assert turned(half).layers == turned(whole).layers
-    assert None not in turned(whole).layers
+    assert find_rotations(half).layers == find_rotations(whole).layers
+    assert None not in find_rotations(whole).layers
 
 
 def test_looking_far_changes_no_rotation_that_goes_by_length() -> None:
     model = zoo_model("llama", register(), rope_parameters=LONG)
     before = {name: tensor.clone() for name, tensor in model.named_buffers()}
-    found = turned(model)
+    found = find_rotations(model)
     assert None not in found.layers
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.named_buffers())

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from transformers import DynamicCache
 
-from kvbench.inference.attention_statistics import attended, with_moments
+from kvbench.inference.attention_statistics import received_attention, with_moments
 from kvbench.inference.generation import greedy
 from kvbench.inference.policy_session import PolicySession
 from kvbench.methods import METHODS, kept, make_method
@@ -143,7 +143,7 @@ def test_what_is_stored_is_what_transformers_would_attend(model: nn.Module, name
             mask = torch.ones(stop - start, held + stop - start, dtype=torch.bool).tril(held)[None, None]
             places = torch.arange(start, stop)[None]
             part = ids[:, start:stop]
-            with policy.on(model):
+            with policy.patched(model):
                 stock = model(input_ids=part, past_key_values=cache, attention_mask=mask, position_ids=places)
             assert float((run.feed(part) - stock.logits).abs().max()) < 1e-5
             run.remove()
@@ -346,7 +346,7 @@ def test_sums_are_those_of_a_plain_loop(llama: nn.Module) -> None:
             seen = 20 + row + 1
             weights = (keys[0, head // 2, :seen] @ query[0, head, row] * 0.3).softmax(0)
             plain[0, head // 2, :seen] += weights
-    assert float((attended(query, keys, 0.3, torch.arange(90).expand(1, 2, 90)) - plain).abs().max()) < 1e-5
+    assert float((received_attention(query, keys, 0.3, torch.arange(90).expand(1, 2, 90)) - plain).abs().max()) < 1e-5
 
 
 @pytest.mark.parametrize(("words", "message"), [

@@ -16,7 +16,7 @@ from torch.nn import functional
 
 from kvbench.cache.evicting import EvictingCache, storage_bytes
 from kvbench.cache.policy_cache import PolicyCache
-from kvbench.cache.pruned_channels import Thinned
+from kvbench.cache.pruned_channels import PrunedChannels
 from kvbench.cache.quantized import Codes, Float8, Quantised
 from kvbench.cache.ragged import Ragged
 from kvbench.cache.shape import CacheShape
@@ -28,13 +28,13 @@ from kvbench.methods.policies.cascading import Cascading
 from kvbench.methods.policies.kivi import KIVI
 from kvbench.methods.policies.low_rank import low_rank
 from kvbench.methods.policies.policy import LayerView
-from kvbench.methods.policies.random import drawn
+from kvbench.methods.policies.random import random_numbers
 from kvbench.methods.policies.snapkv import SnapKV
 from kvbench.methods.policies.think import ThinK
 from kvbench.models.attention import register
 from kvbench.models.attention_hooks import OBSERVER
 from kvbench.models.facts import ModelFacts
-from kvbench.probe.asking import examine
+from kvbench.probe.probing import examine
 from tests.conftest import small_model
 from tests.test_policies import LENGTH, policy_of, read, text
 from tests.zoo import zoo_model, zoo_text
@@ -186,7 +186,7 @@ def test_values_are_spread_over_the_next_entries(last: int) -> None:
     entries = torch.tensor([0, 1, 2, 3, *range(14, last)]).expand(2, 2, last - 10)
     keys, values, _ = policy.merged(seen, entries)
     assert torch.equal(keys, seen.keys)
-    chance, stop = drawn(seen), min(17, last)
+    chance, stop = random_numbers(seen), min(17, last)
     for row in range(2):
         for head in range(2):
             wanted = seen.values[row, head].clone()
@@ -253,9 +253,9 @@ def test_few_bits_take_few_bytes(llama: nn.Module, bits: str, most: float) -> No
     of_keys = 2 * 2 * width * (packed * int(bits) // 8 + packed // 8 * 4)
     of_values = 2 * 2 * packed * (width * int(bits) // 8 + width // 8 * 4)
     assert sum(t.nbytes for p in layer.packed for t in p.tensors()) == of_keys + of_values
-    fitted = KIVI(Fraction(1, 5), fit="bytes", residual=16, group=8)
+    with_budget_for = KIVI(Fraction(1, 5), fit="bytes", residual=16, group=8)
     shape = CacheShape.even(1, 2, width, 4)
-    assert float(fitted._entries(LENGTH, int(bits), shape)) == pytest.approx(layer.entries())
+    assert float(with_budget_for._entries(LENGTH, int(bits), shape)) == pytest.approx(layer.entries())
 
 
 def test_what_is_packed_later_changes_nothing_before() -> None:
@@ -279,7 +279,7 @@ def test_channels_that_are_gone_are_those_used_least(llama: nn.Module) -> None:
     found = policy.pack(seen, ())
     assert found is not None
     thinned, count = found
-    assert isinstance(thinned, Thinned)
+    assert isinstance(thinned, PrunedChannels)
     assert count == 32
     assert seen.queries is not None
     for row in range(2):
@@ -295,7 +295,7 @@ def test_channels_that_are_gone_are_those_used_least(llama: nn.Module) -> None:
 
 
 def test_channels_meet_the_bytes(llama: nn.Module) -> None:
-    policy = policy_of("think").fitted(LENGTH, CacheShape.even(1, 2, 16, 4))
+    policy = policy_of("think").with_budget_for(LENGTH, CacheShape.even(1, 2, 16, 4))
     for chunk in (32, None):  # at once, and step by step
         _, run = read(llama, policy, text(), chunk)
         assert run.cache.mean_entries() / LENGTH == pytest.approx(0.7, abs=0.05)
@@ -330,14 +330,14 @@ def test_sinks_stay_however_little_may_be_held(llama: nn.Module, name: str) -> N
 @pytest.mark.parametrize("name", sorted(name for name, kind in METHODS.items() if "sinks" in kind.options()))
 def test_more_sinks_than_are_kept_are_refused(name: str) -> None:
     """The usual ones always stay, in a short tail too."""
-    policy_of(name, "0.9").fitted(40, SHAPE)
+    policy_of(name, "0.9").with_budget_for(40, SHAPE)
     policy = policy_of(name, "0.9", sinks="100")
-    policy.fitted(2000, SHAPE)
+    policy.with_budget_for(2000, SHAPE)
     with pytest.raises(UserError, match=r"keeps 12 of 120 entries.*the ratio would not be met") as refusal:
-        policy.fitted(120, SHAPE)
+        policy.with_budget_for(120, SHAPE)
     most = refusal.value.hint.removeprefix("Give a smaller --ratio, or --set sinks=").removesuffix(".")
     fits = policy_of(name, "0.9", sinks=most)
-    fits.fitted(120, SHAPE)
+    fits.with_budget_for(120, SHAPE)
     assert fits.minimum == 12
 
 
@@ -352,20 +352,20 @@ def test_every_head_gets_its_floor(floor: int, even: int) -> None:
 
 
 def test_budgets_become_ratios() -> None:
-    entries = policy_of("knorm").fitted(100, SHAPE)
+    entries = policy_of("knorm").with_budget_for(100, SHAPE)
     assert entries.ratio == Fraction(3, 5)
     for asked in ({"budget_tokens": 30}, {"budget_bytes": 30 * SHAPE.entry_bytes + 5}):
-        method = type(entries)(Fraction(0), **asked).fitted(100, SHAPE)
+        method = type(entries)(Fraction(0), **asked).with_budget_for(100, SHAPE)
         assert method.ratio == Fraction(70, 100)
         assert [method.budget(n, 100, 0, 2) for n in (10, 50, 100, 300)] == [10, 30, 30, 30]
-    assert type(entries)(budget_tokens=300).fitted(100, SHAPE).ratio == 0
+    assert type(entries)(budget_tokens=300).with_budget_for(100, SHAPE).ratio == 0
     with pytest.raises(UserError, match="--budget-tokens 8 is below the 9 entries that snapkv needs"):
-        SnapKV(window=8, budget_tokens=8).fitted(100, SHAPE)
+        SnapKV(window=8, budget_tokens=8).with_budget_for(100, SHAPE)
 
 
 def test_bits_are_the_most_that_fit() -> None:
     def bits(percent: int) -> int | None:
-        return KIVI(Fraction(percent, 100), fit="bytes", residual=0).fitted(320, SHAPE).bits
+        return KIVI(Fraction(percent, 100), fit="bytes", residual=0).with_budget_for(320, SHAPE).bits
 
     shares = {b: float(KIVI(residual=0)._entries(320, b, SHAPE)) / 320 for b in (8, 4, 2)}
     assert shares == {8: 9 / 32, 4: 5 / 32, 2: 3 / 32}
@@ -373,17 +373,17 @@ def test_bits_are_the_most_that_fit() -> None:
     with pytest.raises(UserError, match="with 2 bits"):
         bits(91)
     for percent in (10, 30, 50, 72, 80, 86):
-        fitted = KIVI(Fraction(percent, 100), fit="bytes", residual=0).fitted(333, SHAPE)
-        assert fitted.bits is not None
-        taken = fitted._entries(333, fitted.bits, SHAPE)
+        with_budget_for = KIVI(Fraction(percent, 100), fit="bytes", residual=0).with_budget_for(333, SHAPE)
+        assert with_budget_for.bits is not None
+        taken = with_budget_for._entries(333, with_budget_for.bits, SHAPE)
         assert 0 <= Fraction(100 - percent, 100) * 333 - taken < 32
     with pytest.raises(UserError, match="keys are half"):
-        ThinK(Fraction(49, 100)).fitted(100, SHAPE)
+        ThinK(Fraction(49, 100)).with_budget_for(100, SHAPE)
     half = CacheShape.even(2, 2, 32, 2)
-    whole = KIVI(group=4, budget_bytes=1 << 40).fitted(100, half)
+    whole = KIVI(group=4, budget_bytes=1 << 40).with_budget_for(100, half)
     assert (whole.bits, whole.residual) == (8, 100)
     budget = KIVI(residual=0, budget_bytes=20 * SHAPE.entry_bytes)
-    assert budget.fitted(100, SHAPE).bits == 4
+    assert budget.with_budget_for(100, SHAPE).bits == 4
 
 
 def test_weights_of_low_rank_are_the_best_of_that_rank(model: nn.Module, family: str) -> None:

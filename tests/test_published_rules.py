@@ -16,7 +16,7 @@ from kvbench.errors import UserError
 from kvbench.inference.policy_session import PolicySession
 from kvbench.methods import kept
 from kvbench.methods.policies.policy import CachePolicy
-from kvbench.methods.policies.random import drawn
+from kvbench.methods.policies.random import random_numbers
 from kvbench.methods.policies.think import ThinK
 from tests.conftest import VOCABULARY
 from tests.test_policies import policy_of, read, text
@@ -190,7 +190,7 @@ def _assert_same(run: PolicySession, layers: list[Held], row: int) -> None:
 
 def test_draws_are_those_of_splitmix64() -> None:
     seen = view(24)
-    found = drawn(seen)
+    found = random_numbers(seen)
     for row, lot in enumerate((3, 5)):
         for head in range(2):
             assert found[row, head].tolist() == [draw_of(lot, 0, 0, head, place) for place in range(24)]
@@ -200,7 +200,7 @@ def test_draws_are_even_in_every_bit() -> None:
     count = 1 << 16
     some = torch.zeros(2, 2, 1, 8).expand(-1, -1, count, -1)
     places = torch.arange(count).expand(2, 2, count)
-    found = drawn(view(keys=some, values=some, positions=places)).flatten().double()
+    found = random_numbers(view(keys=some, values=some, positions=places)).flatten().double()
     error = (1 / 12 / len(found)) ** 0.5
     assert float(found.mean()) == pytest.approx(0.5, abs=4 * error)
     shares = torch.histc(found.float(), 10, 0, 1) / len(found)
@@ -282,10 +282,10 @@ def test_channels_that_stay_are_within_the_bytes(width: int) -> None:
     for n in (200, 512, 1000):
         for given in range(shape.entry_bytes * (n // 2), shape.entry_bytes * n, shape.entry_bytes * 3 + 5):
             try:
-                channels = ThinK(budget_bytes=given).fitted(n, shape).channels
+                channels = ThinK(budget_bytes=given).with_budget_for(n, shape).channels
             except UserError:
                 continue
             old = n - recent
             held = shape.entry_bytes * recent + 4 * 2 * 4 * old * (width + channels)
             assert held <= given
-            assert channels == width or held + 4 * 2 * 4 * old > given, "another channel would have fitted"
+            assert channels == width or held + 4 * 2 * 4 * old > given, "another channel would have with_budget_for"

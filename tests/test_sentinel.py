@@ -15,7 +15,7 @@ from kvbench.cache.evicting import EvictingCache
 from kvbench.errors import UserError
 from kvbench.inference.reader import Reader
 from kvbench.methods import TextStructure, make_layout, make_method
-from kvbench.methods.layouts.layout import CLOSE, OPEN, RAW
+from kvbench.methods.layouts.layout import CLOSE, OPEN, TEXT
 from kvbench.methods.layouts.sentinel import span_layout
 from kvbench.methods.layouts.sentinel_published import draw_words, word_spans
 from kvbench.protocols.block import word_places
@@ -33,10 +33,10 @@ def test_the_last_w_tokens_are_always_raw(n: int, w: int, percent: int, seed: in
     mask, where = layout.mask, layout.raw_slots
     for i in range(0, n, 7):
         assert bool(mask[where[i], where[max(0, i - w) : i + 1]].all())
-    kind, unit = layout.tokens.kind, layout.tokens.unit
+    kind, segment = layout.tokens.kind, layout.tokens.segment
     for slot in layout.tokens.slot[kind == CLOSE].tolist():
-        last = int(layout.tokens.raw[:slot][(kind[:slot] == RAW) & (unit[:slot] == unit[slot])].max())
-        read = int(layout.tokens.raw[:slot][kind[:slot] == RAW].max())
+        last = int(layout.tokens.raw[:slot][(kind[:slot] == TEXT) & (segment[:slot] == segment[slot])].max())
+        read = int(layout.tokens.raw[:slot][kind[:slot] == TEXT].max())
         assert read == last + w
         assert int(layout.position[slot]) == last
 
@@ -86,8 +86,8 @@ def test_prediction_from_the_closing_sentinel() -> None:
 @pytest.mark.parametrize("span", [2, 6, 60])
 def test_span_length_is_obeyed(span: int) -> None:
     layout = make_layout(make_method("sentinel", Fraction(2, 5), {"span": str(span)}), 300, 0, 0)
-    kind, unit = layout.tokens.kind, layout.tokens.unit
-    lengths = [int(((unit == u) & (kind == RAW)).sum()) for u in range(int((kind == OPEN).sum()))]
+    kind, segment = layout.tokens.kind, layout.tokens.segment
+    lengths = [int(((segment == u) & (kind == TEXT)).sum()) for u in range(int((kind == OPEN).sum()))]
     assert max(lengths) <= span
     assert sum(lengths) - len(lengths) == 120
 

@@ -285,8 +285,8 @@ def test_exchanging_within_groups_is_the_exact_test() -> None:
         hits = 0
         for kept in itertools.product((0, 1), repeat=8):
             k = np.array(kept, dtype=float)[None]
-            swapped = apart(k @ method + (1 - k) @ full, k @ full + (1 - k) @ method)
-            hits += abs(float(swapped[0, 0])) >= observed - 1e-12
+            exchange_test = apart(k @ method + (1 - k) @ full, k @ full + (1 - k) @ method)
+            hits += abs(float(exchange_test[0, 0])) >= observed - 1e-12
         return hits / 2**8
 
     assert exchanged_p_values(method, full, apart, 0)[0] == pytest.approx(exact(), abs=0.015)

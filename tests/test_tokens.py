@@ -21,12 +21,12 @@ from kvbench.judges.fluency import Scorer
 from kvbench.methods import make_method
 from kvbench.models.references import assets
 from kvbench.protocols.base import settings_of
-from kvbench.protocols.generate import Generate, cut_for_writing
+from kvbench.protocols.generate import Generate, cut_for_generation
 from kvbench.protocols.online import online_trials
 from kvbench.protocols.pieces import Piece, Tokenizer, make_tokenizer
 from kvbench.protocols.recall import recall_trials
 from kvbench.protocols.scoring import score_pieces
-from kvbench.training.recipes import goes_on
+from kvbench.training.recipes import encode_in_context
 from tests.conftest import small_model
 
 LETTERS = "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789.,;:'\"!?()-\n\u2581"
@@ -228,7 +228,7 @@ def pieces_of(name: str, hf: Any) -> list[Piece]:
         return [p for _, cut in online_trials(documents, tokenizer, task.online) for p in cut.pieces]
     assert task.generation is not None
     writing = Generate.resolve(task, settings_of(Generate, {"preset": "paper"}), 1024, "model")
-    return [p for document in documents for p in cut_for_writing(document, tokenizer, writing).pieces]
+    return [p for document in documents for p in cut_for_generation(document, tokenizer, writing).pieces]
 
 
 @pytest.mark.parametrize(("name", "of_tiny", "of_pieces"), [
@@ -262,8 +262,8 @@ def test_a_text_that_joins_its_prefix_is_scored_as_one_text(llama_4096: nn.Modul
 def test_facts_of_training_text_stand_within_it(pieces_with_a_dummy: Any, tiny_tokenizer: Any) -> None:
     fact = "\n\nThe key of Ruth is 4821.\n\n"
     names = {i: token for token, i in pieces_with_a_dummy.get_vocab().items()}
-    assert [names[i] for i in goes_on(pieces_with_a_dummy, fact)] == by_hand("a" + fact)[2:]
-    assert goes_on(tiny_tokenizer, fact) == tiny_tokenizer(fact, add_special_tokens=False).input_ids
+    assert [names[i] for i in encode_in_context(pieces_with_a_dummy, fact)] == by_hand("a" + fact)[2:]
+    assert encode_in_context(tiny_tokenizer, fact) == tiny_tokenizer(fact, add_special_tokens=False).input_ids
 
 
 # --- recall --------------------------------------------------------------------------------------------------------

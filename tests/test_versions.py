@@ -212,11 +212,11 @@ def test_a_window_that_fills_what_is_kept_is_refused(name: str) -> None:
     """At the end of the text: 32 entries of 320, where the window alone is as many; 33 are enough."""
     shape = CacheShape.even(1, 1, 8, 4)
     with pytest.raises(UserError, match=f"{name} at ratio 0.9 keeps 32 of 320 entries, below the 33 that") as refusal:
-        make_method(name, Fraction(9, 10)).fitted(320, shape)
+        make_method(name, Fraction(9, 10)).with_budget_for(320, shape)
     assert "--set window=31" in refusal.value.hint
     for ratio, options, length in (("0.9", {}, 321), ("0.9", {"window": "31"}, 320), ("0", {}, 5)):
         method = make_method(name, Fraction(ratio), options)
-        assert method.fitted(length, shape) is method
+        assert method.with_budget_for(length, shape) is method
 
 
 def test_nothing_is_written_for_a_plain_window(called: Call) -> None:

@@ -17,7 +17,7 @@ from kvbench.methods.policies.h2o import H2O
 from kvbench.models.attention import register
 from kvbench.models.facts import ModelFacts
 from kvbench.models.loading import _check_attention
-from kvbench.probe.asking import examine
+from kvbench.probe.probing import examine
 from tests.helpers.sessions import read_all
 from tests.zoo import zoo_config, zoo_model, zoo_text
 

@@ -133,7 +133,7 @@ def _transformers(model: nn.Module, policy: CachePolicy, ids: Tensor, dtype: str
                 cache.update(*(tensor.clone() for tensor in layer.present()), place)
             held = run.cache.most_entries()
             mask = torch.ones(stop - start, held + stop - start, dtype=torch.bool, device=ids.device).tril(held)
-            with policy.on(model):
+            with policy.patched(model):
                 theirs.append(model(
                     input_ids=ids[:, start:stop], past_key_values=cache, attention_mask=mask[None, None],
                     position_ids=torch.arange(start, stop, device=ids.device)[None],

@@ -83,10 +83,10 @@ def _rows_of(
     gap = none if recovers and baseline and none and none is not part and none.groups == part.groups else None
     values, intervals = _estimates(part, baseline, gap, kinds)
     rows, sampled = [], [m for m in kinds if m.has_interval]
-    exchanged = _exchanged(part, baseline, [m for m in kinds if m.swapped])
+    exchanged = _exchanged(part, baseline, [m for m in kinds if m.exchange_test])
     for metric in kinds:
         at = sampled.index(metric) if metric in sampled else None
-        compared = bool(metric.tested or metric.swapped)
+        compared = bool(metric.tested or metric.exchange_test)
         delta_at = len(sampled) + at if at is not None and compared and baseline else None
         p_value = exchanged.get(metric.name)
         if baseline is not None and metric.tested:
@@ -141,7 +141,7 @@ def _estimates(
         out = [m.value(totals[0]) for m in sampled]
         if full is not None:
             out += [
-                m.value(totals[0]) - m.value(totals[1]) if m.tested or m.swapped else np.zeros_like(out[0])
+                m.value(totals[0]) - m.value(totals[1]) if m.tested or m.exchange_test else np.zeros_like(out[0])
                 for m in sampled
             ]
         if full is not None and none is not None:

@@ -32,27 +32,27 @@ class MergeStep:
     """Entries of the next forward pass that are weighted sums of other entries.
 
     Attributes:
-        places: int64 ``[m]``, indices of the sums among all entries, stored and new.
+        indices: int64 ``[m]``, indices of the sums among all entries, stored and new.
         weights: ``[m, entries]``, the weight of every entry in each sum.
-        turns: by layer, cosine and sine ``[entries, d / 2]`` of every entry's rotation, if keys are averaged
+        rotations: by layer, cosine and sine ``[entries, d / 2]`` of every entry's rotation, if keys are averaged
             before the rotary embedding; None for layers that do not rotate.
     """
 
-    places: Tensor
+    indices: Tensor
     weights: Tensor
-    turns: tuple[tuple[Tensor, Tensor] | None, ...] = ()
+    rotations: tuple[tuple[Tensor, Tensor] | None, ...] = ()
 
     def applied(self, keys: Tensor, values: Tensor, layer: int) -> tuple[Tensor, Tensor]:
         """Keys and values ``[batch, heads, entries, width]`` of a layer, with the sums filled in."""
-        turn = self.turns[layer] if self.turns else None
-        plain = keys if turn is None else rotated(keys, turn[0], -turn[1])
+        rotation = self.rotations[layer] if self.rotations else None
+        plain = keys if rotation is None else rotated(keys, rotation[0], -rotation[1])
         mixed = self.weights.to(plain.dtype) @ plain
-        if turn is not None:
-            mixed = rotated(mixed, turn[0][self.places], turn[1][self.places])
+        if rotation is not None:
+            mixed = rotated(mixed, rotation[0][self.indices], rotation[1][self.indices])
         sums = self.weights.to(values.dtype) @ values
         return (
-            keys.index_copy(-2, self.places, mixed.to(keys.dtype)),
-            values.index_copy(-2, self.places, sums.to(values.dtype)),
+            keys.index_copy(-2, self.indices, mixed.to(keys.dtype)),
+            values.index_copy(-2, self.indices, sums.to(values.dtype)),
         )
 
 
@@ -127,7 +127,7 @@ class EvictingCache(Cache):  # type: ignore[misc]
     """A cache of :class:`EvictingLayer`; layers are added when the model first uses them.
 
     Attributes:
-        mixing: the entries of the next forward pass that are sums of others; None if there are none.
+        merge_step: the entries of the next forward pass that are sums of others; None if there are none.
         holes: int64, indices that the entries of the next forward pass are stored at first; None to
             store exactly what is held.
         begin: position of the first token of the next forward pass, which some models ask the cache for.
@@ -135,7 +135,7 @@ class EvictingCache(Cache):  # type: ignore[misc]
 
     def __init__(self) -> None:
         super().__init__(layer_class_to_replicate=EvictingLayer)
-        self.mixing: MergeStep | None = None
+        self.merge_step: MergeStep | None = None
         self.holes: Tensor | None = None
         self.begin = 0
 
@@ -151,8 +151,8 @@ class EvictingCache(Cache):  # type: ignore[misc]
             self.layers.append(EvictingLayer())
         layer = self.layers[layer_idx]
         layer.append(key_states, value_states, self.holes)
-        if self.mixing is not None:
-            layer.replace(*self.mixing.applied(layer.keys, layer.values, layer_idx))
+        if self.merge_step is not None:
+            layer.replace(*self.merge_step.applied(layer.keys, layer.values, layer_idx))
         return layer.keys, layer.values
 
     def keep(self, entries: Tensor) -> None:

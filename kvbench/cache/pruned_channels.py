@@ -11,7 +11,7 @@ from kvbench.cache.stored import StoredEntries, with_room
 
 
 @dataclass(frozen=True)
-class Thinned(StoredEntries):
+class PrunedChannels(StoredEntries):
     """Keys without the pruned channels, which are zero when they are attended; values are whole.
 
     A channel that is zero in the key adds nothing to the logits, so this equals removing the channel from the
@@ -30,7 +30,7 @@ class Thinned(StoredEntries):
     width: int
 
     @classmethod
-    def of(cls, keys: Tensor, values: Tensor, channels: Tensor) -> Thinned:
+    def of(cls, keys: Tensor, values: Tensor, channels: Tensor) -> PrunedChannels:
         """Keep only the ``channels``, int64 ``[batch, heads, channels left]``, of the keys."""
         index = channels[:, :, None].expand(*keys.shape[:3], channels.shape[-1])
         return cls(keys.gather(-1, index), values.clone(), channels.to(torch.int16), keys.shape[-1])

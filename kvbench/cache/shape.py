@@ -9,7 +9,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import nn
 
-from kvbench.models.attention_hooks import unwatched
+from kvbench.models.attention_hooks import without_observer
 
 
 class LayerShape(NamedTuple):
@@ -57,7 +57,7 @@ def cache_shape(model: nn.Module) -> CacheShape:
 
     if model not in _SEEN:
         cache, device = EvictingCache(), next(model.parameters()).device
-        with torch.no_grad(), unwatched():
+        with torch.no_grad(), without_observer():
             model(
                 input_ids=torch.ones(1, 2, dtype=torch.long, device=device), past_key_values=cache, use_cache=True,
                 attention_mask=torch.ones(2, 2, dtype=torch.bool, device=device).tril()[None, None],

@@ -43,7 +43,7 @@ def doctor(
     from rich.console import Console
 
     from kvbench.config import load_settings
-    from kvbench.doctor import CHECKS, carried_out, make_subject
+    from kvbench.doctor import CHECKS, make_subject, run_check
 
     settings = load_settings(None).run
     count = options.checked_threads(threads, settings.threads)
@@ -64,7 +64,7 @@ def doctor(
 
         wanted.insert(0, published_is_met)
     for run in wanted:
-        check = carried_out(run, subject)
+        check = run_check(run, subject)
         found.append(check)
         mark = "[green]ok[/]    " if check.ok else "[red]FAILED[/]"
         console.print(f"{mark}  {check.name}: {check.found}", highlight=False, soft_wrap=True)

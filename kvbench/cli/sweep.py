@@ -163,8 +163,8 @@ def _measure(
     from kvbench.store.folder import RunFolder
 
     if executor == "local":
-        conduct = ExecutionOptions(fresh, fail_fast, timeout, workers, omit=True)
-        execute(found.plans, found.folder, found.content, sys.argv, console, conduct)
+        choices = ExecutionOptions(fresh, fail_fast, timeout, workers, skip_infeasible=True)
+        execute(found.plans, found.folder, found.content, sys.argv, console, choices)
     else:
         start_workers(found, executor, workers or 2, settings, fresh, console)
     measure_similarity(RunFolder(found.folder), console)

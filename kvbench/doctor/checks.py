@@ -10,7 +10,7 @@ import torch
 
 from kvbench.doctor.examined import Subject, method_of
 from kvbench.errors import UserError
-from kvbench.inference.generation import greedy, read_prompt, written
+from kvbench.inference.generation import generate, greedy, read_prompt
 from kvbench.inference.opening import Text, open_session, prepared
 from kvbench.inference.sampling import Sampling
 from kvbench.models.rope import fresh_rotations
@@ -179,10 +179,10 @@ def _written(subject: Subject, method: str) -> torch.Tensor:
     with torch.inference_mode(), prepared(model, None, half + new):
         session = open_session(model, method_of(method, "0"), Text(half, half + new, (0,)))
         logits = read_prompt(session, subject.ids()[:1, :half])
-        return torch.stack(list(written(session, logits, greedy(1, new), Sampling())), 1)
+        return torch.stack(list(generate(session, logits, greedy(1, new), Sampling())), 1)
 
 
-def carried_out(run: Callable[[Subject], Check], subject: Subject) -> Check:
+def run_check(run: Callable[[Subject], Check], subject: Subject) -> Check:
     """Run a check; if it cannot be made, it has failed: an unsuitable model may fail in any way."""
     try:
         return run(subject)

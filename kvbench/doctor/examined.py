@@ -14,8 +14,8 @@ from kvbench.methods import Method, make_method
 from kvbench.models.facts import ModelFacts
 from kvbench.models.loading import Loaded, load_model
 from kvbench.models.references import resolve_model
-from kvbench.probe.asking import LENGTH, examine
-from kvbench.probe.kept import sample
+from kvbench.probe.cached import sample
+from kvbench.probe.probing import LENGTH, examine
 from kvbench.protocols.block import cut_blocks
 from kvbench.protocols.pieces import Piece, Tokenizer, make_tokenizer
 from kvbench.protocols.scoring import BatchScore, score_pieces

@@ -14,8 +14,8 @@ from kvbench.errors import UserError
 from kvbench.inference.policy_session import PolicySession
 from kvbench.methods.policies.policy import CachePolicy
 from kvbench.models.attention import plain_attention
-from kvbench.models.attention_hooks import LISTENER, Attended
-from kvbench.models.rope import FAR, apart_in_pairs, fixed_rotations, frequencies, fresh_rotations, rotated
+from kvbench.models.attention_hooks import LISTENER, AttentionCall
+from kvbench.models.rope import FAR, fixed_rotations, fresh_rotations, inv_freq_by_layer, pairwise_distance, rotated
 
 _PLACES = (3, 17, 2003)
 """Positions at which a token is read alone, as far as the model's context goes."""
@@ -37,22 +37,22 @@ def rotations_are_those_of_one_pass(subject: Subject) -> Check:
     )
 
 
-def layers_turn_as_assumed(subject: Subject) -> Check:
+def layers_rotate_as_assumed(subject: Subject) -> Check:
     """Every layer rotates keys as assumed by methods that rotate keys again."""
     name, worst = "layers turn keys as assumed", 0.0
     with fixed_rotations(subject.loaded.model, subject.block):  # some rotations depend on the length
         try:
-            speeds = frequencies(subject.loaded.model)
+            inv_freq = inv_freq_by_layer(subject.loaded.model)
         except UserError as error:
             return Check(name, True, f"methods that turn keys are refused: {error.message}", "")
-        if speeds is None:
+        if inv_freq is None:
             return Check(name, True, "positions are learned: methods that turn keys are refused", "")
         start, *others = [place for place in _PLACES if place < max(subject.loaded.context, _PLACES[1] + 1)]
         first = _keys_at(subject, (start,))
         for place in others:
-            for speed, here, there in zip(speeds, first, _keys_at(subject, (place,)), strict=True):
+            for speed, here, there in zip(inv_freq, first, _keys_at(subject, (place,)), strict=True):
                 angle = (place - start) * (torch.zeros(1) if speed is None else speed)[None].to(here.device)
-                worst = max(worst, apart_in_pairs(rotated(here, angle.cos(), angle.sin()), there, speed))
+                worst = max(worst, pairwise_distance(rotated(here, angle.cos(), angle.sin()), there, speed))
     return Check(
         name, worst <= _near(subject), f"keys differ by {worst:.1e} after a turn",
         "Use --set positions=absolute and merge_at=rotated on this model.",
@@ -130,7 +130,7 @@ def _both_ways(subject: Subject, method: str, ratio: str) -> tuple[Tensor, Tenso
 
 def _keys_at(subject: Subject, places: tuple[int, ...]) -> list[Tensor]:
     """Keys ``[1, heads, places, width]`` of every layer, for one token at each of the positions ``places``."""
-    model, calls = subject.loaded.model, list[Attended]()
+    model, calls = subject.loaded.model, list[AttentionCall]()
     device = subject.device
     token = LISTENER.set(calls.append)
     try:

@@ -37,14 +37,14 @@ class Ready:
 
     Attributes:
         tasks: workload -> how it was cut.
-        unable: cells that are left out, and why.
+        infeasible: cells that are left out, and why.
         masks: pictures of methods, by method and ratio.
         probe: facts that a probe of the model has shown.
         machine: of a profile.
     """
 
     tasks: dict[str, TaskInfo] = field(default_factory=dict)
-    unable: tuple[Failure, ...] = ()
+    infeasible: tuple[Failure, ...] = ()
     masks: dict[str, Any] = field(default_factory=dict)
     probe: dict[str, Any] = field(default_factory=dict)
     machine: Machine = field(default_factory=Machine)

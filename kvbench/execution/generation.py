@@ -12,7 +12,7 @@ from torch import Tensor
 
 from kvbench.data.documents import Document
 from kvbench.execution.channel import Advanced, At
-from kvbench.inference.generation import read_prompt, written
+from kvbench.inference.generation import generate, read_prompt
 from kvbench.inference.opening import open_session, prepared, rows_together
 from kvbench.inference.sampling import Sampling
 from kvbench.inference.session import CacheBytes
@@ -145,7 +145,7 @@ def written_ids(
         prefix = torch.tensor([piece.ids[: piece.context] for piece in pieces], device=session.device)
         logits = read_prompt(session, prefix)
         kept, sizes = session.kept, session.bytes()
-        steps = written(session, logits, drawn, Sampling(protocol.top_p, protocol.temperature), ends)
+        steps = generate(session, logits, drawn, Sampling(protocol.top_p, protocol.temperature), ends)
         ids = torch.stack(list(steps), dim=1).cpu()
     found = [tuple(i for i in row if i >= 0 and i not in ends) for row in ids.tolist()]
     outputs = len(protocol.decodings)

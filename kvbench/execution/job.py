@@ -23,7 +23,7 @@ class Job:
         limit: documents per task, 0 for all.
         threads: CPU threads of this child, 0 for PyTorch's choice.
         judging: what judges the texts that are written.
-        omit: what a method cannot do with these documents is left out, and is no reason to refuse the others.
+        skip_infeasible: leave out what a method cannot do with these documents, instead of refusing all.
     """
 
     module: ClassVar[str] = "kvbench.execution.worker"
@@ -35,7 +35,7 @@ class Job:
     limit: int
     threads: int
     judging: JudgeChoice = field(default_factory=JudgeChoice)
-    omit: bool = False
+    skip_infeasible: bool = False
     column: str = TEXT
 
     def to_json(self) -> str:

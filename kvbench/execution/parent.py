@@ -43,14 +43,14 @@ class ExecutionOptions:
         fail_fast: stop at the first failure.
         timeout: seconds without a sign of life after which a child is ended, and its cell has failed.
         children: most children; 0 for as many as are useful.
-        omit: what a method cannot do with these documents is left out, and is no reason to refuse the rest.
+        skip_infeasible: leave out what a method cannot do with these documents, instead of refusing all.
     """
 
     fresh: bool = False
     fail_fast: bool = False
     timeout: float = 3600.0
     children: int = 0
-    omit: bool = False
+    skip_infeasible: bool = False
 
 
 @dataclass
@@ -139,7 +139,7 @@ def _carry_out(run: _Run, plan: Plan) -> None:
     crew = _Crew(plan, [], ShardLocks(run.writer.folder))
     with ExitStack() as stack:
         stack.callback(crew.claims.release_all)
-        for handle in started_workers(plan, run.options.children, run.options.omit, events):
+        for handle in started_workers(plan, run.options.children, run.options.skip_infeasible, events):
             crew.handles.append(handle)
             stack.callback(handle.stop)
         while not all(handle.ended for handle in crew.handles):
@@ -196,9 +196,9 @@ def _begin(run: _Run, crew: _Crew, handle: WorkerHandle, ready: Ready) -> None:
         writer.tasks |= {settings[name]: info for name, info in ready.tasks.items()}
         writer.probes[plan.model.name] = ready.probe
         damaged = writer.open(plan.cells, ready.masks)
-        for unable in ready.unable:  # known beforehand, and no reason to stop
-            writer.fail(unable)
-            _tell(run, unable)
+        for infeasible in ready.infeasible:  # known beforehand, and no reason to stop
+            writer.fail(infeasible)
+            _tell(run, infeasible)
         for failure in damaged:
             _fail(run, failure)
         crew.shards = parts_of(plan.cells, ready.tasks)

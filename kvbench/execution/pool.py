@@ -67,7 +67,7 @@ class WorkerHandle:
         self.child.stop()
 
 
-def started_workers(plan: Plan, most: int, omit: bool, events: Events) -> list[WorkerHandle]:
+def started_workers(plan: Plan, most: int, skip_infeasible: bool, events: Events) -> list[WorkerHandle]:
     """Start the children of a plan.
 
     A small model on a CPU is bound by the cost of calls, not of arithmetic, so that several single-threaded
@@ -76,7 +76,7 @@ def started_workers(plan: Plan, most: int, omit: bool, events: Events) -> list[W
 
     Args:
         most: children that are allowed; 0 for as many as are useful.
-        omit: as in a job.
+        skip_infeasible: as in a job.
     """
     request = plan.request
     cores = request.threads or os.cpu_count() or 1
@@ -87,7 +87,7 @@ def started_workers(plan: Plan, most: int, omit: bool, events: Events) -> list[W
     threads = max(1, cores // count) if count > 1 or request.threads else alone
     data = str(request.data) if request.data else None
     job = Job(
-        plan.cells, plan.model.location, plan.task_files, data, request.limit, threads, plan.judging, omit,
+        plan.cells, plan.model.location, plan.task_files, data, request.limit, threads, plan.judging, skip_infeasible,
         request.column,
     )
     return [WorkerHandle(job, number, events) for number in range(count)]

@@ -37,7 +37,7 @@ from kvbench.models.fingerprint import check_unchanged
 from kvbench.models.loading import load_model
 from kvbench.models.references import ModelReference
 from kvbench.models.rope import has_rotary
-from kvbench.probe.kept import apart_at, probed
+from kvbench.probe.cached import apart_at, probed
 from kvbench.protocols.base import Protocol
 from kvbench.protocols.generate import Generate
 from kvbench.protocols.pieces import Cut, Piece
@@ -63,7 +63,7 @@ class Worker:
     def __init__(self, job: Job, channel: Channel) -> None:
         self.job, self.channel, self.say = job, channel, channel.say
         self.failed: set[str] = set()
-        self.unable: list[Failure] = []
+        self.infeasible: list[Failure] = []
 
     def prepare(self) -> None:
         """Load and check everything; writes nothing.
@@ -111,15 +111,15 @@ class Worker:
             try:
                 self._check_cell(cell, longest, list(pieces.values()), work.protocol)
             except UserError as error:
-                if not self.job.omit or cell.method == "full":
+                if not self.job.skip_infeasible or cell.method == "full":
                     raise
-                self.unable.append(Failure(cell.key, f"{cell.label}: {error.message}", error.hint, left_out=True))
+                self.infeasible.append(Failure(cell.key, f"{cell.label}: {error.message}", error.hint, left_out=True))
 
     def _check_any_left(self) -> None:
         """See that not all that was asked for is left out."""
         asked = {cell.key for cell in self.job.cells if cell.role == "method"}
-        if asked and asked <= {failure.cell for failure in self.unable}:
-            raise UserError(self.unable[0].error, self.unable[0].hint)
+        if asked and asked <= {failure.cell for failure in self.infeasible}:
+            raise UserError(self.infeasible[0].error, self.infeasible[0].hint)
 
     def _check_cell(self, cell: Cell, longest: int, pieces: Sequence[Piece], protocol: Protocol) -> None:
         method = self.prepared_cells[cell.key].method
@@ -127,7 +127,7 @@ class Worker:
         check_method(method, self.loaded.model, cell.model, self.facts)
         shape = cache_shape(self.loaded.model)
         for context in {piece.context for piece in pieces}:
-            method.fitted(context, shape).check(context, protocol.in_chunks)
+            method.with_budget_for(context, shape).check(context, protocol.in_chunks)
         for piece in pieces:
             self._check_positions(cell, method, piece, protocol)
 
@@ -165,7 +165,7 @@ class Worker:
         """Tell the parent what there is to do."""
         probe = {**self.facts.as_dict(), "compared_tokens": self.compared[0], "compared_apart": self.compared[1]}
         tasks = {work.name: work.info() for work in self.works}
-        self.say(Ready(tasks, tuple(self.unable), self._masks(), probe))
+        self.say(Ready(tasks, tuple(self.infeasible), self._masks(), probe))
 
     def _masks(self) -> dict[str, Mask]:
         """Pictures of the methods on a short text, by ``Cell.label``'s method and ratio; where one has no mask
@@ -174,7 +174,7 @@ class Worker:
         for key, prepared_cell in self.prepared_cells.items():
             cell = prepared_cell.cell
             name = f"{cell.name} {cell.ratio_asked or ''}".strip()
-            if name not in found and key not in {failure.cell for failure in self.unable}:
+            if name not in found and key not in {failure.cell for failure in self.infeasible}:
                 mask = prepared_cell.method.mask_example(cell.seed)
                 if mask is not None:
                     found[name] = mask

@@ -80,8 +80,8 @@ def cut_task(job: Job, name: str, loaded: Loaded, facts: ModelFacts) -> TaskWork
     protocol = protocol_of(task, first.protocol).resolve(task, first.options, loaded.context, first.model)
     cuts: list[tuple[Document, Cut]] = []
     skipped = 0
-    with_words = any(make_method(c.method, Fraction(0), c.options).by_text for c in cells if c.method != HUMAN)
-    sources, limit = protocol.taken(corpus.documents, limit)
+    with_words = any(make_method(c.method, Fraction(0), c.options).depends_on_words for c in cells if c.method != HUMAN)
+    sources, limit = protocol.limited(corpus.documents, limit)
     for document, cut in protocol.pieces(sources, tokenizer, first.seed, with_words):
         longest = max((len(piece.ids) for piece in cut.pieces), default=0)
         if not cut.pieces or (not protocol.may_exceed and longest > loaded.context):
@@ -93,7 +93,7 @@ def cut_task(job: Job, name: str, loaded: Loaded, facts: ModelFacts) -> TaskWork
     if not cuts:
         raise UserError(
             f"Task {name!r}: no document is long enough for protocol {protocol.name!r} "
-            f"({protocol.least} are needed, {skipped} documents are shorter or do not fit).", protocol.longer,
+            f"({protocol.required_length} are needed, {skipped} documents are shorter or do not fit).", protocol.longer,
         )
     longest = max(len(piece.ids) for _, cut in cuts for piece in cut.pieces)
     facts.check_length(first.model, longest, protocol.within(facts.window or longest))

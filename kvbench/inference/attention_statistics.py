@@ -11,7 +11,7 @@ QUERIES_AT_ONCE = 64
 """Number of queries whose attention is computed at a time."""
 
 
-def attended(query: Tensor, keys: Tensor, scaling: float, positions: Tensor, decay: float = 1.0) -> Tensor:
+def received_attention(query: Tensor, keys: Tensor, scaling: float, positions: Tensor, decay: float = 1.0) -> Tensor:
     """Causal attention that entries receive from the last queries, summed over queries and query heads.
 
     Args:
@@ -49,19 +49,19 @@ def with_queries(before: Tensor | None, query: Tensor, count: int) -> Tensor:
 
 
 def with_moments(
-    before: tuple[int, Tensor, Tensor] | None, query: Tensor, first: int, skipped: int, speeds: Tensor | None
+    before: tuple[int, Tensor, Tensor] | None, query: Tensor, first: int, skipped: int, inv_freq: Tensor | None
 ) -> tuple[int, Tensor, Tensor]:
     """Number, sum and sum of outer products of the queries so far, before the rotary embedding.
 
     Args:
         query: ``[batch, query heads, q, d]``, of the tokens from ``first`` on.
         skipped: number of first text tokens that are left out.
-        speeds: inverse frequencies ``[d / 2]`` of the rotary embedding; None if there is none.
+        inv_freq: inverse frequencies ``[d / 2]`` of the rotary embedding; None if there is none.
     """
     plain = query.float()
-    if speeds is not None:
+    if inv_freq is not None:
         places = torch.arange(first, first + query.shape[2], device=query.device)
-        angle = places[:, None] * speeds.to(query.device)
+        angle = places[:, None] * inv_freq.to(query.device)
         plain = rotated(plain, angle.cos(), -angle.sin())
     plain = plain[:, :, max(0, skipped - first) :]
     found = plain.shape[2], plain.sum(2), plain.transpose(-1, -2) @ plain

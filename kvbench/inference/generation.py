@@ -23,7 +23,7 @@ def read_prompt(session: Session, ids: Tensor) -> Tensor:
     return part.logits[:, -1]
 
 
-def written(
+def generate(
     session: Session, logits: Tensor, uniforms: Tensor, sampling: Sampling, ends: tuple[int, ...] = (),
     check: bool = True,
 ) -> Iterator[Tensor]:

@@ -13,9 +13,9 @@ from torch import Tensor
 
 from kvbench.cache.evicting import ROOM, EvictingCache
 from kvbench.inference.filling import random_entries
-from kvbench.inference.reader import Reader, sent
+from kvbench.inference.reader import Reader, to_device
 from kvbench.inference.session import CacheBytes, Scored
-from kvbench.methods.layouts.layout import OPEN, RAW, Layout
+from kvbench.methods.layouts.layout import OPEN, TEXT, Layout
 
 
 @dataclass
@@ -65,7 +65,7 @@ class LayoutSession:
         """Feed text without further compression."""
         if ids.shape[1]:
             self.peak = max(self.peak, self.cache.entries() + ids.shape[1])
-            yield Scored(0, ids.shape[1], self.reader.go_on(ids, self.context, self.cache))
+            yield Scored(0, ids.shape[1], self.reader.extend(ids, self.context, self.cache))
 
     def expand(self, copies: int) -> None:
         self.cache.batch_repeat_interleave(copies)
@@ -75,7 +75,7 @@ class LayoutSession:
         self.is_loose = True
         stop, wanted = self._stop(self.read), self.layout.read_slots[self.read][None]
         self.read += 1
-        return self.feed(self.reader.written(ids[:, None], self.layout, slice(self.fed, stop)), wanted)[:, 0]
+        return self.feed(self.reader.generated_inputs(ids[:, None], self.layout, slice(self.fed, stop)), wanted)[:, 0]
 
     def fill(self, batch: int, seed: int) -> None:
         self.fed, self.read = self._stop(self.context - 1), self.context
@@ -108,10 +108,10 @@ class LayoutSession:
 
     def distance(self, targets: Tensor) -> Tensor | None:
         kind = self.layout.tokens.kind
-        boundary = (kind != RAW) & (kind != OPEN)
+        boundary = (kind != TEXT) & (kind != OPEN)
         if not bool(boundary.any()):
             return None
-        texts = torch.cumsum(kind == RAW, 0)
+        texts = torch.cumsum(kind == TEXT, 0)
         begin = torch.cummax(torch.where(boundary, texts, -1), 0).values  # text tokens before the last boundary
         n = self.layout.n_raw
         last = torch.where(targets < n, begin[self.layout.raw_slots][targets.clamp(max=n - 1)], begin[-1])
@@ -134,12 +134,12 @@ class LayoutSession:
             present = self._place(fed)
             special = layout.special_slots
             inside = special[(special >= start) & (special < stop)] - start
-            reader.open_gate(sent(inside, device))
-            self.cache.mixing = reader.mixing(layout, start, present, device)
+            reader.open_gate(to_device(inside, device))
+            self.cache.merge_step = reader.merge_step(layout, start, present, device)
             mask = self._mask(fed, present)
         logits = reader.forward(
-            inputs, None if mask is None else sent(mask[None, None], device),
-            sent(layout.position[start:stop], device), sent(wanted - start, device), self.cache,
+            inputs, None if mask is None else to_device(mask[None, None], device),
+            to_device(layout.position[start:stop], device), to_device(wanted - start, device), self.cache,
             int(layout.position[start]),
         )
         with reader.overhead():
@@ -165,7 +165,7 @@ class LayoutSession:
             return torch.cat([self.stored, slots])
         taken = self.holes[: len(slots)]
         layers = self.cache.layers
-        self.cache.holes = sent(taken, layers[0].keys.device) if layers else taken  # copied once for all layers
+        self.cache.holes = to_device(taken, layers[0].keys.device) if layers else taken  # copied once for all layers
         present = torch.cat([self.stored, slots[len(taken) :]])
         present[taken] = slots[: len(taken)]
         return present
@@ -182,17 +182,17 @@ class LayoutSession:
         alive = self.layout.last_query[present] >= self.fed
         held = int(alive.sum())
         # Merging looks entries up by their order in the cache: there, dead entries may not stay and none may move.
-        may_move = self.is_loose and self.layout.mixture is None
+        may_move = self.is_loose and self.layout.merge_plan is None
         if self.evicts and len(present) - held > (held // ROOM if may_move else 0):
             device = self.cache.layers[0].keys.device
             if may_move:
                 last, holes = torch.nonzero(alive[held:]).flatten() + held, torch.nonzero(~alive[:held]).flatten()
-                self.cache.compact(sent(last, device), sent(holes, device), held)
+                self.cache.compact(to_device(last, device), to_device(holes, device), held)
                 present[holes] = present[last]
                 present, alive = present[:held], alive.new_ones(held)
             else:
                 keep = torch.nonzero(alive).flatten()
-                self.cache.keep(sent(keep, device))
+                self.cache.keep(to_device(keep, device))
                 present, alive = present[keep], alive[keep]
         self.stored, self.holes, self.kept = present, torch.nonzero(~alive).flatten(), held
 

@@ -20,7 +20,7 @@ from kvbench.methods import RUNNING, Layout, LayoutMethod, Method, TextStructure
 from kvbench.methods.policies.policy import CachePolicy
 from kvbench.models.adapter import Adapter
 from kvbench.models.facts import OTHER_METHOD, ModelFacts
-from kvbench.models.rope import fixed_rotations, frequencies
+from kvbench.models.rope import fixed_rotations, inv_freq_by_layer
 
 ONEPASS = "onepass"
 """The execution in which entries are masked instead of removed."""
@@ -34,7 +34,7 @@ class Text:
         context: number of tokens that are read first, and compressed.
         planned: number of tokens up to which the method goes on compressing; those after the context are generated.
         row_seeds: for each row a number from 0 to 15 that depends on its text only.
-        is_used_afterwards: whether the context is read for text that follows it; otherwise it is scored while it is
+        has_continuation: whether the context is read for text that follows it; otherwise it is scored while it is
             read.
         structure: what is known of the text besides its length.
     """
@@ -42,7 +42,7 @@ class Text:
     context: int
     planned: int
     row_seeds: tuple[int, ...]
-    is_used_afterwards: bool = False
+    has_continuation: bool = False
     structure: TextStructure = RUNNING
 
     @property
@@ -67,9 +67,9 @@ def open_session(
         UserError: the budget is below what the method needs.
     """
     with Reader(model, adapter).bare():  # the shape of the cache is found out on the base model
-        method = method.fitted(text.context, cache_shape(model))
+        method = method.with_budget_for(text.context, cache_shape(model))
     if isinstance(method, CachePolicy):
-        once = (text.is_used_afterwards or text.is_written) and method.prefill == "once"
+        once = (text.has_continuation or text.is_written) and method.prefill == "once"
         return PolicySession(
             model, method, text.context, text.row_seeds, seed, (text.context if at_once else chunk) if once else None,
             overhead=overhead,
@@ -90,7 +90,7 @@ def prepared(model: nn.Module, adapter: Adapter | None, length: int) -> Iterator
 
 def rows_together(method: Method, row_seeds: Sequence[int]) -> list[list[int]]:
     """Group the rows of a batch that can share a session: under a random layout, those with the same layout."""
-    if method.by_text:
+    if method.depends_on_words:
         return [[row] for row in range(len(row_seeds))]
     if not method.seeded:
         return [list(range(len(row_seeds)))]
@@ -111,31 +111,31 @@ def check_method(method: Method, model: nn.Module, name: str, facts: ModelFacts)
     """
     if method.n_rows:
         facts.check_embeddings(name, method.name)
-    if method.unrotates:
-        frequencies(model)
+    if method.averages_pre_rope:
+        inv_freq_by_layer(model)
     if isinstance(method, CachePolicy):
         if facts.policy_refusal:
             raise UserError(f"{name}: {facts.policy_refusal} ({method.name})", OTHER_METHOD)
-        if method.rerotated and frequencies(model) is None:
+        if method.rerotated and inv_freq_by_layer(model) is None:
             raise UserError(
                 f"{name} has learned positions, which cannot be counted anew in the cache.",
                 "Use --set positions=absolute.",
             )
         if method.needs.moments:
-            frequencies(model)
-        with method.on(model):
+            inv_freq_by_layer(model)
+        with method.patched(model):
             pass
 
 
 def places_needed(method: Method, model: nn.Module, text: Text, seed: int) -> int:
     """Number of position ids that the planned tokens of a text need, special tokens included."""
-    method = method.fitted(text.context, cache_shape(model))
+    method = method.with_budget_for(text.context, cache_shape(model))
     if isinstance(method, CachePolicy):
         return text.planned
     return int(_planned(method, text, seed).position.max()) + 1
 
 
-class Demand(NamedTuple):
+class PeakSize(NamedTuple):
     """Size of a session at its largest, for an estimate of its memory.
 
     Attributes:
@@ -147,24 +147,24 @@ class Demand(NamedTuple):
     fed: int
 
 
-def demand(method: Method, model: nn.Module, text: Text, seed: int, chunk: int, is_read: bool) -> Demand:
+def peak_size(method: Method, model: nn.Module, text: Text, seed: int, chunk: int, is_read: bool) -> PeakSize:
     """Estimate from below what reading a prompt and generating text after it takes.
 
     Args:
         chunk: number of tokens that are fed at a time, if the prompt cannot be fed at once.
         is_read: whether the prompt is read; otherwise the cache is filled with random entries.
     """
-    method, prompt = method.fitted(text.context, cache_shape(model)), text.context
+    method, prompt = method.with_budget_for(text.context, cache_shape(model)), text.context
     if isinstance(method, CachePolicy):
         once = is_read and method.prefill == "once"
         held = prompt if once or method.keeps_all else method.budget(prompt, prompt, 0, 1)
         fed = prompt if once else method.run_length(0) if is_read else 1
-        return Demand(0 if method.packs else held, fed)
+        return PeakSize(0 if method.packs else held, fed)
     layout = _planned(method, text, seed)
     if layout.is_plain:
-        return Demand(text.planned, prompt if is_read else 1)
+        return PeakSize(text.planned, prompt if is_read else 1)
     held = len(layout.held_after(int(layout.raw_slots[prompt - 1]) + 1))
-    return Demand(held, min(chunk, len(layout)) if is_read else 1)
+    return PeakSize(held, min(chunk, len(layout)) if is_read else 1)
 
 
 def _planned(method: Method, text: Text, seed: int) -> Layout:

@@ -15,13 +15,13 @@ from torch import Tensor, nn
 
 from kvbench.cache.policy_cache import PolicyCache, PolicyLayer
 from kvbench.cache.shape import cache_shape
-from kvbench.inference.attention_statistics import QUERIES_AT_ONCE, attended, with_moments, with_queries
+from kvbench.inference.attention_statistics import QUERIES_AT_ONCE, received_attention, with_moments, with_queries
 from kvbench.inference.filling import random_entries
 from kvbench.inference.session import CacheBytes, Scored
 from kvbench.methods.policies.policy import CachePolicy, LayerView, Merged
 from kvbench.models.attention_hooks import OBSERVER
 from kvbench.models.configuration import text_config
-from kvbench.models.rope import frequencies
+from kvbench.models.rope import inv_freq_by_layer
 
 
 @dataclass
@@ -57,7 +57,7 @@ class PolicySession:
 
     def __post_init__(self) -> None:
         needs_inv_freq = self.policy.rerotated or self.policy.needs.moments
-        self.inv_freq = (frequencies(self.model) if needs_inv_freq else None) or ()
+        self.inv_freq = (inv_freq_by_layer(self.model) if needs_inv_freq else None) or ()
         self.cache = PolicyCache(self.policy.rerotated, self.inv_freq)
         self.read = self.since = 0
 
@@ -180,7 +180,7 @@ class PolicySession:
         places = torch.arange(self.read, self.read + m, device=ids.device)
         token = OBSERVER.set(self)
         try:
-            with self.policy.on(self.model):
+            with self.policy.patched(self.model):
                 out = self.model(
                     input_ids=ids, attention_mask=torch.ones(1, 1, m, 1, dtype=torch.bool, device=ids.device),
                     position_ids=places[None], use_cache=True, past_key_values=cache,
@@ -278,7 +278,7 @@ class PolicySession:
             keys = self.cache.rerotate(number, layer.present()[0]) if keys is None else keys
             if policy.needs.decay != 1:
                 layer.sums.mul_(policy.needs.decay ** query.shape[2])
-            layer.sums.add_(attended(query, keys, layer.scaling, layer.positions, policy.needs.decay))
+            layer.sums.add_(received_attention(query, keys, layer.scaling, layer.positions, policy.needs.decay))
         if policy.needs.moments:
             first = layer.read - query.shape[2]
             inv_freq = self.inv_freq[number] if self.inv_freq else None

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from kvbench.cache.evicting import EvictingCache, MergeStep
 from kvbench.methods.layouts.layout import Layout
 from kvbench.models.adapter import Adapter
-from kvbench.models.rope import frequencies
+from kvbench.models.rope import inv_freq_by_layer
 
 
 @dataclass
@@ -58,7 +58,7 @@ class Reader:
         Returns:
             int64 ``[batch, slots]``, or embeddings ``[batch, slots, width]``.
         """
-        source = sent(layout.source[slots], ids.device)
+        source = to_device(layout.source[slots], ids.device)
         text = ids[:, source.clamp(max=ids.shape[1] - 1)]
         if self.adapter is None or len(layout) == layout.n_raw:
             return text  # without an adapter, special tokens only hold merged entries: their ids do not matter
@@ -66,7 +66,7 @@ class Reader:
         special = self.adapter.rows.to(embedded.dtype)[(source - layout.n_raw).clamp(min=0)]
         return torch.where((source < layout.n_raw)[:, None], embedded, special)
 
-    def written(self, ids: Tensor, layout: Layout, slots: slice) -> Tensor:
+    def generated_inputs(self, ids: Tensor, layout: Layout, slots: slice) -> Tensor:
         """Model inputs for generated tokens ``[rows, 1]``: the token, and the special tokens after it.
 
         Special tokens are embeddings if an adapter has trained them; those that only hold merged entries are arbitrary
@@ -88,16 +88,16 @@ class Reader:
         """One pass under the layout's mask: logits ``[batch, kept, vocabulary]`` of the text tokens ``keep``."""
         device = ids.device
         self.open_gate(layout.special_slots.to(device))
-        if layout.mixture is not None:
+        if layout.merge_plan is not None:
             cache = EvictingCache() if cache is None else cache
-            cache.mixing = self.mixing(layout, 0, torch.arange(len(layout)), device)
+            cache.merge_step = self.merge_step(layout, 0, torch.arange(len(layout)), device)
         mask = None if layout.is_plain else layout.mask[None, None].to(device)
         return self.forward(
             self.inputs(ids, layout), mask, layout.position.to(device),
             layout.read_slots[keep].to(device), cache, 0,
         )
 
-    def go_on(self, ids: Tensor, position: int, cache: EvictingCache) -> Tensor:
+    def extend(self, ids: Tensor, position: int, cache: EvictingCache) -> Tensor:
         """Feed text ``[batch, m]`` after a compressed context, without further compression.
 
         Args:
@@ -109,29 +109,29 @@ class Reader:
         held, m = cache.entries(), ids.shape[1]
         mask = torch.ones(m, held + m, dtype=torch.bool).tril(held)[None, None].to(ids.device)
         self.open_gate(torch.empty(0, dtype=torch.long, device=ids.device))
-        cache.mixing = None
+        cache.merge_step = None
         places = torch.arange(position, position + m, device=ids.device)
         return self.forward(ids, mask, places, torch.arange(m, device=ids.device), cache, position)
 
-    def mixing(self, layout: Layout, first: int, present: Tensor, device: torch.device) -> MergeStep | None:
+    def merge_step(self, layout: Layout, first: int, present: Tensor, device: torch.device) -> MergeStep | None:
         """The merges to apply when the slots from ``first`` on are fed, given the slots ``present`` in the cache."""
-        mixture = layout.mixture
-        if mixture is None:
+        merge_plan = layout.merge_plan
+        if merge_plan is None:
             return None
-        places, weights = mixture.among(first, present)
+        places, weights = merge_plan.among(first, present)
         if len(places) == 0:
             return None
-        turns: tuple[tuple[Tensor, Tensor] | None, ...] = ()
-        speeds = None
-        if mixture.unrotated:
+        rotations: tuple[tuple[Tensor, Tensor] | None, ...] = ()
+        inv_freq = None
+        if merge_plan.unrotated:
             with self.bare():  # found out on the base model
-                speeds = frequencies(self.model)
-        if speeds is not None:
-            position = sent(layout.position[present], device)[:, None]
-            known = {id(speed): position * sent(speed, device) for speed in speeds if speed is not None}
-            turned = {key: (angles.cos(), angles.sin()) for key, angles in known.items()}
-            turns = tuple(turned.get(id(speed)) for speed in speeds)
-        return MergeStep(sent(places, device), sent(weights, device), turns)
+                inv_freq = inv_freq_by_layer(self.model)
+        if inv_freq is not None:
+            position = to_device(layout.position[present], device)[:, None]
+            angles = {id(one): position * to_device(one, device) for one in inv_freq if one is not None}
+            known = {key: (angle.cos(), angle.sin()) for key, angle in angles.items()}
+            rotations = tuple(known.get(id(one)) for one in inv_freq)
+        return MergeStep(to_device(places, device), to_device(weights, device), rotations)
 
     def open_gate(self, special: Tensor) -> None:
         """Tell the adapter which of the next inputs are special tokens."""
@@ -159,6 +159,6 @@ class Reader:
         return logits
 
 
-def sent(tensor: Tensor, device: torch.device) -> Tensor:
+def to_device(tensor: Tensor, device: torch.device) -> Tensor:
     """Copy the tensor to the device without synchronising with it."""
     return tensor.to(device, non_blocking=True)

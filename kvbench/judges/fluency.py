@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from kvbench.models.rope import by_length, fixed_rotations
+from kvbench.models.rope import dynamic_rotary, fixed_rotations
 from kvbench.protocols.pieces import make_tokenizer
 
 ROWS = 16
@@ -61,7 +61,7 @@ class Scorer:
 
     def _alike(self, rows: list[tuple[int, list[int], list[int]]]) -> list[list[tuple[int, list[int], list[int]]]]:
         """Groups of rows that can share a batch: rows of equal length if rotations depend on it, otherwise all."""
-        if not by_length(self.model):
+        if not dynamic_rotary(self.model):
             return [rows] if rows else []
         whole: dict[int, list[tuple[int, list[int], list[int]]]] = {}
         for row in rows:

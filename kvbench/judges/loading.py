@@ -12,7 +12,7 @@ from kvbench.judges.fluency import Scorer
 from kvbench.metrics.mauve import LEAST_TEXTS
 from kvbench.models.loading import Loaded, load_model
 from kvbench.models.references import ModelReference
-from kvbench.probe.kept import probed
+from kvbench.probe.cached import probed
 from kvbench.store.records import ITSELF, Output
 
 

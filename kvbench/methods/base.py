@@ -77,7 +77,7 @@ class Method(ABC):
         return options_of(cls)
 
     @classmethod
-    def of(cls, ratio: Fraction, given: Mapping[str, str], **budget: int) -> Self:
+    def from_options(cls, ratio: Fraction, given: Mapping[str, str], **budget: int) -> Self:
         """Create the method from options as given on the command line; unknown options are ignored.
 
         Raises:
@@ -115,7 +115,7 @@ class Method(ABC):
             return self.ratio
         return max(Fraction(0), 1 - Fraction(self.budget_bytes, n * shape.entry_bytes))
 
-    def fitted(self, n: int, shape: CacheShape) -> Self:
+    def with_budget_for(self, n: int, shape: CacheShape) -> Self:
         """Return the method for a text of ``n`` tokens, with its budget converted to the parameters that it works with.
 
         Raises:
@@ -178,17 +178,17 @@ class Method(ABC):
         return {name: str(value) for name, value in given.items() if value}
 
     @property
-    def by_text(self) -> bool:
+    def depends_on_words(self) -> bool:
         """Whether the layout depends on the words of the text, so that every piece has its own."""
         return False
 
     @property
-    def places_after(self) -> int:
+    def extra_positions(self) -> int:
         """Number of position ids that special tokens may take after the last text token."""
         return 0
 
     @property
-    def unrotates(self) -> bool:
+    def averages_pre_rope(self) -> bool:
         """Whether keys are averaged before the rotary embedding, which not every model allows."""
         return False
 

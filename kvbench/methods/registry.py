@@ -53,6 +53,7 @@ _OWN: tuple[type[Method], ...] = (
 _OF_0_1 = frozenset({
     "known", "takes_ratio", "takes_budget", "needs_adapter", "trainable", "sums", "decay", "takes_moments",
     "keeps_all", "packs", "is_policy", "drawn", "looks", "turned", "packed", "compresses", "removes",
+    "fitted", "places_after", "by_text", "on", "who", "mixture", "goes_on", "unrotates",
     "looks_at", "policy", "option", "number",
 })
 """Members that method classes defined in kvbench 0.1 and must not define any more."""
@@ -137,6 +138,6 @@ def make_method(name: str, ratio: Fraction, options: Mapping[str, str] | None = 
         raise unknown("method", name, METHODS)
     kind, given = METHODS[name], options or {}
     budget = {key: int(given.get(key, 0)) for key in ("budget_tokens", "budget_bytes") if key[7:] in kind.budgets}
-    method = kind.of(ratio, given, **budget)
+    method = kind.from_options(ratio, given, **budget)
     with_ratio = "ratio" in kind.budgets or method.uses_ratio(in_chunks=False)
     return method if with_ratio else replace(method, ratio=Fraction(0))

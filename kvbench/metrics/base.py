@@ -33,7 +33,7 @@ class Shown:
         tables: names of the tables that have it as a column.
         label: label of the axis; the heading if empty.
         scale: factor that values are multiplied by.
-        is_drawn: whether it is plotted against the ratio.
+        is_plotted: whether it is plotted against the ratio.
     """
 
     heading: str
@@ -42,7 +42,7 @@ class Shown:
     tables: tuple[str, ...] = ()
     label: str = ""
     scale: float = 1.0
-    is_drawn: bool = False
+    is_plotted: bool = False
 
     @property
     def axis(self) -> str:
@@ -60,7 +60,7 @@ class Metric:
         unit: what ``n`` counts.
         signature: version and settings, as sacrebleu does for BLEU.
         has_interval: whether resampling makes sense.
-        swapped: whether the difference to ``full`` is tested by exchanging the two within groups, which suits any
+        exchange_test: whether the difference to ``full`` is tested by exchanging the two within groups, which suits any
             function of sums.
         shown: how it is shown.
     """
@@ -71,5 +71,5 @@ class Metric:
     tested: str | None = None
     unit: str = "document"
     has_interval: bool = True
-    swapped: bool = False
+    exchange_test: bool = False
     shown: Shown = Shown("")

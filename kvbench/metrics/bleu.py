@@ -49,6 +49,6 @@ def _value(t: Totals) -> Array:
 
 
 BLEU = TextMetric(
-    "bleu", _value, "sacrebleu|nrefs:1|case:mixed|eff:no|tok:13a|smooth:exp", swapped=True, columns=_columns,
+    "bleu", _value, "sacrebleu|nrefs:1|case:mixed|eff:no|tok:13a|smooth:exp", exchange_test=True, columns=_columns,
     shown=Shown("BLEU", 2, None, (TEXTS, FLUENCY)),
 )

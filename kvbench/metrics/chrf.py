@@ -45,6 +45,6 @@ def _value(t: Totals) -> Array:
 
 
 CHRF = TextMetric(
-    "chrf", _value, "sacrebleu|nrefs:1|case:mixed|eff:yes|nc:6|nw:0|space:no", swapped=True, columns=_columns,
+    "chrf", _value, "sacrebleu|nrefs:1|case:mixed|eff:yes|nc:6|nw:0|space:no", exchange_test=True, columns=_columns,
     shown=Shown("chrF", 2, None, (TEXTS, FLUENCY, GREEDY)),
 )

@@ -26,6 +26,7 @@ def _value(t: Totals) -> Array:
 
 
 GEN_PPL = TextMetric(
-    "gen_ppl", _value, "exp(sum nll/sum tokens) of the texts given their prefixes|v:2", swapped=True, columns=_columns,
-    shown=Shown("gen ppl", 2, None, (TEXTS, FLUENCY, GREEDY), "perplexity of the written text", is_drawn=True),
+    "gen_ppl", _value, "exp(sum nll/sum tokens) of the texts given their prefixes|v:2", exchange_test=True,
+    columns=_columns,
+    shown=Shown("gen ppl", 2, None, (TEXTS, FLUENCY, GREEDY), "perplexity of the written text", is_plotted=True),
 )

@@ -22,7 +22,7 @@ def _bits_per_byte(t: Totals) -> Array:
 PERPLEXITY = (
     Metric(
         "ppl", _ppl, "exp(sum nll/sum tokens)|v:1", tested="nll",
-        shown=Shown("ppl", 2, "low", (LM,), "perplexity", is_drawn=True),
+        shown=Shown("ppl", 2, "low", (LM,), "perplexity", is_plotted=True),
     ),
     Metric("nll", _nll, "nats|sum nll/sum tokens|v:1", tested="nll", shown=Shown("nll", 3, "low", (LM,))),
     Metric(

@@ -16,7 +16,7 @@ def _answer_nll(t: Totals) -> Array:
 RECALL = (
     Metric(
         "accuracy", _accuracy, "all answer tokens are the teacher-forced argmax|v:1",
-        tested="correct", shown=Shown("accuracy", 2, "high", (ANSWERS,), "recall accuracy", is_drawn=True),
+        tested="correct", shown=Shown("accuracy", 2, "high", (ANSWERS,), "recall accuracy", is_plotted=True),
     ),
     Metric(
         "answer_nll", _answer_nll, "nats per answer token|v:1", tested="nll",

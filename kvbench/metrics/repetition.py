@@ -22,7 +22,7 @@ def _rep(n: int) -> TextMetric:
 
     return TextMetric(
         f"rep{n}", mean_of(f"rep{n}", f"rep{n}_texts"), f"1-distinct/all {n}-grams of words in a text|mean over texts"
-        "|v:1", swapped=True, columns=columns, shown=Shown(f"rep-{n}", 3, None, _TABLES[n]),
+        "|v:1", exchange_test=True, columns=columns, shown=Shown(f"rep-{n}", 3, None, _TABLES[n]),
     )
 
 
@@ -40,7 +40,7 @@ def _diversity(t: Totals) -> Array:
 REPETITION = (
     *(_rep(n) for n in ORDERS),
     TextMetric(
-        "diversity", _diversity, "product over n=2,3,4 of (1-rep_n)|v:1", swapped=True, columns=_all_orders,
-        shown=Shown("diversity", 3, None, (TEXTS, MEANING), "diversity (1 is no repetition)", is_drawn=True),
+        "diversity", _diversity, "product over n=2,3,4 of (1-rep_n)|v:1", exchange_test=True, columns=_all_orders,
+        shown=Shown("diversity", 3, None, (TEXTS, MEANING), "diversity (1 is no repetition)", is_plotted=True),
     ),
 )

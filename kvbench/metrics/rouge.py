@@ -14,7 +14,7 @@ NAMES = ("rouge1", "rouge2", "rougeL")
 
 _SHOWN = {
     "rouge1": Shown("ROUGE-1", 3, None, (TEXTS, FLUENCY)), "rouge2": Shown("ROUGE-2", 3, None, (FLUENCY,)),
-    "rougeL": Shown("ROUGE-L", 3, None, (TEXTS, FLUENCY, GREEDY), "ROUGE-L with the author's text", is_drawn=True),
+    "rougeL": Shown("ROUGE-L", 3, None, (TEXTS, FLUENCY, GREEDY), "ROUGE-L with the author's text", is_plotted=True),
 }
 
 

@@ -28,7 +28,7 @@ def _coherence(output: Output, sample: Sample) -> float | None:
 SEMANTIC = (
     text_mean(
         "semantic", f"with the reference|{_RECIPE}", _semantic,
-        Shown("semantic", 3, None, (TEXTS, MEANING, GREEDY), "similarity to the author's text", is_drawn=True),
+        Shown("semantic", 3, None, (TEXTS, MEANING, GREEDY), "similarity to the author's text", is_plotted=True),
     ),
     text_mean(
         "prefix_coherence", f"with the prefix|{_RECIPE}", _coherence, Shown("coherence", 3, None, (TEXTS, MEANING)),

@@ -74,7 +74,7 @@ def text_mean(
 ) -> TextMetric:
     """A metric that is the mean over all texts of a measure of one text."""
     return TextMetric(
-        name, mean_of(name, f"{name}_texts"), f"mean over texts|{signature}", swapped=True,
+        name, mean_of(name, f"{name}_texts"), f"mean over texts|{signature}", exchange_test=True,
         columns=over_texts(name, measure), shown=shown,
     )
 

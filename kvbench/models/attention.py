@@ -22,7 +22,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import causal_mask_function, sdpa_mask
 
-from kvbench.models.attention_hooks import LISTENER, MASKS, OBSERVER, Attended, AttentionObserver, Rule
+from kvbench.models.attention_hooks import LISTENER, MASKS, OBSERVER, AttentionCall, AttentionObserver, MaskFunction
 
 NAME = "kvbench"
 """Must not contain "sdpa": transformers would refuse models with soft-capped logits, which are supported here."""
@@ -43,9 +43,9 @@ def attention(
     softcap, sinks = extra.get("softcap"), extra.get("s_aux")
     listener = LISTENER.get()
     if listener is not None:
-        beside = [name for name, term in (("softcap", softcap), ("s_aux", sinks)) if term is not None]
-        listener(Attended(
-            getattr(module, "layer_idx", None), query, key, value, tuple(beside), attention_mask,
+        extra_terms = [name for name, term in (("softcap", softcap), ("s_aux", sinks)) if term is not None]
+        listener(AttentionCall(
+            getattr(module, "layer_idx", None), query, key, value, tuple(extra_terms), attention_mask,
             bool(getattr(module, "is_causal", True)),
         ))
     observer = OBSERVER.get()
@@ -105,14 +105,14 @@ def _exact(
         else:
             logits = logits + mask[:, :, rows]
         if sinks is not None:
-            beside = sinks.float().view(1, -1, 1, 1).expand(batch, heads, logits.shape[2], 1)
-            logits = torch.cat([logits, beside], -1)
+            extra_terms = sinks.float().view(1, -1, 1, 1).expand(batch, heads, logits.shape[2], 1)
+            logits = torch.cat([logits, extra_terms], -1)
         weights = logits.softmax(-1)[..., : len(places)].to(value.dtype)
         out[:, rows] = (weights @ values).transpose(1, 2)
     return out
 
 
-def _mask(*args: Any, mask_function: Rule = causal_mask_function, **kwargs: Any) -> Tensor | None:
+def _mask(*args: Any, mask_function: MaskFunction = causal_mask_function, **kwargs: Any) -> Tensor | None:
     """Make SDPA's own mask, and record the mask function that it is made from (see ``MASKS``)."""
     collected = MASKS.get()
     if collected is not None:

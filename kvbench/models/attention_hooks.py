@@ -30,7 +30,7 @@ numbers of entries."""
 
 
 @contextmanager
-def unwatched() -> Iterator[None]:
+def without_observer() -> Iterator[None]:
     """Suspend the observer for the length of the block, so that the model can be probed inside a session."""
     token = OBSERVER.set(None)
     try:
@@ -39,25 +39,28 @@ def unwatched() -> Iterator[None]:
         OBSERVER.reset(token)
 
 
-class Attended(NamedTuple):
-    """One attention call of a layer: rotated ``query`` ``[batch, query heads, q, d]``, ``key`` and ``value``
-    ``[batch, heads, entries, width]``, names of additional terms in ``beside`` (``softcap``, ``s_aux``), the model's
-    ``mask``, and whether attention is causal if the mask is None."""
+class AttentionCall(NamedTuple):
+    """One attention call of a layer.
+
+    Rotated ``query`` ``[batch, query heads, q, d]``, ``key`` and ``value`` ``[batch, heads, entries, width]``, names of
+    additional terms in ``extra_terms`` (``softcap``, ``s_aux``), the model's ``mask``, and whether attention is causal
+    if the mask is None.
+    """
 
     layer: int | None
     query: Tensor
     key: Tensor
     value: Tensor
-    beside: tuple[str, ...]
+    extra_terms: tuple[str, ...]
     mask: Tensor | None
     is_causal: bool
 
 
-LISTENER: ContextVar[Callable[[Attended], None] | None] = ContextVar("listener", default=None)
+LISTENER: ContextVar[Callable[[AttentionCall], None] | None] = ContextVar("listener", default=None)
 """Called with every attention call, if set."""
 
-Rule = Callable[..., Any]
+MaskFunction = Callable[..., Any]
 """A mask function of transformers, ``(batch, head, query, key) -> bool``."""
 
-MASKS: ContextVar[list[tuple[Rule, Tensor]] | None] = ContextVar("masks", default=None)
+MASKS: ContextVar[list[tuple[MaskFunction, Tensor]] | None] = ContextVar("masks", default=None)
 """If set, collects the model's mask functions and the masks made from them; no mask is then replaced by None."""

@@ -15,7 +15,7 @@ from kvbench.models.attention import register
 from kvbench.models.configuration import context_of, text_config
 from kvbench.models.device import pick_device
 from kvbench.models.references import ModelReference
-from kvbench.models.rope import by_length
+from kvbench.models.rope import dynamic_rotary
 
 
 class Loaded(NamedTuple):
@@ -69,7 +69,7 @@ def load_model(reference: ModelReference, device: str, dtype: str) -> Loaded:
         )
     _check_tokenizer(reference, model, tokenizer)
     model.eval().requires_grad_(False).to(where)
-    by_length(model)  # examine stateful rotary embeddings before the first forward pass
+    dynamic_rotary(model)  # examine stateful rotary embeddings before the first forward pass
     return Loaded(model, tokenizer, context_of(config), int(text_config(config).vocab_size))
 
 

@@ -120,7 +120,7 @@ def random_model(config: Any, device: torch.device, dtype: torch.dtype, seed: in
     from transformers import AutoModelForCausalLM
 
     from kvbench.models.attention import register
-    from kvbench.models.rope import by_length
+    from kvbench.models.rope import dynamic_rotary
 
     torch.manual_seed(seed)
     try:
@@ -129,5 +129,5 @@ def random_model(config: Any, device: torch.device, dtype: torch.dtype, seed: in
     except (RuntimeError, MemoryError) as error:
         raise UserError(f"There is not enough memory for the weights of a {config.model_type} of that shape: "
                         f"{str(error).splitlines()[0]}", "Choose a smaller shape, or --dtype bfloat16.") from error
-    by_length(model)
+    dynamic_rotary(model)
     return model.eval().requires_grad_(False)  # type: ignore[no-any-return]

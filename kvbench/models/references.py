@@ -75,7 +75,7 @@ class ModelReference:
             _check_kept(self.name, self.fingerprint)
 
 
-def expanded(name: str) -> Path:
+def expand_home(name: str) -> Path:
     """The path, with ``~`` expanded to the home folder.
 
     Raises:
@@ -97,7 +97,7 @@ def resolve_model(name: str, revision: str | None = None) -> ModelReference:
     Raises:
         UserError: the path is missing or cannot be read, or the name can be neither a path nor a hub id.
     """
-    folder = assets() / DEFAULT_MODEL if name == DEFAULT_MODEL else expanded(name)
+    folder = assets() / DEFAULT_MODEL if name == DEFAULT_MODEL else expand_home(name)
     if folder.is_dir() and revision is not None:
         raise UserError(f"--revision is for models on the hub; {name} is a folder.", "Leave it out.")
     if folder.is_dir():
@@ -171,7 +171,7 @@ def given_adapter(name: str) -> Path:
         UserError: there is no such folder.
     """
     shipped = assets() / "adapters" / name
-    folder = shipped if "/" not in name and shipped.is_dir() else expanded(name)
+    folder = shipped if "/" not in name and shipped.is_dir() else expand_home(name)
     if not folder.is_dir():
         raise UserError(
             f"There is no adapter folder {name}.", "Give the folder that 'kvbench train --method METHOD' wrote."

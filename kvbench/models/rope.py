@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from kvbench.errors import UserError
-from kvbench.models.attention_hooks import LISTENER, Attended, unwatched
+from kvbench.models.attention_hooks import LISTENER, AttentionCall, without_observer
 from kvbench.models.configuration import context_of
 from kvbench.models.lora import swapped
 
@@ -30,10 +30,10 @@ _TOLERANCES = {torch.float32: 1e-3, torch.float16: 0.01}
 """Accepted error of a predicted rotation, relative to the length of each pair of coordinates; 0.06 for other dtypes."""
 
 _INITIAL: WeakKeyDictionary[nn.Module, dict[str, nn.Module]] = WeakKeyDictionary()
-_PROBES: WeakKeyDictionary[nn.Module, tuple[tuple[int, ...], Turned]] = WeakKeyDictionary()
+_PROBES: WeakKeyDictionary[nn.Module, tuple[tuple[int, ...], Rotations]] = WeakKeyDictionary()
 
 
-class Turned(NamedTuple):
+class Rotations(NamedTuple):
     """How positions change a model's queries and keys.
 
     Attributes:
@@ -62,7 +62,7 @@ def has_rotary(model: nn.Module) -> bool:
     return any(name.endswith("inv_freq") for name, _ in model.named_buffers())
 
 
-def frequencies(model: nn.Module) -> tuple[Tensor | None, ...] | None:
+def inv_freq_by_layer(model: nn.Module) -> tuple[Tensor | None, ...] | None:
     """The ``inv_freq`` ``[d / 2]`` (angle per position) of each layer; None for layers that do not rotate.
 
     Returns None for models with learned positions.
@@ -70,7 +70,7 @@ def frequencies(model: nn.Module) -> tuple[Tensor | None, ...] | None:
     Raises:
         UserError: a layer changes queries or keys in another way.
     """
-    found = turned(model)
+    found = find_rotations(model)
     if found.learned:
         return None
     if None in found.layers:
@@ -83,19 +83,19 @@ def frequencies(model: nn.Module) -> tuple[Tensor | None, ...] | None:
     return tuple(buffers[name].float() if name else None for name in found.layers)
 
 
-def turned(model: nn.Module) -> Turned:
+def find_rotations(model: nn.Module) -> Rotations:
     """Find out how positions change queries and keys, by forward passes of one token at a few positions.
 
     The model must not have an adapter applied. Rotations that depend on the length of the text are fixed meanwhile,
     since a high position would change them.
     """
-    if any("forward" not in vars(model.get_submodule(path)) for path in by_length(model)):
+    if any("forward" not in vars(model.get_submodule(path)) for path in dynamic_rotary(model)):
         with fixed_rotations(model, context_of(model.config)):
             return _cached_probe(model)
     return _cached_probe(model)
 
 
-def _cached_probe(model: nn.Module) -> Turned:
+def _cached_probe(model: nn.Module) -> Rotations:
     state = tuple(tensor.data_ptr() for name, tensor in model.named_buffers() if _is_inv_freq(name, tensor))
     if model not in _PROBES or _PROBES[model][0] != state:  # probe again if rotations were fixed for another length
         _PROBES[model] = state, _probe(model)
@@ -103,21 +103,21 @@ def _cached_probe(model: nn.Module) -> Turned:
 
 
 @torch.no_grad()
-def _probe(model: nn.Module) -> Turned:
+def _probe(model: nn.Module) -> Rotations:
     read = {
         position: found for position in (0, *_probe_positions(model))
         if (found := _read_token_at(model, position)) is not None
     }
     if _NEAR_POSITIONS[0] not in read:  # a table of positions that ends before this one
-        return Turned((), True)
+        return Rotations((), True)
     (calls, alone), others = read.pop(0), read
     logits = others[_NEAR_POSITIONS[0]][1]
     near = 0.05 if next(model.parameters()).dtype != torch.float32 else 1e-4
     learned = not torch.allclose(alone, logits, rtol=near, atol=near * float(alone.abs().max()))
     if learned or [call.layer for call in calls] != list(range(len(calls))):
-        return Turned((None,) * max(1, len(calls)), learned)
+        return Rotations((None,) * max(1, len(calls)), learned)
     buffers = {name: tensor for name, tensor in model.named_buffers() if _is_inv_freq(name, tensor)}
-    return Turned(tuple(
+    return Rotations(tuple(
         _matching_buffer(calls[number], {position: found[0][number] for position, found in others.items()}, buffers)
         for number in range(len(calls))
     ), False)
@@ -129,13 +129,13 @@ def _probe_positions(model: nn.Module) -> list[int]:
     return sorted({*(position for position in _NEAR_POSITIONS if position <= max(last, _NEAR_POSITIONS[0])), last})
 
 
-def _read_token_at(model: nn.Module, position: int) -> tuple[list[Attended], Tensor] | None:
+def _read_token_at(model: nn.Module, position: int) -> tuple[list[AttentionCall], Tensor] | None:
     """Attention calls and logits of a token read alone at a position; None beyond the table of positions."""
-    calls: list[Attended] = []
+    calls: list[AttentionCall] = []
     device = next(model.parameters()).device
     token = LISTENER.set(calls.append)
     try:
-        with unwatched():
+        with without_observer():
             logits = model(
                 input_ids=torch.ones(1, 1, dtype=torch.long, device=device), use_cache=False,
                 position_ids=torch.arange(position, position + 1, device=device)[None],
@@ -152,14 +152,14 @@ def _is_inv_freq(name: str, tensor: Tensor) -> bool:
     return name.endswith("inv_freq") and "original" not in name and tensor.dim() == 1
 
 
-def _matching_buffer(first: Attended, others: dict[int, Attended], buffers: dict[str, Tensor]) -> str | None:
+def _matching_buffer(first: AttentionCall, others: dict[int, AttentionCall], buffers: dict[str, Tensor]) -> str | None:
     """Name of the ``inv_freq`` buffer that best maps queries and keys at position 0 to those at the others.
 
     "" if they do not change; None if no buffer fits.
     """
     def worst(inv_freq: Tensor | None) -> float:
         return max(
-            apart_in_pairs(_rotated_to(here.float().cpu(), position, inv_freq), there.float().cpu(), inv_freq)
+            pairwise_distance(_rotated_to(here.float().cpu(), position, inv_freq), there.float().cpu(), inv_freq)
             for position, call in others.items() for here, there in ((first.query, call.query), (first.key, call.key))
         )
 
@@ -175,7 +175,7 @@ def _rotated_to(x: Tensor, position: int, inv_freq: Tensor | None) -> Tensor:
     return rotated(x, angle.cos(), angle.sin())
 
 
-def apart_in_pairs(one: Tensor, other: Tensor, inv_freq: Tensor | None) -> float:
+def pairwise_distance(one: Tensor, other: Tensor, inv_freq: Tensor | None) -> float:
     """Mean distance of the coordinate pairs of two tensors ``[..., width]``, relative to the length of each pair.
 
     Distances are taken by pair, since one large coordinate would hide changes of the others, and averaged, since
@@ -194,7 +194,7 @@ def apart_in_pairs(one: Tensor, other: Tensor, inv_freq: Tensor | None) -> float
     return float(shares.clamp(max=1).mean())
 
 
-def by_length(model: nn.Module) -> dict[str, nn.Module]:
+def dynamic_rotary(model: nn.Module) -> dict[str, nn.Module]:
     """Copies of the rotary embeddings that depend on the length of the text, by path, made at the first call.
 
     They are found by calling each with the same positions in a short and in a long text. Some keep state between
@@ -248,7 +248,7 @@ def fixed_rotations(model: nn.Module, length: int) -> Iterator[None]:
     Raises:
         UserError: rotations depend on the length and cannot be fixed.
     """
-    initial = by_length(model)
+    initial = dynamic_rotary(model)
     if not initial:
         yield
         return
@@ -260,7 +260,7 @@ def fixed_rotations(model: nn.Module, length: int) -> Iterator[None]:
 def fresh_rotations(model: nn.Module) -> Iterator[None]:
     """Reset rotations to their initial state, for the length of the block: some keep state of earlier, longer texts."""
     with torch.inference_mode(False):
-        copies = {path: copy.deepcopy(module) for path, module in by_length(model).items()}
+        copies = {path: copy.deepcopy(module) for path, module in dynamic_rotary(model).items()}
     device = next(model.parameters()).device
     with swapped(model, {path: module.to(device) for path, module in copies.items()}):
         yield
@@ -291,12 +291,12 @@ def _fixed_copy(initial: nn.Module, length: int, model: nn.Module) -> nn.Module:
 def rotation_mark(model: nn.Module) -> str:
     """What rotations add to the signature of a result; empty if all layers rotate alike at every length."""
     kinds = {
-        kind for module in by_length(model).values()
+        kind for module in dynamic_rotary(model).values()
         for kind in _rope_types(module)
     }
     if kinds:
         return f"|rope:{'+'.join(sorted(kinds))} by length of the text"
-    found = turned(model)
+    found = find_rotations(model)
     return "|rope:by layer" if not found.learned and len(set(found.layers)) > 1 else ""
 
 

@@ -80,7 +80,7 @@ class ProfilePlan:
     def positions(self) -> int:
         """The longest text, in tokens, and the places that special tokens may take beyond it."""
         methods = [make_method(c.method, Fraction(0), c.options) for c in self.groups[0] if c.method in METHODS]
-        return max(self.request.seq_lens) + self.request.new_tokens + max(m.places_after for m in methods)
+        return max(self.request.seq_lens) + self.request.new_tokens + max(m.extra_positions for m in methods)
 
 
 def build_profile_plan(request: ProfileRequest) -> ProfilePlan:
@@ -164,7 +164,7 @@ def _wanted(request: ProfileRequest, ratios: Sequence[Fraction]) -> list[Entry]:
         with_ratio = make_method(name, Fraction(0), options).uses_ratio(False)
         for ratio in dict.fromkeys(ratios) if with_ratio else [Fraction(0)]:
             method = make_method(name, ratio, options)
-            if method.by_text:
+            if method.depends_on_words:
                 raise UserError(
                     f"{name} with sampler=published draws spans of words, and profiled prompts are random tokens.",
                     "Leave out --set sampler=published.",

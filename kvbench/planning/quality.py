@@ -96,11 +96,11 @@ def parse_options(pairs: Sequence[str]) -> dict[str, str]:
     return options
 
 
-def build_plan(request: Request, omit: bool = False) -> Plan:
+def build_plan(request: Request, skip_infeasible: bool = False) -> Plan:
     """Check every name and number of a request, and lay out its cells.
 
     Args:
-        omit: leave out what a method cannot do at some of the ratios, as a grid asks for it, and note it.
+        skip_infeasible: leave out what a method cannot do at some of the ratios, as a grid asks for it, and note it.
 
     Raises:
         UserError: anything in the request that cannot be carried out.
@@ -127,7 +127,7 @@ def build_plan(request: Request, omit: bool = False) -> Plan:
     omitted: list[str] = []
     for name, entries in wanted.items():
         in_chunks = protocols[name].in_chunks
-        wanted[name] = feasible(entries, request.budget, in_chunks, omitted if omit else None)
+        wanted[name] = feasible(entries, request.budget, in_chunks, omitted if skip_infeasible else None)
     _check_execution(request, [entry.method for entries in wanted.values() for entry in entries])
     model = resolve_model(request.model, request.revision)
     corpora = {name: load_corpus(task, request.data, request.column) for name, task in tasks.items()}

@@ -34,7 +34,7 @@ def build_sweep(request: Request, models: Sequence[str], seeds: Sequence[int]) -
         UserError: anything in the request that cannot be carried out.
     """
     plans = tuple(
-        build_plan(replace(request, model=model, seed=seed), omit=True)
+        build_plan(replace(request, model=model, seed=seed), skip_infeasible=True)
         for model in dict.fromkeys(models) for seed in dict.fromkeys(seeds)
     )
     cells = [cell for plan in plans for cell in plan.cells]

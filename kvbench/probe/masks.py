@@ -7,14 +7,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kvbench.models.attention_hooks import Attended, Rule
+from kvbench.models.attention_hooks import AttentionCall, MaskFunction
 from kvbench.models.configuration import text_config
 
-Faults = (RuntimeError, ValueError, LookupError, TypeError, AttributeError, AssertionError)
+MODEL_ERRORS = (RuntimeError, ValueError, LookupError, TypeError, AttributeError, AssertionError)
 """Exceptions that a model may raise when it is used in a way that it does not support."""
 
 
-def sees(call: Attended, later: Tensor) -> bool:
+def sees(call: AttentionCall, later: Tensor) -> bool:
     """Whether a query of the call attends a later key; ``later`` marks them, bool ``[queries, keys]``."""
     if call.mask is None:
         return not call.is_causal
@@ -22,7 +22,7 @@ def sees(call: Attended, later: Tensor) -> bool:
     return open_.shape[-2:] == later.shape and bool((open_ & later).any())
 
 
-def sight_of(rules: list[Rule], longest: int) -> int | None:
+def attention_span(rules: list[MaskFunction], longest: int) -> int | None:
     """Length of the longest text whose last token sees all of it under every rule; None if it exceeds ``longest``.
 
     Args:
@@ -32,7 +32,7 @@ def sight_of(rules: list[Rule], longest: int) -> int | None:
     return min(found, default=None)
 
 
-def _bound(rule: Rule, longest: int) -> int | None:
+def _bound(rule: MaskFunction, longest: int) -> int | None:
     def sees_all(length: int) -> bool:
         zero, last = torch.zeros(1, dtype=torch.long), torch.tensor([length - 1])
         return bool(torch.as_tensor(rule(zero, zero, last, torch.arange(length))).all())
@@ -45,11 +45,11 @@ def _bound(rule: Rule, longest: int) -> int | None:
             middle = (low + high) // 2
             low, high = (middle, high) if sees_all(middle) else (low, middle)
         return low
-    except Faults:
+    except MODEL_ERRORS:
         return None  # the rule is bound to one text: the probe compares long texts instead
 
 
-def setting_of(config: Any, value: int | None) -> str:
+def setting_name(config: Any, value: int | None) -> str:
     """Name of the setting that has this value in the configuration; one with window or chunk in its name first."""
     content = {**config.to_dict(), **text_config(config).to_dict()}
     names = [name for name, found in content.items() if type(found) is int and found == value]

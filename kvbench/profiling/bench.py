@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from kvbench.errors import UserError
-from kvbench.inference.opening import Text, check_method, demand, open_session, prepared
+from kvbench.inference.opening import Text, check_method, open_session, peak_size, prepared
 from kvbench.methods import Method, make_method
 from kvbench.models.adapter import Adapter, AdapterCard
 from kvbench.models.device import pick_device
@@ -23,7 +23,7 @@ from kvbench.models.random_models import is_shape, make_shape, random_model
 from kvbench.models.references import ModelReference
 from kvbench.models.rope import has_rotary
 from kvbench.planning.profile import RANDOM
-from kvbench.probe.kept import probed
+from kvbench.probe.cached import probed
 from kvbench.profiling.memory import Sizes, free_bytes, sizes_of, sizes_of_model
 from kvbench.profiling.request import Request, SessionRequest, StockRequest
 from kvbench.store.profile_records import AGAIN, FULL, STOCK
@@ -97,7 +97,7 @@ class Bench:
     def needed(self, cell: Cell) -> int:
         """About the least bytes that the cell takes, weights included."""
         is_read = cell.options["fill"] != "synthetic"
-        found = demand(method_of(cell), self.model, _text_of(cell), cell.seed, int(cell.options["chunk"]), is_read)
+        found = peak_size(method_of(cell), self.model, _text_of(cell), cell.seed, int(cell.options["chunk"]), is_read)
         return self.sizes.needed(int(cell.options["batch_size"]), found.entries, found.fed)
 
     def refusal(self, cell: Cell) -> str | None:

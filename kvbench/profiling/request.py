@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from kvbench.cache.evicting import storage_bytes
 from kvbench.inference.filling import random_entries, random_logits
-from kvbench.inference.generation import greedy, read_prompt, written
+from kvbench.inference.generation import generate, greedy, read_prompt
 from kvbench.inference.sampling import Sampling
 from kvbench.inference.session import Session
 
@@ -69,7 +69,7 @@ class SessionRequest:
 
     def write(self, logits: Tensor) -> Iterator[Tensor]:
         uniforms = greedy(len(self.prompt), self.new_tokens)
-        return written(self.session, logits, uniforms, Sampling(), check=False)
+        return generate(self.session, logits, uniforms, Sampling(), check=False)
 
     @property
     def entries(self) -> int:

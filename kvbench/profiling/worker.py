@@ -82,7 +82,7 @@ class Worker:
     def run(self, bench: Bench) -> None:
         """Carry out the job."""
         try:
-            {TIME: self._time, MEMORY: self._weigh, PROBE: self._probe}[self.job.kind](bench)
+            {TIME: self._time, MEMORY: self._memory, PROBE: self._probe}[self.job.kind](bench)
         except CellFailedError:
             return
         self.say(End())
@@ -138,12 +138,12 @@ class Worker:
             read_bytes(bench.model), bench.sizes.entry * int(cell.options["batch_size"]), bandwidth,
         )
 
-    def _weigh(self, bench: Bench) -> None:
+    def _memory(self, bench: Bench) -> None:
         cell = self.job.cells[0]
         with self.guarded(cell, bench):
-            self._tell(cell, self._weighed(bench, cell))
+            self._tell(cell, self._memory_record(bench, cell))
 
-    def _weighed(self, bench: Bench, cell: Cell) -> MemoryRecord:
+    def _memory_record(self, bench: Bench, cell: Cell) -> MemoryRecord:
         seed = prompt_seed(cell.seed, 0, 0, False)
         fill = seed if cell.options["fill"] == "synthetic" else None
         adapter = bench.adapter_of(cell)
@@ -167,8 +167,8 @@ class Worker:
             why = f"needs at least {bytes_of(needed)}" if needed > budget else bench.refusal(cell)
             if why is None:
                 try:
-                    weighed = self._weighed(bench, cell)
-                    needed = weighed.weights + max(weighed.prefill_peak or 0, weighed.decode_peak)
+                    memory = self._memory_record(bench, cell)
+                    needed = memory.weights + max(memory.prefill_peak or 0, memory.decode_peak)
                     why = "" if needed <= budget else f"took {bytes_of(needed)}"
                 except (RuntimeError, MemoryError) as error:
                     if not is_out_of_memory(error):

@@ -128,16 +128,16 @@ class Protocol(ABC):
         return None
 
     @property
-    def least(self) -> str:
+    def required_length(self) -> str:
         """The length that a document needs for a piece, as text."""
         return f"{MIN_TOKENS} tokens"
 
     @property
-    def marks(self) -> str:
+    def signature_suffix(self) -> str:
         """Further text for the signature."""
         return ""
 
-    def taken(self, documents: Sequence[Document], limit: int | None) -> tuple[Sequence[Document], int | None]:
+    def limited(self, documents: Sequence[Document], limit: int | None) -> tuple[Sequence[Document], int | None]:
         """The documents to cut, and the maximum number of results to measure; None for all."""
         return documents, limit
 
@@ -149,7 +149,8 @@ class Protocol(ABC):
         """
         step = f"chunk:{self.chunk}" if execution == "streamed" else "onepass"
         bos = "per_piece" if has_bos else "none"
-        return f"{self.name}|{self.lengths}|{step}|bos:{bos}|reset:piece|tok:{tokenizer}{self.marks}|v:{version}"
+        tokenizer += self.signature_suffix
+        return f"{self.name}|{self.lengths}|{step}|bos:{bos}|reset:piece|tok:{tokenizer}|v:{version}"
 
     def shorter(self, tokens: int) -> str:
         """Advice on how to limit pieces to that many tokens."""

@@ -92,7 +92,7 @@ class Generate(Protocol):
         self, documents: Sequence[Document], tokenizer: Tokenizer, seed: int, with_words: bool
     ) -> Iterator[tuple[Document, Cut]]:
         for document in documents:
-            yield document, cut_for_writing(document, tokenizer, self)
+            yield document, cut_for_generation(document, tokenizer, self)
 
     @property
     def unit(self) -> str:
@@ -107,7 +107,7 @@ class Generate(Protocol):
         return self.prefix
 
     @property
-    def least(self) -> str:
+    def required_length(self) -> str:
         return f"{self.prefix + self.new_tokens} {self.unit}"
 
     def within(self, tokens: int) -> str:
@@ -123,7 +123,7 @@ class Generate(Protocol):
         )
 
 
-def cut_for_writing(document: Document, tokenizer: Tokenizer, protocol: Generate) -> Cut:
+def cut_for_generation(document: Document, tokenizer: Tokenizer, protocol: Generate) -> Cut:
     """Cut a document into prefix, reference and the text after it; no piece if the document is too short."""
     version = 1
     cut = _words(document.text, protocol) if protocol.in_words else None
@@ -145,7 +145,7 @@ def cut_for_writing(document: Document, tokenizer: Tokenizer, protocol: Generate
             return Cut((), len(ids))
     piece = Piece(
         document.id, (*prefix, *reference), len(prefix), len(prefix), 0, layout_id(_name(prefix), 0),
-        written=True, after=tuple(after), version=version,
+        is_generated=True, after=tuple(after), version=version,
     )
     return Cut((piece,), 0)
 

@@ -44,7 +44,7 @@ class Online(Protocol):
     def lengths(self) -> str:
         return self.spec.signature()
 
-    def taken(self, documents: Sequence[Document], limit: int | None) -> tuple[Sequence[Document], int | None]:
+    def limited(self, documents: Sequence[Document], limit: int | None) -> tuple[Sequence[Document], int | None]:
         """Limit the number of documents; each gives many trials."""
         return documents[:limit], None
 

@@ -33,7 +33,7 @@ class Piece:
         chunks: lengths of the chunks that the context came in; empty for running text.
         words: for every token the index of its line, of its word, and the words of the line; None unless a method needs
             it.
-        written: whether the model generates the text after the context; ``ids`` has the author's own.
+        is_generated: whether the model generates the text after the context; ``ids`` has the author's own.
         after: token ids of the author's text after that.
         ahead: number of tokens after the context whose queries a policy sees before it chooses what to keep.
         version: version of the tokenisation: 2 where tokenising the parts of the text separately gives other tokens.
@@ -48,7 +48,7 @@ class Piece:
     bin: str | None = None
     chunks: tuple[int, ...] = ()
     words: tuple[tuple[int, int, int], ...] | None = None
-    written: bool = False
+    is_generated: bool = False
     after: tuple[int, ...] = ()
     ahead: int = 0
     version: int = 1
@@ -56,7 +56,7 @@ class Piece:
     @property
     def planned(self) -> int:
         """Number of text tokens that the method's layout covers."""
-        return len(self.ids) if self.written else self.context
+        return len(self.ids) if self.is_generated else self.context
 
     @property
     def shape(self) -> tuple[int, int, int, tuple[int, ...]]:
@@ -66,7 +66,7 @@ class Piece:
     @property
     def structure(self) -> TextStructure:
         """What a layout may know of the text."""
-        return TextStructure(self.chunks, self.words, self.context if self.written else 0)
+        return TextStructure(self.chunks, self.words, self.context if self.is_generated else 0)
 
 
 @dataclass(frozen=True)

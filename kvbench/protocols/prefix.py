@@ -56,7 +56,7 @@ class Prefix(Protocol):
         return self.length
 
     @property
-    def least(self) -> str:
+    def required_length(self) -> str:
         return f"{self.length + self.continuation} tokens"
 
 

@@ -127,7 +127,7 @@ def score(
     first = pieces[0]
     ids = torch.tensor([piece.ids for piece in pieces], device=session.device)
     context, behind = ids[:, : first.context], ids[:, first.context :]
-    rows = Rows(ids[:, first.scored :], first.scored, reference, keep_reference)
+    rows = ScoreCollector(ids[:, first.scored :], first.scored, reference, keep_reference)
     for part in session.prefill(context, first.scored - 1, behind[:, : first.ahead]):
         rows.add(part.start, part.logits)
     kept, sizes = session.kept, session.bytes()
@@ -141,7 +141,7 @@ def score(
     ), rows.collected()
 
 
-class Rows:
+class ScoreCollector:
     """Collects scores from logits that arrive in consecutive runs."""
 
     def __init__(self, targets: Tensor, scored: int, reference: Reference | None, keep: bool) -> None:

@@ -41,7 +41,7 @@ class Stream(Block):
             yield document, cut_stream(document, tokenizer, self.length, with_words)
 
     @property
-    def marks(self) -> str:
+    def signature_suffix(self) -> str:
         return "|beyond-context" if self.beyond_context else ""
 
 

@@ -28,7 +28,7 @@ from kvbench.reporting.tables.format import name_of
 from kvbench.store.folder import RESULTS, RunFolder, write_atomic
 from kvbench.store.records import Results, Row
 
-DRAWN = tuple(name for name, shown in SHOWN.items() if shown.is_drawn)
+DRAWN = tuple(name for name, shown in SHOWN.items() if shown.is_plotted)
 """Metrics that are drawn against removal."""
 
 

@@ -26,7 +26,7 @@ from kvbench.models.fingerprint import fingerprint
 from kvbench.models.loading import Loaded, load_model
 from kvbench.models.references import resolve_model
 from kvbench.models.rope import has_rotary
-from kvbench.probe.kept import probed
+from kvbench.probe.cached import probed
 from kvbench.protocols.pieces import Tokenizer
 from kvbench.training.adapter_training import AdapterPlan, train_adapter
 from kvbench.training.base_training import BasePlan, new_model, train_base, train_tokenizer
@@ -83,11 +83,11 @@ def _check_model(name: str, loaded: Loaded, facts: ModelFacts, length: int, meth
             f"--length {length} does not fit {name}: its context is {context} tokens.",
             f"Use --length {context} or less.",
         )
-    if length + method.places_after > context and not has_rotary(loaded.model):
+    if length + method.extra_positions > context and not has_rotary(loaded.model):
         raise UserError(
-            f"{name} has learned positions up to {context}, and {method.name} needs {method.places_after} "
+            f"{name} has learned positions up to {context}, and {method.name} needs {method.extra_positions} "
             "after its text.",
-            f"Use --length {context - method.places_after} or less.",
+            f"Use --length {context - method.extra_positions} or less.",
         )
 
 
@@ -122,7 +122,7 @@ def run_adapter_training(request: AdapterRequest, follow: Follow) -> Path:
     )
     torch.manual_seed(plan.seed)
     adapter = Adapter.fresh(card, model, plan.dropout)
-    data = Mixture(stream.ids, lambda text: goes_on(tokenizer, text), plan.length, plan.seed)
+    data = Mixture(stream.ids, lambda text: encode_in_context(tokenizer, text), plan.length, plan.seed)
     if team.leads:
         _make(request.out, request.fresh)
     team.wait()
@@ -193,7 +193,7 @@ def run_base_training(
     known = fingerprint(tokenizer_folder) if tokenizer_folder is not None else "trained"
     plan = replace(plan, tokenizer=known, data=stream.hash)
     model = new_model(plan, len(tokenizer), tokenizer.eos_token_id).to(where)
-    mixture = Mixture(stream.ids, lambda text: goes_on(tokenizer, text), plan.length, plan.seed)
+    mixture = Mixture(stream.ids, lambda text: encode_in_context(tokenizer, text), plan.length, plan.seed)
     _make(out, fresh)
     follow(train_base(plan, model, mixture, out, every), plan.steps, lambda step, loss: None, every)
     model.to(torch.bfloat16).save_pretrained(out)  # type: ignore[operator]
@@ -253,7 +253,7 @@ def _make(out: Path, fresh: bool) -> None:
         raise UserError(f"--out {out} cannot be written: {error.strerror}.", "Choose another folder.") from error
 
 
-def goes_on(tokenizer: Any, text: str) -> list[int]:
+def encode_in_context(tokenizer: Any, text: str) -> list[int]:
     """The token ids of a text within another text, without what some tokenizers prepend to a text."""
     return list(Tokenizer(tokenizer, None).split(("a", text))[1].ids)
 

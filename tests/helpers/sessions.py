@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from kvbench.inference.generation import read_prompt, written
+from kvbench.inference.generation import generate, read_prompt
 from kvbench.inference.layout_session import LayoutSession
 from kvbench.inference.reader import Reader
 from kvbench.inference.sampling import Sampling
@@ -45,4 +45,4 @@ def texts(
 ) -> Tensor:
     """int64 ``[rows, tokens]`` written after a prefix, -1 after the end."""
     logits = read_prompt(session, prefix)
-    return torch.stack(list(written(session, logits, uniforms, sampling or Sampling(), ends)), 1)
+    return torch.stack(list(generate(session, logits, uniforms, sampling or Sampling(), ends)), 1)

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from kvbench.methods.layouts.ccm_budget import UnderBudget, budget_layout
+from kvbench.methods.layouts.ccm_budget import StreamingBudget, budget_layout
 from kvbench.methods.layouts.chunked import ChunkVisibility, Merge
 from kvbench.methods.layouts.chunks import LONGEST, SHORTEST, Chunked
 from kvbench.methods.layouts.layout import COMP, RUNNING, SUM, Layout, TextStructure
@@ -14,7 +14,7 @@ from kvbench.methods.options import option
 
 
 @dataclass(frozen=True)
-class Streaming(UnderBudget, Chunked):
+class Streaming(StreamingBudget, Chunked):
     """Base of both variants: memory is made after every chunk or, in the streaming form, whenever the cache is full."""
 
     def uses_ratio(self, in_chunks: bool) -> bool:
@@ -27,7 +27,7 @@ class Streaming(UnderBudget, Chunked):
 
     def layout(self, n: int, rng: np.random.Generator, text: TextStructure = RUNNING) -> Layout:
         if self.streams and not text.chunks:
-            return budget_layout(self, n, self.n_comp, self.mixture())
+            return budget_layout(self, n, self.n_comp, self.merge_rule())
         return super().layout(n, rng, text)
 
 
@@ -51,7 +51,7 @@ class CCMConcat(Streaming):
 
     recurrent: bool = option(True, "memory is made and read while chunks are read", trained=True)
 
-    def who(self, chunks: int) -> ChunkVisibility:
+    def visibility(self, chunks: int) -> ChunkVisibility:
         return ChunkVisibility(chunks, text=self.recurrent, memory=self.recurrent, latest=False, kind=COMP)
 
 
@@ -80,14 +80,14 @@ class CCMMerge(Streaming):
     segment: int = option(64, "tokens of a chunk of running text", least=SHORTEST, most=LONGEST)
 
     @property
-    def unrotates(self) -> bool:
+    def averages_pre_rope(self) -> bool:
         return self.merge_at == "unrotated"
 
     def chunk(self) -> int:
         return self.segment
 
-    def who(self, chunks: int) -> ChunkVisibility:
+    def visibility(self, chunks: int) -> ChunkVisibility:
         return ChunkVisibility(chunks, text=self.recurrent, memory=self.recurrent, latest=True, kind=SUM)
 
-    def mixture(self) -> Merge:
-        return Merge(self.merge == "ema", self.unrotates)
+    def merge_rule(self) -> Merge:
+        return Merge(self.merge == "ema", self.averages_pre_rope)

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from kvbench.errors import UserError
-from kvbench.methods.layouts.layout import COMP, RAW, SUM, Layout, Tokens
+from kvbench.methods.layouts.layout import COMP, SUM, TEXT, Layout, Tokens
 from kvbench.methods.layouts.method import LayoutMethod
 from kvbench.methods.options import option
 
@@ -44,7 +44,7 @@ class Cut(NamedTuple):
 
 
 @dataclass(frozen=True)
-class UnderBudget(LayoutMethod):
+class StreamingBudget(LayoutMethod):
     """Base of methods with a streaming form; ``budget=0`` disables it, and the other options with it."""
 
     budget: int = option(0, "entries at which the cache is cut; 0: no streaming form")
@@ -59,7 +59,7 @@ class UnderBudget(LayoutMethod):
 
     @property
     def resolved(self) -> dict[str, str]:
-        return {k: v for k, v in super().resolved.items() if self.streams or k not in UnderBudget.options()}
+        return {k: v for k, v in super().resolved.items() if self.streams or k not in StreamingBudget.options()}
 
     def check_budget(self, n_comp: int, in_chunks: bool) -> None:
         """Check that the budget has room for sinks, memory and the tokens to compress.
@@ -88,7 +88,7 @@ class UnderBudget(LayoutMethod):
             )
 
 
-def cuts(n: int, method: UnderBudget, n_comp: int, most: int) -> list[Cut]:
+def cuts(n: int, method: StreamingBudget, n_comp: int, most: int) -> list[Cut]:
     """The cuts made while ``n`` tokens are read, with at most ``most`` memory entries."""
     budget, compress, sink = method.budget, method.compress, method.sink
     found: list[Cut] = []
@@ -102,7 +102,7 @@ def cuts(n: int, method: UnderBudget, n_comp: int, most: int) -> list[Cut]:
     return found
 
 
-def window_cuts(n: int, method: UnderBudget, n_comp: int) -> list[Cut]:
+def window_cuts(n: int, method: StreamingBudget, n_comp: int) -> list[Cut]:
     """The cuts of a window without memory that always holds as many entries as ``ccm-concat``."""
     with_memory = cuts(n, method, n_comp, method.memory)
     found: list[Cut] = []
@@ -130,65 +130,65 @@ class BudgetVisibility:
 
     def __call__(self, queries: Tokens, keys: Tokens) -> Tensor:
         held = queries.slot <= self.until[keys.slot]
-        raw, memory = keys.kind == RAW, keys.kind == self.kind
-        own = keys.unit == queries.unit
-        earlier = memory & (keys.unit < queries.unit) & held
+        raw, memory = keys.kind == TEXT, keys.kind == self.kind
+        own = keys.segment == queries.segment
+        earlier = memory & (keys.segment < queries.segment) & held
         text = held & (raw | memory)
         is_sink = raw & (keys.raw < self.sink)
         made = (own & (raw | (keys.kind == COMP))) | is_sink | earlier
-        mixed = own & (keys.kind == COMP) | (memory & (keys.unit == queries.unit - 1))
+        mixed = own & (keys.kind == COMP) | (memory & (keys.segment == queries.segment - 1))
         return torch.where(
-            queries.kind == RAW, text, torch.where(queries.kind == COMP, made, mixed & (queries.kind == SUM))
+            queries.kind == TEXT, text, torch.where(queries.kind == COMP, made, mixed & (queries.kind == SUM))
         )
 
 
 def budget_layout(
-    method: UnderBudget, n: int, n_comp: int, mixture: Merge | Pool | None, with_memory: bool = True
+    method: StreamingBudget, n: int, n_comp: int, rule: Merge | Pool | None, with_memory: bool = True
 ) -> Layout:
     """The layout of ``n`` tokens under a budget: with memory tokens, or as a plain window with equally many entries."""
     sink = method.sink
-    most = n_comp if mixture is not None else method.memory
+    most = n_comp if rule is not None else method.memory
     made = cuts(n, method, n_comp, most) if with_memory else window_cuts(n, method, n_comp)
     n_comp = n_comp if with_memory else 0
-    special = [] if n_comp == 0 else [COMP] + ([SUM] if mixture is not None else [])
-    unit_of = torch.full((n,), len(made))
-    parts: list[tuple[Tensor, Tensor, Tensor, Tensor]] = []  # kind, raw, unit, row
+    special = [] if n_comp == 0 else [COMP] + ([SUM] if rule is not None else [])
+    segment_of = torch.full((n,), len(made))
+    parts: list[tuple[Tensor, Tensor, Tensor, Tensor]] = []  # kind, raw, segment, row
     begin = 0
     for e, cut in enumerate(made):
-        unit_of[cut.start : cut.stop] = e
+        segment_of[cut.start : cut.stop] = e
     for e in range(len(made) + 1):
         stop = made[e].after + 1 if e < len(made) else n
         raw = torch.arange(begin, stop)
-        parts.append((torch.full_like(raw, RAW), raw, unit_of[begin:stop], torch.full_like(raw, -1)))
+        parts.append((torch.full_like(raw, TEXT), raw, segment_of[begin:stop], torch.full_like(raw, -1)))
         begin = stop
         if e < len(made):
             row = torch.arange(n_comp)
-            place, unit = torch.full_like(row, made[e].stop - 1), torch.full_like(row, e)
-            parts += [(torch.full_like(row, kind_), place, unit, row) for kind_ in special]
-    kind, raw, unit, row = (torch.cat([part[i] for part in parts]) for i in range(4))
+            place, segment = torch.full_like(row, made[e].stop - 1), torch.full_like(row, e)
+            parts += [(torch.full_like(row, kind_), place, segment, row) for kind_ in special]
+    kind, raw, segment, row = (torch.cat([part[i] for part in parts]) for i in range(4))
     slot = torch.arange(len(kind))
-    tokens = Tokens(slot, kind, raw, unit, row)
+    tokens = Tokens(slot, kind, raw, segment, row)
     ends = _ends(tokens, made)
     until = torch.full((len(kind),), _NEVER)
-    leaves = (kind == RAW) & (unit < len(made))
-    until[leaves] = ends[unit[leaves]]
-    memory_kind = COMP if mixture is None else SUM
-    lasts = 1 if mixture is not None else most // max(1, n_comp)
+    leaves = (kind == TEXT) & (segment < len(made))
+    until[leaves] = ends[segment[leaves]]
+    memory_kind = COMP if rule is None else SUM
+    lasts = 1 if rule is not None else most // max(1, n_comp)
     for e in range(len(made)):
         last = ends[e + lasts] if e + lasts < len(made) else _NEVER
-        until[(kind == memory_kind) & (unit == e)] = last
+        until[(kind == memory_kind) & (segment == e)] = last
     visibility = BudgetVisibility(until, memory_kind, sink)
     chunks = [cut.stop - cut.start for cut in made]
     return Layout(
-        tokens, raw + row + 1, visibility, n, next_unit=len(made),
-        mixture=None if mixture is None else mixture.of(tokens, chunks, n_comp),
+        tokens, raw + row + 1, visibility, n, next_segment=len(made),
+        merge_plan=None if rule is None else rule.of(tokens, chunks, n_comp),
     )
 
 
 def _ends(tokens: Tokens, made: list[Cut]) -> Tensor:
     """int64 ``[cuts]``: the last slot of each cut, which is the last that may see what the cut removes."""
-    ends = tokens.slot[tokens.kind == RAW][[cut.after for cut in made]]
+    ends = tokens.slot[tokens.kind == TEXT][[cut.after for cut in made]]
     for e in range(len(made)):
-        special = tokens.slot[(tokens.kind != RAW) & (tokens.unit == e)]
+        special = tokens.slot[(tokens.kind != TEXT) & (tokens.segment == e)]
         ends[e] = special[-1] if len(special) else ends[e]
     return ends

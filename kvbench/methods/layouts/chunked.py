@@ -9,7 +9,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from kvbench.methods.layouts.layout import COMP, RAW, SUM, Layout, MergePlan, Tokens
+from kvbench.methods.layouts.layout import COMP, SUM, TEXT, Layout, MergePlan, Tokens
 
 
 def equal_chunks(n: int, chunk: int, n_comp: int) -> list[int]:
@@ -39,45 +39,45 @@ class ChunkVisibility:
     kind: int
 
     def __call__(self, queries: Tokens, keys: Tokens) -> Tensor:
-        own = keys.unit == queries.unit
-        before = keys.unit == queries.unit - 1
+        own = keys.segment == queries.segment
+        before = keys.segment == queries.segment - 1
         memory = (keys.kind == self.kind) & (before if self.latest else ~own)
-        after = queries.unit == self.chunks
-        is_text, is_sum = queries.kind == RAW, queries.kind == SUM
+        after = queries.segment == self.chunks
+        is_text, is_sum = queries.kind == TEXT, queries.kind == SUM
         sees = after | (is_text & self.text) | ((queries.kind == COMP) & self.memory) | (is_sum & before)
-        own_kinds = (keys.kind == RAW) | ((keys.kind == COMP) & ~is_text)
+        own_kinds = (keys.kind == TEXT) | ((keys.kind == COMP) & ~is_text)
         return (own & own_kinds) | (memory & sees)
 
 
 def chunk_layout(
-    n: int, chunks: Sequence[int], n_comp: int, who: ChunkVisibility, mixture: Merge | Pool | None
+    n: int, chunks: Sequence[int], n_comp: int, visibility: ChunkVisibility, rule: Merge | Pool | None
 ) -> Layout:
     """The sequence chunk, its memory tokens, chunk, ... and the rest of the text, uncompressed.
 
     Positions of memory tokens continue from the last token of their chunk; text positions do not count memory tokens.
     """
     after = n - sum(chunks)
-    special = [] if isinstance(mixture, Pool) else [COMP]
-    special += [] if mixture is None else [SUM]
-    runs: list[tuple[int, int, int]] = []  # (kind, unit, how many)
+    special = [] if isinstance(rule, Pool) else [COMP]
+    special += [] if rule is None else [SUM]
+    runs: list[tuple[int, int, int]] = []  # (kind, segment, how many)
     for chunk, length in enumerate(chunks):
-        runs.append((RAW, chunk, length))
+        runs.append((TEXT, chunk, length))
         runs += [(made, chunk, n_comp) for made in special]
-    runs.append((RAW, len(chunks), after))
+    runs.append((TEXT, len(chunks), after))
     counts = torch.tensor([count for _, _, count in runs])
-    kind, unit = (
+    kind, segment = (
         torch.repeat_interleave(torch.tensor([run[i] for run in runs]), counts) for i in (0, 1)
     )
-    raw = torch.clamp(torch.cumsum(kind == RAW, 0) - 1, min=0)
+    raw = torch.clamp(torch.cumsum(kind == TEXT, 0) - 1, min=0)
     slot = torch.arange(len(kind))
     begins = torch.repeat_interleave(torch.cumsum(counts, 0) - counts, counts)
-    row = torch.where(kind == RAW, -1, slot - begins)
+    row = torch.where(kind == TEXT, -1, slot - begins)
     # Pooled entries take the position of the last token of their chunk.
-    position = raw if isinstance(mixture, Pool) else raw + row + 1
-    tokens = Tokens(slot, kind, raw, unit, row)
+    position = raw if isinstance(rule, Pool) else raw + row + 1
+    tokens = Tokens(slot, kind, raw, segment, row)
     return Layout(
-        tokens, position, who, n, next_unit=len(chunks),
-        mixture=None if mixture is None else mixture.of(tokens, list(chunks), n_comp),
+        tokens, position, visibility, n, next_segment=len(chunks),
+        merge_plan=None if rule is None else rule.of(tokens, list(chunks), n_comp),
     )
 
 
@@ -108,7 +108,7 @@ class Pool:
 
     def of(self, tokens: Tokens, chunks: list[int], n_comp: int) -> MergePlan:
         slots = tokens.slot[tokens.kind == SUM]
-        first_of = torch.nonzero(tokens.kind == RAW).flatten()
+        first_of = torch.nonzero(tokens.kind == TEXT).flatten()
         sources, weights, begin = [], [], 0
         widest = max((-(-length // n_comp) for length in chunks), default=1)
         for length in chunks:

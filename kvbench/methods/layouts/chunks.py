@@ -58,7 +58,7 @@ class Chunked(LayoutMethod):
         return self.n_comp if self.adapter_kinds else 0
 
     @property
-    def places_after(self) -> int:
+    def extra_positions(self) -> int:
         return self.n_rows
 
     def chunk(self) -> int:
@@ -73,29 +73,29 @@ class Chunked(LayoutMethod):
             )
 
     @property
-    def goes_on(self) -> bool:
+    def compresses_generated(self) -> bool:
         """Whether generated text is compressed too, which requires that text within chunks sees the memory."""
-        return self.who(1).text
+        return self.visibility(1).text
 
-    def who(self, chunks: int) -> ChunkVisibility:
+    def visibility(self, chunks: int) -> ChunkVisibility:
         return ChunkVisibility(chunks, text=True, memory=True, latest=False, kind=COMP)
 
-    def mixture(self) -> Merge | Pool | None:
+    def merge_rule(self) -> Merge | Pool | None:
         return None
 
     def layout(self, n: int, rng: np.random.Generator, text: TextStructure = RUNNING) -> Layout:
         chunks = list(text.chunks) or equal_chunks(text.prefix or n, self.chunk(), self.n_comp)
-        if text.prefix and self.goes_on:
+        if text.prefix and self.compresses_generated:
             chunks += equal_chunks(n - sum(chunks), self.chunk(), self.n_comp)
-        return chunk_layout(n, chunks, self.n_comp, self.who(len(chunks)), self.mixture())
+        return chunk_layout(n, chunks, self.n_comp, self.visibility(len(chunks)), self.merge_rule())
 
     @classmethod
     def training_layout(cls, n: int, rng: np.random.Generator, options: dict[str, str]) -> Layout:
         """Chunks of one length, sampled log-uniformly; sometimes the end of the text stays uncompressed."""
-        method = cls.of(Fraction(0), options)
+        method = cls.from_options(Fraction(0), options)
         length = round(float(np.exp(rng.uniform(np.log(SHORTEST), np.log(min(LONGEST, n // 2))))))
         compressed = n if rng.random() < 0.75 else int(rng.integers(length, n))
-        if not method.who(2).text:  # the memory is only seen by the text after the chunks
+        if not method.visibility(2).text:  # the memory is only seen by the text after the chunks
             compressed = int(rng.integers(n // 4, 3 * n // 4))
         chunks = equal_chunks(compressed, length, method.n_comp)
-        return chunk_layout(n, chunks, method.n_comp, method.who(len(chunks)), method.mixture())
+        return chunk_layout(n, chunks, method.n_comp, method.visibility(len(chunks)), method.merge_rule())

@@ -44,9 +44,9 @@ class NoContext(LayoutMethod):
 
     def layout(self, n: int, rng: np.random.Generator, text: TextStructure = RUNNING) -> Layout:
         if text.chunks:
-            unit = torch.repeat_interleave(torch.arange(len(text.chunks)), torch.tensor(text.chunks))
-            tokens = plain_tokens(n, unit)
-            return Layout(tokens, tokens.raw, _same_unit, n, next_unit=len(text.chunks))
+            segment = torch.repeat_interleave(torch.arange(len(text.chunks)), torch.tensor(text.chunks))
+            tokens = plain_tokens(n, segment)
+            return Layout(tokens, tokens.raw, _same_unit, n, next_segment=len(text.chunks))
         tokens = plain_tokens(n)
         return Layout(tokens, tokens.raw, _same_chunk, n)
 
@@ -56,7 +56,7 @@ def _same_chunk(queries: Tokens, keys: Tokens) -> Tensor:
 
 
 def _same_unit(queries: Tokens, keys: Tokens) -> Tensor:
-    return queries.unit == keys.unit
+    return queries.segment == keys.segment
 
 
 @dataclass(frozen=True)

@@ -31,7 +31,7 @@ class Gist(Chunked):
         "online", "gists of every chunk side by side, or of the whole context at its end", choices=("online", "fixed")
     )
 
-    def who(self, chunks: int) -> ChunkVisibility:
+    def visibility(self, chunks: int) -> ChunkVisibility:
         return ChunkVisibility(chunks, text=True, memory=False, latest=False, kind=COMP)
 
     def uses_ratio(self, in_chunks: bool) -> bool:
@@ -42,11 +42,11 @@ class Gist(Chunked):
 
     def layout(self, n: int, rng: np.random.Generator, text: TextStructure = RUNNING) -> Layout:
         if self.mode == "fixed":
-            return chunk_layout(n, [text.prefix or n], self.n_comp, self.who(1), None)
+            return chunk_layout(n, [text.prefix or n], self.n_comp, self.visibility(1), None)
         return super().layout(n, rng, text)
 
     @classmethod
     def training_layout(cls, n: int, rng: np.random.Generator, options: dict[str, str]) -> Layout:
-        method = cls.of(Fraction(0), options)
+        method = cls.from_options(Fraction(0), options)
         length = round(float(np.exp(rng.uniform(np.log(SHORTEST), np.log(3 * n // 4)))))
-        return chunk_layout(n, [length], method.n_comp, method.who(1), None)
+        return chunk_layout(n, [length], method.n_comp, method.visibility(1), None)

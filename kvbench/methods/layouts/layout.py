@@ -20,12 +20,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-RAW, OPEN, CLOSE, COMP, SUM = 0, 1, 2, 3, 4
+TEXT, OPEN, CLOSE, COMP, SUM = 0, 1, 2, 3, 4
 """Kinds of tokens: a token of the text; a sentinel that opens a span, one that closes it; a token whose entry becomes
 memory; a slot whose entry is computed from other entries."""
 
 OUTSIDE = -1
-"""The unit of a token that belongs to no span or chunk."""
+"""The segment of a token that belongs to no span or chunk."""
 
 _ROWS_AT_ONCE = 1024
 
@@ -35,16 +35,16 @@ class Tokens(NamedTuple):
 
     Attributes:
         slot: index in the input sequence, special tokens included.
-        kind: ``RAW``, ``OPEN``, ``CLOSE``, ``COMP`` or ``SUM``.
+        kind: ``TEXT``, ``OPEN``, ``CLOSE``, ``COMP`` or ``SUM``.
         raw: index of the token in the text; for other kinds, that of the text token before their place in the text.
-        unit: index of the span or chunk the token belongs to, ``OUTSIDE`` if none.
+        segment: index of the span or chunk the token belongs to, ``OUTSIDE`` if none.
         row: index of the adapter's embedding that is fed; -1 for text.
     """
 
     slot: Tensor
     kind: Tensor
     raw: Tensor
-    unit: Tensor
+    segment: Tensor
     row: Tensor
 
     def at(self, where: Tensor | slice) -> Tokens:
@@ -122,8 +122,8 @@ class MergePlan:
         weights.scatter_add_(1, torch.searchsorted(present, self.sources[chosen]), self.weights[chosen])
         inner = weights[:, places]
         weights[:, places] = 0
-        unit = torch.eye(len(places))
-        return places, torch.linalg.solve_triangular(unit - inner, weights, upper=False, unitriangular=True)
+        identity = torch.eye(len(places))
+        return places, torch.linalg.solve_triangular(identity - inner, weights, upper=False, unitriangular=True)
 
 
 @dataclass(frozen=True, eq=False)
@@ -135,8 +135,8 @@ class Layout:
         position: int64 ``[T]``, the position id of each token.
         visibility: which earlier tokens each token may see.
         n_raw: number of text tokens in the block.
-        next_unit: unit of the text that follows the block.
-        mixture: how the ``SUM`` entries are computed; None if there are none.
+        next_segment: segment of the text that follows the block.
+        merge_plan: how the ``SUM`` entries are computed; None if there are none.
         predictors: int64 ``[n_raw]``, the slot whose logits predict the token after each text token; None for the text
             tokens themselves.
     """
@@ -145,8 +145,8 @@ class Layout:
     position: Tensor
     visibility: Visibility
     n_raw: int
-    next_unit: int = OUTSIDE
-    mixture: MergePlan | None = None
+    next_segment: int = OUTSIDE
+    merge_plan: MergePlan | None = None
     predictors: Tensor | None = None
 
     def __len__(self) -> int:
@@ -160,7 +160,7 @@ class Layout:
     @cached_property
     def raw_slots(self) -> Tensor:
         """int64 ``[n_raw]``: the slots of the text tokens."""
-        return torch.nonzero(self.tokens.kind == RAW).flatten()
+        return torch.nonzero(self.tokens.kind == TEXT).flatten()
 
     @cached_property
     def read_slots(self) -> Tensor:
@@ -171,12 +171,12 @@ class Layout:
     def source(self) -> Tensor:
         """int64 ``[T]``: index of each slot's input in the concatenation [text tokens; the adapter's embeddings]."""
         kind, raw = self.tokens.kind, self.tokens.raw
-        return torch.where(kind == RAW, raw, self.n_raw + self.tokens.row)
+        return torch.where(kind == TEXT, raw, self.n_raw + self.tokens.row)
 
     @cached_property
     def special_slots(self) -> Tensor:
         """int64: the slots of the tokens that are not text."""
-        return torch.nonzero(self.tokens.kind != RAW).flatten()
+        return torch.nonzero(self.tokens.kind != TEXT).flatten()
 
     @cached_property
     def mask(self) -> Tensor:
@@ -204,7 +204,7 @@ class Layout:
             last[keys] = torch.where(seen > 0, start + seen - 1, last[keys])
             open_ = keys[seen == 0]
         every = self.tokens.at(slice(None))
-        following = Tokens(*(torch.tensor([v]) for v in (size, RAW, self.n_raw, self.next_unit, -1)))
+        following = Tokens(*(torch.tensor([v]) for v in (size, TEXT, self.n_raw, self.next_segment, -1)))
         return torch.where(self.visibility(following.as_queries(), every)[0], size, last)
 
     def held_after(self, fed: int) -> Tensor:
@@ -222,8 +222,8 @@ class Layout:
         return torch.cat(counts)
 
 
-def plain_tokens(n: int, unit: Tensor | None = None) -> Tokens:
-    """``n`` text tokens without special tokens; ``unit`` marks groups (default: none)."""
+def plain_tokens(n: int, segment: Tensor | None = None) -> Tokens:
+    """``n`` text tokens without special tokens; ``segment`` marks groups (default: none)."""
     slot = torch.arange(n)
-    unit = torch.full((n,), OUTSIDE) if unit is None else unit
-    return Tokens(slot, torch.full((n,), RAW), slot, unit, torch.full((n,), -1))
+    segment = torch.full((n,), OUTSIDE) if segment is None else segment
+    return Tokens(slot, torch.full((n,), TEXT), slot, segment, torch.full((n,), -1))

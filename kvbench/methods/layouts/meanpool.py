@@ -26,11 +26,11 @@ class MeanPool(Chunked):
     )
 
     @property
-    def unrotates(self) -> bool:
+    def averages_pre_rope(self) -> bool:
         return self.merge_at == "unrotated"
 
-    def who(self, chunks: int) -> ChunkVisibility:
+    def visibility(self, chunks: int) -> ChunkVisibility:
         return ChunkVisibility(chunks, text=True, memory=True, latest=False, kind=SUM)
 
-    def mixture(self) -> Pool:
-        return Pool(self.unrotates)
+    def merge_rule(self) -> Pool:
+        return Pool(self.averages_pre_rope)

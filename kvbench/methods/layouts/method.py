@@ -39,7 +39,7 @@ class LayoutMethod(Method):
     def training_layout(cls, n: int, rng: np.random.Generator, options: dict[str, str]) -> Layout:
         """A layout to train on, at a random ratio, so that one adapter serves all ratios."""
         percent = int(rng.integers(*TRAINED_PERCENT, endpoint=True))
-        return cls.of(Fraction(percent, 100), options).layout(n, rng)
+        return cls.from_options(Fraction(percent, 100), options).layout(n, rng)
 
     def check_text(self, n: int, prefix: int, seed: int) -> None:
         make_layout(self, n, seed, 0, TextStructure(prefix=prefix))
@@ -47,7 +47,7 @@ class LayoutMethod(Method):
     def mask_example(self, seed: int) -> Mask | None:
         """The mask over a short text; None if the method cannot be used on one, or has a budget for longer ones."""
         text = RUNNING
-        if self.by_text:  # lines of twelve words, a token each
+        if self.depends_on_words:  # lines of twelve words, a token each
             text = TextStructure(words=tuple((i // 12, i % 12, 12) for i in range(LENGTH)))
         try:
             self.check(LENGTH, in_chunks=False)

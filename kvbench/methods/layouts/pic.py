@@ -24,5 +24,5 @@ class PIC(Chunked):
 
     sees: str = option("chunk", "what memory tokens see besides each other", choices=("chunk", "memory"), trained=True)
 
-    def who(self, chunks: int) -> ChunkVisibility:
+    def visibility(self, chunks: int) -> ChunkVisibility:
         return ChunkVisibility(chunks, text=True, memory=self.sees == "memory", latest=False, kind=COMP)

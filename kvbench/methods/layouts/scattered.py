@@ -34,7 +34,7 @@ class Scattered(LayoutMethod):
     )
 
     def layout(self, n: int, rng: np.random.Generator, text: TextStructure = RUNNING) -> Layout:
-        unit = torch.full((n,), _DROPPED)
+        segment = torch.full((n,), _DROPPED)
         if self.sampler == "published":
             columns = np.flatnonzero(rng.random(n) >= float(self.ratio))
         else:
@@ -43,8 +43,8 @@ class Scattered(LayoutMethod):
             if prefix < n:
                 written = rng.choice(n - prefix, max(0, kept(n, self.ratio) - len(columns)), replace=False)
                 columns = np.concatenate([columns, prefix + written])
-        unit[torch.from_numpy(columns)] = _KEPT
-        tokens = plain_tokens(n, unit)
+        segment[torch.from_numpy(columns)] = _KEPT
+        tokens = plain_tokens(n, segment)
         return Layout(tokens, tokens.raw, _kept_column, n)
 
 
@@ -58,4 +58,4 @@ class ScatteredTuned(Scattered):
 
 
 def _kept_column(queries: Tokens, keys: Tokens) -> Tensor:
-    return (keys.unit == _KEPT) & (queries.slot >= 0)
+    return (keys.segment == _KEPT) & (queries.slot >= 0)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from kvbench.errors import UserError
-from kvbench.methods.layouts.layout import CLOSE, OPEN, OUTSIDE, RAW, RUNNING, Layout, TextStructure, Tokens
+from kvbench.methods.layouts.layout import CLOSE, OPEN, OUTSIDE, RUNNING, TEXT, Layout, TextStructure, Tokens
 from kvbench.methods.layouts.method import LayoutMethod
 from kvbench.methods.layouts.sentinel_published import word_spans
 from kvbench.methods.options import option
@@ -56,7 +56,7 @@ class Sentinel(LayoutMethod):
         return 2
 
     @property
-    def by_text(self) -> bool:
+    def depends_on_words(self) -> bool:
         return self.sampler == "published"
 
     def check(self, longest: int, in_chunks: bool) -> None:
@@ -66,7 +66,7 @@ class Sentinel(LayoutMethod):
                 "has no closing sentinel when its next token is predicted."
             )
         recent = self.recent
-        if recent and self.by_text:
+        if recent and self.depends_on_words:
             raise UserError(
                 "--set recent= and sampler=published exclude each other: the published spans lie anywhere in a line."
             )
@@ -183,23 +183,23 @@ def span_layout(
     stops = starts + torch.tensor([*lengths], dtype=torch.long)
     n = sum(gaps) + sum(lengths)
     text = torch.arange(n)
-    unit = torch.full((n,), OUTSIDE)
+    segment = torch.full((n,), OUTSIDE)
     for s, (start, stop) in enumerate(zip(starts.tolist(), stops.tolist(), strict=True)):
-        unit[start:stop] = s
+        segment[start:stop] = s
     raw = torch.cat([text, (starts - 1).clamp(min=0), stops - 1])
-    kind = torch.cat([torch.full((n,), RAW), torch.full_like(spans, OPEN), torch.full_like(spans, CLOSE)])
+    kind = torch.cat([torch.full((n,), TEXT), torch.full_like(spans, OPEN), torch.full_like(spans, CLOSE)])
     # What is fed after text token i and before i + 1 sorts between 4 i and 4 i + 4.
     opened = 4 * (stops + recent - 1) + 1 if recent else 4 * starts - 1
     place = torch.cat([4 * text, opened, 4 * (stops + recent - 1) + 2])
     order = torch.argsort(place)
     tokens = Tokens(
-        torch.arange(len(order)), kind[order], raw[order], torch.cat([unit, spans, spans])[order],
-        torch.where(kind == RAW, -1, kind - OPEN)[order],
+        torch.arange(len(order)), kind[order], raw[order], torch.cat([segment, spans, spans])[order],
+        torch.where(kind == TEXT, -1, kind - OPEN)[order],
     )
     closed = tokens.slot[tokens.kind == CLOSE]
     predictors = None
     if predict_from_close:
-        predictors = tokens.slot[tokens.kind == RAW].clone()
+        predictors = tokens.slot[tokens.kind == TEXT].clone()
         predictors[stops - 1] = closed
     return Layout(tokens, tokens.raw, SpanVisibility(closed), n, predictors=predictors)
 
@@ -216,9 +216,9 @@ class SpanVisibility:
     closed: Tensor
 
     def __call__(self, queries: Tokens, keys: Tokens) -> Tensor:
-        outside = keys.unit == OUTSIDE
-        closed = torch.cat([self.closed, self.closed.new_zeros(1)])[keys.unit]
-        open_text = (keys.kind == RAW) & (outside | (queries.slot < closed))
+        outside = keys.segment == OUTSIDE
+        closed = torch.cat([self.closed, self.closed.new_zeros(1)])[keys.segment]
+        open_text = (keys.kind == TEXT) & (outside | (queries.slot < closed))
         text_sees = (keys.kind == CLOSE) | open_text
-        own_span = (keys.unit == queries.unit) & ~outside
-        return ((queries.kind == RAW) & text_sees) | ((queries.kind == CLOSE) & own_span)
+        own_span = (keys.segment == queries.segment) & ~outside
+        return ((queries.kind == TEXT) & text_sees) | ((queries.kind == CLOSE) & own_span)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from kvbench.methods.budget import kept
-from kvbench.methods.layouts.ccm_budget import UnderBudget, budget_layout
+from kvbench.methods.layouts.ccm_budget import StreamingBudget, budget_layout
 from kvbench.methods.layouts.layout import RUNNING, Layout, TextStructure, Tokens, plain_tokens
 from kvbench.methods.layouts.method import LayoutMethod
 from kvbench.methods.options import option
@@ -66,7 +66,7 @@ class Local(LayoutMethod):
 
 
 @dataclass(frozen=True)
-class Sinks(UnderBudget):
+class Sinks(StreamingBudget):
     """Keeps the first 4 entries and a recent window, max(5, kept(n, r)) entries together after every n tokens.
 
     After StreamingLLM (arXiv 2309.17453), with two departures: the window grows with the text, so that it holds as many

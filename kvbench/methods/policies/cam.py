@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from kvbench.methods.options import option
-from kvbench.methods.policies.policy import CachePolicy, LayerView, Merged, Needs, lost
-from kvbench.methods.policies.random import drawn
+from kvbench.methods.policies.policy import CachePolicy, LayerView, Merged, Needs, removed_mask
+from kvbench.methods.policies.random import random_numbers
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ class CaM(CachePolicy):
             return Merged(view.keys, view.values)
         attention = view.attention_sums / (view.read - view.positions)
         usual = attention.gather(-1, target).mean(-1, keepdim=True)
-        merges = lost(view, entries) & (drawn(view) < attention / usual)
+        merges = removed_mask(view, entries) & (random_numbers(view) < attention / usual)
         share = (view.values.float() * merges[..., None]).sum(-2, keepdim=True) / spread
         index = target[..., None].expand(*target.shape, view.values.shape[-1])
         added = torch.zeros_like(view.values).scatter_(-2, index, share.to(view.values.dtype).expand(index.shape))

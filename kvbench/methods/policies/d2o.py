@@ -11,7 +11,7 @@ from torch.nn import functional
 from kvbench.cache.stored import gather_entries
 from kvbench.methods.options import option
 from kvbench.methods.policies.h2o import H2O
-from kvbench.methods.policies.policy import LayerView, Merged, lost, protect_first
+from kvbench.methods.policies.policy import LayerView, Merged, protect_first, removed_mask
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ class D2O(H2O):
         return protect_first(super().scores(view), view.positions, self.sinks)
 
     def merged(self, view: LayerView, entries: Tensor) -> Merged:
-        removed = lost(view, entries)
+        removed = removed_mask(view, entries)
         count = view.entries - entries.shape[-1]
         gone = removed.int().sort(dim=-1, descending=True, stable=True).indices[..., :count]
         unit = functional.normalize(view.keys.float(), dim=-1)

@@ -35,7 +35,7 @@ class ExpectedAttention(CachePolicy):
         norms = view.values.float().norm(dim=-1)
         if view.query_moments is None or view.query_moments[0] == 0:  # nothing has been read after the sinks
             return protect_first(norms, view.positions, self.sinks)
-        mean, covariance = self._turned(view)
+        mean, covariance = self._rotated_statistics(view)
         batch, heads, _, width = view.keys.shape
         keys = view.keys.float()[:, :, None]
         mean = mean.reshape(batch, heads, -1, width, 1)
@@ -46,7 +46,7 @@ class ExpectedAttention(CachePolicy):
         expected = logits.masked_fill(first, float("-inf")).softmax(-1).mean(2)
         return protect_first(expected * norms, view.positions, self.sinks)
 
-    def _turned(self, view: LayerView) -> tuple[Tensor, Tensor]:
+    def _rotated_statistics(self, view: LayerView) -> tuple[Tensor, Tensor]:
         """Mean ``[batch, query heads, width]`` and covariance of the queries, rotated to the coming positions."""
         assert view.query_moments is not None
         count, total, squares = view.query_moments
@@ -57,5 +57,5 @@ class ExpectedAttention(CachePolicy):
         places = torch.arange(view.read, view.read + self.future, device=mean.device)
         angles = places[:, None] * view.inv_freq.to(mean.device)
         cosine, sine = angles.cos().mean(0), angles.sin().mean(0)
-        turned = rotated(rotated(covariance, cosine, sine).transpose(-1, -2), cosine, sine)
-        return rotated(mean, cosine, sine), turned
+        covariance = rotated(rotated(covariance, cosine, sine).transpose(-1, -2), cosine, sine)
+        return rotated(mean, cosine, sine), covariance

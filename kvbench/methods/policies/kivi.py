@@ -72,14 +72,14 @@ class KIVI(CachePolicy):
         residual = USUAL_RESIDUAL if self.residual is None else self.residual
         return max(0, plain - residual) // self.group * self.group
 
-    def fitted(self, n: int, shape: CacheShape) -> Self:
+    def with_budget_for(self, n: int, shape: CacheShape) -> Self:
         odd = [width for width in sorted(shape.widths) if width % 4]
         if odd:
             raise UserError(f"kivi cannot pack heads of {odd[0]} numbers: codes of 2 bits fill bytes in fours.")
         if not self.by_bytes:
             return self
         if self.residual is None:
-            return replace(self, residual=0).fitted(n, shape)
+            return replace(self, residual=0).with_budget_for(n, shape)
         asked = self.ratio_of_bytes(n, shape)
         wanted = (1 - asked) * n
         shares = {}

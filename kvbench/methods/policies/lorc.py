@@ -32,6 +32,6 @@ class LoRC(CachePolicy):
     def budget(self, read: int, total: int, layer: int, layers: int) -> int:
         return read
 
-    def on(self, model: nn.Module) -> AbstractContextManager[None]:
+    def patched(self, model: nn.Module) -> AbstractContextManager[None]:
         size = columns_of(model)
         return low_rank(model, max(1, size - int(self.ratio * size)))

@@ -177,7 +177,7 @@ class CachePolicy(Method):
         """Mean number of entries per layer after ``read`` tokens: kept(read, r), or up to the budget in tokens."""
         return min(read, self.budget_tokens) if self.budget_tokens else kept(read, self.ratio)
 
-    def on(self, model: nn.Module) -> AbstractContextManager[None]:
+    def patched(self, model: nn.Module) -> AbstractContextManager[None]:
         """Context manager around the model's forward passes, for policies that change what it computes."""
         return nullcontext()
 
@@ -274,6 +274,6 @@ def check_kernel(kernel: int) -> None:
         raise UserError(f"--set kernel={kernel} has no middle.", "Give an odd number of places.")
 
 
-def lost(view: LayerView, entries: Tensor) -> Tensor:
+def removed_mask(view: LayerView, entries: Tensor) -> Tensor:
     """bool ``[batch, heads, entries]``: True for entries that are removed."""
     return torch.ones_like(view.positions, dtype=torch.bool).scatter_(-1, entries, False)

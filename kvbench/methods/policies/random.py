@@ -29,10 +29,10 @@ class Random(CachePolicy):
     sinks: int = option(4, "first entries that stay")
 
     def scores(self, view: LayerView) -> Tensor:
-        return protect_first(drawn(view), view.positions, self.sinks)
+        return protect_first(random_numbers(view), view.positions, self.sinks)
 
 
-def drawn(view: LayerView) -> Tensor:
+def random_numbers(view: LayerView) -> Tensor:
     """float32 ``[batch, heads, entries]`` in [0, 1): a random number for each entry, the same at every call."""
     heads = torch.arange(view.keys.shape[1], device=view.keys.device)
     state = _hashed(view.row_seeds[:, None, None] * 1009 + view.seed)

@@ -7,7 +7,7 @@ from fractions import Fraction
 from math import ceil
 from typing import Self
 
-from kvbench.cache.pruned_channels import Thinned
+from kvbench.cache.pruned_channels import PrunedChannels
 from kvbench.cache.shape import CacheShape
 from kvbench.cache.stored import StoredEntries
 from kvbench.errors import UserError
@@ -63,9 +63,9 @@ class ThinK(CachePolicy):
         batch, heads = keys.shape[:2]
         used = view.queries.float().square().mean(2).reshape(batch, heads, -1, width).mean(2)
         energy = used * keys.float().square().mean(2)
-        return Thinned.of(keys, values, highest(energy, left)), count
+        return PrunedChannels.of(keys, values, highest(energy, left)), count
 
-    def fitted(self, n: int, shape: CacheShape) -> Self:
+    def with_budget_for(self, n: int, shape: CacheShape) -> Self:
         if len(shape.widths) > 1:
             raise UserError(
                 "think takes keys to be half of the cache, and this model's keys and values have "

@@ -22,11 +22,11 @@ from kvbench.methods.layouts.full import Full
 from kvbench.methods.layouts.windows import Window
 from kvbench.methods.policies.knorm import KNorm
 from kvbench.models.attention import plain_attention
-from kvbench.models.attention_hooks import LISTENER, MASKS, Attended, Rule
+from kvbench.models.attention_hooks import LISTENER, MASKS, AttentionCall, MaskFunction
 from kvbench.models.configuration import context_of, text_config
 from kvbench.models.facts import ModelFacts
-from kvbench.models.rope import fixed_rotations, fresh_rotations, rotation_mark, turned
-from kvbench.probe.masks import Faults, sees, setting_of, sight_of
+from kvbench.models.rope import find_rotations, fixed_rotations, fresh_rotations, rotation_mark
+from kvbench.probe.masks import MODEL_ERRORS, attention_span, sees, setting_name
 
 LENGTH, CHUNK, LEAST = 48, 7, 8
 """Tokens of the probe's text, tokens per chunk in a stream, and the fewest tokens that give a meaningful result."""
@@ -89,7 +89,7 @@ class _Probe:
             UserError: its rotations cannot be fixed.
         """
         model, (rules, calls, own_masks) = self.model, self._masks()
-        window = sight_of(rules, max(LONGEST, context_of(model.config)))
+        window = attention_span(rules, max(LONGEST, context_of(model.config)))
         if window is not None and window < self.length:  # test the rest on a text that all layers attend in full
             self.ids, self.length = self.ids[:, :window], window
             if window < LEAST:
@@ -107,22 +107,22 @@ class _Probe:
             self._check_masks()
             needs_ids = self._needs_ids(mine)
             policy_refusal = own_masks or self._policies(own, calls)
-            found, mark = turned(model), rotation_mark(model)
+            found, mark = find_rotations(model), rotation_mark(model)
         return replace(
-            facts, window=window, window_setting=setting_of(model.config, window), policy_refusal=policy_refusal,
+            facts, window=window, window_setting=setting_name(model.config, window), policy_refusal=policy_refusal,
             needs_ids=needs_ids, learned=found.learned,
             mark=mark + "|input:ids" * needs_ids, apart=self.worst, tolerance=self.tolerance,
         )
 
-    def _masks(self) -> tuple[list[Rule], list[Attended], str]:
+    def _masks(self) -> tuple[list[MaskFunction], list[AttentionCall], str]:
         """The mask functions that layers use, the layers' attention calls, and why policies cannot be used: a reason
         if layers change the model's masks, otherwise empty.
 
         Raises:
             _ForwardError: a token attends later tokens.
         """
-        made: list[tuple[Rule, Tensor]] = []
-        calls: list[Attended] = []
+        made: list[tuple[MaskFunction, Tensor]] = []
+        calls: list[AttentionCall] = []
         with _collected(MASKS, made), _heard(calls.append):
             self._tried(lambda: _own(self.model, self.ids), "its own forward pass", _ForwardError)
         later = torch.ones(self.length, self.length, dtype=torch.bool, device=self.ids.device).triu(1)
@@ -164,25 +164,25 @@ class _Probe:
                 _nll(self.model(inputs_embeds=given, use_cache=False).logits, self.ids)
                 for given in (embedded, embedded * (1 + slightly))
             )
-        except Faults:
+        except MODEL_ERRORS:
             return True
         return _distance(by_ids, exact) > self.tolerance / 100 or _distance(exact, larger) > 32 * slightly
 
-    def _policies(self, own: Tensor, calls: list[Attended]) -> str:
+    def _policies(self, own: Tensor, calls: list[AttentionCall]) -> str:
         """Why policies cannot be used; empty if every layer attends exactly what it caches, in one call."""
         name = type(self.model).__name__
-        beside = {term for call in calls for term in call.beside}
-        if "softcap" in beside:
+        extra_terms = {term for call in calls for term in call.extra_terms}
+        if "softcap" in extra_terms:
             return f"{name} caps the logits of its attention, and a policy would be given others."
-        if "s_aux" in beside:
+        if "s_aux" in extra_terms:
             return f"{name} attends learned sinks beside its entries, which a policy does not know."
         policy = KNorm()
         run, cache = PolicySession(self.model, policy, self.length, (0,)), _Noting()
-        run.cache, heard = cache, list[Attended]()
+        run.cache, heard = cache, list[AttentionCall]()
         try:
             with _heard(heard.append):
                 logits = [part.logits for part in run.prefill(self.ids)]
-        except (*Faults, UserError) as error:
+        except (*MODEL_ERRORS, UserError) as error:
             storing = {layer for layer, *_ in cache.given}
             shared = [str(call.layer) for call in calls if call.layer not in storing]
             why = f"layers {', '.join(shared)} attend what others have stored" if shared else _sentence(error)
@@ -197,7 +197,7 @@ class _Probe:
     def _tried(self, run: Callable[[], Tensor], what: str, kind: type[_FoundError] = _FoundError) -> Tensor:
         try:
             found = run()
-        except Faults as error:
+        except MODEL_ERRORS as error:
             raise kind(self._why(f"{what} fails: {_sentence(error)}")) from error
         if not bool(torch.isfinite(found).all()):
             raise kind(f"{what} gives predictions that are not finite (overflow, or damaged weights).")
@@ -234,7 +234,7 @@ class _Noting(PolicyCache):
         return keys, values
 
 
-def _uncached(cache: _Noting, heard: list[Attended]) -> str:
+def _uncached(cache: _Noting, heard: list[AttentionCall]) -> str:
     """How attended keys and values differ from the cached ones; empty if they do not."""
     cached, attended = ([call[0] for call in calls] for calls in (cache.given, heard))
     if cached != attended:
@@ -290,7 +290,7 @@ def _distance(one: Tensor, other: Tensor) -> float:
 
 
 @contextmanager
-def _heard(listen: Callable[[Attended], None]) -> Iterator[None]:
+def _heard(listen: Callable[[AttentionCall], None]) -> Iterator[None]:
     token = LISTENER.set(listen)
     try:
         yield

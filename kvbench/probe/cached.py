@@ -10,7 +10,7 @@ import torch
 from kvbench import __version__
 from kvbench.models.facts import ModelFacts
 from kvbench.models.loading import Loaded
-from kvbench.probe.asking import LENGTH, apart, examine
+from kvbench.probe.probing import LENGTH, apart, examine
 from kvbench.store.cached import read_cache, write_cache
 
 FILE = "probes.json"
