@@ -10,9 +10,8 @@ import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import cache
 from typing import IO, Annotated, Any, Literal
-
-from pydantic import Field, TypeAdapter
 
 from kvbench.errors import UserError
 from kvbench.store.manifest import Machine, TaskInfo
@@ -92,12 +91,17 @@ class End:
 
 
 Event = Refused | Ready | At | Advanced | Records | Failed | End
-_EVENT: TypeAdapter[Event] = TypeAdapter(Annotated[Event, Field(discriminator="event")])
-
-
 def event_of(line: str) -> Event:
     """An event from its line."""
-    return _EVENT.validate_python(json.loads(line))
+    found: Event = _adapter().validate_python(json.loads(line))
+    return found
+
+
+@cache
+def _adapter() -> Any:
+    from pydantic import Field, TypeAdapter  # late: only the parent reads events
+
+    return TypeAdapter(Annotated[Event, Field(discriminator="event")])
 
 
 class Channel:

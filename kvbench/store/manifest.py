@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cache
 from typing import Any
-
-from pydantic import TypeAdapter, ValidationError
 
 from kvbench.parsing import parse_json
 from kvbench.store.records import Cell
@@ -130,11 +128,14 @@ class Manifest:
         raw = parse_json(text)
         if not isinstance(raw, dict) or not {"cells", "tasks", "content"} <= set(raw):
             raise ValueError("it lacks what a run has")
+        from pydantic import TypeAdapter, ValidationError  # late: on a GPU, models are timed without it
+
         try:
-            infos = _INFOS.validate_python(raw["tasks"])
+            infos = TypeAdapter(dict[str, dict[str, Any]]).validate_python(raw["tasks"])
             profiles = {name: info for name, info in infos.items() if info.get("kind") == PROFILE}
             tasks = {name: info for name, info in infos.items() if name not in profiles}
-            return _MANIFEST.validate_python({**raw, "tasks": tasks, "profiles": profiles})
+            found: Manifest = _adapter().validate_python({**raw, "tasks": tasks, "profiles": profiles})
+            return found
         except ValidationError as error:
             first = error.errors()[0]
             raise ValueError(f"{'.'.join(map(str, first['loc']))}: {first['msg']}") from error
@@ -163,5 +164,8 @@ class Manifest:
         return info.signature if info else None
 
 
-_INFOS: TypeAdapter[dict[str, Mapping[str, Any]]] = TypeAdapter(dict[str, Mapping[str, Any]])
-_MANIFEST = TypeAdapter(Manifest)
+@cache
+def _adapter() -> Any:
+    from pydantic import TypeAdapter
+
+    return TypeAdapter(Manifest)
