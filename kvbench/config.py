@@ -1,4 +1,4 @@
-"""Settings: flag > environment > kvbench.toml > default, and sentences for what is wrong."""
+"""Settings of commands: flag > environment > kvbench.toml > default. Faults in the file raise a ``UserError``."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ class RunSettings(BaseModel):
     Attributes:
         model: hub id or path of a causal language model; ``kvbench-tiny`` is embedded.
         method: methods to run.
-        ratio: shares of cache entries to remove.
+        ratio: fractions of cache entries to remove.
         task: tasks to run.
-        limit: documents per task; 0 for all.
-        seed: of the layouts and the resampling.
+        limit: maximum number of documents per task; 0 for all.
+        seed: seed of the layouts and of the resampling.
         device: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
-        dtype: of weights and cache; ``auto`` is float32 on CPU, the checkpoint's elsewhere.
-        threads: CPU threads; 0 leaves the choice to kvbench.
-        out: folder under which run folders are made.
+        dtype: dtype of weights and cache; ``auto`` is float32 on a CPU, that of the checkpoint elsewhere.
+        threads: number of CPU threads; 0 lets kvbench choose.
+        out: folder in which run folders are created.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
@@ -51,14 +51,15 @@ class ProfileSettings(BaseModel):
     """The ``[profile]`` table: the defaults of ``kvbench profile``.
 
     Attributes:
-        model: as for a run, or ``shape:NAME``.
-        seq_len: tokens of the prompt.
-        batch_size: prompts at a time.
-        new_tokens: tokens to write.
-        chunk: tokens of the prompt that are fed at a time.
-        fill: ``real`` or ``synthetic``.
-        repeats: processes; ``rounds`` timed requests of every cell in each, 0 for as many as are quick;
-            ``warmups`` the most before them.
+        model: as for a run, or ``shape:NAME`` for random weights in a published shape.
+        seq_len: lengths of the prompt in tokens.
+        batch_size: numbers of prompts per batch.
+        new_tokens: number of tokens to generate.
+        chunk: prompt tokens per forward pass; the full cache reads the prompt in a single pass.
+        fill: ``real`` reads the prompt, ``synthetic`` fills the cache with random entries.
+        repeats: number of processes.
+        rounds: timed requests of every cell per process; 0 for 4, or fewer if they are slow.
+        warmups: maximum number of warm-up requests before them.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
@@ -81,13 +82,14 @@ class ProfileSettings(BaseModel):
 
 
 class SweepSettings(BaseModel):
-    """The ``[sweep]`` table: the grid of ``kvbench sweep``, and how it is carried out.
+    """The ``[sweep]`` table: the grid of ``kvbench sweep``, and how it is executed.
 
     Attributes:
-        model, method, ratio, task, seed: all combinations are measured.
-        executor: ``local``, ``ray`` or ``slurm``; ``workers`` of it, 0 for as many as are useful here.
-        timeout: seconds without a sign of life after which a measuring process is ended.
-        keep_going: whether the other cells are measured after one has failed.
+        model, method, ratio, task, seed: every combination is measured.
+        executor: ``local``, ``ray`` or ``slurm``.
+        workers: number of processes that measure; 0 for as many as are useful locally, or 2 elsewhere.
+        timeout: seconds without progress after which a measuring process is killed.
+        keep_going: whether to measure the remaining cells after one has failed.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
@@ -108,7 +110,7 @@ class SweepSettings(BaseModel):
 
 
 class Settings(BaseModel):
-    """The whole ``kvbench.toml``."""
+    """The content of ``kvbench.toml``."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
     run: RunSettings = RunSettings()
@@ -117,10 +119,10 @@ class Settings(BaseModel):
 
 
 def load_settings(path: Path | None) -> Settings:
-    """The settings of a file, or of ``kvbench.toml`` in the current folder if there is one.
+    """Read settings from ``path``, else from ``$KVBENCH_CONFIG``, else from ``./kvbench.toml`` if it exists.
 
     Raises:
-        UserError: the file is missing, not TOML, or has an unknown key or a wrong type.
+        UserError: the file is missing, is not TOML, or has an unknown key or a value of the wrong type.
     """
     if path is None:
         named = os.environ.get("KVBENCH_CONFIG")
@@ -131,13 +133,13 @@ def load_settings(path: Path | None) -> Settings:
 
 
 def read_toml(path: Path, model: type[M], what: str, hint: str) -> M:
-    """A TOML file, checked against a model.
+    """Read a TOML file and validate it against a pydantic model.
 
     Args:
-        what: the file is called; ``hint``: what to do where there is none.
+        what: the kind of file, for error messages; ``hint``: what to do if the file is missing.
 
     Raises:
-        UserError: the file is missing, not TOML, or has an unknown key or a wrong type.
+        UserError: the file is missing, is not TOML, or has an unknown key or a value of the wrong type.
     """
     try:
         return model.model_validate(tomllib.loads(path.read_text(encoding="utf-8")))
@@ -152,7 +154,7 @@ def read_toml(path: Path, model: type[M], what: str, hint: str) -> M:
 
 
 def _sentence(path: Path, error: ValidationError) -> str:
-    """File, key and allowed values of the first fault, as one sentence."""
+    """The first fault as an error message: file, key, and the allowed keys or the given value."""
     first = error.errors()[0]
     key = ".".join(str(part) for part in first["loc"])
     if first["type"] == "extra_forbidden":
@@ -163,7 +165,7 @@ def _sentence(path: Path, error: ValidationError) -> str:
 
 
 def _model_at(title: str, where: tuple[int | str, ...]) -> list[str]:
-    """Names of the keys that the table at ``where`` may have."""
+    """Names of the keys allowed in the table at ``where``."""
     roots = {kind.__name__: kind for kind in BaseModel.__subclasses__()}
     model: type[BaseModel] | None = roots.get(title)
     for part in where:

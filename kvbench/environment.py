@@ -1,4 +1,4 @@
-"""What a run was made with: versions, hardware, threads, the revision of the code."""
+"""The environment of a run: package versions, hardware, and the revision of the code."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _PACKAGES = ("kvbench", "torch", "transformers", "tokenizers", "numpy", "scipy",
 
 
 def describe() -> dict[str, Any]:
-    """The environment as plain data; nothing in it identifies a person."""
+    """Describe the environment as plain data, without anything that identifies a person."""
     return {
         "python": platform.python_version(),
         "platform": platform.platform(),
@@ -43,7 +43,7 @@ def _processor() -> str:
 
 
 def _revision() -> dict[str, Any] | None:
-    """Commit of the checkout that kvbench runs from, and whether it has been changed."""
+    """Git commit that kvbench runs from, and whether there are uncommitted changes; None outside a git checkout."""
     folder = Path(__file__).resolve().parent.parent
     if not (folder / ".git").exists():
         return None

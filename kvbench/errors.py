@@ -1,4 +1,4 @@
-"""Errors that are sentences: what is wrong, where, and what to do about it."""
+"""Errors for users: the message says what is wrong and where, the hint what to do about it."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ from collections.abc import Iterable
 
 
 class UserError(Exception):
-    """The request cannot be carried out as written.
+    """The request cannot be carried out as given.
 
-    The command line prints the message (and the hint) on stderr and leaves with
+    The command line prints the message (and the hint) on stderr and exits with
     ``exit_code`` 2; nothing has been written by then.
     """
 
@@ -25,13 +25,13 @@ class UserError(Exception):
 
 
 class StoppedError(UserError):
-    """Measuring could not go on, such as on a full disk; what was measured before is kept."""
+    """Measuring had to stop, for example because the disk is full; what was measured before is kept."""
 
     exit_code = 1
 
 
 def unknown(what: str, given: str, allowed: Iterable[str]) -> UserError:
-    """The error for a name that is not in ``allowed``; the nearest name is suggested."""
+    """Create the error for a name that is not in ``allowed``; it suggests the closest match."""
     names = sorted(allowed)
     near = difflib.get_close_matches(given.lower(), names, n=1, cutoff=0.5)
     guess = f"Did you mean {near[0]!r}? " if near else ""

@@ -1,1 +1,1 @@
-"""Records to rows: results, comparisons, curves; no PyTorch."""
+"""Analysis: computes rows of results from records; needs no PyTorch."""

@@ -1,4 +1,4 @@
-"""Two cells of two runs (or of one), compared on the same documents."""
+"""Compares cells of two runs (or of one) on the same documents."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ class Side:
     """One side of a comparison: some cells of a run.
 
     Attributes:
-        name: as the user wrote it.
-        method, ratio: what was chosen of the run; None for all that was asked for in it.
+        name: as given by the user.
+        method, ratio: the selected method and ratio; None for all requested cells of the run.
     """
 
     name: str
@@ -36,7 +36,7 @@ class Side:
     ratio: str | None = None
 
     def cells(self, setting: str) -> list[Cell]:
-        """The chosen cells of a setting; without a choice, all that are no controls or baselines."""
+        """The selected cells of a setting; without a selection, all except controls and baselines."""
         mine = [c for c in self.folder.cells() if c.setting == setting and c.name != HUMAN]
         if self.method is None:
             return [c for c in mine if c.role == "method"]
@@ -44,7 +44,7 @@ class Side:
 
 
 def _known_as(method: str, names: Iterable[str]) -> str:
-    """The name of a method in a run, whatever the order of its options."""
+    """The name that a method has in a run, regardless of the order of its options."""
     return next((name for name in names if _apart(name) == _apart(method)), method)
 
 
@@ -55,11 +55,11 @@ def _apart(name: str) -> tuple[str, frozenset[str]]:
 
 @dataclass(frozen=True)
 class Pair:
-    """Rows of the second cell; ``delta`` is the second less the first, ``baseline`` names the first.
+    """Rows of the second cell, with ``delta`` = second - first and the name of the first as ``baseline``.
 
     Attributes:
         first: rows of the first cell, by metric and bin.
-        faults: sentences on cells that are outdated.
+        faults: messages about outdated cells.
     """
 
     names: tuple[str, str]
@@ -69,10 +69,11 @@ class Pair:
 
 
 def parse_side(text: str) -> Side:
-    """``RUN``, ``RUN:METHOD`` or ``RUN:METHOD:RATIO``; the method with its own options, as it was asked for.
+    """Parse ``RUN``, ``RUN:METHOD`` or ``RUN:METHOD:RATIO``; the method with its own options, as in
+    ``snapkv:window=16``.
 
     Raises:
-        UserError: not a run folder, or it has no such cell.
+        UserError: RUN is not a run folder, or has no such cell.
     """
     path, method, ratio = text, None, None
     if not Path(path).is_dir():
@@ -102,10 +103,10 @@ def parse_side(text: str) -> Side:
 
 
 def compare(first: Side, second: Side) -> list[Pair]:
-    """All pairs of cells that the two sides have in common, on every task that both measured.
+    """Compare all cells that the two sides have in common, on every task that both measured.
 
     Raises:
-        UserError: they cannot be compared, and why.
+        UserError: they cannot be compared; the message says why.
     """
     infos = [side.folder.manifest().tasks for side in (first, second)]
     found = []
@@ -123,10 +124,10 @@ def compare(first: Side, second: Side) -> list[Pair]:
 
 
 def _shared(first: Side, second: Side) -> list[tuple[str, str]]:
-    """The settings to compare in: equal ones, or those of the same task where each side has but one.
+    """Pairs of settings to compare: equal ones, or those of the same task if each side has only one.
 
     Raises:
-        UserError: there are none, or more than one to choose from.
+        UserError: there are none, or several to choose from.
     """
     sides = []
     for side in (first, second):
@@ -157,7 +158,7 @@ def _shared(first: Side, second: Side) -> list[tuple[str, str]]:
 
 
 def _paired(first: Sequence[Cell], second: Sequence[Cell]) -> list[tuple[Cell, Cell]]:
-    """The one cell of each side, or those of the same method and ratio."""
+    """Pairs of cells to compare: the only one of each side, or those of equal method and ratio, or of equal ratio."""
     if len(first) == len(second) == 1:
         return [(first[0], second[0])]
     named = {(c.name, c.ratio_asked): c for c in first}
@@ -171,7 +172,7 @@ def _paired(first: Sequence[Cell], second: Sequence[Cell]) -> list[tuple[Cell, C
 
 
 def _check(one: TaskInfo, other: TaskInfo, a: Cell, b: Cell) -> None:
-    """See that two cells were scored on the same text in the same way."""
+    """Check that two cells were scored on the same text in the same way."""
     wrong = [
         f"{what} differ ({x} and {y})" for what, x, y in (
             ("versions of the task", a.task_version, b.task_version), ("texts", a.data_hash[:12], b.data_hash[:12]),
@@ -189,12 +190,12 @@ def _check(one: TaskInfo, other: TaskInfo, a: Cell, b: Cell) -> None:
 
 
 def _compared(first: Side, second: Side, a: Cell, b: Cell, info: TaskInfo) -> Pair:
-    # The same name does not make the same model.
+    # Different models may have the same name.
     which = [f", {c.model}@{c.model_hash[:8] or 'unknown'}" if a.model_hash != b.model_hash else "" for c in (a, b)]
     names = tuple(
         f"{_short(c)} ({s.folder.path.name}{w})" for s, c, w in zip((first, second), (a, b), which, strict=True)
     )
-    # Rows are paired with whatever stands in the place of the full cache.
+    # Rows are paired with the full cache, whose place the first cell takes.
     standing = replace(a, method="full", variant="", role="control", options={**a.options, "side": "first"})
     if info.kind == "generation":
         records = {standing.key: first.folder.texts(a), b.key: second.folder.texts(b)}
@@ -220,7 +221,7 @@ def _compared(first: Side, second: Side, a: Cell, b: Cell, info: TaskInfo) -> Pa
 
 
 def _scorer(cell: Cell) -> str | None:
-    """What judged the cell's texts: two models that judge themselves are two scorers."""
+    """The scorer of the cell's texts; a model that scores its own texts is named with its hash."""
     scorer = cell.options.get("scorer")
     return f"{cell.model}@{cell.model_hash}" if scorer == ITSELF else scorer
 
@@ -235,7 +236,7 @@ def _complete(info: TaskInfo, records: dict[str, Any], side: Side, cell: Cell) -
 
 
 def _adjusted(pairs: list[Pair]) -> list[Pair]:
-    """Holm's adjustment within each metric, over all pairs."""
+    """Adjust p-values by Holm's method within each metric, over all pairs."""
     flat = [(i, j, row) for i, pair in enumerate(pairs) for j, row in enumerate(pair.rows)]
     adjusted = {(i, j): row for i, j, row in flat}
     for metric in dict.fromkeys(row.metric for _, _, row in flat):

@@ -1,4 +1,4 @@
-"""What compression costs by the place in the text, and by the distance from where entries were last replaced."""
+"""Loss due to compression by position in the text, and by distance from the last replaced entries."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ _SIGNATURES = {
 
 
 def is_of_curve(row: Row) -> bool:
-    """Whether a row is a point of a recorded curve."""
+    """Whether a row is a point of one of the curves."""
     return str(row.params.get("bin")).partition("=")[0] in CURVES
 
 
 def curve_rows(cell: Cell, records: Sequence[DocumentRecord], info: TaskInfo) -> list[Row]:
-    """The points of both curves: metric ``nll``, with its difference to ``full`` on the same targets.
+    """Rows of both curves: metric ``nll``, with its difference to ``full`` on the same targets.
 
     ``params.bin`` is ``since=d``: targets with at least d text tokens (and fewer than the next d) between
     them and the last summary; methods that replace no entries have none. Or it is ``position=d``: targets
@@ -52,7 +52,7 @@ def _rows(
         return []
 
     def means(drawn: Sequence[NDArray[np.float64]]) -> NDArray[np.float64]:
-        """``[2 bins, draws]``: nll and loss per target of each bin; not a number where no target was drawn."""
+        """``[2 bins, resamples]``: nll and loss per target of each bin; NaN if a resample has no such target."""
         part = drawn[0].reshape(-1, len(bins), 3)
         return (part[..., 1:] / part[..., :1]).reshape(len(part), -1).T
 

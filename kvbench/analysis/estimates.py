@@ -1,4 +1,4 @@
-"""Values, intervals and paired differences of cells whose records have been summed by group."""
+"""Values, intervals and paired differences of cells, from records summed by group."""
 
 from __future__ import annotations
 
@@ -31,14 +31,14 @@ Array = NDArray[np.float64]
 
 @dataclass(frozen=True)
 class CellSums:
-    """A cell with its records of one bin, aggregated by group.
+    """The records of a cell, or of one bin of it, summed by group.
 
     Attributes:
-        groups: names, sorted.
-        n: documents.
+        groups: names of the groups, sorted.
+        n: number of documents.
         sums: column -> ``[groups]``, or ``[groups, k]`` for a vector such as ``kl_bins``.
-        peak, mean_peak: the most entries ever held, of all documents and as their mean.
-        missing_metrics: metrics that it has not the columns of.
+        peak, mean_peak: the most entries ever held: maximum and mean over documents.
+        missing_metrics: metrics that the records have no columns for.
     """
 
     cell: Cell
@@ -51,7 +51,7 @@ class CellSums:
 
     @cached_property
     def table(self) -> tuple[GroupSums, dict[str, slice]]:
-        """All columns side by side, and where each of them is; kept, for others are compared with it."""
+        """All columns as one table, and the slice of each; cached, since other cells are compared with it."""
         return _stack(self.sums)
 
     def totals(self) -> dict[str, Array]:
@@ -61,7 +61,7 @@ class CellSums:
 def bin_rows(
     parts: list[CellSums], kinds: Sequence[Metric], info: TaskInfo, bin_name: str | None
 ) -> list[Row]:
-    """Rows of one task, or of one bin of it, with p-values as they come."""
+    """Rows of one task, or of one bin of it, with unadjusted p-values."""
     full = next((p for p in parts if p.cell.name == "full"), None)
     none = next((p for p in parts if p.cell.name == "none"), None)
     per_part = [_rows_of(p, full, none, kinds, info, bin_name) for p in parts]
@@ -108,12 +108,12 @@ def _rows_of(
 
 
 def difference_of(estimate: Estimate, p_value: float | None, baseline: CellSums | None) -> Difference:
-    """A difference to the full cache, where there is one to compare with."""
+    """The difference to the full cache, if there is one to compare with."""
     return Difference(estimate, p_value, None if baseline is None or estimate.value is None else "full")
 
 
 def _exchanged(part: CellSums, full: CellSums | None, kinds: Sequence[Metric]) -> dict[str, float | None]:
-    """p-values of the metrics that are tested by exchanging method and full cache within groups."""
+    """p-values of the metrics that are tested by exchanging method and full cache within random groups."""
     if full is None or not kinds:
         return {}
     names = sorted(set(part.sums) & set(full.sums))
@@ -130,8 +130,8 @@ def _exchanged(part: CellSums, full: CellSums | None, kinds: Sequence[Metric]) -
 def _estimates(
     part: CellSums, full: CellSums | None, none: CellSums | None, kinds: Sequence[Metric]
 ) -> tuple[Array, Array]:
-    """Values and intervals of: each sampled metric; its difference to ``full``; recovery; the gap
-    full to none that recovery divides by (the last two only where there is a ``none``)."""
+    """Values and intervals of: each metric with an interval; its difference to ``full``; recovery; and the gap
+    between ``none`` and ``full`` that recovery divides by (the last two only if there is a ``none``)."""
     sampled = [m for m in kinds if m.has_interval]
     stacked = [_stack(part.sums), *(p.table for p in (full, none) if p is not None)]
     tables, slices = [table for table, _ in stacked], [where for _, where in stacked]
@@ -155,7 +155,7 @@ def _estimates(
 
 
 def _stack(sums: dict[str, Array]) -> tuple[GroupSums, dict[str, slice]]:
-    """Columns side by side as one table, and where each of them is."""
+    """Concatenate columns to one table, and return the slice of each."""
     columns, where, start = [], {}, 0
     for name, column in sums.items():
         block = column if column.ndim == 2 else column[:, None]
@@ -172,7 +172,7 @@ def _unstack(table: Array, where: dict[str, slice]) -> dict[str, Array]:
 
 
 def _useful_gap(interval: Array) -> bool:
-    """Whether the interval of the gap full to none excludes 0, so that recovery means something."""
+    """Whether the interval of the gap between ``none`` and ``full`` excludes 0, so that recovery is meaningful."""
     return bool(np.isfinite(interval).all() and (interval[0] > 0 or interval[1] < 0))
 
 
@@ -180,7 +180,7 @@ def row_of(
     part: CellSums, info: TaskInfo, bin_name: str | None, name: str, signature: str, unit: str, estimate: Estimate,
     difference: Difference = NO_DIFFERENCE,
 ) -> Row:
-    """A row of a cell whose records are summed."""
+    """Create a row of a cell from its summed records."""
     cell, totals = part.cell, {k: float(v.sum()) for k, v in part.sums.items()}
     step = bin_name.removeprefix("step=") if bin_name else ""
     asked = {"question": "hidden"} if info.kind == "recall" else {}
@@ -202,7 +202,7 @@ def row_of(
 
 
 def _steps(cell: Cell) -> str:
-    """How often a policy removes, which its numbers depend on."""
+    """The part of a signature that says how often a policy evicts; empty for layouts."""
     if "prefill" not in cell.options:
         return ""
     return f"|evicts every {cell.options['step']}, prefix {cell.options['prefill']}"

@@ -1,4 +1,4 @@
-"""From records of time and memory to rows: medians with intervals, paired with the full cache."""
+"""From records of time and memory to rows: medians with intervals, and differences paired with the full cache."""
 
 from __future__ import annotations
 
@@ -20,17 +20,18 @@ from kvbench.store.records import Cell, Failure, Row
 Array = NDArray[np.float64]
 
 _PERCENTILES = ((90, 10), (95, 20), (99, 100))
-"""Percentiles of the gaps between tokens, and how many gaps each needs."""
+"""Percentiles of the gaps between tokens, and the number of gaps that each requires."""
 _DRIFT = {"cpu": 0.05, "cuda": 0.02}
-"""What a machine drifts from one run to the next, which no interval of one run can show: seconds and speeds are never
-given to better than this share, by device. (Ratios are paired within minutes, and do not need it.)"""
+"""Relative drift of a machine from one run to the next, by device. No spread within a run can show it, so intervals
+of seconds and speeds extend at least this far from the median. (Ratios are paired within minutes, and do not need
+it.)"""
 _SPREAD, _EXTREME = 0.1, 0.5
-"""A standard deviation, or an extreme, this far from the mean makes a timing unstable."""
+"""A timing is unstable if its standard deviation or an extreme is this far from the mean, relative to the mean."""
 
 
 @dataclass(frozen=True)
 class Profiled:
-    """A cell with what was measured of it."""
+    """A cell with its records of time and memory."""
 
     cell: Cell
     times: tuple[TimingRecord, ...]
@@ -48,13 +49,13 @@ class Profiled:
 
     @property
     def step_bytes(self) -> float:
-        """Bytes that writing a token of every row must read."""
+        """Bytes that one decoding step of the batch must read: weights and cache."""
         first = self.times[0]
         return first.read_bytes + float(np.mean([t.entries for t in self.times])) * first.entry_bytes
 
     @property
     def group(self) -> tuple[str, str]:
-        """What is timed in turn: a length and a batch, or a length at equal memory."""
+        """Cells of one group were timed in turn: length and batch size, or length and memory budget."""
         options = self.cell.options
         return options["seq_len"], options.get("memory_budget") or options["batch_size"]
 
@@ -62,7 +63,7 @@ class Profiled:
 def profile_results(
     folder: RunFolder, info: ProfileInfo, cells: Sequence[Cell]
 ) -> tuple[list[Row], list[Failure]]:
-    """All rows of a profile, and the cells that lack something."""
+    """All rows of a profile, and a failure for every incomplete cell."""
     rows: list[Row] = []
     failures: list[Failure] = []
     found: list[Profiled] = []
@@ -107,10 +108,10 @@ def profile_results(
 
 
 def _baseline(part: Profiled, group: Sequence[Profiled], seconds: Callable[[Profiled], float]) -> Profiled | None:
-    """What a cell is compared with: the faster of the full cache in our layers and in those of transformers.
+    """The cell that ``part`` is compared with: the faster of ``full`` and ``full-dynamic``, the cache of transformers.
 
-    The twin is compared with ``full``, and stands for it where it failed. Without either there is no
-    comparison: the cache of transformers alone would flatter every method.
+    ``full-again`` is compared with ``full``, and replaces it if it failed. Without either there is no comparison:
+    ``full-dynamic`` alone would flatter every method.
     """
     named = {p.cell.name: p for p in group}
     ours, stock = named.get(FULL) or named.get(AGAIN), named.get(STOCK)
@@ -119,7 +120,7 @@ def _baseline(part: Profiled, group: Sequence[Profiled], seconds: Callable[[Prof
     if part.cell.name == AGAIN and part is not ours:
         return ours
     if stock is None or len(stock.times) < len(ours.times) or seconds(stock) >= seconds(ours):
-        return None if part is ours else ours  # the other one is absent, or slow and timed only once per process
+        return None if part is ours else ours  # full-dynamic is absent, or slow and timed only once per process
     return None if part is stock else stock
 
 
@@ -163,7 +164,7 @@ def _time_rows(part: Profiled, group: Sequence[Profiled], info: ProfileInfo) -> 
 
 
 def _speedup_rows(part: Profiled, baseline: Profiled, is_twin: bool, info: ProfileInfo) -> list[Row]:
-    """Speed over the baseline's, request by request; for the twin of ``full``, how far it is from 1."""
+    """Decoding speed relative to the baseline, request by request; for ``full-again`` also its distance from 1."""
     theirs = {t.pair: t for t in baseline.times}
     pairs = [(t, theirs[t.pair]) for t in part.times if t.pair in theirs]
     if not pairs:
@@ -180,7 +181,7 @@ def _speedup_rows(part: Profiled, baseline: Profiled, is_twin: bool, info: Profi
 
 
 def _first_rows(part: Profiled, baseline: Profiled, is_twin: bool, info: ProfileInfo) -> list[Row]:
-    """How much sooner the first token comes."""
+    """Speed-up of the time to the first token."""
     theirs = {t.pair: t.ttft_s for t in baseline.times}
     pairs = [(t.ttft_s, theirs[t.pair]) for t in part.times if t.pair in theirs]
     first = np.array([b / a for a, b in pairs if a and b])
@@ -209,7 +210,7 @@ def _memory_rows(part: Profiled, info: ProfileInfo) -> list[Row]:
 
 
 def _cost_rows(found: Sequence[Profiled], info: ProfileInfo) -> list[Row]:
-    """What a token costs per entry kept, and per token of the prompt: slopes over the lengths."""
+    """Time per token as a function of entries kept, and of prompt tokens: slopes over at least three lengths."""
     rows = []
     usual = [p for p in found if "memory_budget" not in p.cell.options]
     for key in dict.fromkeys((p.cell.name, p.cell.ratio_asked, p.batch) for p in usual):
@@ -222,7 +223,7 @@ def _cost_rows(found: Sequence[Profiled], info: ProfileInfo) -> list[Row]:
             ("tpot_per_raw_s", [t.raw for p in mine for t in p.times]),
         ):
             if min(x) == max(x):
-                continue  # a method of constant size: there is nothing to be a slope of
+                continue  # a cache of constant size: the slope is undefined
             slope, low, high = fitted_slope(np.array(x, dtype=np.float64), y)
             rows.append(_plain_row(
                 mine[0].cell, info, name, Estimate.of(slope, (low, high)), len(y), info.repeats, "repeat", seq_len=None,
@@ -234,7 +235,7 @@ def _row(
     part: Profiled, info: ProfileInfo, name: str, values: Array, paired: Array | None = None,
     baseline: Profiled | None = None, is_log: bool = False, drifts: bool = False,
 ) -> Row:
-    """The median of the values with its interval; ``paired`` are differences to the baseline, tested against 0."""
+    """Row of the median of ``values`` with its interval; ``paired``: differences to the baseline, tested against 0."""
     interval = repeat_interval(values) if len(values) > 1 else NO_INTERVAL
     if drifts and len(values) > 1:
         middle, share = float(np.median(values)), _DRIFT[info.device.partition(":")[0]]
@@ -283,7 +284,7 @@ def _plain_row(
 
 
 def _warnings(part: Profiled | None) -> list[str]:
-    """What makes a timing doubtful."""
+    """Warnings about an unreliable timing."""
     if part is None or len(part.times) < 2:
         return []
     seconds = np.array([t.tpot_s for t in part.times])

@@ -30,13 +30,13 @@ _SUMS = (
 
 
 def compute_results(folder: RunFolder, only: Sequence[str] = ()) -> Results:
-    """All rows of a run, from what is on disk.
+    """Compute all rows of a run from the records on disk.
 
     Args:
-        only: metrics of written text to show; all if empty.
+        only: metrics of generated text to include; all if empty.
 
     Raises:
-        UserError: not a run folder, or damaged.
+        UserError: the folder is not a run folder, or is damaged.
     """
     manifest = folder.manifest()
     cells = manifest.cells
@@ -49,7 +49,7 @@ def compute_results(folder: RunFolder, only: Sequence[str] = ()) -> Results:
             rows += _adjusted(found)
             failures += lacking
             continue
-        if info is None:  # a sweep that has not come to it yet
+        if info is None:  # a sweep has not begun this setting yet
             failures += _not_begun(mine, failures)
             continue
         chosen = info.documents
@@ -86,7 +86,7 @@ def _not_begun(cells: Sequence[Cell], failures: Sequence[Failure]) -> list[Failu
 
 
 def scored_rows(measured: list[tuple[Cell, list[DocumentRecord]]], info: TaskInfo) -> list[Row]:
-    """Rows of a task that scores text, and of its bins, with p-values as they come."""
+    """Rows of a task that scores text, and of its bins, with unadjusted p-values."""
     kinds: tuple[Metric, ...] = metrics.ANSWER_METRICS if info.answers else metrics.LM_METRICS
     if info.kind == "recall":
         kinds = metrics.RECALL_METRICS
@@ -106,7 +106,7 @@ def _is_shown(metric: str, only: Sequence[str]) -> bool:
 
 
 def _adjusted(rows: list[Row]) -> list[Row]:
-    """The rows of a task with p-values adjusted within each metric."""
+    """Adjust the p-values of a task by Holm's method within each metric."""
     rows = list(rows)
     for metric in dict.fromkeys(row.metric for row in rows):
         places = [i for i, row in enumerate(rows) if row.metric == metric]

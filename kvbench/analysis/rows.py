@@ -1,4 +1,4 @@
-"""Building a row: an estimate and a difference to a baseline, with the recipe of the cell that they are of."""
+"""Creates a row of results from an estimate, a difference to a baseline, and the settings of its cell."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ NO_INTERVAL: Interval = (None, None)
 
 @dataclass(frozen=True)
 class Estimate:
-    """A value and its 95 % interval, in the metric's unit; None for what cannot be told."""
+    """A value and its 95 % interval, in the metric's unit; None if undefined."""
 
     value: float | None = None
     low: float | None = None
@@ -24,7 +24,7 @@ class Estimate:
 
     @classmethod
     def of(cls, value: float | None, interval: Interval = NO_INTERVAL) -> Estimate:
-        """From numbers of which some may be infinite or not a number."""
+        """Create an estimate from numbers; infinity and NaN become None."""
         return cls(_finite(value), *map(_finite, interval))
 
 
@@ -33,8 +33,8 @@ class Difference:
     """A paired difference to a baseline.
 
     Attributes:
-        p_value: that it is 0.
-        baseline: the method of the other cell; None without a comparison.
+        p_value: p-value of the hypothesis that the difference is 0.
+        baseline: method of the cell compared with; None if there is none.
     """
 
     estimate: Estimate = Estimate()
@@ -44,11 +44,11 @@ class Difference:
 
 @dataclass(frozen=True)
 class Compression:
-    """How much smaller a cell's cache was.
+    """How much a cell's cache was compressed.
 
     Attributes:
-        realised: share of entries removed, when the context had been read.
-        mean: the same, mean over queries or steps.
+        realised: fraction of entries removed after the context was read.
+        mean: mean over queries or decoding steps of the fraction of entries removed.
         entries_peak: the most entries ever held.
     """
 
@@ -64,11 +64,11 @@ def row(
     cell: Cell, metric: str, signature: str, estimate: Estimate, difference: Difference = NO_DIFFERENCE, *, unit: str,
     n: int, groups: int, params: dict[str, Any], compression: Compression = NOT_KNOWN,
 ) -> Row:
-    """A row of a cell.
+    """Create a row of a cell.
 
     Args:
-        signature: all that decides what the number means, after the metric's name.
-        unit: what ``n`` counts; ``groups`` the units of resampling.
+        signature: everything that determines what the number means, without the metric's name.
+        unit: what ``n`` counts; ``groups``: number of units of resampling.
     """
     return Row(
         task=cell.task, protocol=cell.protocol, model=cell.model, method=cell.method,
@@ -83,7 +83,7 @@ def row(
 
 
 def remarks(cell: Cell) -> dict[str, Any]:
-    """Parameters of every row of a cell: its adapter, its position rule, and what is said of its method."""
+    """Parameters that every row of a cell has: its adapter, its position rule, and remarks on its method."""
     return {
         "adapter": None if cell.adapter is None else Path(cell.adapter).name, "position_rule": cell.position_rule,
         **remarks_of(cell),

@@ -1,4 +1,4 @@
-"""Rows of a task that writes text: every metric of every cell, from the texts on disk."""
+"""Rows of a task that generates text: every metric of every cell, from the texts on disk."""
 
 from __future__ import annotations
 
@@ -26,10 +26,10 @@ _MEMORY = ("raw", "held", "visible", "queries", "kv_logical", "kv_physical", "kv
 
 
 def generation_rows(folder: RunFolder, cells: Sequence[Cell], info: TaskInfo) -> list[Row]:
-    """Rows of a task, with p-values as they come.
+    """Rows of a task, with unadjusted p-values.
 
-    The main rows are of the drawn texts where there are any; those of the greedy ones are then
-    marked ``decode=greedy``. Cells whose role is ``reference`` are compared with, but not shown.
+    The main rows are of the sampled texts if there are any; the bin of the greedy texts is then
+    ``decode=greedy``. Cells with the role ``reference`` are compared with, but get no rows.
     """
     records = {cell.key: folder.texts(cell) for cell in cells}
     people = next((records[cell.key] for cell in cells if cell.name == HUMAN), {})
@@ -47,7 +47,7 @@ def generation_rows(folder: RunFolder, cells: Sequence[Cell], info: TaskInfo) ->
 def decoded_rows(
     shown: Sequence[Cell], records: dict[str, Records], people: Records, info: TaskInfo
 ) -> list[Row]:
-    """Rows of all metrics that are sums over documents, for every way of decoding; drawn texts first."""
+    """Rows of all metrics but MAUVE, for every way of decoding; sampled texts first."""
     written = [cell for cell in shown if cell.name != HUMAN]
     kinds = _kinds(written, records)
     rows: list[Row] = []
@@ -59,7 +59,7 @@ def decoded_rows(
 
 
 def _kinds(written: Sequence[Cell], records: dict[str, Records]) -> list[str]:
-    """Ways of decoding, the one of the main rows first."""
+    """Ways of decoding, that of the main rows first."""
     found = dict.fromkeys(o.decode for o in next(iter(records[written[0].key].values())).outputs)
     return sorted(found, key=lambda kind: kind != "nucleus")
 
@@ -79,7 +79,7 @@ def _decoding_rows(
 def _match_rows(
     cells: Sequence[Cell], records: dict[str, Records], people: Records, info: TaskInfo
 ) -> list[Row]:
-    """Agreement of the greedy texts with the full cache's: a row of the main table."""
+    """Agreement of the greedy texts with those of the full cache, for the main table."""
     full = next((records[c.key] for c in cells if c.name == "full"), None)
     parts = []
     for cell in cells:
@@ -91,9 +91,9 @@ def _match_rows(
 def _samples(
     cell: Cell, mine: Records, people: Records, full: Records | None, info: TaskInfo, decode: str
 ) -> dict[str, Sample]:
-    """By document. A person's text is compared with that of the next document of another group.
+    """Samples by document. A human text is compared with that of the next document of another group.
 
-    Where the people's texts could not be had, what needs them is left out.
+    If the human texts are missing, samples have no references, and metrics that need them are left out.
     """
     names = list(info.documents)
     found = {}
@@ -111,7 +111,8 @@ def _samples(
 
 
 def _stranger(names: list[str], i: int, people: Records) -> Output | None:
-    """What another author wrote: the reference of the next document that is of another group, if there is one."""
+    """Another author's text: the reference of the next document, of another group if possible; None if there is
+    none."""
     later = [*names[i + 1 :], *names[:i]]
     other = [name for name in later if people[name].group != people[names[i]].group] or later
     return people[other[0]].of("human")[0] if other else None
@@ -120,7 +121,7 @@ def _stranger(names: list[str], i: int, people: Records) -> Output | None:
 def _aggregate(
     cell: Cell, records: Records, samples: dict[str, Sample], kinds: Sequence[TextMetric]
 ) -> CellSums:
-    """A cell's columns summed by group; a metric that a document lacks is left out."""
+    """Sum a cell's columns by group; metrics that some document has no columns for are left out."""
     groups = sorted({records[name].group for name in samples})
     place = {group: i for i, group in enumerate(groups)}
     columns: dict[str, list[tuple[int, Any]]] = {}
@@ -138,12 +139,12 @@ def _aggregate(
                 continue
             for column, value in found.items():
                 key = f"{metric.name}/{column}"
-                # Draws are averaged: a document weighs as much in every row, and as a person's one text.
+                # Draws are averaged: a document has the same weight in every row, however many texts it has.
                 columns.setdefault(key, []).append((at, np.asarray(value) / len(sample.outputs)))
     sums = _summed(columns, len(groups), usable)
     peaks = [records[name].peak for name in samples]
     missing = {metric.name for metric in kinds} - usable
-    if cell.name == HUMAN:  # people keep no cache
+    if cell.name == HUMAN:  # human texts have no cache
         missing |= {metric.name for metric in metrics.MEMORY}
     return CellSums(cell, len(samples), tuple(groups), sums, max(peaks), sum(peaks) / len(peaks), frozenset(missing))
 
@@ -151,7 +152,8 @@ def _aggregate(
 def _summed(
     columns: dict[str, list[tuple[int, Any]]], groups: int, usable: set[str]
 ) -> dict[str, Array]:
-    """Columns under their own names; those that metrics share, such as ``rep2``, are the same in all of them."""
+    """Sum columns by group, under their own names; those that metrics share, such as ``rep2``, are equal in all of
+    them."""
     sums: dict[str, Array] = {}
     for key, entries in columns.items():
         metric, _, column = key.rpartition("/")
@@ -198,11 +200,11 @@ def _mauve_rows(
     folder: RunFolder, cells: Sequence[Cell], records: dict[str, Records], people: Records, info: TaskInfo,
     decode: str,
 ) -> list[Row]:
-    """MAUVE as it was measured after the run, once per seed; the full cache's seeds are the same."""
+    """Rows of MAUVE, measured after the run once per seed; differences to the full cache are paired by seed."""
     values: dict[str, list[float]] = {}
     for cell in cells:
         path = folder.cell_folder(cell) / MAUVE
-        with suppress(OSError, ValueError, KeyError, TypeError):  # not there, or damaged: it was not measured
+        with suppress(OSError, ValueError, KeyError, TypeError):  # missing or damaged: not measured
             stored = parse_json(path.read_text(encoding="utf-8"))
             if stored["documents"] == len(info.documents):
                 values[cell.key] = stored["values"]

@@ -45,10 +45,10 @@ def _main(
 
 
 def main() -> None:
-    """Run the command line; a request that cannot be carried out is a sentence and exit code 2.
+    """Run the command line and exit with its code; a ``UserError`` is printed as one sentence.
 
-    Whoever reads the output may leave early; if it cannot be written for another reason, that is a sentence and exit
-    code 1.
+    A reader may close the output early, which is not an error. Output that cannot be written for another reason is
+    reported, with exit code 1.
     """
     with outlets() as out:
         code = _called()
@@ -59,7 +59,7 @@ def main() -> None:
 
 
 def _called() -> int:
-    """Exit code of the command; a path that the system refuses, whoever looks at it first, is a sentence too."""
+    """Run the command and return its exit code; an ``OSError`` about a path is printed like a ``UserError``."""
     from kvbench.errors import UserError
 
     try:
@@ -68,7 +68,7 @@ def _called() -> int:
         print(f"kvbench: {error}", file=sys.stderr)
         return error.exit_code
     except OSError as error:
-        if error.filename is None:  # no path that somebody gave
+        if error.filename is None:  # not about a path that the user gave
             raise
         print(f"kvbench: {error.filename} cannot be used: {error.strerror}.", file=sys.stderr)
         return UserError.exit_code

@@ -1,4 +1,4 @@
-"""The dry run of commands that measure: cells, what they cost, and where they go."""
+"""Output of ``--dry-run`` for commands that measure: cells, estimated time, and the run folder."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ if TYPE_CHECKING:
 
 
 def print_cells_as_json(path: Path, cells: Sequence[object]) -> None:
-    """The dry run for programs."""
+    """Print the cells as one JSON document."""
     rows = [{"key": cell.key, **dataclasses.asdict(cell)} for cell in cells]  # type: ignore[attr-defined, call-overload]
     sys.stdout.write(json.dumps({"schema": 1, "run": str(path), "dry_run": True, "cells": rows}) + "\n")
 
 
 def print_plans(plans: Sequence[Plan], path: Path, as_json: bool) -> None:
-    """The cells of plans, how many documents each has on disk, and about how long the rest takes."""
+    """Print the cells of plans, how many documents of each are on disk, and the estimated time for the rest."""
     cells = [cell for plan in plans for cell in plan.cells]
     if as_json:
         print_cells_as_json(path, cells)
@@ -29,9 +29,9 @@ def print_plans(plans: Sequence[Plan], path: Path, as_json: bool) -> None:
     from rich.table import Table
 
     from kvbench.execution.estimate import estimate_seconds
+    from kvbench.parsing import duration_of
     from kvbench.reporting.tables.format import WIDTH
     from kvbench.store.folder import RunFolder
-    from kvbench.units import duration_of
 
     folder = RunFolder(path)
     table = Table(title=f"{len(cells)} cells -> {path}")

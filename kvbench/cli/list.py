@@ -1,4 +1,4 @@
-"""``kvbench list``: the methods, tasks, models and metrics there are."""
+"""``kvbench list``: the available methods, tasks, models and metrics."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What measuring commands share: one folder, locked; from disk if it is there, measured otherwise."""
+"""Shared by commands that measure: lock the run folder, measure what is missing, and compute the results."""
 
 from __future__ import annotations
 
@@ -20,19 +20,19 @@ def measured(
     path: Path, content: str, limit: int, fresh: bool, console: Console, measure: Callable[[], None],
     only: Sequence[str] = (), shared: bool = False, cells: Sequence[str] = (),
 ) -> Results:
-    """The results of a run folder, complete or with what failed.
+    """Measure a run folder unless it is complete, and return its results, failures included.
 
     Args:
-        content: hash of what is asked for; the folder must hold the same, or nothing.
-        limit: how much of it; a finished folder of the same limit is not measured again.
+        content: hash of the request; the folder must hold the same, or nothing.
+        limit: documents per task, or repeats; a finished folder of the same limit is not measured again.
         measure: does the work; records are in the folder when it returns.
-        only: metrics of written text to show; all if empty.
+        only: metrics of generated text to show; all if empty.
         shared: other processes may measure into the folder meanwhile, and it may hold another run.
-        cells: their keys, where a folder of the same content may hold fewer or more of them.
+        cells: keys of the requested cells, if a folder of the same content may hold fewer or more of them.
 
     Raises:
         UserError: the folder cannot be used.
-        typer.Exit: interrupted.
+        typer.Exit: the user interrupted the run.
     """
     from rich.markup import escape
 
@@ -75,7 +75,7 @@ def measured(
 
 
 def _is_present(manifest: Manifest, wanted: Sequence[str]) -> bool:
-    """Whether a finished run holds the wanted cells, and no other, by the present version of every method."""
+    """Whether a finished run has exactly the wanted cells, all measured by the current version of their method."""
     from kvbench.store.faults import fault_of
 
     keys = {cell.key for cell in manifest.cells}

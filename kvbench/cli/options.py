@@ -9,7 +9,7 @@ import typer
 
 
 def text(given: str) -> str:
-    """What names something, which nothing does not: as a path it would be the current folder."""
+    """Refuse an empty string, which as a path would be the current folder."""
     if not given:
         raise typer.BadParameter("it is empty; for the current folder, give a dot.")
     return given

@@ -114,10 +114,10 @@ def profile(
     from kvbench.errors import StoppedError, UserError
     from kvbench.execution.locks import KEPT, disk
     from kvbench.models.device import pick_device
+    from kvbench.parsing import CARD
     from kvbench.planning.profile import build_profile_plan, doubts
     from kvbench.profiling.parent import profile as measure
     from kvbench.store.folder import RunFolder
-    from kvbench.units import CARD
 
     console = Console(stderr=True)
     settings = load_settings(config).profile

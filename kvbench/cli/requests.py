@@ -1,4 +1,4 @@
-"""From the parameters of a command and the settings file to what is to be measured."""
+"""Creates requests from the parameters of a command and the settings file."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ if TYPE_CHECKING:
 def quality_request(
     given: Mapping[str, Any], settings: RunSettings | SweepSettings, model: str, seed: int
 ) -> Request:
-    """What ``kvbench run`` or ``kvbench sweep`` is to measure.
+    """Create the request of ``kvbench run`` or ``kvbench sweep``.
 
     Args:
-        given: the command's parameters by name; None for those that settings decide.
+        given: the command's parameters by name; None for those that the settings determine.
 
     Raises:
         UserError: a parameter is out of its range.
@@ -39,7 +39,7 @@ def quality_request(
 
 
 def profile_request(given: Mapping[str, Any], settings: ProfileSettings) -> ProfileRequest:
-    """What ``kvbench profile`` is to measure; see :func:`quality_request`."""
+    """Create the request of ``kvbench profile``; see :func:`quality_request`."""
     from kvbench.planning.profile import ProfileRequest
 
     def number(name: str) -> int:

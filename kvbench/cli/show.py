@@ -1,4 +1,4 @@
-"""``kvbench show``: what was written after one document's prefix, side by side."""
+"""``kvbench show``: the texts generated after one document's prefix, side by side."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def show(
     folder = RunFolder(run)
     infos = folder.manifest().tasks
     writing = [cell for cell in folder.cells() if cell.writes and cell.setting in infos]
-    tasks = {cell.task: cell.setting for cell in reversed(writing)}  # of several models or seeds the first
+    tasks = {cell.task: cell.setting for cell in reversed(writing)}  # the first of several models or seeds
     if not tasks:
         raise UserError(f"No task of {run} writes text.", "Run one with --task minidocs-gen.")
     if task is not None and task not in tasks:

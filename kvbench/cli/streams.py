@@ -1,4 +1,4 @@
-"""Standard output and standard error as they may turn out to be: closed early, full, or not there at all."""
+"""Standard output and standard error that may be closed early, full, or missing."""
 
 from __future__ import annotations
 
@@ -14,16 +14,17 @@ if TYPE_CHECKING:
 
 
 class Outlet(io.FileIO):
-    """A file descriptor that is written to for as long as it takes what is written.
+    """A file descriptor whose write errors are recorded instead of raised.
 
-    From the first fault on nothing is written any more, and nobody is told but ``fault``: what a command does must
-    not depend on whether somebody reads what it says.
+    After the first error, which is kept in ``fault``, everything written is dropped: what a command does must not
+    depend
+    on whether its output is read.
     """
 
     fault: OSError | None = None
 
     def write(self, data: ReadableBuffer, /) -> int:
-        """Write, or drop what cannot be written; returns the bytes that are dealt with."""
+        """Write, or drop what cannot be written; returns the number of bytes written or dropped."""
         if self.fault is None:
             try:
                 return super().write(data)
@@ -33,18 +34,19 @@ class Outlet(io.FileIO):
 
     @property
     def lost(self) -> str:
-        """Why something was not written that somebody wanted to have; empty if all is well.
+        """Why output was lost; empty if none was.
 
-        A reader who has left, as ``head`` does, has what he wanted.
+        A reader that closes the pipe early, as ``head`` does, is not an error.
         """
         return "" if self.fault is None or isinstance(self.fault, BrokenPipeError) else str(self.fault.strerror)
 
 
 @contextmanager
 def outlets() -> Iterator[Outlet]:
-    """Standard output and error that never fail, for the length of the block; the outlet of the former."""
-    while (spare := os.open(os.devnull, os.O_RDWR)) <= 2:  # what was closed before we were started is filled, so that
-        pass  # no file of ours is taken for it
+    """Replace standard output and error by streams that never fail, within the block; yields the outlet of the
+    former."""
+    while (spare := os.open(os.devnull, os.O_RDWR)) <= 2:  # fill descriptors that were closed at start, so that
+        pass  # no file that is opened later gets number 0, 1 or 2
     os.close(spare)
     before = sys.stdout, sys.stderr
     streams = [_stream(stream, number) for number, stream in enumerate(before, start=1)]

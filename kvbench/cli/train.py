@@ -128,7 +128,7 @@ def base(
 def _followed(
     training: Iterator[Progress], steps: int, measure: Callable[[int, float], dict[str, Any] | None], every: int
 ) -> float:
-    """Show loss and remaining time while a training runs; returns the mean loss at its end."""
+    """Run a training and show loss and remaining time; returns the smoothed loss at its end."""
     loss = float("nan")
     try:
         return _drawn(training, steps, measure, every, loss)

@@ -1,1 +1,1 @@
-"""Execution: the parent that watches, and the child that measures."""
+"""Execution of runs: a parent process that schedules and writes, and child processes that measure."""

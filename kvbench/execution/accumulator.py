@@ -1,4 +1,4 @@
-"""From scores of pieces to the record of a document."""
+"""Accumulates the scores of a document's pieces into the record of the document."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from kvbench.protocols.scoring import DISTANCES, POSITIONS, BatchScore, kl_histo
 from kvbench.store.records import DocumentRecord
 
 Curve = dict[str, tuple[int, float, float]]
-"""Bin -> targets, their nll, and what they cost more than with the full cache."""
+"""Bin -> number of targets, sum of their nll, and sum of their nll minus that of the full cache."""
 
 
 class DocumentAccumulator:
-    """Collects the scores of a document's pieces until all are there, and makes the record of them."""
+    """Sums the scores of a document's pieces; ``record`` may be called once all have been added."""
 
     def __init__(self, document: Document, cut: Cut) -> None:
         self.document, self.cut = document, cut

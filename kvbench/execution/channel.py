@@ -1,4 +1,4 @@
-"""What a child says to its parent: events, a JSON line each; whatever else it prints goes to its log."""
+"""Events that a child process sends to its parent, one JSON line each; anything else it prints goes to its log."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from kvbench.errors import UserError
 from kvbench.store.manifest import Machine, TaskInfo
 from kvbench.store.records import Failure
 
-CONTAINED = (RuntimeError, ValueError, IndexError, MemoryError, UserError)
-"""What may go wrong in a cell without ending the others."""
+CELL_ERRORS = (RuntimeError, ValueError, IndexError, MemoryError, UserError)
+"""Exceptions that make one cell fail without stopping the others."""
 
 
 @dataclass(frozen=True)
 class Refused:
-    """The job cannot be carried out; the child ends."""
+    """The job cannot be carried out; the child process exits."""
 
     message: str
     hint: str
@@ -32,14 +32,14 @@ class Refused:
 
 @dataclass(frozen=True)
 class Ready:
-    """Everything is loaded and checked, and nothing has been measured.
+    """Everything is loaded and checked; nothing has been measured yet.
 
     Attributes:
-        tasks: workload -> how it was cut.
-        infeasible: cells that are left out, and why.
-        masks: pictures of methods, by method and ratio.
-        probe: facts that a probe of the model has shown.
-        machine: of a profile.
+        tasks: workload -> how its documents were cut.
+        infeasible: the cells that are left out, and why.
+        masks: example masks of the methods, by method and ratio.
+        probe: what a probe of the model has found, by name.
+        machine: the machine and the model's sizes; for profiles only.
     """
 
     tasks: dict[str, TaskInfo] = field(default_factory=dict)
@@ -52,7 +52,7 @@ class Ready:
 
 @dataclass(frozen=True)
 class At:
-    """The child begins with a cell, or goes on with it."""
+    """The child starts or continues to measure a cell."""
 
     cell: str
     event: Literal["at"] = "at"
@@ -60,7 +60,7 @@ class At:
 
 @dataclass(frozen=True)
 class Advanced:
-    """So many more tokens of the shard in hand are done."""
+    """Progress: ``tokens`` more tokens of the current shard are done."""
 
     tokens: int
     event: Literal["advanced"] = "advanced"
@@ -68,7 +68,7 @@ class Advanced:
 
 @dataclass(frozen=True)
 class Records:
-    """Finished records of a cell, as ``dataclasses.asdict`` makes them."""
+    """Finished records of a cell, as converted by ``dataclasses.asdict``."""
 
     cell: str
     records: tuple[dict[str, Any], ...]
@@ -77,7 +77,7 @@ class Records:
 
 @dataclass(frozen=True)
 class Failed:
-    """A cell has failed; the child leaves it alone from now on."""
+    """A cell has failed; the child does not measure it any more."""
 
     failure: Failure
     event: Literal["failed"] = "failed"
@@ -85,40 +85,40 @@ class Failed:
 
 @dataclass(frozen=True)
 class End:
-    """The order, or the whole job of a profile, is done."""
+    """The current order is done; for a profile, the whole job."""
 
     event: Literal["end"] = "end"
 
 
 Event = Refused | Ready | At | Advanced | Records | Failed | End
 def event_of(line: str) -> Event:
-    """An event from its line."""
+    """Parse an event from its JSON line."""
     found: Event = _adapter().validate_python(json.loads(line))
     return found
 
 
 @cache
 def _adapter() -> Any:
-    from pydantic import Field, TypeAdapter  # late: only the parent reads events
+    from pydantic import Field, TypeAdapter  # imported late: only the parent parses events
 
     return TypeAdapter(Annotated[Event, Field(discriminator="event")])
 
 
 class Channel:
-    """The child's end."""
+    """The child's end of the connection to its parent."""
 
     def __init__(self, events: IO[str]) -> None:
         self.events = events
 
     def say(self, event: Event) -> None:
-        """Send an event at once."""
+        """Send an event immediately."""
         self.events.write(json.dumps(dataclasses.asdict(event)) + "\n")
         self.events.flush()
 
 
 @contextmanager
 def serving() -> Iterator[tuple[str, Channel]]:
-    """The job that the parent gave, and the way back; a refusal inside is said, and ends the child."""
+    """Yield the job from standard input and the channel to the parent; report a ``UserError`` inside as ``Refused``."""
     channel = Channel(os.fdopen(os.dup(1), "w", encoding="utf-8"))
     os.dup2(2, 1)
     job = sys.stdin.readline()
@@ -129,11 +129,11 @@ def serving() -> Iterator[tuple[str, Channel]]:
 
 
 def failure_of(cell: str, label: str, error: BaseException, hint: str | None = None) -> Failure:
-    """A fault as the failure of a cell: the first line of what it says; all of it goes to the log.
+    """Turn an exception into the failure of a cell, with the first line of its message; the traceback goes to the log.
 
     Args:
-        label: the cell, for people.
-        hint: what to do; None for what the error itself says.
+        label: name of the cell in the message.
+        hint: what the user can do; None for the hint of the error itself.
     """
     print("".join(traceback.format_exception(error)), file=sys.stderr)
     if isinstance(error, UserError):

@@ -1,4 +1,4 @@
-"""A sweep whose workers run elsewhere: start them, show how far the folder has come, tell what went wrong."""
+"""Sweeps on Ray or Slurm: start the workers, show progress from the run folder, and report lost workers."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ from kvbench.store.progress import RunProgress
 def start_workers(
     sweep: Sweep, executor: str, workers: int, options: Mapping[str, str], fresh: bool, console: Console
 ) -> None:
-    """Have a sweep measured by workers of an executor; records are in the folder when it returns.
+    """Measure a sweep with workers of an executor; returns when all have ended, with the records in the folder.
 
     Raises:
-        UserError: the executor is not to be had, or the workers refuse the request.
+        UserError: the executor is not available, or the workers refuse the request.
     """
     folder = RunFolder(sweep.folder)
     recorded = RunProgress(folder)
@@ -43,7 +43,7 @@ def start_workers(
             if manifest := folder.earlier():
                 tasks = manifest.tasks
                 total = sum(len(tasks[c.setting].documents) for c in cells if c.setting in tasks)
-                with suppress(ValueError, KeyError, TypeError):  # a damaged cell, which the results will tell
+                with suppress(ValueError, KeyError, TypeError):  # a damaged cell, reported with the results
                     done = sum(len(recorded.documents(c)) for c in cells if c.setting in tasks)
                 label = f"{executor}: {workers} workers"
                 progress.update(bar, total=total or None, completed=done, description=label)
@@ -54,10 +54,10 @@ def start_workers(
 
 
 def _tell(ended: list[Ended], sweep: Sweep, console: Console) -> None:
-    """A request that was refused is refused here too; other ends are told, and what is missing is in the results.
+    """Print which workers were lost or failed; cells that they did not finish are reported with the results.
 
     Raises:
-        UserError: no worker has measured anything.
+        UserError: no worker has measured anything, for example because the request was refused.
     """
     manifest = RunFolder(sweep.folder).earlier()
     if manifest is None or not manifest.describes(sweep.content, sweep.plans[0].request.limit):

@@ -1,4 +1,4 @@
-"""About how long the cells of a plan take, for the dry run: from what is on disk, or from arithmetic."""
+"""Estimates how long the cells of a plan take, for the dry run: from records on disk, or from the model's size."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ from kvbench.store.records import Cell
 
 BYTES_PER_TOKEN = 4
 LONGEST = 1280
-"""Tokens of a prefix with its continuation, at most, where the task cuts one."""
+"""Maximum number of tokens assumed per document, unless the protocol reads all of it (``block``, ``stream``)."""
 WRITING = 3.0
-"""A text that is written is taken to cost this many times as much as one that is read: its tokens come one by one."""
+"""Assumed cost of a generated text relative to one that is read, since its tokens are computed one by one."""
 OVERHEAD = 3.0
-"""What there is besides arithmetic. Both are rough: a sweep of the embedded model that was to take 2 min took 3."""
+"""Assumed time relative to arithmetic alone. Both are rough: a sweep estimated at 2 min took 3."""
 
 
 def estimate_seconds(plan: Plan, folder: RunFolder) -> dict[str, float | None]:
-    """Seconds by cell, for the documents that are not on disk; None where nothing is known of the model's size."""
+    """Estimated seconds per cell for the documents not on disk; None if there is nothing to estimate from."""
     found: dict[str, float | None] = {}
     per_document = {cell.key: _measured(folder, cell) for cell in plan.cells}
     for workload in dict.fromkeys(cell.workload for cell in plan.cells):
@@ -42,7 +42,7 @@ def estimate_seconds(plan: Plan, folder: RunFolder) -> dict[str, float | None]:
 
 
 def _at_a_time(plan: Plan) -> int:
-    """Children that measure at the same time (as many as there are cores, where the model is small)."""
+    """Number of child processes that measure at the same time: up to one per core if the model is small, else one."""
     from kvbench.execution.pool import MOST_CHILDREN, SMALL_MODEL_BYTES
 
     is_small = 0 < plan.model.weight_bytes <= SMALL_MODEL_BYTES and plan.request.device in ("cpu", "auto")
@@ -50,7 +50,7 @@ def _at_a_time(plan: Plan) -> int:
 
 
 def _measured(folder: RunFolder, cell: Cell) -> float | None:
-    """Mean seconds per document on disk; a torn or damaged line says nothing."""
+    """Mean seconds per document on disk; damaged lines are ignored, and None is returned if there are no others."""
     path = folder.cell_folder(cell) / RECORDS
     seconds = []
     for line in path.read_bytes().splitlines() if path.exists() else ():
@@ -62,7 +62,7 @@ def _measured(folder: RunFolder, cell: Cell) -> float | None:
 
 
 def _by_arithmetic(plan: Plan, cell: Cell, documents: tuple[Document, ...]) -> float | None:
-    """Seconds per document: two operations per weight and token, at the speed of a matrix product here."""
+    """Estimated seconds per document: two operations per weight and token, at the speed of a matrix product."""
     if plan.model.weight_bytes <= 0 or plan.request.device.startswith("cuda") or not documents:
         return None
     weights = plan.model.weight_bytes / 4
@@ -74,7 +74,7 @@ def _by_arithmetic(plan: Plan, cell: Cell, documents: tuple[Document, ...]) -> f
 
 @cache
 def _speed() -> float:
-    """Operations per second of a product of matrices, on one core or all, as the library pleases."""
+    """Operations per second of a matrix product, divided by the number of cores."""
     a = np.ones((512, 512), np.float32)
     a @ a
     started = time.perf_counter()

@@ -1,8 +1,8 @@
-"""Where the workers of a sweep run: on this machine, on a Ray cluster, as Slurm jobs.
+"""Executors: run the workers of a sweep on a Ray cluster, or as Slurm jobs.
 
-Distribution needs no protocol of its own. A worker elsewhere is the same command on the same folder, and what it
-measures is what nobody else holds; so an executor only starts commands and waits for them. The folder must be seen by
-all of them, and its file system must support locks, as NFS 4 does.
+Distribution needs no protocol of its own. A worker is the same command on the same run folder, and measures the shards
+that no other process has locked; an executor only starts commands and waits for them. All workers must share the
+folder, and its file system must support locks, as NFS 4 does.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from typing import Any, Protocol
 from kvbench.errors import UserError
 
 POLL = 1.0
-"""Seconds between two looks at the folder."""
+"""Seconds between two checks of the folder."""
 
 
 @dataclass(frozen=True)
@@ -27,8 +27,8 @@ class Ended:
     """How a worker ended.
 
     Attributes:
-        code: its exit code; None if it was lost.
-        words: the end of what it said.
+        code: exit code; None if the worker was lost.
+        words: the end of its error output.
     """
 
     code: int | None
@@ -36,26 +36,27 @@ class Ended:
 
 
 class Executor(Protocol):
-    """Starts ``workers`` processes of a command, and waits for them."""
+    """Starts ``workers`` processes that run a command, and waits for them."""
 
     def __call__(
         self, command: Sequence[str], workers: int, options: Mapping[str, str], begin: Callable[[], None],
         look: Callable[[float], None],
     ) -> list[Ended]:
-        """
+        """Run the workers and return how each of them ended.
+
         Args:
-            command: run in a folder of the same name as the current one here.
-            options: of the executor.
-            begin: called once, when all that can be checked has been, before the first of them starts.
-            look: called again and again while waiting, with the seconds that it may take.
+            command: command line; it runs in the current folder, under the same path on every machine.
+            options: options of the executor.
+            begin: called once, after all checks and before the first worker starts.
+            look: called repeatedly while waiting, with the number of seconds that it should take.
 
         Raises:
-            UserError: the executor is not installed, or not to be had, or does not know an option.
+            UserError: the executor is not installed or not available, or an option is unknown.
         """
 
 
 def participate(command: Sequence[str], folder: str) -> Ended:
-    """Run a worker to its end; what Ray and Slurm call on their machines."""
+    """Run a worker until it ends; Ray and Slurm call this on their machines."""
     if not Path(folder).is_dir():
         return Ended(2, f"The folder {folder} is not seen on {os.uname().nodename}. Run from a shared folder.")
     process = subprocess.Popen(
@@ -64,7 +65,7 @@ def participate(command: Sequence[str], folder: str) -> Ended:
     )
     try:
         _, words = process.communicate()
-    except BaseException:  # cancelled: the worker keeps what it has measured, and ends
+    except BaseException:  # cancelled: end the worker; what it has measured is kept
         process.terminate()
         process.wait()
         raise
@@ -75,8 +76,8 @@ def on_ray(
     command: Sequence[str], workers: int, options: Mapping[str, str], begin: Callable[[], None],
     look: Callable[[float], None],
 ) -> list[Ended]:
-    """Workers as tasks of a Ray cluster: ``address`` (default: one on this machine), ``num_cpus`` and ``num_gpus``
-    of each."""
+    """Run workers as Ray tasks. Options: ``address`` of the cluster (default: one on this machine), ``num_cpus`` and
+    ``num_gpus`` per worker."""
     try:
         import ray
     except ImportError:
@@ -113,8 +114,8 @@ def on_slurm(
     command: Sequence[str], workers: int, options: Mapping[str, str], begin: Callable[[], None],
     look: Callable[[float], None],
 ) -> list[Ended]:
-    """Workers as Slurm jobs, through submitit; options are its parameters, such as ``slurm_partition``,
-    ``timeout_min`` or ``gpus_per_node``; ``cluster=local`` runs them here."""
+    """Run workers as Slurm jobs through submitit. Options are parameters of submitit, such as ``slurm_partition``,
+    ``timeout_min`` or ``gpus_per_node``; ``cluster=local`` runs the jobs on this machine."""
     try:
         import submitit
     except ImportError:
@@ -143,11 +144,11 @@ def on_slurm(
 
 
 EXECUTORS: Mapping[str, Executor] = {"ray": on_ray, "slurm": on_slurm}
-"""Beside ``local``, where this process starts its children itself."""
+"""Executors besides ``local``, for which this process starts the child processes itself."""
 
 
 def worker_command() -> list[str]:
-    """This command as a worker runs it: with one child, on its own machine."""
+    """The current command as a worker runs it: with one child process, on its own machine."""
     words, given = [], iter(sys.argv[1:])
     for word in given:
         if word == "--executor-option":

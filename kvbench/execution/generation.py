@@ -1,4 +1,4 @@
-"""Writing the continuations of a window of documents under every cell, and judging them."""
+"""Generates the continuations of a window of documents under every cell, and has them judged."""
 
 from __future__ import annotations
 
@@ -27,17 +27,17 @@ if TYPE_CHECKING:
     from kvbench.execution.worker import PreparedCell, Worker
 
 ROWS = 32
-"""Texts that are written at a time, unless the batch is given."""
+"""Number of texts generated at a time, unless the option ``batch`` is given."""
 
 TICK = 8
-"""Tokens between two reports of progress."""
+"""Number of tokens between two progress events."""
 
 
 def write_window(
     worker: Worker, cells: Sequence[Cell], protocol: Generate, documents: Sequence[tuple[Document, Cut]],
     done: dict[str, set[str]],
 ) -> None:
-    """Write and record what is not yet on disk; a fault stays in its cell."""
+    """Generate and record the texts that are not on disk yet; an error affects only its own cell."""
     groups = {document.id: document.group for document, _ in documents}
     for batch in _batches([cut.pieces[0] for _, cut in documents], protocol):
         for cell in cells:
@@ -54,7 +54,7 @@ def write_window(
 
 
 def _batches(pieces: Sequence[Piece], protocol: Generate) -> Iterator[list[Piece]]:
-    """Pieces of equal lengths, those of one layout side by side."""
+    """Yield batches of pieces of equal shape, ordered by layout."""
     size = protocol.batch or max(1, ROWS // len(protocol.decodings))
     ordered = sorted(pieces, key=lambda piece: (piece.shape, piece.layout))
     for _, group in groupby(ordered, key=lambda piece: piece.shape):
@@ -64,7 +64,7 @@ def _batches(pieces: Sequence[Piece], protocol: Generate) -> Iterator[list[Piece
 
 
 def _human(worker: Worker, batch: list[Piece], groups: dict[str, str]) -> list[GenerationRecord]:
-    """The authors' own texts: the reference, and what follows it."""
+    """Records of the human texts: the reference, and the author's text after it."""
     hf = worker.loaded.tokenizer
     prefixes = [_text(hf, piece.ids[: piece.context]) for piece in batch]
     outputs = [
@@ -127,12 +127,12 @@ def _continued(
 def written_ids(
     loaded: Loaded, prepared_cell: PreparedCell, protocol: Generate, pieces: list[Piece]
 ) -> tuple[list[list[tuple[int, ...]]], int, int, CacheBytes, Tensor]:
-    """What is written after each piece's prefix.
+    """Generate the continuations of the pieces' prefixes.
 
     Returns:
-        Ids by piece and output, without the end token; entries kept when the prefix had been read; the most ever
-        held; bytes of the cache at that moment; and for every token that can be written, the share of the tokens
-        before it that was seen where it was chosen.
+        Ids by piece and output, without the end token; entries kept after the prefix was read; the most entries ever
+        held; bytes of the cache after the prefix was read; and, for every position that can be generated, entries
+        visible / text tokens before, for the query that predicts it.
     """
     first, model, cell = pieces[0], loaded.model, prepared_cell.cell
     drawn = torch.stack([torch.from_numpy(uniforms(piece, protocol, cell.seed)) for piece in pieces])
@@ -157,7 +157,8 @@ def written_ids(
 
 
 def _visibility(shares: Tensor, texts: list[list[tuple[int, ...]]]) -> tuple[list[float], list[int]]:
-    """By document: sum over the queries that wrote a token of entries visible / text tokens before; queries."""
+    """Per document: sum of entries visible / text tokens before over the queries that chose a token, and their
+    number."""
     share = torch.cumsum(shares, 0)
     lengths = [[min(len(ids), len(shares)) for ids in rows] for rows in texts]
     sums = [float(sum(share[n - 1] for n in row if n)) for row in lengths]
@@ -165,7 +166,7 @@ def _visibility(shares: Tensor, texts: list[list[tuple[int, ...]]]) -> tuple[lis
 
 
 def _output(hf: object, before: Sequence[int], kind: str, draw: int, ids: Sequence[int], ended: bool) -> Output:
-    """An output with its text, as it reads after the tokens before it: some decoders drop a leading space."""
+    """Create an output; its text is decoded with the tokens before it, since some decoders drop a leading space."""
     head = _text(hf, before).rstrip("\ufffd")
     whole = _text(hf, [*before, *ids])
     text = whole[len(head) :] if whole.startswith(head) else _text(hf, ids)

@@ -1,4 +1,4 @@
-"""What the parent hands to the child: a job once, and orders to carry out parts of it."""
+"""What the parent sends to a child process: one job, then orders to measure parts of it."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ from kvbench.store.records import Cell
 
 @dataclass(frozen=True)
 class Job:
-    """Cells of one model and seed, and where to find things.
+    """The cells of one model and seed, and what is needed to measure them.
 
     Attributes:
-        location: what ``from_pretrained`` takes.
-        task_files: task name -> name or path that it is loaded by.
-        data: the user's own corpus, or None; ``column`` what the text is called in it, or in the hub's.
-        limit: documents per task, 0 for all.
-        threads: CPU threads of this child, 0 for PyTorch's choice.
-        judging: what judges the texts that are written.
-        skip_infeasible: leave out what a method cannot do with these documents, instead of refusing all.
+        location: model id or path for ``from_pretrained``.
+        task_files: task name -> name or path that it is loaded from.
+        data: path of the user's own corpus, or None; ``column``: name of its text column, or of that on the hub.
+        limit: maximum number of documents per task; 0 for all.
+        threads: number of CPU threads of this process; 0 for PyTorch's default.
+        judging: the judges of generated texts.
+        skip_infeasible: leave out cells that cannot be measured on these documents, instead of refusing the job.
     """
 
     module: ClassVar[str] = "kvbench.execution.worker"
@@ -51,11 +51,11 @@ class Job:
 
 @dataclass(frozen=True)
 class Order:
-    """Documents of one workload to measure under every cell of it.
+    """Documents of one workload, to be measured under every cell of it.
 
     Attributes:
-        done: cell key -> documents of these that are on disk.
-        failed: keys of the cells to leave alone.
+        done: cell key -> those of the documents that are on disk already.
+        failed: keys of cells that are not to be measured.
     """
 
     workload: str

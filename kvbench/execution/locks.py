@@ -1,4 +1,4 @@
-"""What surrounds a run: a lock on its folder, sentences for a full disk, the note that it is done."""
+"""Helpers around a run: the lock on its folder, errors for a full disk, and the mark that it is finished."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ KEPT = "What was measured before is kept, and the same command goes on."
 
 @contextmanager
 def disk(path: Path, hint: str, kind: type[UserError] = UserError) -> Iterator[None]:
-    """Turn a full or read-only disk into a sentence."""
+    """Turn an ``OSError`` inside, such as that of a full disk, into a user error of type ``kind``."""
     try:
         yield
     except OSError as error:
@@ -30,10 +30,10 @@ def disk(path: Path, hint: str, kind: type[UserError] = UserError) -> Iterator[N
 
 @contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """Hold a run folder against other processes; the lock lies elsewhere and is not part of it.
+    """Lock a run folder against other processes; the lock file is in the temporary directory, not in the folder.
 
     Raises:
-        UserError: another process is measuring into it, or its lock cannot be had.
+        UserError: another process is measuring into the folder, or the lock cannot be acquired.
     """
     name = hashlib.sha256(os.fsencode(folder.resolve())).hexdigest()[:16]
     lock = FileLock(Path(tempfile.gettempdir()) / f"kvbench-{name}.lock")
@@ -55,7 +55,7 @@ def locked(folder: Path) -> Iterator[None]:
 
 
 def finish(folder: RunFolder, content: str) -> None:
-    """Note in ``run.json`` that all cells of this content are done, if it still describes them."""
+    """Mark the run as finished in ``run.json``, if the file still describes a run of this content."""
     with folder.lock("manifest"):
         manifest = folder.manifest()
         if manifest.content == content:

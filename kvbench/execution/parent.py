@@ -1,7 +1,7 @@
-"""The parent: gives shards of plans to children, and is the only one that writes to disk.
+"""The parent process of a run: gives shards of plans to child processes, and is the only one that writes to disk.
 
-Several parents may share a run folder: each claims a shard before it gives it to a child, looks what of it is
-already on disk, and leaves what another one holds.
+Several parents may share a run folder: each locks a shard before it gives it to a child, checks which of its
+records are already on disk, and skips the shards that another parent has locked.
 """
 
 from __future__ import annotations
@@ -22,28 +22,28 @@ from kvbench.execution.job import Order
 from kvbench.execution.locks import KEPT, disk
 from kvbench.execution.pool import Events, WorkerHandle, started_workers
 from kvbench.execution.process import WorkerDiedError
-from kvbench.execution.resume import is_done, is_whole, left_of
+from kvbench.execution.resume import is_complete, is_done, remaining
 from kvbench.execution.run_writer import RunWriter
-from kvbench.execution.shards import Shard, ShardLocks, parts_of
+from kvbench.execution.shards import Shard, ShardLocks, split_into_shards
 from kvbench.planning.quality import Plan
 from kvbench.store.folder import RunFolder, record_of
 from kvbench.store.manifest import TaskInfo
 from kvbench.store.records import Failure
 
 POLL = 0.5
-"""Seconds between two looks at what other processes hold."""
+"""Seconds between two checks for shards that other processes have released."""
 
 
 @dataclass(frozen=True)
 class ExecutionOptions:
-    """How plans are carried out.
+    """How plans are executed.
 
     Attributes:
         fresh: measure again what is on disk.
         fail_fast: stop at the first failure.
-        timeout: seconds without a sign of life after which a child is ended, and its cell has failed.
-        children: most children; 0 for as many as are useful.
-        skip_infeasible: leave out what a method cannot do with these documents, instead of refusing all.
+        timeout: seconds without an event after which a child is killed and its current cell fails.
+        children: maximum number of child processes; 0 for as many as are useful.
+        skip_infeasible: leave out cells that cannot be measured on the documents, instead of refusing the plan.
     """
 
     fresh: bool = False
@@ -55,10 +55,10 @@ class ExecutionOptions:
 
 @dataclass
 class _Run:
-    """All plans on their way.
+    """State of the execution of all plans.
 
     Attributes:
-        tokens: of the shards that are done, and ``total`` of all shards that are known.
+        tokens: tokens of the finished shards; ``total``: tokens of all shards known so far.
     """
 
     plans: Sequence[Plan]
@@ -72,17 +72,17 @@ class _Run:
 
 
 @dataclass
-class _Crew:
-    """The children that measure one plan, and what is left of it."""
+class _PlanState:
+    """The child processes that measure one plan, and the shards that are left, None until they are known."""
 
     plan: Plan
     handles: list[WorkerHandle]
-    claims: ShardLocks
+    locks: ShardLocks
     shards: list[Shard] | None = None
 
 
-class _EnoughError(Exception):
-    """A cell has failed, and the user wants to stop then."""
+class _FailFastError(Exception):
+    """A cell has failed, and ``fail_fast`` is set."""
 
 
 def execute(
@@ -90,15 +90,15 @@ def execute(
 ) -> None:
     """Measure everything in the plans that is not yet on disk, or all of it if ``options.fresh``.
 
-    A cell whose child is killed, or hangs, is marked as failed, and the others go on in a new child. So are
-    the cells of a plan that cannot be carried out, unless it is the only one.
+    A cell whose child dies or hangs is marked as failed, and the others continue in a new child. The cells of a
+    plan that cannot be executed are marked as failed too, unless nothing at all could be measured.
 
     Args:
-        content: hash of what is asked for.
+        content: hash of the request.
 
     Raises:
-        UserError: no plan can be carried out (nothing was written), or the disk is full.
-        WorkerDiedError: the children of the only plan died before they were ready.
+        UserError: no plan can be executed (nothing was written), or the disk is full.
+        WorkerDiedError: nothing was written, and the children of the first plan died before they were ready.
     """
     with Progress(
         TextColumn("{task.description}"), BarColumn(), TextColumn("{task.percentage:.0f} %"),
@@ -114,7 +114,7 @@ def execute(
         try:
             for plan in plans:
                 try:
-                    if not is_whole(writer, plan):
+                    if not is_complete(writer, plan):
                         _carry_out(run, plan)
                 except StoppedError:
                     raise
@@ -128,49 +128,49 @@ def execute(
                 message, hint = (reason.message, reason.hint) if isinstance(reason, UserError) else (str(reason), "")
                 for cell in (c for c in plan.cells if c.key not in writer.failed and not is_done(writer, c)):
                     _fail(run, Failure(cell.key, f"{cell.label}: {message}", hint))
-        except _EnoughError:
+        except _FailFastError:
             console.print("Stopped at the first failure; the same command goes on.", highlight=False)
-        writer.describe()  # another process may have described the folder as its own meanwhile
+        writer.describe()  # another process may have written its own meanwhile
 
 
 def _carry_out(run: _Run, plan: Plan) -> None:
-    """Measure one plan with children of its own."""
+    """Measure one plan with its own child processes."""
     events: Events = queue.Queue()
-    crew = _Crew(plan, [], ShardLocks(run.writer.folder))
+    state = _PlanState(plan, [], ShardLocks(run.writer.folder))
     with ExitStack() as stack:
-        stack.callback(crew.claims.release_all)
+        stack.callback(state.locks.release_all)
         for handle in started_workers(plan, run.options.children, run.options.skip_infeasible, events):
-            crew.handles.append(handle)
+            state.handles.append(handle)
             stack.callback(handle.stop)
-        while not all(handle.ended for handle in crew.handles):
-            _end_hanging(run, crew)
+        while not all(handle.ended for handle in state.handles):
+            _end_hanging(run, state)
             try:
                 number, event = events.get(timeout=POLL)
             except queue.Empty:
-                for handle in crew.handles:  # another process may have let go of a shard
-                    if crew.shards is not None and handle.is_idle:
-                        _assign(run, crew, handle)
+                for handle in state.handles:  # another process may have released a shard
+                    if state.shards is not None and handle.is_idle:
+                        _assign(run, state, handle)
                 continue
-            handle = crew.handles[number]
+            handle = state.handles[number]
             if event is not None:
-                _handle(run, crew, handle, event)
+                _handle(run, state, handle, event)
             elif not handle.ended:
-                _replace_dead(run, crew, handle)
+                _replace_dead(run, state, handle)
 
 
-def _handle(run: _Run, crew: _Crew, handle: WorkerHandle, event: Event) -> None:
+def _handle(run: _Run, state: _PlanState, handle: WorkerHandle, event: Event) -> None:
     handle.touch()
     match event:
         case Refused():
             raise UserError(event.message, event.hint)
         case Ready():
-            _begin(run, crew, handle, event)
+            _begin(run, state, handle, event)
         case At():
             handle.child.at = event.cell
             run.progress.update(run.bar, description=run.writer.cells[event.cell].label)
         case Advanced():
             handle.tokens += event.tokens
-            _show(run, crew)
+            _show(run, state)
         case Records():
             cell = run.writer.cells[event.cell]
             run.writer.append(event.cell, [record_of(cell, raw) for raw in event.records])
@@ -178,100 +178,100 @@ def _handle(run: _Run, crew: _Crew, handle: WorkerHandle, event: Event) -> None:
             _fail(run, event.failure)
         case End():
             assert handle.shard is not None
-            _finish(run, crew, handle.shard)
+            _finish(run, state, handle.shard)
             handle.shard = None
-            for other in crew.handles:
+            for other in state.handles:
                 if other.is_idle:
-                    _assign(run, crew, other)
+                    _assign(run, state, other)
 
 
-def _begin(run: _Run, crew: _Crew, handle: WorkerHandle, ready: Ready) -> None:
-    """A child is ready. Nothing is written before all of them are."""
+def _begin(run: _Run, state: _PlanState, handle: WorkerHandle, ready: Ready) -> None:
+    """Handle the event that a child is ready; nothing is written before all of them are."""
     handle.is_ready = True
-    if crew.shards is not None:
-        _assign(run, crew, handle)
-    elif all(other.is_ready for other in crew.handles):
-        plan, writer = crew.plan, run.writer
+    if state.shards is not None:
+        _assign(run, state, handle)
+    elif all(other.is_ready for other in state.handles):
+        plan, writer = state.plan, run.writer
         settings = {cell.workload: cell.setting for cell in plan.cells}
         writer.tasks |= {settings[name]: info for name, info in ready.tasks.items()}
         writer.probes[plan.model.name] = ready.probe
         damaged = writer.open(plan.cells, ready.masks)
-        for infeasible in ready.infeasible:  # known beforehand, and no reason to stop
+        for infeasible in ready.infeasible:  # known beforehand: not a reason to stop
             writer.fail(infeasible)
             _tell(run, infeasible)
         for failure in damaged:
             _fail(run, failure)
-        crew.shards = parts_of(plan.cells, ready.tasks)
-        run.total += sum(shard.tokens for shard in crew.shards)
+        state.shards = split_into_shards(plan.cells, ready.tasks)
+        run.total += sum(shard.tokens for shard in state.shards)
         _say_what_is_left_out(run.console, ready.tasks)
-        for other in crew.handles:
-            _assign(run, crew, other)
+        for other in state.handles:
+            _assign(run, state, other)
 
 
-def _assign(run: _Run, crew: _Crew, handle: WorkerHandle) -> None:
-    """Give a child the next shard that nobody holds; send it home if nothing is left of the plan."""
-    assert crew.shards is not None
-    for shard in list(crew.shards):
+def _assign(run: _Run, state: _PlanState, handle: WorkerHandle) -> None:
+    """Give a child the next shard that no process has locked; dismiss all idle children if no shards are left."""
+    assert state.shards is not None
+    for shard in list(state.shards):
         with disk(run.writer.folder.path, KEPT, StoppedError):
-            is_mine = crew.claims.take(shard.name)
+            is_mine = state.locks.take(shard.name)
         if not is_mine:
             continue
-        left = left_of(run.writer, shard)
+        left = remaining(run.writer, shard)
         if left is None:
-            _finish(run, crew, shard)
+            _finish(run, state, shard)
             continue
         handle.take(shard)
         handle.child.tell(Order(shard.workload, shard.documents, *left).to_json())
         return
-    if not crew.shards:
-        for other in crew.handles:
-            other.go_home()
+    if not state.shards:
+        for other in state.handles:
+            other.dismiss()
 
 
-def _finish(run: _Run, crew: _Crew, shard: Shard) -> None:
-    assert crew.shards is not None
-    crew.shards.remove(shard)
-    crew.claims.release(shard.name)
+def _finish(run: _Run, state: _PlanState, shard: Shard) -> None:
+    assert state.shards is not None
+    state.shards.remove(shard)
+    state.locks.release(shard.name)
     run.tokens += shard.tokens
-    _show(run, crew)
+    _show(run, state)
 
 
-def _end_hanging(run: _Run, crew: _Crew) -> None:
-    for handle in crew.handles:
+def _end_hanging(run: _Run, state: _PlanState) -> None:
+    for handle in state.handles:
         if handle.shard is not None and handle.seconds_since > run.options.timeout:
             handle.child.kill(f"no sign of life for {run.options.timeout:g} s; the measuring process was ended.")
             handle.touch()
 
 
-def _replace_dead(run: _Run, crew: _Crew, handle: WorkerHandle) -> None:
-    """A child has died: the cell that it was at has failed, and a new child goes on with the rest.
+def _replace_dead(run: _Run, state: _PlanState, handle: WorkerHandle) -> None:
+    """Handle the death of a child: its current cell has failed, and a new child measures the others.
 
     Raises:
         WorkerDiedError: it died before anything was written.
     """
     reason, hint = handle.child.death(), handle.child.hint()
     victim, shard = handle.child.at, handle.shard
-    if crew.shards is None:
+    if state.shards is None:
         raise WorkerDiedError(f"{reason} {hint}".strip())
     if shard is not None:
-        crew.claims.release(shard.name)
+        state.locks.release(shard.name)
         handle.shard = None
     if shard is not None and victim is not None:
         _fail(run, Failure(victim, f"{run.writer.cells[victim].label}: {reason}", hint))
         handle.restart()
         return
     handle.ended = True
-    if all(other.ended for other in crew.handles):  # none of them can even load the model again
-        left = {cell.key: cell for shard in crew.shards for cell in shard.cells if cell.key not in run.writer.failed}
+    if all(other.ended for other in state.handles):  # all have died without a shard: the model cannot be loaded again
+        left = {cell.key: cell for shard in state.shards for cell in shard.cells if cell.key not in run.writer.failed}
         for cell in (cell for cell in left.values() if not is_done(run.writer, cell)):
             _fail(run, Failure(cell.key, f"{cell.label}: {reason}", hint))
 
 
-def _show(run: _Run, crew: _Crew) -> None:
-    """The bar; plans that have not been cut yet are taken to be as large as those that have."""
-    known = sum(len(plan.cells) for plan in run.plans[: run.plans.index(crew.plan) + 1])
+def _show(run: _Run, state: _PlanState) -> None:
+    """Update the progress bar; plans that have not started are assumed to be as large as those that have."""
+    known = sum(len(plan.cells) for plan in run.plans[: run.plans.index(state.plan) + 1])
     total = run.total * len(run.writer.cells) / max(1, known)
-    done = run.tokens + sum(handle.tokens for handle in crew.handles if handle.shard is not None)
+    done = run.tokens + sum(handle.tokens for handle in state.handles if handle.shard is not None)
     run.progress.update(run.bar, total=total, completed=done)
 
 
@@ -288,7 +288,7 @@ def _fail(run: _Run, failure: Failure) -> None:
     run.writer.fail(failure)
     _tell(run, failure)
     if run.options.fail_fast:
-        raise _EnoughError
+        raise _FailFastError
 
 
 def _tell(run: _Run, failure: Failure) -> None:

@@ -1,4 +1,4 @@
-"""The children of one plan: how many there are, and what each of them is doing."""
+"""The child processes of one plan: how many to start, and the state of each."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ Events = queue.Queue[tuple[int, Event | None]]
 
 
 class WorkerHandle:
-    """A child and the shard that it has in hand.
+    """A child process and the shard that it is measuring.
 
     Attributes:
-        tokens: of the shard, as far as it has come.
-        ended: it measures nothing any more.
+        tokens: tokens of the shard that are done.
+        ended: whether it will not measure anything more.
     """
 
     def __init__(self, job: Job, number: int, events: Events) -> None:
@@ -36,7 +36,7 @@ class WorkerHandle:
         self.touch()
 
     def restart(self) -> None:
-        """A new child in place of the dead one."""
+        """Start a new child process in place of the dead one."""
         self.child.stop()
         self.is_ready = False
         self.child = WorkerProcess(self.job, self.number, self.events)
@@ -50,7 +50,7 @@ class WorkerHandle:
         self.shard, self.tokens, self.child.at = shard, 0, None
         self.touch()
 
-    def go_home(self) -> None:
+    def dismiss(self) -> None:
         if self.is_idle:
             self.ended = True
             self.child.dismiss()
@@ -60,7 +60,7 @@ class WorkerHandle:
 
     @property
     def seconds_since(self) -> float:
-        """Since its last sign of life."""
+        """Seconds since the last event from the child."""
         return time.monotonic() - self.touched
 
     def stop(self) -> None:
@@ -68,21 +68,21 @@ class WorkerHandle:
 
 
 def started_workers(plan: Plan, most: int, skip_infeasible: bool, events: Events) -> list[WorkerHandle]:
-    """Start the children of a plan.
+    """Start the child processes of a plan.
 
-    A small model on a CPU is bound by the cost of calls, not of arithmetic, so that several single-threaded
-    children are faster than one with several threads. Where the user says how many, other processes may be at
-    work beside this one, and several threads of each would starve one another.
+    A small model on a CPU is limited by the overhead of calls, not by arithmetic, so several single-threaded children
+    are faster than one with several threads. If the user gives their number, other processes may run on the same
+    machine, and a single child uses one thread: several threads per process would compete for the cores.
 
     Args:
-        most: children that are allowed; 0 for as many as are useful.
-        skip_infeasible: as in a job.
+        most: maximum number of children; 0 for as many as are useful.
+        skip_infeasible: see :class:`Job`.
     """
     request = plan.request
     cores = request.threads or os.cpu_count() or 1
     on_cpu = request.device == "cpu" or (request.device == "auto" and not _cuda())
     small = on_cpu and 0 < plan.model.weight_bytes <= SMALL_MODEL_BYTES and not _has_large_judge(plan.judging)
-    count = min(cores, most or MOST_CHILDREN, _most_parts(plan)) if small else 1
+    count = min(cores, most or MOST_CHILDREN, _most_shards(plan)) if small else 1
     alone = 1 if small and most else 0  # 0: PyTorch's choice
     threads = max(1, cores // count) if count > 1 or request.threads else alone
     data = str(request.data) if request.data else None
@@ -93,15 +93,15 @@ def started_workers(plan: Plan, most: int, skip_infeasible: bool, events: Events
     return [WorkerHandle(job, number, events) for number in range(count)]
 
 
-def _most_parts(plan: Plan) -> int:
-    """Shards that there can be at most: a child without one would load the model for nothing."""
+def _most_shards(plan: Plan) -> int:
+    """Upper bound on the number of shards; a child without a shard would load the model for nothing."""
     if not plan.request.limit or any(cell.protocol == "online" for cell in plan.cells):
-        return MOST_CHILDREN  # a document is many trials there
+        return MOST_CHILDREN  # one document becomes many trials
     return len({cell.workload for cell in plan.cells}) * -(-plan.request.limit // FEW)
 
 
 def _has_large_judge(judging: JudgeChoice) -> bool:
-    """Whether every child would load a model of its own that is large, or of unknown size."""
+    """Whether a judge is large or of unknown size; every child would load it."""
     return any(not 0 < model.weight_bytes <= SMALL_MODEL_BYTES for model in judging.models.values())
 
 

@@ -1,4 +1,4 @@
-"""One measuring process, seen from the parent."""
+"""A child process that measures, as seen from its parent."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from kvbench.execution.channel import Event, event_of
 
 
 class Task(Protocol):
-    """What a child is told to do: the module that does it, and how it is written down."""
+    """The job of a child process: the module that runs it, and its JSON form."""
 
     module: ClassVar[str]
 
@@ -27,11 +27,12 @@ Work = TypeVar("Work", bound=Task)
 
 
 class WorkerDiedError(Exception):
-    """A child ended before it was ready; the message says how."""
+    """A child process died before it was ready; the message says how."""
 
 
 class WorkerProcess(Generic[Work]):
-    """One measuring process, and a thread that turns its output into events."""
+    """A child process, and a thread that puts its events into a queue: (number, event), and (number, None) at the
+    end."""
 
     def __init__(self, job: Work, number: int, events: queue.Queue[tuple[int, Event | None]]) -> None:
         self.job = job
@@ -56,12 +57,12 @@ class WorkerProcess(Generic[Work]):
 
     def tell(self, line: str) -> None:
         assert self.process.stdin is not None
-        with suppress(BrokenPipeError):  # it died; its last event says so
+        with suppress(BrokenPipeError):  # it died; the None in the queue reports it
             self.process.stdin.write(line + "\n")
             self.process.stdin.flush()
 
     def death(self) -> str:
-        """How it ended, with its last words."""
+        """Wait until the process has ended, and describe how, with the last line of its log."""
         code = self.process.wait()
         if self.killed_for:
             return self.killed_for
@@ -79,12 +80,12 @@ class WorkerProcess(Generic[Work]):
         return ""
 
     def kill(self, reason: str) -> None:
-        """End it at once; its death will be told with this reason."""
+        """Kill the process; ``death`` then returns this reason."""
         self.killed_for = reason
         self.process.kill()
 
     def dismiss(self) -> None:
-        """There is nothing left to do: it ends by itself."""
+        """Close the input of the process, which then exits by itself."""
         assert self.process.stdin is not None
         with suppress(BrokenPipeError):
             self.process.stdin.close()

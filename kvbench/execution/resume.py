@@ -1,4 +1,4 @@
-"""What of a plan is on disk already, so that a run goes on where an earlier one, or another process, has come to."""
+"""Determines what of a plan is on disk already, so that a run continues where an earlier or another one stopped."""
 
 from __future__ import annotations
 
@@ -8,8 +8,9 @@ from kvbench.planning.quality import Plan
 from kvbench.store.records import Cell
 
 
-def is_whole(writer: RunWriter, plan: Plan) -> bool:
-    """Whether a plan is on disk from end to end, so that nothing need be loaded; then the writer knows its tasks."""
+def is_complete(writer: RunWriter, plan: Plan) -> bool:
+    """Whether a plan is completely on disk, so that no model need be loaded; if so, fill in the writer's tasks and
+    probes."""
     earlier = writer.earlier
     settings = {cell.setting for cell in plan.cells}
     if earlier is None or not earlier.describes(writer.content, writer.limit):
@@ -30,16 +31,16 @@ def is_whole(writer: RunWriter, plan: Plan) -> bool:
 
 
 def is_done(writer: RunWriter, cell: Cell) -> bool:
-    """Whether every document of a cell is known to be on disk."""
+    """Whether all documents of a cell are on disk; False as long as the documents are unknown."""
     info = writer.tasks.get(cell.setting)
     return info is not None and set(info.documents) <= writer.recorded.documents(cell)
 
 
-def left_of(writer: RunWriter, shard: Shard) -> tuple[dict[str, list[str]], tuple[str, ...]] | None:
-    """What is left of a shard.
+def remaining(writer: RunWriter, shard: Shard) -> tuple[dict[str, list[str]], tuple[str, ...]] | None:
+    """Determine what is left to measure of a shard.
 
     Returns:
-        Which of its documents are on disk, by cell, and the cells that have failed; None if nothing is left to do.
+        Its documents that are on disk, by cell key, and the keys of failed cells; None if nothing is left.
     """
     failed = {c.key for c in shard.cells if c.key in writer.failed or writer.folder.failure(c) is not None}
     done = {c.key: writer.recorded.documents(c) for c in shard.cells if c.key not in failed}

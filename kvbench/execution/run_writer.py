@@ -1,4 +1,4 @@
-"""All that is written into a run folder while it is measured, for runs and for profiles."""
+"""Writes into a run folder while it is measured, for runs and for profiles."""
 
 from __future__ import annotations
 
@@ -22,16 +22,16 @@ class RunWriter:
     """Writes ``run.json``, records and failures; other processes may write into the folder as well.
 
     Attributes:
-        content: hash of what is asked for; ``limit`` how much of it.
-        cells: of all plans, by key.
+        content: hash of the request; ``limit``: documents per task, or repeats of a profile.
+        cells: cells of all plans, by key.
         sources: task -> where its documents come from.
-        fresh: what the folder holds is replaced.
+        fresh: replace what the folder holds.
         recorded: the documents that are on disk.
-        tasks, profiles: setting -> its task or profile, once a child has said it.
-        probes: model -> what a probe of it has shown.
-        machine: of a profile.
-        failed: keys of the cells that are left alone from now on.
-        opened: whether anything has been written.
+        tasks, profiles: setting -> its task or profile, once a child has reported it.
+        probes: model -> what a probe of it has found.
+        machine: the machine of a profile.
+        failed: keys of the cells that have failed.
+        opened: whether the folder holds ``run.json`` of this run.
     """
 
     folder: RunFolder
@@ -54,17 +54,17 @@ class RunWriter:
 
     @property
     def earlier(self) -> Manifest | None:
-        """What is on disk and may be gone on with; None if there is nothing, or all is measured afresh."""
+        """The manifest on disk that this run continues; None if there is none, or ``fresh`` is about to replace it."""
         return None if self.fresh and not self.opened else self.folder.earlier()
 
     def open(self, cells: Iterable[Cell], masks: dict[str, Any] | None = None) -> list[Failure]:
-        """Write ``run.json`` and the folders of cells: from here on there is something to continue.
+        """Write ``run.json`` and create the folders of cells, so that the run can be continued from here on.
 
         Args:
-            masks: pictures of methods to keep, by method and ratio.
+            masks: example masks of the methods to store, by method and ratio.
 
         Returns:
-            The cells whose records are damaged.
+            A failure for every cell whose records are damaged.
         """
         folder, damaged = self.folder, []
         with self._disk():
@@ -87,32 +87,32 @@ class RunWriter:
         return damaged
 
     def add(self, cells: Sequence[Cell]) -> None:
-        """Cells that were not in the plan, but found while measuring."""
+        """Add cells that were not in the plan but were found while measuring."""
         self.cells |= {cell.key: cell for cell in cells}
         self.open(cells)
 
     def append(self, key: str, records: Sequence[Record]) -> None:
-        """Add records to those of a cell."""
+        """Append records to those of a cell."""
         with self._disk():
             self.folder.append(self.cells[key], records)
 
     def forget(self, key: str, prefix: str) -> None:
-        """Remove the records of a cell whose key begins so."""
+        """Remove the records of a cell whose keys start with ``prefix``."""
         with self._disk():
             self.folder.forget(self.cells[key], prefix)
 
     def fail(self, failure: Failure) -> None:
-        """Note that a cell could not be finished."""
+        """Record that a cell could not be finished."""
         self.failed.add(failure.cell)
         with self._disk():
             self.folder.fail(self.cells[failure.cell], failure)
 
     def describe(self) -> None:
-        """Write ``run.json``; what it says of other tasks stays, if it is of the same run."""
+        """Write ``run.json``; entries of other tasks are kept if it is of the same run."""
         with disk(self.folder.path, KEPT, StoppedError), self.folder.lock("manifest"):
             earlier = self.folder.earlier()
             now = datetime.now(UTC).isoformat(timespec="seconds")
-            # With another limit, what is known of the tasks' documents is out of date.
+            # With another limit, the tasks on disk list other documents.
             same = earlier if earlier and earlier.describes(self.content, self.limit) else None
             self.folder.describe(Manifest(
                 content=self.content,
@@ -125,7 +125,8 @@ class RunWriter:
             ))
 
     def _disk(self) -> AbstractContextManager[None]:
-        """A full disk as a sentence; once something is written, that is kept."""
+        """Turn the errors of a full disk into user errors; ``StoppedError`` once something is written, which is
+        kept."""
         if self.opened:
             return disk(self.folder.path, KEPT, StoppedError)
         return disk(self.folder.path, "Choose another folder with --out.")

@@ -1,7 +1,7 @@
-"""A plan as shards: a few documents of one workload each, under every method and ratio.
+"""Shards: a plan split into groups of a few documents of one workload, under every method and ratio.
 
-A shard is what a process takes at a time, so that several of them, on one machine or many, can share a
-run, and so that the full cache of a document is measured once, for all that is compared with it.
+A process takes one shard at a time, so that several processes, on one machine or many, can share a run, and so
+that the full cache of a document is measured once for all methods that are compared with it.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from kvbench.store.manifest import TaskInfo
 from kvbench.store.records import Cell
 
 FEW, MANY = 8, 16
-"""Documents of a shard; ``MANY`` where there are at least 256. Batches are formed within a shard, and
-windows of 8 cost a CPU 4 % over windows of 64."""
+"""Number of documents per shard; ``MANY`` if there are at least 256. Batches are formed within a shard; on a CPU,
+shards of 8 documents are 4 % slower than shards of 64."""
 
 
 @dataclass(frozen=True)
@@ -27,8 +27,8 @@ class Shard:
     """Documents that are measured together.
 
     Attributes:
-        name: equal for equal shards in every process that shares the folder.
-        tokens: of its documents, times the cells that measure them.
+        name: the same for the same shard in every process that shares the folder.
+        tokens: tokens of its documents, times the number of cells.
     """
 
     name: str
@@ -38,11 +38,11 @@ class Shard:
     tokens: int
 
 
-def parts_of(cells: Sequence[Cell], tasks: dict[str, TaskInfo]) -> list[Shard]:
-    """The shards of a plan, in order.
+def split_into_shards(cells: Sequence[Cell], tasks: dict[str, TaskInfo]) -> list[Shard]:
+    """Split a plan into shards, in order.
 
     Args:
-        cells: of one model and seed.
+        cells: cells of one model and seed.
         tasks: workload -> how it was cut.
     """
     found = []
@@ -59,14 +59,14 @@ def parts_of(cells: Sequence[Cell], tasks: dict[str, TaskInfo]) -> list[Shard]:
 
 
 class ShardLocks:
-    """The shards that this process holds."""
+    """The shards that this process has locked."""
 
     def __init__(self, folder: RunFolder) -> None:
         self.folder = folder
         self.held: dict[str, FileLock] = {}
 
     def take(self, name: str) -> bool:
-        """Claim a shard, unless a process holds it; this one does not take it twice."""
+        """Lock a shard; returns False if another process has locked it, or this one already has."""
         if name in self.held:
             return False
         lock = self.folder.lock(name)

@@ -1,8 +1,8 @@
-"""The child process: loads the model once, walks the documents, and reports as it goes.
+"""The child process of a run: loads the model once, measures documents, and sends their records as events.
 
-It reads a :class:`Job` from its standard input, checks everything, says ``ready`` and waits for
+It reads a :class:`Job` from its standard input, checks everything, sends ``ready`` and waits for
 an :class:`Order`, so that nothing is written for a request that cannot be carried out; it ends when
-there are no more of them. It writes no file: records are events, and the parent puts them on disk.
+there are no more orders. It writes no files: the parent writes the records that it sends.
 Documents are the outer loop: ``full`` once per batch, then every other method, so that agreement with
 the full cache costs no second pass and nothing of size tokens x vocabulary outlives its batch.
 """
@@ -24,7 +24,18 @@ from kvbench.cache.shape import cache_shape
 from kvbench.data.documents import Document
 from kvbench.errors import UserError
 from kvbench.execution.accumulator import DocumentAccumulator
-from kvbench.execution.channel import CONTAINED, Advanced, At, Channel, End, Failed, Ready, Records, failure_of, serving
+from kvbench.execution.channel import (
+    CELL_ERRORS,
+    Advanced,
+    At,
+    Channel,
+    End,
+    Failed,
+    Ready,
+    Records,
+    failure_of,
+    serving,
+)
 from kvbench.execution.generation import write_window
 from kvbench.execution.job import Job, Order
 from kvbench.execution.workload import TaskWork, batches, cut_task
@@ -45,12 +56,12 @@ from kvbench.protocols.scoring import BatchScore, Reference, score_pieces, text_
 from kvbench.store.records import HUMAN, Cell, DocumentRecord, Failure, GenerationRecord
 
 WINDOW = 64
-"""Documents that are batched together; a kill loses at most the unfinished ones of a window."""
+"""Number of documents that are batched together; if the process is killed, at most their unfinished ones are lost."""
 
 
 @dataclass(frozen=True)
 class PreparedCell:
-    """A cell made ready to run."""
+    """A cell with its method and adapter, ready to be measured."""
 
     cell: Cell
     method: Method
@@ -58,7 +69,7 @@ class PreparedCell:
 
 
 class Worker:
-    """Carries out a job; see the module's docstring."""
+    """Carries out a job; see the module docstring."""
 
     def __init__(self, job: Job, channel: Channel) -> None:
         self.job, self.channel, self.say = job, channel, channel.say
@@ -66,10 +77,10 @@ class Worker:
         self.infeasible: list[Failure] = []
 
     def prepare(self) -> None:
-        """Load and check everything; writes nothing.
+        """Load the model, adapters and judges, cut the documents, and check everything; writes nothing.
 
         Raises:
-            UserError: the job cannot be carried out as asked.
+            UserError: the job cannot be carried out as requested.
         """
         job = self.job
         if job.threads:
@@ -104,7 +115,7 @@ class Worker:
         return PreparedCell(cell, method, self.adapters[cell.adapter] if cell.adapter else None)
 
     def _check_reach(self, work: TaskWork) -> None:
-        """See that every method can be used on every piece, before anything is measured."""
+        """Check that every method can be used on every piece; note the infeasible ones, if they may be left out."""
         pieces = {piece.shape: piece for _, cut in work.documents for piece in cut.pieces}
         longest = max(piece.context for piece in pieces.values())
         for cell in (c for c in work.cells if c.method != HUMAN):
@@ -116,7 +127,7 @@ class Worker:
                 self.infeasible.append(Failure(cell.key, f"{cell.label}: {error.message}", error.hint, left_out=True))
 
     def _check_any_left(self) -> None:
-        """See that not all that was asked for is left out."""
+        """Check that not all requested methods are infeasible."""
         asked = {cell.key for cell in self.job.cells if cell.role == "method"}
         if asked and asked <= {failure.cell for failure in self.infeasible}:
             raise UserError(self.infeasible[0].error, self.infeasible[0].hint)
@@ -132,10 +143,10 @@ class Worker:
             self._check_positions(cell, method, piece, protocol)
 
     def _check_at_length(self, cell: Cell) -> None:
-        """See that texts as long as the longest are read as the model itself reads them.
+        """Check, on a text of the greatest length, that the model predicts the same with stored entries as in one pass.
 
         Raises:
-            UserError: they are not.
+            UserError: the predictions differ by more than the tolerance.
         """
         longest = max(len(piece.ids) for work in self.works for _, cut in work.documents for piece in cut.pieces)
         longest = min(longest, self.loaded.context) if self.facts.learned else longest
@@ -149,7 +160,7 @@ class Worker:
             )
 
     def _check_positions(self, cell: Cell, method: Method, piece: Piece, protocol: Protocol) -> None:
-        """Learned positions end with the model's context; rotary ones go on."""
+        """Check that the positions needed exist: learned ones end with the model's context, rotary ones do not end."""
         length = len(piece.ids)
         layout = places_needed(method, self.loaded.model, text_of([replace(piece, layout=0)]), cell.seed)
         needed = max(layout, length)
@@ -162,14 +173,14 @@ class Worker:
             )
 
     def announce(self) -> None:
-        """Tell the parent what there is to do."""
+        """Tell the parent that everything is ready, and how the tasks were cut."""
         probe = {**self.facts.as_dict(), "compared_tokens": self.compared[0], "compared_apart": self.compared[1]}
         tasks = {work.name: work.info() for work in self.works}
         self.say(Ready(tasks, tuple(self.infeasible), self._masks(), probe))
 
     def _masks(self) -> dict[str, Mask]:
-        """Pictures of the methods on a short text, by ``Cell.label``'s method and ratio; where one has no mask
-        at that length, none."""
+        """Masks of the methods on a short example text, by method and ratio as in ``Cell.label``; methods without a
+        mask at that length are left out."""
         found: dict[str, Mask] = {}
         for key, prepared_cell in self.prepared_cells.items():
             cell = prepared_cell.cell
@@ -181,7 +192,7 @@ class Worker:
         return found
 
     def run(self, order: Order) -> None:
-        """Measure what is not yet on disk of the documents of an order."""
+        """Measure the documents of an order that are not on disk yet."""
         recorded = {key: set(documents) for key, documents in order.done.items()}
         self.failed |= set(order.failed)
         wanted = set(order.documents)
@@ -218,10 +229,10 @@ class Worker:
         self, cell: Cell, batch: list[Piece], reference: Reference | None,
         pending: dict[tuple[str, str], DocumentAccumulator],
     ) -> Reference | None:
-        """Score a batch under one cell and store what is complete; a fault stays in its cell.
+        """Score a batch under one cell and send the complete records; an error affects only this cell.
 
         Returns:
-            The predictions to compare the other methods with, if this is the full cache.
+            The full cache's predictions, to compare the other methods with; None for other methods.
         """
         prepared_cell = self.prepared_cells[cell.key]
         is_full, kept = cell.method == "full", None
@@ -239,10 +250,10 @@ class Worker:
 
     @contextmanager
     def guarded(self, cell: Cell) -> Iterator[None]:
-        """A fault inside stays in the cell: it is reported, and the cell is left alone from then on."""
+        """Report an error inside as a failure of the cell, which is not measured any more from then on."""
         try:
             yield
-        except CONTAINED as error:
+        except CELL_ERRORS as error:
             self.failed.add(cell.key)
             self.say(Failed(failure_of(cell.key, cell.label, error)))
 
@@ -262,13 +273,13 @@ class Worker:
         self.record(cell, finished)
 
     def record(self, cell: Cell, records: Sequence[DocumentRecord | GenerationRecord]) -> None:
-        """Hand finished records to the parent."""
+        """Send finished records to the parent."""
         if records:
             self.say(Records(cell.key, tuple(dataclasses.asdict(record) for record in records)))
 
 
 def main() -> None:
-    """Entry of the child."""
+    """Entry point of the child process."""
     with serving() as (job, channel):
         worker = Worker(Job.from_json(job), channel)
         worker.prepare()

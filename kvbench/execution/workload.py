@@ -1,4 +1,4 @@
-"""The work of a task: its documents cut into pieces, and the batches that they are scored in."""
+"""The workload of a task: its documents cut into pieces, and the batches in which they are scored."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ from kvbench.store.manifest import TaskInfo
 from kvbench.store.records import HUMAN, Cell
 
 MAX_ROWS, MAX_SCORES = 8, 1 << 25
-"""Bounds on a batch: rows, and rows x targets x vocabulary."""
+"""Upper bounds on a batch: rows, and rows x targets x vocabulary."""
 
 
 @dataclass(frozen=True)
 class TaskWork:
-    """A task, cut: the documents with their pieces, and the cells that measure them."""
+    """A task after cutting: its documents with their pieces, and the cells that measure them."""
 
     task: Task
     protocol: Protocol
@@ -41,11 +41,11 @@ class TaskWork:
 
     @property
     def name(self) -> str:
-        """What is measured, such as ``recall:known``: a task, with its question where there are two."""
+        """The workload of its cells, such as ``recall:known``: the task, and the question if it is not the default."""
         return self.cells[0].workload
 
     def info(self) -> TaskInfo:
-        """What the run's manifest and reports say of it."""
+        """The task as described in ``run.json`` and in reports."""
         return TaskInfo(
             kind=self.task.kind, answers=self.task.has_answers, version=self.task.version, signature=self.signature,
             seq_len=self.protocol.seq_len, new_tokens=getattr(self.protocol, "new_tokens", None),
@@ -57,10 +57,10 @@ class TaskWork:
 
 
 def cut_task(job: Job, name: str, loaded: Loaded, facts: ModelFacts) -> TaskWork:
-    """Cut the documents of a task for a model.
+    """Cut the documents of a task into pieces for a model.
 
     Args:
-        name: of the work.
+        name: the workload.
 
     Raises:
         UserError: the lengths do not fit the model, no document is long enough, or the texts have changed.
@@ -98,7 +98,7 @@ def cut_task(job: Job, name: str, loaded: Loaded, facts: ModelFacts) -> TaskWork
     longest = max(len(piece.ids) for _, cut in cuts for piece in cut.pieces)
     facts.check_length(first.model, longest, protocol.within(facts.window or longest))
     settings = (first.execution, tokenizer.bos is not None, _tokenizer_hash(loaded))
-    # A scorer, too, once tokenised a text apart from its prefix where a token reached from one into the other.
+    # Earlier versions also tokenised a text for the scorer apart from its prefix, though a token may span both.
     version = 2 if first.options.get("scorer", NOTHING) != NOTHING else max(
         piece.version for _, cut in cuts for piece in cut.pieces
     )
@@ -107,7 +107,7 @@ def cut_task(job: Job, name: str, loaded: Loaded, facts: ModelFacts) -> TaskWork
 
 
 def with_mark(signature: str, mark: str) -> str:
-    """A signature with what is special about its model, before its version."""
+    """Insert the mark of a model (see ``ModelFacts``) into a signature, before its version."""
     head, version, number = signature.rpartition("|v:")
     return f"{head}{mark}{version}{number}"
 
@@ -117,7 +117,7 @@ def tokens_of(cuts: Iterable[Cut]) -> int:
 
 
 def batches(documents: tuple[tuple[Document, Cut], ...], vocabulary: int) -> Iterator[list[Piece]]:
-    """Pieces of equal shape together, those of one layout side by side."""
+    """Yield batches of pieces of equal shape, ordered by layout."""
     groups: dict[Any, list[Piece]] = {}
     for _, cut in documents:
         for piece in cut.pieces:

@@ -65,7 +65,9 @@ class LayoutSession:
         """Feed text without further compression."""
         if ids.shape[1]:
             self.peak = max(self.peak, self.cache.entries() + ids.shape[1])
-            yield Scored(0, ids.shape[1], self.reader.extend(ids, self.context, self.cache))
+            position = self.read
+            self.read, self.kept = self.read + ids.shape[1], self.kept + ids.shape[1]
+            yield Scored(0, ids.shape[1], self.reader.extend(ids, position, self.cache))
 
     def expand(self, copies: int) -> None:
         self.cache.batch_repeat_interleave(copies)

@@ -52,7 +52,7 @@ class Text:
 
 def open_session(
     model: nn.Module, method: Method, text: Text, *, adapter: Adapter | None = None, seed: int = 0,
-    execution: str = "streamed", chunk: int = 64, at_once: bool = False,
+    execution: str = "streamed", chunk: int = 64, at_once: bool = False, compresses_context: bool = True,
     overhead: Callable[[], AbstractContextManager[object]] = nullcontext,
 ) -> Session:
     """Open a session of a method; use it while the model is :func:`prepared` for the adapter and the length.
@@ -61,10 +61,11 @@ def open_session(
         execution: ``streamed`` (entries are removed) or ``onepass`` (entries are masked).
         chunk: number of tokens that are fed at a time.
         at_once: feed the whole context in one forward pass if the method allows it, which is fastest.
+        compresses_context: remove entries at the end of the context; otherwise only while tokens are generated.
         overhead: context manager entered around all work outside the model's own forward pass, so that it can be timed.
 
     Raises:
-        UserError: the budget is below what the method needs.
+        UserError: the budget is below what the method needs, or its layout plans the context as well.
     """
     with Reader(model, adapter).bare():  # the shape of the cache is found out on the base model
         method = method.with_budget_for(text.context, cache_shape(model))
@@ -72,8 +73,10 @@ def open_session(
         once = (text.has_continuation or text.is_written) and method.prefill == "once"
         return PolicySession(
             model, method, text.context, text.row_seeds, seed, (text.context if at_once else chunk) if once else None,
-            overhead=overhead,
+            overhead=overhead, compresses_context=compresses_context,
         )
+    if not compresses_context:
+        raise UserError(f"{method.name} plans context and generated tokens together.", "Use it for both.")
     layout = _planned(method, text, seed)
     if at_once and layout.is_plain:
         chunk = len(layout)

@@ -40,6 +40,7 @@ class PolicySession:
         overhead: context manager entered around all work outside the model's own forward pass, so that it can be timed.
         context: number of context tokens once text after it is read; None before.
         ahead: number of tokens after those read whose queries the policy has seen as well.
+        compresses_context: whether entries are removed at the end of the context; otherwise only after it.
     """
 
     model: nn.Module
@@ -54,6 +55,7 @@ class PolicySession:
     overhead: Callable[[], AbstractContextManager[object]] = nullcontext
     context: int | None = None
     ahead: int = 0
+    compresses_context: bool = True
 
     def __post_init__(self) -> None:
         needs_inv_freq = self.policy.rerotated or self.policy.needs.moments
@@ -69,7 +71,7 @@ class PolicySession:
             logits = self.feed(ids[:, start:stop], slice(max(0, first - start), None))
             if stop == length and self.chunk is not None and ahead is not None:
                 self._look_ahead(ahead)
-            if stop == length or (self.chunk is None and self.is_due):
+            if (stop == length and self.compresses_context) or (self.chunk is None and self.is_due):
                 self.remove()
             self.ahead = 0
             if stop > first:
@@ -82,7 +84,8 @@ class PolicySession:
         A policy that attends to a part of the entries (RefreshKV) goes on renewing its choice among those of the
         context.
         """
-        self.context = self.read
+        if self.context is None:
+            self.context = self.read
         if self.policy.keeps_all:
             self.chunk = None
             yield from self.prefill(ids)

@@ -1,1 +1,1 @@
-"""What a request asks for: models, methods, cells."""
+"""Planning: from a request to the cells that are measured."""

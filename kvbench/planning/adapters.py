@@ -1,4 +1,4 @@
-"""Which adapter each method of a request gets: those given, each for the method on its card, and the shipped ones."""
+"""Chooses the adapter of each method: a given one whose card names the method, else a shipped one."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from kvbench.models.references import ModelReference, find_adapter, given_adapte
 
 
 class Entry(NamedTuple):
-    """A method of a request, its role, and its adapter once it has one.
+    """A method of a request, its role, and its adapter once it has been chosen.
 
     Attributes:
-        variant: options that it was asked for with, apart from others, such as ``window=16``.
+        variant: its own options that change a value, such as ``window=16``.
     """
 
     method: Method
@@ -26,21 +26,21 @@ class Entry(NamedTuple):
 
 
 class Adapters:
-    """The adapters of a request: those given, each for the method on its card, and the shipped ones."""
+    """The adapters available to a request: those given, each for the method on its card, and the shipped ones."""
 
     def __init__(self, given: Sequence[str], model: ModelReference) -> None:
         self.model = model
         self.given = {folder: read_card(folder) for folder in map(given_adapter, given)}
 
     def has(self, method: Method) -> bool:
-        """Whether one was given for the method."""
+        """Whether an adapter was given for the method."""
         return any(card.method == method.name for card in self.given.values())
 
     def given_to(self, entries: Sequence[Entry]) -> list[Entry]:
-        """The entries with their adapters, and ``adapted`` where an adapter acts on the text too.
+        """Return the entries with their adapters; add ``adapted`` if an adapter acts on text tokens too.
 
         Raises:
-            UserError: an adapter is missing, of no use, or made for another model or other options.
+            UserError: an adapter is missing, unused, or trained for another model or other options.
         """
         found = [
             entry._replace(adapter=self._folder(entry.method) if entry.method.adapter_kinds else None)
@@ -71,7 +71,7 @@ class Adapters:
         return folder
 
     def _control(self, tuned: Path) -> Path:
-        """The adapter that shows the effect of tuning alone: one made for it, or the tuned one itself."""
+        """The adapter of ``adapted``, the effect of tuning alone: one trained for it, else ``tuned`` itself."""
         made = [folder for folder, card in self.given.items() if card.method == "adapted"]
         if made or tuned in self.given:
             return made[0] if made else tuned

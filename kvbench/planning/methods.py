@@ -1,4 +1,4 @@
-"""Which methods a request asks for: once per ratio or at a budget, with controls and baselines, as far as possible."""
+"""Expands the methods of a request: one entry per ratio or one at a budget, with controls and baselines."""
 
 from __future__ import annotations
 
@@ -8,22 +8,22 @@ from fractions import Fraction
 
 from kvbench.errors import UserError, unknown
 from kvbench.methods import METHODS, Method, make_method
+from kvbench.parsing import parse_bytes
 from kvbench.planning.adapters import Entry
-from kvbench.units import parse_bytes
 
 CONTROLS, BASELINES = ("full", "none"), ("local", "scattered", "sinks")
 ANY_LENGTH = 1 << 40
-"""Stands for the length of the text, which is only known once it has been cut."""
+"""Text length for checks that are made before the documents are cut, when the length is unknown."""
 
 
 @dataclass(frozen=True)
 class Budget:
-    """What is to be kept, where it is not a share of the entries.
+    """How much of the cache to keep, if not given as a ratio of entries.
 
     Attributes:
-        tokens: entries per layer and head of a text; 0 for none.
-        bytes: of the cache of a text; 0 for none.
-        equal: ratios are of bytes, for methods that make entries smaller as well.
+        tokens: entries to keep per layer and head of a text; 0 if not given.
+        bytes: bytes to keep of the cache of a text; 0 if not given.
+        equal: whether ratios are of bytes, for methods that make entries smaller instead of fewer.
     """
 
     tokens: int = 0
@@ -36,14 +36,14 @@ class Budget:
 
     @property
     def label(self) -> str:
-        """For the name of a folder; empty where ratios say it."""
+        """The budget in the name of a folder; empty if ratios are used."""
         if self.is_constant:
             return f"{self.tokens}tokens" if self.tokens else f"{self.bytes}bytes"
         return ""
 
     @property
     def options(self) -> dict[str, str]:
-        """As options of a cell."""
+        """The budget as options of a cell."""
         given = {"budget_tokens": self.tokens, "budget_bytes": self.bytes}
         return {name: str(value) for name, value in given.items() if value} | ({"fit": "bytes"} if self.equal else {})
 
@@ -52,10 +52,10 @@ NO_BUDGET = Budget()
 
 
 def parse_budget(tokens: int | None, size: str | None, equal: bool, ratios: Sequence[str]) -> Budget:
-    """The budget of a command's options.
+    """Parse the budget from the options of a command.
 
     Raises:
-        UserError: not above 0, or together with what says something else.
+        UserError: it is not above 0, or conflicts with another option.
     """
     given = [("--budget-tokens", tokens), ("--budget-bytes", size), ("--ratio", ratios), ("--equal-bytes", equal)]
     said = [option for option, value in given if value not in (None, False, (), [])]
@@ -68,10 +68,10 @@ def parse_budget(tokens: int | None, size: str | None, equal: bool, ratios: Sequ
 
 @dataclass(frozen=True)
 class Choice:
-    """A method as it is asked for.
+    """A method as requested.
 
     Attributes:
-        given: options of its own, before those that are given to all, as name and value.
+        given: options of its own, as name and value; they override options given to all methods.
     """
 
     name: str
@@ -82,7 +82,7 @@ class Choice:
         return dict(self.given)
 
     def variant(self, to_all: Mapping[str, str]) -> str:
-        """The options that are not what they are without being asked for, such as ``window=16,pool=mean``.
+        """Its own options that change a value, such as ``window=16,pool=mean``.
 
         Args:
             to_all: options that are given to all methods.
@@ -96,10 +96,10 @@ class Choice:
 
 
 def parse_choice(text: str) -> Choice:
-    """``snapkv``, or ``snapkv:window=16,pool=mean``.
+    """Parse a method as given on the command line: ``snapkv``, or ``snapkv:window=16,pool=mean``.
 
     Raises:
-        UserError: no such method, or it has no such option.
+        UserError: the method, one of its options, or a value does not exist.
     """
     name, colon, rest = text.partition(":")
     if name not in METHODS:
@@ -118,7 +118,7 @@ def parse_choice(text: str) -> Choice:
             raise unknown(f"option of {name}", key, known)
         try:
             given[key] = known[key].text(known[key].value(key, value))
-        except UserError as error:  # which says how it is given to all
+        except UserError as error:  # its message is worded for --set
             raise UserError(error.message.replace("--set ", f"--method {name}:"), error.hint) from None
     return Choice(name, tuple(given.items()))
 
@@ -127,13 +127,13 @@ def entries_of(
     asked: Sequence[Choice], ratios: Sequence[Fraction], budget: Budget, options: dict[str, str], baselines: bool,
     in_chunks: bool,
 ) -> list[Entry]:
-    """Controls first, then baselines and the asked methods, once per ratio that they take, or at the budget.
+    """Expand methods into entries: controls, baselines, then the requested ones, once per ratio or at the budget.
 
     Args:
-        in_chunks: the text comes in chunks of its own.
+        in_chunks: whether the text comes in chunks of its own, such as the turns of a dialogue.
 
     Raises:
-        UserError: a method that was asked for has no use for the budget.
+        UserError: a requested method cannot be given the budget.
     """
     names = [choice.name for choice in asked]
     if budget.is_constant and in_chunks:
@@ -177,10 +177,10 @@ def _methods(
 def feasible(
     entries: Sequence[Entry], budget: Budget, in_chunks: bool, omitted: list[str] | None
 ) -> list[Entry]:
-    """The entries that a text of any length can be measured with; the others are noted, if they may be left out.
+    """Keep the entries that are feasible on long enough texts; add the reasons for leaving out others to ``omitted``.
 
     Raises:
-        UserError: one of them cannot, and may not be left out, or is not possible at any ratio.
+        UserError: an entry is infeasible and ``omitted`` is None, or a method is infeasible at every ratio.
     """
     found: list[Entry] = []
     reasons: dict[str, UserError] = {}

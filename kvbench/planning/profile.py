@@ -1,4 +1,4 @@
-"""From a request to the cells that are profiled, in the groups that are taken in turn."""
+"""From a request to the cells that are profiled, in groups that are timed in turn."""
 
 from __future__ import annotations
 
@@ -16,31 +16,31 @@ from kvbench.methods import METHODS, Method, make_method, parse_ratio, ratio_tex
 from kvbench.models.fingerprint import fingerprint
 from kvbench.models.random_models import check_shape, is_shape
 from kvbench.models.references import ModelReference, find_adapter, resolve_model
+from kvbench.parsing import parse_bytes
 from kvbench.planning.adapters import Adapters, Entry
 from kvbench.planning.methods import parse_choice
 from kvbench.planning.request import MeasurementRequest
 from kvbench.store.manifest import PROFILE
 from kvbench.store.profile_records import AGAIN, FULL, STOCK
 from kvbench.store.records import Cell
-from kvbench.units import parse_bytes
 
 FILLS = ("real", "synthetic")
 RANDOM = "random"
-"""The adapter of a trained method that has none for this model: its values do not matter here."""
+"""Adapter of a trained method without one for this model: its values do not affect time and memory."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class ProfileRequest(MeasurementRequest):
-    """What ``kvbench profile`` is to measure.
+    """The request of ``kvbench profile``.
 
     Attributes:
-        seq_lens, batch_sizes: tokens of a prompt, and prompts at a time.
-        new_tokens: to write; ``chunk`` tokens of the prompt that are fed at a time.
+        seq_lens, batch_sizes: lengths of the prompt in tokens, and numbers of prompts per batch.
+        new_tokens: number of tokens to generate; ``chunk``: prompt tokens per forward pass.
         fill: ``real`` to read a prompt, ``synthetic`` to start from a random cache.
-        repeats: processes; ``rounds`` timed requests of each cell in each of them, 0 for as many as are
-            quick; ``warmups`` the most that are run before.
-        budget: memory in which the largest batch is looked for, such as ``2GiB``; None for no search.
-        timeout: seconds after which a probe of a batch size is given up.
+        repeats: number of processes; ``rounds``: timed requests of each cell in each of them, 0 for 4, or fewer
+            if they are slow; ``warmups``: maximum number of warm-up requests before them.
+        budget: memory within which the largest batch is searched for, such as ``2GiB``; None for no search.
+        timeout: seconds after which a probe of a batch size is killed.
     """
 
     seq_lens: tuple[int, ...]
@@ -57,11 +57,11 @@ class ProfileRequest(MeasurementRequest):
 
 @dataclass(frozen=True)
 class ProfilePlan:
-    """Groups of cells that are timed in turn, and where they go.
+    """Groups of cells that are timed in turn, and the run folder.
 
     Attributes:
-        model: None for a shape.
-        searches: cells whose largest batch within ``budget`` bytes is looked for (0: what the GPU has).
+        model: None for ``shape:NAME``.
+        searches: cells whose largest batch within ``budget`` bytes is searched for (0: the memory of the GPU).
     """
 
     request: ProfileRequest
@@ -78,16 +78,16 @@ class ProfilePlan:
 
     @property
     def positions(self) -> int:
-        """The longest text, in tokens, and the places that special tokens may take beyond it."""
+        """Number of positions that the longest text needs, including those of special tokens beyond its end."""
         methods = [make_method(c.method, Fraction(0), c.options) for c in self.groups[0] if c.method in METHODS]
         return max(self.request.seq_lens) + self.request.new_tokens + max(m.extra_positions for m in methods)
 
 
 def build_profile_plan(request: ProfileRequest) -> ProfilePlan:
-    """Check every name and number of a request, and lay out its cells.
+    """Validate a request and create its cells.
 
     Raises:
-        UserError: anything in the request that cannot be carried out.
+        UserError: the request cannot be carried out.
     """
     _check_numbers(request)
     ratios = [parse_ratio(text) for text in request.ratios]
@@ -150,12 +150,12 @@ def build_profile_plan(request: ProfileRequest) -> ProfilePlan:
 
 
 def at_batch(cell: Cell, batch: int) -> Cell:
-    """The cell of a search, at the batch that was found."""
+    """The cell of a search at a given batch size."""
     return dataclasses.replace(cell, options={**cell.options, "batch_size": str(batch)})
 
 
 def _wanted(request: ProfileRequest, ratios: Sequence[Fraction]) -> list[Entry]:
-    """The full cache first, then the asked methods, once per ratio that they take."""
+    """Expand the request into entries: the full cache, then the requested methods, once per ratio if they use one."""
     found = [Entry(METHODS[FULL](), "control")]
     for choice in (parse_choice(text) for text in dict.fromkeys(request.methods)):
         name, options = choice.name, {**request.options, **choice.options}
@@ -176,7 +176,7 @@ def _wanted(request: ProfileRequest, ratios: Sequence[Fraction]) -> list[Entry]:
 def _adapters(
     request: ProfileRequest, model: ModelReference | None, methods: Sequence[Method]
 ) -> dict[Method, Path | None]:
-    """Adapter folders by method; None where a random one will do."""
+    """Folders of adapters by method; None if a random adapter is used."""
     trained = [method for method in methods if method.adapter_kinds]
     if model is None:
         if request.adapters:
@@ -217,14 +217,14 @@ def _check_numbers(request: ProfileRequest) -> None:
 
 
 BUSY = 20.0
-"""Per cent of all cores above which a machine is too busy to be timed on."""
+"""Load by other processes, in per cent of all cores, above which timings are unreliable."""
 
 
 def doubts(threads: int, busy: float) -> list[str]:
-    """Warnings of what will spoil the timings: more threads than cores, or work beside them.
+    """Warnings about what makes timings unreliable: more threads than cores, or other processes.
 
     Args:
-        busy: per cent of all cores that others keep busy.
+        busy: load by other processes, in per cent of all cores.
     """
     found = []
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

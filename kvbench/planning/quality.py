@@ -1,4 +1,4 @@
-"""From a request to the ordered cells that will be measured, and the folder they go to."""
+"""From a request to its cells in order of execution, and the run folder."""
 
 from __future__ import annotations
 
@@ -29,21 +29,21 @@ from kvbench.store.records import HUMAN, ITSELF, Cell
 
 EXECUTIONS = ("streamed", "onepass")
 LONGEST_VALUE = 1000
-"""Characters of an option's value: numbers of thousands of digits are no numbers to Python."""
+"""Maximum length of an option's value in characters; Python refuses to parse integers of thousands of digits."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Request(MeasurementRequest):
-    """What ``kvbench run`` is to measure.
+    """The request of ``kvbench run`` or ``kvbench sweep``.
 
     Attributes:
-        tasks: names, or paths of task files.
-        data: the user's own corpus; ``column`` what the text is called in it, or in a data set on the hub.
-        protocol: None for each task's own.
+        tasks: names of tasks, or paths of task files.
+        data: the user's own corpus; ``column``: name of its text column, or of that in a data set on the hub.
+        protocol: None for the default of each task.
         execution: ``streamed`` or ``onepass``.
-        limit: documents per task; 0 for all.
-        scorer, mauve_features, metrics: what judges written texts; None or empty for what is usual.
-        budget: what is to be kept, instead of ratios.
+        limit: maximum number of documents per task; 0 for all.
+        scorer, mauve_features, metrics: judges and metrics of generated texts; None or empty for the defaults.
+        budget: how much to keep, instead of ratios.
     """
 
     tasks: tuple[str, ...]
@@ -60,12 +60,12 @@ class Request(MeasurementRequest):
 
 @dataclass(frozen=True)
 class Plan:
-    """Cells in order of execution (``full`` first within a task), and where they go.
+    """Cells in order of execution (``full`` first within a task), and the run folder.
 
     Attributes:
-        task_files: task name -> what it was asked for by (a name, or the path of a task file).
-        judging: what judges the texts that are written.
-        omitted: why some of the methods and ratios that were asked for are not possible.
+        task_files: task name -> name or path that it was requested by.
+        judging: the judges of generated texts.
+        omitted: why some of the requested methods and ratios are infeasible.
     """
 
     request: Request
@@ -80,10 +80,10 @@ class Plan:
 
 
 def parse_options(pairs: Sequence[str]) -> dict[str, str]:
-    """``key=value`` pairs of ``--set``.
+    """Parse the ``key=value`` pairs of ``--set``.
 
     Raises:
-        UserError: a pair without ``=``, or one that is longer than any option.
+        UserError: a pair has no ``=``, or is longer than any option.
     """
     options = {}
     for pair in pairs:
@@ -97,13 +97,13 @@ def parse_options(pairs: Sequence[str]) -> dict[str, str]:
 
 
 def build_plan(request: Request, skip_infeasible: bool = False) -> Plan:
-    """Check every name and number of a request, and lay out its cells.
+    """Validate a request and create its cells.
 
     Args:
-        skip_infeasible: leave out what a method cannot do at some of the ratios, as a grid asks for it, and note it.
+        skip_infeasible: leave out infeasible combinations of method and ratio, and note them, as a sweep does.
 
     Raises:
-        UserError: anything in the request that cannot be carried out.
+        UserError: the request cannot be carried out.
     """
     if request.execution not in EXECUTIONS:
         raise unknown("--execution", request.execution, EXECUTIONS)
@@ -173,10 +173,10 @@ def build_plan(request: Request, skip_infeasible: bool = False) -> Plan:
 
 
 def _check_tasks(request: Request, tasks: Mapping[str, Task]) -> None:
-    """See that the tasks can be measured side by side, and one of them with the protocol that is asked for.
+    """Check that the tasks can be measured together, and that the requested protocol suits one of them.
 
     Raises:
-        UserError: they cannot.
+        UserError: they cannot, or it suits none.
     """
     if request.data is not None and len(tasks) > 1:
         raise UserError(
@@ -196,9 +196,10 @@ def _check_tasks(request: Request, tasks: Mapping[str, Task]) -> None:
 
 
 def _variants(options: dict[str, str]) -> list[dict[str, str]]:
-    """The options of each variant of a task: one for each question that is asked, where there are two of them.
+    """Options of each variant of a task: one variant per requested question, if the task has two of them.
 
-    The hidden question is not written down, as it was the only one once.
+    The hidden question is not written into the options, so that the keys of older runs, which had no other, stay
+    valid.
     """
     rest = {name: value for name, value in options.items() if name != "question"}
     asked = options.get("question", HIDDEN)
@@ -207,7 +208,7 @@ def _variants(options: dict[str, str]) -> list[dict[str, str]]:
 
 
 def _content(cells: Sequence[Cell]) -> str:
-    """What a run's folder is named after and known by; a question that comes on top of the hidden one adds to it."""
+    """Hash of the cells that identifies a run; it does not change if ``known`` is asked in addition to ``hidden``."""
     hidden = {cell.task for cell in cells if cell.workload == cell.task}
     keys = [cell.request for cell in cells if cell.workload == cell.task or cell.task not in hidden]
     return hashlib.sha256(json.dumps(sorted(keys)).encode()).hexdigest()[:10]
@@ -223,10 +224,10 @@ def _check_execution(request: Request, methods: Sequence[Method]) -> None:
 
 
 def _judging(request: Request, writes: bool) -> tuple[JudgeChoice, dict[str, str]]:
-    """What judges the texts, and how that is written into a cell.
+    """The judges of generated texts, and the cell options that record them.
 
     Raises:
-        UserError: an unknown metric, or judges for tasks that write no text.
+        UserError: a metric is unknown, or judges are given that no requested task or metric uses.
     """
     for name in request.metrics:
         if name not in GENERATION_NAMES:
@@ -259,5 +260,5 @@ def _judging(request: Request, writes: bool) -> tuple[JudgeChoice, dict[str, str
 
 
 def _named(model: ModelReference) -> str:
-    """A judging model by its name and fingerprint."""
+    """Name of a judge, with its fingerprint if known."""
     return f"{model.short_name}@{model.fingerprint}" if model.fingerprint else model.short_name

@@ -1,4 +1,4 @@
-"""What runs and profiles have in common of what the user asked for."""
+"""The part of a request that runs and profiles have in common."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ from kvbench.methods import Method
 
 @dataclass(frozen=True, kw_only=True)
 class MeasurementRequest:
-    """What the user asked for, settings merged in; names are not yet checked.
+    """What the user requested, merged with the settings; names are not yet checked.
 
     Attributes:
-        model: hub id or folder; of a profile also ``shape:NAME``.
+        model: hub id or folder; for a profile also ``shape:NAME``.
         adapters: folders or hub ids, each for the method on its card.
         methods: names, each with options of its own as in ``snapkv:window=16``.
-        ratios: shares of entries to remove, as text.
-        options: given to every method and protocol that has them.
-        out: the folder; None for one under ``reports``.
-        baselines: measure what methods are compared with as well.
-        threads: CPU threads; 0 leaves the choice to kvbench.
+        ratios: fractions of entries to remove, as text.
+        options: options for all methods and protocols that have them.
+        out: the run folder; None for a new one under ``reports``.
+        baselines: whether to measure what methods are compared with as well.
+        threads: number of CPU threads; 0 lets kvbench choose.
     """
 
     model: str
@@ -41,14 +41,15 @@ class MeasurementRequest:
 
     @property
     def cell_dtype(self) -> str:
-        """``auto`` is float32 on a CPU, so that a run cannot be continued in another precision."""
+        """The dtype recorded in cells: float32 for ``auto`` on a CPU, so that a run keeps one precision when
+        continued."""
         return "float32" if self.dtype == "auto" and self.device == "cpu" else self.dtype
 
     def check_options(self, methods: Iterable[Method], of_protocols: Iterable[str] = ()) -> None:
-        """See that every option is one of some method or protocol.
+        """Check that every option belongs to some method or protocol of the request.
 
         Raises:
-            UserError: one is of none.
+            UserError: an option belongs to none.
         """
         known = {*of_protocols, *(name for method in methods for name in method.options())}
         for key in self.options:

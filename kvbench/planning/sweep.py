@@ -1,7 +1,7 @@
 """A grid of models, methods, ratios, tasks and seeds, as plans that share one folder.
 
-The folder is named after what is measured on (models, tasks, data, settings), not after the grid: a sweep with
-another method, ratio or seed, or with more documents, finds what is already there, the full cache above all.
+The folder is named after models, tasks, data and settings, not after the grid: a sweep with another method, ratio or
+seed, or with more documents, reuses the results that are already there, above all those of the full cache.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from kvbench.planning.quality import Plan, Request, build_plan
 
 @dataclass(frozen=True)
 class Sweep:
-    """One plan per model and seed, and where all of them go."""
+    """One plan per model and seed, and the folder that they share."""
 
     plans: tuple[Plan, ...]
     folder: Path
@@ -25,13 +25,13 @@ class Sweep:
 
 
 def build_sweep(request: Request, models: Sequence[str], seeds: Sequence[int]) -> Sweep:
-    """Lay out a grid.
+    """Create the plans of a grid.
 
     Args:
-        request: the rest of the grid; its model and seed are replaced.
+        request: the request to repeat; its model and seed are replaced.
 
     Raises:
-        UserError: anything in the request that cannot be carried out.
+        UserError: the request cannot be carried out.
     """
     plans = tuple(
         build_plan(replace(request, model=model, seed=seed), skip_infeasible=True)

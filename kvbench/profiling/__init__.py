@@ -1,1 +1,1 @@
-"""Profiling: what compression gains in time and bytes, with entries really removed."""
+"""Profiling: time and memory of compressed models, with entries really removed."""

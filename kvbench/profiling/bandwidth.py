@@ -1,4 +1,4 @@
-"""The limit: how fast this machine moves bytes."""
+"""Memory bandwidth of a device, which limits the speed of decoding."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ COPIES = 7
 
 
 def copy_bandwidth(device: torch.device, block: int = BLOCK) -> float:
-    """Bytes per second of copying a block that no cache holds, read and written both counted.
+    """Bytes per second when copying a block too large for any processor cache; bytes read and written both count.
 
-    The median of a few copies, with the threads that are set.
+    The median of ``COPIES`` copies, with the current number of threads.
     """
     source = torch.ones(block // 4, dtype=torch.float32, device=device)
     target = torch.empty_like(source)

@@ -1,4 +1,4 @@
-"""A model with all that requests on it need: adapters, layouts, prompts, sizes."""
+"""A model to profile, with what its requests need: adapters, prompts, sizes."""
 
 from __future__ import annotations
 
@@ -22,25 +22,25 @@ from kvbench.models.loading import load_model
 from kvbench.models.random_models import is_shape, make_shape, random_model
 from kvbench.models.references import ModelReference
 from kvbench.models.rope import has_rotary
+from kvbench.parsing import bytes_of
 from kvbench.planning.profile import RANDOM
 from kvbench.probe.cached import probed
 from kvbench.profiling.memory import Sizes, free_bytes, sizes_of, sizes_of_model
 from kvbench.profiling.request import Request, SessionRequest, StockRequest
 from kvbench.store.profile_records import AGAIN, FULL, STOCK
 from kvbench.store.records import Cell
-from kvbench.units import bytes_of
 
 RANK = 64
-"""Rank of a random adapter, as of those that are trained by default."""
+"""Rank of random adapters; the same as the default of training."""
 
 
 @dataclass
 class Bench:
-    """Where requests are run.
+    """A model on a device, and what is needed to run requests of cells on it.
 
     Attributes:
-        notes: what was changed in the model, in words, for the rows.
-        facts: what a probe of the model has shown; shapes are of kinds that are known.
+        notes: remarks on the model for the rows, such as random weights.
+        facts: what a probe of the model has found; models with random weights are not probed.
     """
 
     device: torch.device
@@ -53,7 +53,7 @@ class Bench:
     _adapters: dict[str, Adapter | None] = field(default_factory=dict)
 
     def adapter_of(self, cell: Cell) -> Adapter | None:
-        """The cell's adapter, loaded or made of random numbers; None if the method has none."""
+        """The cell's adapter, loaded or with random weights; None if the method has none."""
         if cell.adapter is None:
             return None
         if cell.key not in self._adapters:
@@ -71,7 +71,7 @@ class Bench:
     def request(
         self, cell: Cell, seed: int, overhead: Callable[[], AbstractContextManager[object]] = nullcontext
     ) -> Request:
-        """A request of the cell, with prompt ids that no other seed has."""
+        """Create a request of the cell, with random prompt ids that depend on ``seed``."""
         options = cell.options
         generator = torch.Generator().manual_seed(seed)
         shape = (int(options["batch_size"]), int(options["seq_len"]))
@@ -85,7 +85,7 @@ class Bench:
         return SessionRequest(session, self.model, prompt, int(options["new_tokens"]))
 
     def ready(self, cell: Cell) -> AbstractContextManager[None]:
-        """The model as it reads texts of the cell's length, with its adapter applied.
+        """Prepare the model for texts of the cell's length within the block, with the cell's adapter applied.
 
         Raises:
             UserError: the cell's method cannot be used on this model.
@@ -95,14 +95,14 @@ class Bench:
         return prepared(self.model, self.adapter_of(cell), length)
 
     def needed(self, cell: Cell) -> int:
-        """About the least bytes that the cell takes, weights included."""
+        """Approximate lower bound on the bytes that the cell needs, including weights."""
         is_read = cell.options["fill"] != "synthetic"
         found = peak_size(method_of(cell), self.model, _text_of(cell), cell.seed, int(cell.options["chunk"]), is_read)
         return self.sizes.needed(int(cell.options["batch_size"]), found.entries, found.fed)
 
     def refusal(self, cell: Cell) -> str | None:
-        """Why the cell cannot be run in the memory that is free; None if it may fit."""
-        free = free_bytes(self.device) + self.sizes.weights  # the weights are there already
+        """Why the cell does not fit in free memory; None if it may fit."""
+        free = free_bytes(self.device) + self.sizes.weights  # the weights are allocated already
         needed = self.needed(cell)
         if needed <= free:
             return None
@@ -120,14 +120,14 @@ def _text_of(cell: Cell) -> Text:
 
 
 def make_bench(location: str, cell: Cell, positions: int) -> Bench:
-    """Load or make the model.
+    """Load the model, or create it with random weights.
 
     Args:
-        cell: any cell of the run, for device, dtype and seed.
-        positions: the longest text.
+        cell: any cell of the run, for name, device, dtype and seed.
+        positions: number of positions that the longest text needs.
 
     Raises:
-        UserError: not there, not enough memory, or the text is longer than the model's positions.
+        UserError: the model is missing or does not fit in memory, or the text is longer than its learned positions.
     """
     device = pick_device(cell.device)
     if device.type == "cuda":

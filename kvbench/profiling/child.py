@@ -1,4 +1,4 @@
-"""A profiling child from its start to its end, seen from the parent."""
+"""Runs a profiling child process from start to end, and collects its events in the parent."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ DAY = 24 * 3600.0
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a child has measured, and the cell that it failed in.
+    """What a child process has measured, and the failure that ended it, if any.
 
     Attributes:
-        records: key of a cell and a record of it, in order.
-        is_short: it was killed, as one without memory is, or it took too long.
+        records: pairs of a cell's key and a record of it, in order.
+        is_short: whether it was killed by the system, as when memory is short, or took too long.
     """
 
     records: tuple[tuple[str, ProfileRecord], ...]
@@ -37,13 +37,13 @@ def run_child(
     job: ProfileJob, is_first: bool, begin: Callable[[Machine], None], show: Callable[[Cell | None], None],
     seconds: float = DAY,
 ) -> Outcome:
-    """Run a child to its end.
+    """Run a child process until it ends.
 
     Args:
-        is_first: no child before it was ever ready.
-        begin: called when the child is ready and before it measures anything.
-        show: called with the cell that the child comes to, and with None when it has measured something.
-        seconds: after which it is killed.
+        is_first: whether no child has been ready before; then it is an error if this one dies.
+        begin: called when the child is ready, before it measures anything.
+        show: called with the cell that the child starts to measure, and with None when it has sent records.
+        seconds: time limit, after which the child is killed.
 
     Raises:
         UserError: it refused the job.
@@ -88,7 +88,7 @@ def run_child(
 def _died(
     child: WorkerProcess[ProfileJob], at: Cell, records: Sequence[tuple[str, ProfileRecord]], is_fatal: bool
 ) -> Outcome:
-    """The outcome of a child that died: the cell it was at has failed."""
+    """The outcome of a child that died: its current cell has failed."""
     reason, hint = child.death(), child.hint()
     if is_fatal:
         raise WorkerDiedError(f"{reason} {hint}".strip())

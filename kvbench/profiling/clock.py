@@ -1,7 +1,7 @@
-"""Clocks, and what is read off them: the definitions of every span of time.
+"""Clocks, and the definitions of all time spans.
 
-A mark is taken without waiting for the device; marks are turned into seconds once a request has
-ended. So nothing in the timed loop stops a GPU.
+A mark is taken without synchronising with the device; marks are converted to seconds once a request has
+ended. So nothing in the timed loop waits for a GPU.
 """
 
 from __future__ import annotations
@@ -18,17 +18,17 @@ from kvbench.store.profile_records import Rates
 
 
 class Clock(Protocol):
-    """Something that takes marks and later says when they were."""
+    """Takes marks, and converts them to seconds later."""
 
     def mark(self) -> Any:
-        """This moment of the work that has been handed to the device."""
+        """Mark the end of all work submitted to the device so far."""
 
     def seconds(self, marks: Sequence[Any]) -> list[float]:
-        """The marks in seconds from the first; waits for the device."""
+        """Seconds from the first mark to each of the marks; waits for the device."""
 
 
 class WallClock:
-    """The clock of a CPU: work is done when a call returns."""
+    """Clock for a CPU, where work is done when a call returns."""
 
     def mark(self) -> float:
         return time.perf_counter()
@@ -38,7 +38,7 @@ class WallClock:
 
 
 class CudaClock:
-    """Events in the stream of a GPU, read after the end."""
+    """Clock for a GPU: events in its stream, read after the request has ended."""
 
     def mark(self) -> Any:
         event: Any = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
@@ -56,12 +56,12 @@ def clock_of(device: torch.device) -> Clock:
 
 @dataclass
 class Stopwatch:
-    """Marks of one request while it runs.
+    """Takes the marks of one request while it runs.
 
     Attributes:
-        clock: what takes the marks.
-        tokens: a mark for every new token, when it was chosen.
-        aside: pairs of marks around what a method did outside the model, while the prompt was read.
+        clock: clock that takes the marks.
+        tokens: one mark per new token, when it was chosen.
+        aside: pairs of marks around work of the method outside the model's forward pass, during prefill.
     """
 
     clock: Clock
@@ -72,14 +72,14 @@ class Stopwatch:
 
     @contextmanager
     def overhead(self) -> Iterator[None]:
-        """Around what is not the model's own forward pass; counted until the prompt has been read."""
+        """Time what the block does outside the model's own forward pass; counted during prefill only."""
         before = self.clock.mark() if self.prefilled is None else None
         yield
         if before is not None:
             self.aside.append((before, self.clock.mark()))
 
     def read(self) -> Timeline:
-        """The marks in seconds."""
+        """Convert the marks to seconds."""
         flat = [mark for pair in self.aside for mark in pair]
         when = self.clock.seconds([self.started, self.prefilled, *self.tokens, *flat])
         first = 2 + len(self.tokens)
@@ -89,14 +89,14 @@ class Stopwatch:
 
 @dataclass(frozen=True)
 class Timeline(Rates):
-    """One request, in seconds on one clock.
+    """Times of one request, in seconds on one clock.
 
     Attributes:
-        started: the prompt is ready on the device.
-        prefilled: the logits of its last token are there.
+        started: when the prompt was on the device.
+        prefilled: when the logits of its last token were computed.
         tokens: when each new token was chosen.
-        compress_s: what the method took outside the model's own forward passes while the prompt was
-            read: planning masks, removing entries.
+        compress_s: time of the method's own work outside the model's forward passes during prefill:
+            planning masks, removing entries.
     """
 
     started: float
@@ -106,15 +106,15 @@ class Timeline(Rates):
 
     @property
     def prefill_s(self) -> float:
-        """From the prompt on the device to the logits of its last token, without ``compress_s``."""
+        """Seconds from the prompt on the device to the logits of its last token, without ``compress_s``."""
         return self.prefilled - self.started - self.compress_s
 
     @property
     def ttft_s(self) -> float:
-        """To the first token: prefill, compression, choosing it."""
+        """Seconds to the first token: prefill, compression, and choosing the token."""
         return self.tokens[0] - self.started
 
     @property
     def gaps(self) -> tuple[float, ...]:
-        """Between one token and the next; the first token is in none of them."""
+        """Seconds between consecutive tokens; the time to the first token is not among them."""
         return tuple(b - a for a, b in zip(self.tokens, self.tokens[1:], strict=False))

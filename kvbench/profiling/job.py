@@ -1,4 +1,4 @@
-"""What the parent hands to a profiling child."""
+"""The job that the parent gives to a profiling child process."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from kvbench.store.records import Cell
 
 TIME, MEMORY, PROBE = "time", "memory", "probe"
 ROUNDS = 4
-"""Rounds where none are asked for, unless they are slow."""
+"""Default number of rounds; fewer if they are slow."""
 
 
 @dataclass(frozen=True)
@@ -19,12 +19,12 @@ class ProfileJob:
     """Cells that are profiled in one process.
 
     Attributes:
-        kind: ``time`` for all cells in turn; ``memory`` and ``probe`` for a single one.
-        location: what ``from_pretrained`` takes, or ``shape:NAME``.
-        positions: the longest text of the run, in tokens.
-        repeat: number of the process.
-        rounds, warmups: timed requests of each cell, and the most before them.
-        budget: bytes that a probe may take.
+        kind: ``time`` for all cells in turn; ``memory`` or ``probe`` for a single one.
+        location: model id or path for ``from_pretrained``, or ``shape:NAME``.
+        positions: number of positions that the longest text of the run needs.
+        repeat: index of the process.
+        rounds, warmups: timed requests of each cell, and the most warm-up requests before them.
+        budget: bytes that a probe may use; 0 for what is free.
     """
 
     module: ClassVar[str] = "kvbench.profiling.worker"

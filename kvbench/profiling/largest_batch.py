@@ -1,20 +1,20 @@
-"""The largest batch that fits: doubled or halved from a guess until both sides are known, then bisected."""
+"""Search for the largest batch that fits: growing steps from a guess until the limit is bracketed, then bisection."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 
 COARSE = 16
-"""Bisection ends when the two ends are less than one in so many apart."""
+"""Bisection ends when the two bounds differ by at most one part in this many."""
 
 
-def largest(fits: Callable[[int], bool], guess: Callable[[], int] = lambda: 2, most: int = 1 << 16) -> int:
-    """The largest batch that fits, to one in 16; 0 if not even one row does.
+def find_largest_batch(fits: Callable[[int], bool], guess: Callable[[], int] = lambda: 2, most: int = 1 << 16) -> int:
+    """Find the largest batch that fits, to within one part in 16; 0 if not even one row does.
 
     Args:
-        fits: asked once per batch; assumed to be true up to some size and false from there on.
-        guess: where to look first, asked once one row is known to fit.
-        most: never asked about more.
+        fits: called once per batch; assumed to be true up to some size and false above it.
+        guess: the size to try first, called once after one row has been found to fit.
+        most: largest size to try.
     """
     if not fits(1):
         return 0

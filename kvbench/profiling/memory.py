@@ -1,8 +1,7 @@
-"""Memory: what weights, reading and writing take, and what is free.
+"""Memory: bytes of weights, of prefill and of decoding, and free bytes.
 
-On a GPU the allocator keeps the figures. On a CPU PyTorch's profiler reports every allocation, from
-which the same figures are summed up. They are taken in a pass of their own, since both slow the
-work down.
+On a GPU, PyTorch's allocator reports the peaks. On a CPU, they are summed up from every allocation that
+PyTorch's profiler reports. Both slow down the work, so memory is measured in a pass of its own.
 """
 
 from __future__ import annotations
@@ -27,19 +26,19 @@ _CGROUPS = Path("/sys/fs/cgroup")
 _CGROUP = (
     ("memory.max", "memory.current"), ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes"),
 )
-"""Files that say what a container may have, and what it has taken (version 2 and 1)."""
+"""Files with the memory limit and the memory use of a container (cgroup version 2 and 1)."""
 
 
 @dataclass
 class Peaks:
-    """The most bytes that were allocated beyond what there was at the start, by phase."""
+    """Peak bytes allocated beyond what was allocated at the start, by phase."""
 
     prefill: int = 0
     decode: int = 0
 
 
 class CpuMemory:
-    """Every allocation that PyTorch makes on the CPU, from its profiler."""
+    """Peaks on a CPU, from the allocations that PyTorch's profiler records."""
 
     def __init__(self) -> None:
         self.peaks = Peaks()
@@ -65,7 +64,7 @@ class CpuMemory:
 
 
 class CudaMemory:
-    """The figures of the GPU's own allocator."""
+    """Peaks on a GPU, from PyTorch's CUDA allocator."""
 
     def __init__(self, device: torch.device) -> None:
         self.device, self.peaks = device, Peaks()
@@ -95,17 +94,17 @@ def memory_of(device: torch.device) -> CpuMemory | CudaMemory:
 
 
 def rss_peak() -> int:
-    """The most bytes of this process that were ever in main memory."""
+    """Peak resident memory of this process, in bytes."""
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
 
 
 def free_bytes(device: torch.device) -> int:
-    """Bytes that can still be had on a device: of the machine, or of the container if that is less."""
+    """Bytes that can still be allocated on a device: of the machine, or of the container if that is less."""
     if device.type == "cuda":
         cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return int(torch.cuda.mem_get_info(device)[0]) + cached
-    import psutil  # not needed where the GPU answers
+    import psutil  # imported late: not needed on a GPU
 
     free = int(psutil.virtual_memory().available)
     for most, used in _CGROUP:
@@ -120,7 +119,7 @@ def free_bytes(device: torch.device) -> int:
 
 
 def _reclaimable(path: Path) -> int:
-    """Bytes of a container's files in memory, which are given back when they are needed."""
+    """Bytes of a container's page cache, which the system frees when memory is needed."""
     try:
         lines = path.read_text(encoding="ascii").splitlines()
     except OSError:
@@ -130,14 +129,14 @@ def _reclaimable(path: Path) -> int:
 
 
 def weights_bytes(*modules: nn.Module | None) -> int:
-    """Bytes of the parameters and buffers, what is shared counted once."""
+    """Bytes of all parameters and buffers; shared storages count once."""
     return storage_bytes([t for m in modules if m is not None for t in (*m.parameters(), *m.buffers())])
 
 
 def read_bytes(model: nn.Module) -> int:
-    """Bytes of the weights that writing a token reads: all but tables of which only rows are taken.
+    """Bytes of the weights that generating a token reads: all but embedding tables, of which only rows are read.
 
-    The embeddings count where they are also the output layer. Of a mixture of experts all are counted.
+    An embedding table counts if it is also the output layer. Of a mixture of experts, all experts are counted.
     """
     output: Any = model.get_output_embeddings()  # type: ignore[operator]
     head = None if output is None else output.weight
@@ -148,14 +147,14 @@ def read_bytes(model: nn.Module) -> int:
 
 @dataclass(frozen=True)
 class Sizes:
-    """What a model of a configuration takes, known before it is made.
+    """Sizes of a model that determine its memory, known before it is created.
 
     Attributes:
         weights: bytes of its weights.
-        entry: bytes of one cache entry of one row, in all layers.
-        wide: numbers per token that the widest moment of a layer holds.
+        entry: bytes of one cache entry of one row, over all layers.
+        wide: numbers per token at the widest point of a layer.
         vocabulary: numbers per row of logits.
-        number: bytes of a number.
+        number: bytes per number.
     """
 
     weights: int
@@ -165,13 +164,13 @@ class Sizes:
     number: int
 
     def needed(self, batch: int, entries: int, fed: int) -> int:
-        """About the least that ``entries`` held and ``fed`` tokens at a time take, weights included."""
+        """Approximate lower bound in bytes for ``entries`` held and ``fed`` tokens per forward pass, with weights."""
         activations = fed * self.wide + self.vocabulary
         return self.weights + batch * (entries * self.entry + activations * self.number)
 
 
 def sizes_of(config: Any, dtype: torch.dtype) -> Sizes:
-    """The sizes of a causal language model in a published shape; nothing is allocated."""
+    """Sizes of a causal language model from its configuration; nothing is allocated."""
     from transformers import AutoModelForCausalLM
 
     with torch.device("meta"):
@@ -186,7 +185,7 @@ def sizes_of(config: Any, dtype: torch.dtype) -> Sizes:
 
 
 def sizes_of_model(model: nn.Module, vocabulary: int) -> Sizes:
-    """The sizes of a model that is loaded, by what it holds and what it caches."""
+    """Sizes of a loaded model, from its weights and from what it caches."""
     number = next(model.parameters()).element_size()
     return Sizes(weights_bytes(model), cache_shape(model).entry_bytes, _wide(model.config), vocabulary, number)
 

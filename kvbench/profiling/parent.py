@@ -1,6 +1,6 @@
-"""The parent of a profile: what is timed in turn, whose memory is measured, and the search for the largest batch.
+"""The parent process of a profile: schedules timing, memory passes and the search for the largest batch.
 
-It starts one child after the other, and is the only one that writes to disk.
+It starts one child process after the other (two at a time for small memory passes), and is the only one that writes.
 """
 
 from __future__ import annotations
@@ -19,28 +19,28 @@ from kvbench.execution.run_writer import RunWriter
 from kvbench.planning.profile import ProfilePlan, at_batch
 from kvbench.profiling.child import DAY, Outcome, run_child
 from kvbench.profiling.job import MEMORY, PROBE, ROUNDS, TIME, ProfileJob
-from kvbench.profiling.largest_batch import largest
+from kvbench.profiling.largest_batch import find_largest_batch
 from kvbench.store.folder import RunFolder
 from kvbench.store.manifest import PROFILE, Machine, ProfileInfo
 from kvbench.store.profile_records import AGAIN, ProbeRecord, ProfileRecord, SearchRecord, TimingRecord
 from kvbench.store.records import Cell, Failure
 
 SMALL_BYTES = 1 << 28
-"""Weights and cache below which two cells are weighed at a time."""
+"""Bytes of weights and cache below which the memory of two cells is measured at the same time, on a CPU."""
 
 
 
 
 class _SearchFailedError(Exception):
-    """A probe failed for another reason than memory."""
+    """A probe failed for a reason other than memory."""
 
 
 @dataclass
 class _Run:
-    """A profile on its way.
+    """State of a profile that is being measured.
 
     Attributes:
-        earlier: the machine that the folder was measured on so far; None if nothing is there.
+        earlier: the machine of the records that are in the folder already; None if there are none.
     """
 
     plan: ProfilePlan
@@ -51,7 +51,7 @@ class _Run:
     earlier: Machine | None
 
     def measurements(self, cell: Cell) -> dict[str, ProfileRecord]:
-        """What is on disk of a cell and need not be measured again."""
+        """Records of a cell that are on disk and need not be measured again."""
         is_replaced = self.writer.fresh and not self.writer.opened
         return {} if is_replaced else self.writer.folder.measurements(cell)
 
@@ -63,11 +63,11 @@ class _Run:
 def profile(plan: ProfilePlan, command: list[str], console: Console, fresh: bool = False) -> None:
     """Measure everything in the plan that is not yet on disk, or all of it if ``fresh``.
 
-    A cell whose child fails or is killed is marked as failed, and the others go on in a new child.
+    A cell that fails, or whose child dies, is marked as failed, and the others continue in a new child.
 
     Raises:
         UserError: the plan cannot be carried out (nothing was written), or the disk is full.
-        WorkerDiedError: a child died before it was ready for anything.
+        WorkerDiedError: a child died before any child was ready.
     """
     with Progress(
         TextColumn("{task.description}"), BarColumn(), TextColumn("{task.percentage:.0f} %"),
@@ -76,7 +76,7 @@ def profile(plan: ProfilePlan, command: list[str], console: Console, fresh: bool
         bar = progress.add_task("starting", total=_steps(plan))
         folder = RunFolder(plan.folder)
         earlier = None if fresh else folder.earlier()
-        found = earlier.cells if earlier else ()  # batches that a search has found among them
+        found = earlier.cells if earlier else ()  # including those that a search has found
         cells = {cell.key: cell for cell in (*plan.cells, *found)}
         sources = {PROFILE: "random token ids"}
         writer = RunWriter(folder, plan.content, plan.request.repeats, command, cells, sources, fresh)
@@ -89,7 +89,7 @@ def profile(plan: ProfilePlan, command: list[str], console: Console, fresh: bool
 
 
 def _steps(plan: ProfilePlan) -> int:
-    """Requests that will be run, about."""
+    """Approximate number of requests to run, for the progress bar."""
     request = plan.request
     cells = sum(len(group) for group in plan.groups)
     per_repeat = (request.rounds or ROUNDS) + min(request.warmups, 1)
@@ -97,7 +97,8 @@ def _steps(plan: ProfilePlan) -> int:
 
 
 def _repeat(run: _Run, group: Sequence[Cell], repeat: int) -> None:
-    """One process that times the cells of a group in turn; whole, or not recorded at all."""
+    """Time the cells of a group in turn, in one process; if one fails, nothing is recorded and the others start
+    again."""
     while True:
         cells = [cell for cell in group if cell.key not in run.writer.failed]
         done = [repeat in _repeats(run, cell) for cell in cells]
@@ -106,7 +107,7 @@ def _repeat(run: _Run, group: Sequence[Cell], repeat: int) -> None:
             return
         found = _carried_out(run, _job(run, TIME, cells, repeat))
         if found.failure is None:
-            # A repeat is one process: what another one measured under this number must not be paired with it.
+            # Requests are paired within one process: remove what an earlier process recorded under this number.
             for cell in cells:
                 run.writer.forget(cell.key, f"time/{repeat}/")
             _store(run, found.records)
@@ -115,16 +116,16 @@ def _repeat(run: _Run, group: Sequence[Cell], repeat: int) -> None:
 
 
 def _repeats(run: _Run, cell: Cell) -> set[int]:
-    """The repeats of a cell that are on disk."""
+    """Numbers of the repeats of a cell that are on disk."""
     return {r.repeat for r in run.measurements(cell).values() if isinstance(r, TimingRecord) and not r.warmup}
 
 
 def _memory(run: _Run, cells: Sequence[Cell]) -> None:
-    """A process for each cell; nothing is timed, so that small ones may run two at a time."""
+    """Measure the memory of each cell in a process of its own; small ones run two at a time, since nothing is timed."""
     todo = [cell for cell in cells if cell.key not in run.writer.failed and MEMORY not in run.measurements(cell)]
     on_cpu = run.machine.device == "cpu"
     pair = on_cpu and all(_full_bytes(run, cell) < SMALL_BYTES for cell in todo)
-    threads = 1 if pair else None  # several threads of two processes starve one another
+    threads = 1 if pair else None  # several threads per process would compete for the cores
     with ThreadPoolExecutor(2 if pair else 1) as pool:
         for found in pool.map(lambda cell: _carried_out(run, _job(run, MEMORY, [cell], threads=threads)), todo):
             _store(run, found.records)
@@ -133,14 +134,14 @@ def _memory(run: _Run, cells: Sequence[Cell]) -> None:
 
 
 def _full_bytes(run: _Run, cell: Cell) -> float:
-    """Bytes of weights and of a whole cache."""
+    """Bytes of the weights and of the full cache."""
     options = cell.options
     tokens = (int(options["seq_len"]) + int(options["new_tokens"])) * int(options["batch_size"])
     return float(run.machine.weights + run.machine.entry * tokens)
 
 
 def _equal_memory(run: _Run) -> None:
-    """The largest batch of every cell, and all of them in turn, each at its own."""
+    """Find the largest batch of every cell, then time the cells of each length in turn, each at its largest batch."""
     searches = run.plan.searches
     for length in dict.fromkeys(cell.options["seq_len"] for cell in searches):
         found = []
@@ -158,17 +159,17 @@ def _equal_memory(run: _Run) -> None:
 
 
 def _largest(run: _Run, search: Cell) -> int:
-    """The largest batch of a cell, from disk if its search has ended."""
+    """The largest batch of a cell; read from disk if its search has ended."""
     ended = run.measurements(search).get("search")
     if isinstance(ended, SearchRecord):
         return ended.batch
-    batch = largest(lambda size: _fits(run, search, size), lambda: _guess(run, search))
+    batch = find_largest_batch(lambda size: _fits(run, search, size), lambda: _guess(run, search))
     _store(run, [(search.key, SearchRecord(batch))])
     return batch
 
 
 def _fits(run: _Run, search: Cell, batch: int) -> bool:
-    """Whether a batch fits, from disk if it was tried before; a killed or late probe is one that does not."""
+    """Whether a batch fits; read from disk if it was tried before. A killed or late probe does not fit."""
     known = run.measurements(search).get(f"probe/{batch}")
     if isinstance(known, ProbeRecord):
         return known.fits
@@ -184,7 +185,7 @@ def _fits(run: _Run, search: Cell, batch: int) -> bool:
 
 
 def _guess(run: _Run, search: Cell) -> int:
-    """The batch that would fill the budget, if every row took what the first one does."""
+    """The batch that fills the budget if every row needs as much memory as the first one."""
     alone = run.measurements(search).get("probe/1")
     budget, weights = run.plan.budget or run.machine.device_bytes or 0, run.machine.weights
     if not isinstance(alone, ProbeRecord) or alone.needed <= weights:
@@ -202,7 +203,7 @@ def _job(run: _Run, kind: str, cells: Sequence[Cell], repeat: int = 0, threads: 
 
 
 def _carried_out(run: _Run, job: ProfileJob, seconds: float = DAY) -> Outcome:
-    """Run a child to its end; the first one begins the folder."""
+    """Run a child process until it ends; the first one that is ready opens the run folder."""
     def begin(machine: Machine) -> None:
         if not run.writer.opened:
             _open(run, machine)
@@ -227,7 +228,7 @@ def _fail(run: _Run, failure: Failure) -> None:
 
 
 def _open(run: _Run, machine: Machine) -> None:
-    """The first child is ready: write ``run.json`` and the cells' folders."""
+    """Write ``run.json`` and the cells' folders, when the first child is ready."""
     if run.earlier is not None:
         check_machine(run.plan.folder, run.earlier, machine)
     plan, writer = run.plan, run.writer
@@ -242,10 +243,10 @@ def _open(run: _Run, machine: Machine) -> None:
 
 
 def check_machine(folder: Path, earlier: Machine, now: Machine) -> None:
-    """See that a profile is continued where it was begun.
+    """Check that a profile is continued on the machine where it was begun.
 
     Raises:
-        UserError: device, precision or threads are others.
+        UserError: device, precision or number of threads differ.
     """
     for what in ("device", "device_name", "dtype", "threads"):
         before, here = getattr(earlier, what), getattr(now, what)

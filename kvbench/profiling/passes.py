@@ -1,4 +1,4 @@
-"""The two passes over a request: one that times it, one that watches its memory."""
+"""The two passes over a request: one measures its time, the other its memory."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ class Timed(NamedTuple):
     """A request that was timed.
 
     Attributes:
-        wall_s: seconds by the wall clock, the device waited for at both ends.
-        held: entries when the prompt had been read; ``entries`` their mean while text was written.
+        wall_s: wall-clock seconds, synchronised with the device at both ends.
+        held: entries held after prefill; ``entries``: mean number of entries during decoding.
     """
 
     timeline: Timeline
@@ -33,12 +33,12 @@ def time_request(
     make: Callable[[Stopwatch], Request], clock: Clock, device: torch.device, fill: int | None,
     tokens: int | None = None,
 ) -> Timed:
-    """Read, or fill the cache, and write; every token's moment is noted without waiting for the device.
+    """Time prefill (or fill the cache instead) and decoding; marks are taken without waiting for the device.
 
     Args:
-        make: the request, which may time with the stopwatch what it does beside the model.
-        fill: seed of a random cache that stands for reading; None to read.
-        tokens: stop after so many; None to write all.
+        make: creates the request, which may use the stopwatch to time its work outside the model.
+        fill: seed of a random cache that replaces prefill; None to read the prompt.
+        tokens: number of tokens to stop after; None for all.
     """
     watch = Stopwatch(clock)
     request = make(watch)
@@ -61,7 +61,7 @@ def time_request(
 
 
 class MemoryUse(NamedTuple):
-    """Bytes that a request took; each pair of bytes is (logical, physical)."""
+    """Memory of a request in bytes; ``read``, ``written``: (logical, physical) after prefill and after decoding."""
 
     prefill_peak: int
     decode_peak: int
@@ -72,7 +72,7 @@ class MemoryUse(NamedTuple):
 
 
 def measure_memory(make: Callable[[], Request], memory: CpuMemory | CudaMemory, fill: int | None) -> MemoryUse:
-    """Read, or fill the cache, and write, with every allocation watched."""
+    """Run prefill (or fill the cache instead) and decoding, recording peak memory."""
     with torch.inference_mode(), memory.watched():
         request = make()
         logits = request.read() if fill is None else request.fill(fill)
@@ -86,7 +86,7 @@ def measure_memory(make: Callable[[], Request], memory: CpuMemory | CudaMemory, 
 
 @contextmanager
 def _undisturbed() -> Iterator[None]:
-    """Without the garbage collector, which would fall on one step or another."""
+    """Disable the garbage collector within the block, since it would slow down arbitrary steps."""
     gc.collect()
     gc.disable()
     try:

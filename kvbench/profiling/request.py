@@ -1,4 +1,4 @@
-"""What is profiled: one request of a method on a model, read and written step by step."""
+"""What is profiled: a request of a method on a model, that is prefill and decoding of a batch of prompts."""
 
 from __future__ import annotations
 
@@ -16,40 +16,40 @@ from kvbench.inference.session import Session
 
 
 class Request(Protocol):
-    """A batch of prompts and what is written after them."""
+    """A batch of prompts and the tokens generated after them."""
 
     def read(self) -> Tensor:
-        """Read the prompts: logits ``[batch, vocabulary]``."""
+        """Read the prompts and return logits ``[batch, vocabulary]``."""
 
     def fill(self, seed: int) -> Tensor:
-        """Put random entries where reading would have left some: random logits."""
+        """Fill the cache with random entries instead of reading the prompts; returns random logits."""
 
     def write(self, logits: Tensor) -> Iterator[Tensor]:
-        """Choose, feed, choose ...: the tokens, greedily, never ending early."""
+        """Generate greedily and yield the ids of every step; never stops early."""
 
     @property
     def entries(self) -> int:
-        """Entries in the cache now, per layer and row; dead ones that wait for reuse included."""
+        """Number of entries in the cache now, per layer and row, including dead ones not overwritten yet."""
 
     @property
     def held(self) -> int:
-        """Of these, the ones that are alive."""
+        """Number of these entries that are alive."""
 
     @property
     def peak(self) -> int:
-        """The most entries there ever were."""
+        """The most entries held at any time."""
 
     @property
     def live_bytes(self) -> int:
-        """Bytes of what is alive."""
+        """Bytes of the live entries."""
 
     def tensors(self) -> list[Tensor]:
-        """All that the cache holds."""
+        """All tensors that the cache holds."""
 
 
 @dataclass
 class SessionRequest:
-    """A method's session.
+    """A request that runs in the session of a method.
 
     Attributes:
         prompt: ids ``[batch, P]``.
@@ -93,7 +93,7 @@ class SessionRequest:
 
 @dataclass
 class StockRequest:
-    """The full cache as transformers keeps it: read in one pass, grown by concatenation."""
+    """A request with transformers' full cache: the prompt is read in one pass, and entries are concatenated."""
 
     model: nn.Module
     prompt: Tensor
@@ -140,5 +140,5 @@ class StockRequest:
 
 
 def cache_bytes(request: Request) -> tuple[int, int]:
-    """Bytes of the live entries, and of the distinct storages that hold the cache."""
+    """Logical bytes (of the live entries) and physical bytes (of the distinct storages) of the cache."""
     return request.live_bytes, storage_bytes(request.tensors())

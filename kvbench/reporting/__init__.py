@@ -1,1 +1,1 @@
-"""From records on disk to tables and figures; needs no model."""
+"""Reporting: from records on disk to tables, figures and an HTML page; needs no model."""

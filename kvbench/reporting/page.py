@@ -1,4 +1,4 @@
-"""One self-contained HTML page of a run: sortable tables, figures, failures, and the recipe of every number."""
+"""Self-contained HTML page of runs: sortable tables, figures, failures, and the settings behind every number."""
 
 from __future__ import annotations
 
@@ -24,16 +24,16 @@ from kvbench.store.manifest import Manifest
 from kvbench.store.records import Cell, DocumentRecord, Results
 
 WORST = 5
-"""Documents that are named for each method at each ratio."""
+"""Number of documents listed for each method at each ratio."""
 
 
 _OWN = ("metric", "value", "ci_low", "ci_high", "delta", "delta_ci_low", "delta_ci_high", "p_value", "signature")
-"""What rows of one cell do not share."""
+"""Fields that differ between the rows of one cell."""
 
 
 @dataclass(frozen=True)
 class Worst:
-    """A document on which a method loses much: nats per token above the full cache."""
+    """A document on which a method loses most; ``more`` is in nats per token above the full cache."""
 
     task: str
     method: str
@@ -43,7 +43,7 @@ class Worst:
 
 
 def write_page(folders: Sequence[RunFolder], results: Results, figures: Sequence[Path], out: Path) -> Path:
-    """Write ``report.html`` of some runs into a folder; nothing in it is loaded from elsewhere."""
+    """Write ``report.html`` of one or more runs into a folder; the page loads nothing from elsewhere."""
     manifests = [folder.manifest() for folder in folders]
     template = Environment(autoescape=True, trim_blocks=True).from_string(
         files("kvbench.reporting").joinpath("report.html.j2").read_text(encoding="utf-8")
@@ -69,14 +69,14 @@ def write_page(folders: Sequence[RunFolder], results: Results, figures: Sequence
 
 
 def _as_text(lines: list[str]) -> Markup:
-    """Lines of JSON between tags, where quotes are no mark-up: they would be two thirds of the page."""
+    """Escape lines of JSON for HTML, except quotes, which need none and would make up two thirds of the page."""
     return Markup(html.escape("\n".join(lines), quote=False))
 
 
 def _rows_and_recipes(results: Results) -> tuple[list[str], list[str]]:
-    """Every number as a line of JSON, and what many of them share as lines of its own, which they name by number.
+    """Rows as lines of JSON, and the fields that many rows share as lines of their own, which rows refer to by number.
 
-    Points of curves are in the figures and in rows.csv: there are more of them than of all other rows.
+    Points of curves are left out, since they outnumber all other rows: they are in the figures and in rows.csv.
     """
     rows: list[str] = []
     recipes: dict[str, int] = {}
@@ -103,7 +103,7 @@ def _about(manifest: Manifest) -> str:
 
 
 def worst_documents(folder: RunFolder) -> list[Worst]:
-    """The documents where each method that scores text loses most, by task, method and ratio."""
+    """The documents with the largest loss of each method on tasks that score text, by task, method and ratio."""
     cells = folder.cells()
     found: list[Worst] = []
     for setting, info in folder.manifest().tasks.items():
@@ -119,7 +119,7 @@ def worst_documents(folder: RunFolder) -> list[Worst]:
 
 
 def _readable(folder: RunFolder, cell: Cell) -> dict[str, DocumentRecord]:
-    """The records of a cell; none if they are damaged, which is among the failures already."""
+    """The records of a cell; empty if they are damaged, which is reported among the failures."""
     try:
         return folder.records(cell)
     except UserError:

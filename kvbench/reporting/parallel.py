@@ -1,4 +1,4 @@
-"""Work of a report by several processes. They are forked, so that what they work on need not be sent to them."""
+"""Runs tasks of a report in several processes; these are forked, so that data need not be sent to them."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _inherited: list[Callable[[], Any]] = []
 
 
 def in_parallel(tasks: Sequence[Callable[[], T]]) -> list[T]:
-    """The results of some tasks, in order; by this process alone where it has one core, or cannot fork."""
+    """Run tasks in parallel and return their results in order; one after the other on one core or without ``fork``."""
     workers = min(MOST, os.cpu_count() or 1, len(tasks))
     if workers < 2 or "fork" not in get_all_start_methods():
         return [task() for task in tasks]

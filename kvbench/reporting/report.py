@@ -1,4 +1,4 @@
-"""Everything that a report writes: the document of the results, tables, figures, and one page with all of it."""
+"""Writes a report: results.json, tables, figures, and one HTML page with all of them."""
 
 from __future__ import annotations
 
@@ -29,12 +29,12 @@ from kvbench.store.folder import RESULTS, RunFolder, write_atomic
 from kvbench.store.records import Results, Row
 
 DRAWN = tuple(name for name, shown in SHOWN.items() if shown.is_plotted)
-"""Metrics that are drawn against removal."""
+"""Metrics that are drawn against removal by default."""
 
 
 @dataclass(frozen=True)
 class Report:
-    """What was written."""
+    """The results of a report, and the files that were written."""
 
     results: Results
     figures: tuple[Path, ...]
@@ -46,10 +46,10 @@ def write_report(runs: Sequence[Path], out: Path, metrics: Sequence[str] = ()) -
     """Write the report of one or several runs into a folder.
 
     Args:
-        metrics: to draw against removal; those of ``DRAWN`` if empty.
+        metrics: metrics to draw against removal; ``DRAWN`` if empty.
 
     Raises:
-        UserError: not a run folder, or the folder cannot be written.
+        UserError: a run is not a run folder, budgets differ, or the output folder cannot be written.
     """
     folders = [RunFolder(run) for run in runs]
     found = [compute_results(folder) for folder in folders]
@@ -69,8 +69,8 @@ def write_report(runs: Sequence[Path], out: Path, metrics: Sequence[str] = ()) -
 
 
 def _told_apart(folders: Sequence[RunFolder], results: Sequence[Results]) -> list[Row]:
-    """The rows of all runs. Models of one name that have not the same files are named with their fingerprints, so
-    that no table or curve takes their numbers together."""
+    """The rows of all runs. Models with the same name but different files are named with their fingerprints, so that
+    no table or curve mixes them."""
     hashes: dict[str, set[str]] = {}
     for cell in (cell for folder in folders for cell in folder.cells()):
         hashes.setdefault(cell.model, set()).add(cell.model_hash)
@@ -83,10 +83,10 @@ def _told_apart(folders: Sequence[RunFolder], results: Sequence[Results]) -> lis
 
 
 def _check_budgets(rows: Sequence[Row]) -> None:
-    """A method has one line in a table: at one budget, or once per ratio.
+    """Check that all rows have the same budget, since tables have one line per method and ratio.
 
     Raises:
-        UserError: several budgets.
+        UserError: there are several budgets.
     """
     units = ("budget_tokens", "budget_bytes")
     budgets = {f"{unit}={row.params[unit]}" for row in rows for unit in units if row.params.get(unit)}
@@ -101,7 +101,7 @@ def _check_budgets(rows: Sequence[Row]) -> None:
 def write_figures(
     folders: Sequence[RunFolder], rows: list[Row], out: Path, metrics: Sequence[str] = ()
 ) -> list[Path]:
-    """All figures that there are numbers for."""
+    """Draw all figures that there are numbers for."""
     rows = [replace(row, method=name_of(row), params={**row.params, "variant": None}) for row in rows]
     masks = {name: mask for folder in folders for name, mask in folder.masks().items()}
     tasks: list[Callable[[], list[Path]]] = [
@@ -112,12 +112,12 @@ def write_figures(
         )),
         partial(mask_figure, masks, _to_show(list(masks)), out),
     ]
-    # Fonts are embedded in every PDF, which takes longest, and is done by one thread.
+    # In parallel, since embedding fonts into every PDF takes longest and uses one thread.
     return [path for paths in in_parallel(tasks) for path in paths]
 
 
 def _to_show(names: list[str]) -> list[str]:
-    """Every method once, at the ratio that is nearest to 0.7."""
+    """Names of the masks to draw: every method once, at the ratio nearest to 0.7."""
     best: dict[str, tuple[float, str]] = {}
     for name in names:
         method, _, ratio = name.partition(" ")

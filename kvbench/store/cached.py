@@ -1,4 +1,4 @@
-"""What kvbench keeps between commands to be quick: JSON files in a folder of the user's, which may be deleted."""
+"""Cache between commands: JSON files in a folder of the user, which may be deleted at any time."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ def cache_folder() -> Path:
     """``$KVBENCH_CACHE``, else ``kvbench`` in ``$XDG_CACHE_HOME``, else ``~/.cache/kvbench``; it may not exist yet.
 
     Raises:
-        RuntimeError: the user has no home.
+        RuntimeError: the user has no home directory.
     """
     own, shared = os.environ.get("KVBENCH_CACHE"), os.environ.get("XDG_CACHE_HOME")
     if own:
@@ -24,16 +24,16 @@ def cache_folder() -> Path:
 
 
 def read_cache(name: str) -> dict[str, Any]:
-    """A file of the cache; empty where it is missing, damaged or not readable."""
+    """Read a file of the cache; empty if it is missing, damaged or not readable."""
     try:
         found = json.loads((cache_folder() / name).read_text(encoding="utf-8"))
-    except (OSError, RuntimeError, ValueError):  # RecursionError, no home: RuntimeError
+    except (OSError, RuntimeError, ValueError):  # RuntimeError: nested too deeply, or no home
         return {}
     return found if isinstance(found, dict) else {}
 
 
 def write_cache(name: str, content: dict[str, Any]) -> None:
-    """Replace a file of the cache, whole or not at all; where that cannot be done, nothing is kept."""
+    """Replace a file of the cache atomically; if that is impossible, nothing is stored."""
     with suppress(OSError, RuntimeError):
         folder = cache_folder()
         folder.mkdir(parents=True, exist_ok=True)

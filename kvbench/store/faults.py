@@ -1,4 +1,4 @@
-"""What was wrong with earlier versions of methods, so that reports of old folders can say it; without PyTorch."""
+"""Known faults of earlier versions of methods, which reports of old folders mention; needs no PyTorch."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 from kvbench.store.records import Cell
 
 GROUP = "kvbench.methods"
-"""The entry points that methods of other packages are found by."""
+"""Entry point group through which other packages add methods."""
 
 FAULTS = {
     ("cam", 1): "merged twice as often as published, with too large shares, under a growing budget",
@@ -18,17 +18,17 @@ FAULTS = {
     ("refreshkv", 1): "attended only a part of what follows a compressed prefix",
     ("think", 1): "held up to 4 % more bytes than its budget",
 }
-"""Of our methods: what every version before the present one did wrong."""
+"""(method, version) -> what that version did wrong; for our own methods."""
 
 ONLY_WITH = {"think": "budget_bytes"}
-"""The option without which a method's fault shows in nothing."""
+"""Method -> option without which its fault has no effect."""
 
 
 OUTDATED = "outdated"
 
 
 def fault_of(cell: Cell) -> str | None:
-    """Why a cell is outdated; None if it was measured by the present version of its method."""
+    """Why a cell is outdated; None if it was measured by the current version of its method."""
     known = FAULTS.get((cell.method, cell.version)) if ONLY_WITH.get(cell.method, "") in ("", *cell.options) else None
     if known is not None or cell.version >= _version_elsewhere(cell.method):
         return known
@@ -36,7 +36,7 @@ def fault_of(cell: Cell) -> str | None:
 
 
 def remarks_of(cell: Cell) -> dict[str, Any]:
-    """What the rows of a cell say besides its numbers: a version above 1, what the method notes, and its fault."""
+    """Remarks on a cell's method for its rows: a version above 1, a note, why it is outdated, and its variant."""
     found = {
         "version": cell.version if cell.version > 1 else None, "note": cell.note or None, "outdated": fault_of(cell),
         "variant": cell.variant or None,
@@ -45,7 +45,7 @@ def remarks_of(cell: Cell) -> dict[str, Any]:
 
 
 def named(method: str, remarks: Mapping[str, Any]) -> str:
-    """A method as it is shown: with what it notes, and marked if it was measured by an earlier version of its rule.
+    """Name of a method as shown: with its variant and note, and marked if an earlier version of it was measured.
 
     Args:
         remarks: parameters of a row, or :func:`remarks_of` a cell.
@@ -58,7 +58,7 @@ def named(method: str, remarks: Mapping[str, Any]) -> str:
 
 
 def faults_in(found: Iterable[tuple[str, Mapping[str, Any]]]) -> list[str]:
-    """A sentence on every method, of its name and remarks, that is outdated."""
+    """One sentence for every outdated method, given pairs of name and remarks."""
     return list(dict.fromkeys(
         f"{OUTDATED}: {method} was measured by version {remarks.get('version', 1)} of its rule, and is wrong ("
         f"{remarks['outdated']}). The command that measured it measures it again."
@@ -68,10 +68,10 @@ def faults_in(found: Iterable[tuple[str, Mapping[str, Any]]]) -> list[str]:
 
 @cache
 def _version_elsewhere(method: str) -> int:
-    """The version of a method of another package, which has to be loaded for it; 1 if there is none."""
+    """Version of a method of another package, which is imported for it; 1 if there is none."""
     for entry in entry_points(group=GROUP, name=method):
         try:
             return int(entry.load().version)
-        except Exception:  # whatever the other package raises: a report is made all the same
+        except Exception:  # whatever the other package raises must not prevent a report
             return 1
     return 1

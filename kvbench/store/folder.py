@@ -1,4 +1,5 @@
-"""The run folder: written so that nothing is lost or half written, read so that nothing breaks."""
+"""The run folder: files are written atomically or appended and synced; incomplete last lines are tolerated on
+reading."""
 
 from __future__ import annotations
 
@@ -34,10 +35,10 @@ RUN, CELL, RECORDS, FAILURE, RESULTS, MAUVE, MASKS, SIGNATURE = (
 
 
 def record_of(cell: Cell, raw: dict[str, Any]) -> Record:
-    """A record of a cell, from what ``dataclasses.asdict`` made of it.
+    """Create a record of a cell from the output of ``dataclasses.asdict``.
 
     Raises:
-        TypeError, KeyError: something is missing, or too much.
+        TypeError, KeyError: a field is missing or unknown.
     """
     if cell.is_profile:
         return load_profile_record(raw)
@@ -45,7 +46,7 @@ def record_of(cell: Cell, raw: dict[str, Any]) -> Record:
 
 
 def _repair(file: BinaryIO) -> None:
-    """Cut a torn last line off, and stand at the end."""
+    """Remove an incomplete last line, and move to the end of the file."""
     if size := file.seek(0, os.SEEK_END):
         file.seek(size - 1)
         if file.read(1) != b"\n":
@@ -55,10 +56,10 @@ def _repair(file: BinaryIO) -> None:
 
 
 def write_atomic(path: Path, text: str) -> None:
-    """The whole text, or nothing: a reader never sees half a file, whoever else writes it at the same time."""
+    """Write a file atomically: readers never see half of it, even if several processes write it at the same time."""
     part = path.with_name(f"{path.name}.{uuid4().hex[:12]}.part")
     try:
-        part.write_text(text, encoding="utf-8", errors="backslashreplace")  # as JSON escapes half a character
+        part.write_text(text, encoding="utf-8", errors="backslashreplace")  # lone surrogates are escaped as in JSON
         os.replace(part, path)
     except OSError:
         part.unlink(missing_ok=True)
@@ -66,12 +67,12 @@ def write_atomic(path: Path, text: str) -> None:
 
 
 def _aside(path: Path, signature: str | None) -> Path:
-    """Where a file of another signature lies: ``records.jsonl`` in ``records-0123abcd.jsonl``."""
+    """Path where a file of another signature is set aside: ``records.jsonl`` as ``records-0123abcd.jsonl``."""
     return path.with_stem(f"{path.stem}-{hashlib.sha256(str(signature).encode()).hexdigest()[:8]}")
 
 
 def _exchange(path: Path, aside: Path, earlier: Path) -> None:
-    """Lay a file aside, and take up an earlier one, as far as there are any."""
+    """Move a file to ``aside`` and ``earlier`` to its place, if they exist."""
     if path.exists():
         os.replace(path, aside)
     if earlier.exists():
@@ -79,7 +80,7 @@ def _exchange(path: Path, aside: Path, earlier: Path) -> None:
 
 
 def _is_left_over(path: Path) -> bool:
-    """What a run that was killed before its first file was whole leaves: a lock, half a file."""
+    """Whether a file was left by a run that was killed before it had written any file: a lock, or a partial file."""
     return path.name == LOCKS or path.suffix == ".part"
 
 
@@ -91,13 +92,13 @@ class RunFolder:
         self._read_before: dict[Path, tuple[tuple[int, int], dict[str, Any]]] = {}
 
     def check(self, content: str, fresh: bool = False) -> None:
-        """See that the folder can be used for a run of this content; writes nothing.
+        """Check that the folder can be used for a run of this content; writes nothing.
 
         Args:
-            fresh: what the folder holds of a run will be replaced.
+            fresh: whether a run in the folder will be replaced.
 
         Raises:
-            UserError: not a folder, not writable, or it holds something else.
+            UserError: it is not a folder, is not writable, or holds something else.
         """
         parent = self.path
         while not parent.exists():
@@ -124,17 +125,17 @@ class RunFolder:
             )
 
     def clear(self) -> None:
-        """Remove what a run and a report write, and nothing else."""
+        """Remove the files that runs and reports write, and nothing else."""
         for name in (RUN, RESULTS, MASKS, "table.txt", "report.html"):
             (self.path / name).unlink(missing_ok=True)
         for name in ("cells", "figures", "tables"):
             shutil.rmtree(self.path / name, ignore_errors=True)
 
     def manifest(self) -> Manifest:
-        """``run.json``.
+        """Read ``run.json``.
 
         Raises:
-            UserError: there is none, or it is damaged.
+            UserError: it is missing or damaged.
         """
         path = self.path / RUN
         try:
@@ -150,7 +151,7 @@ class RunFolder:
             raise UserError(f"{path} is damaged: {error}.", "Run again with --fresh.") from error
 
     def earlier(self) -> Manifest | None:
-        """``run.json`` of what was measured before; None if nothing was.
+        """Read ``run.json``; None if it does not exist.
 
         Raises:
             UserError: it is damaged.
@@ -158,24 +159,24 @@ class RunFolder:
         return self.manifest() if (self.path / RUN).exists() else None
 
     def describe(self, manifest: Manifest) -> None:
-        """Write ``run.json``; hold the lock ``manifest`` where other processes may write it."""
+        """Write ``run.json``; the caller must hold the lock ``manifest`` if other processes may write it."""
         write_atomic(self.path / RUN, manifest.text())
 
     def cell_folder(self, cell: Cell) -> Path:
         return self.path / "cells" / cell.key
 
     def open_cell(self, cell: Cell, signature: str = "", earlier: str | None = None) -> None:
-        """Make the cell's folder, drop an old failure, and repair a torn last line.
+        """Create the cell's folder, delete an old failure, and remove an incomplete last line of its records.
 
-        Records that were made under another signature say something else: they are laid aside, and those that were
-        made under this one are taken up again.
+        Records with another signature are not comparable: they are set aside, and records that were set aside earlier
+        under this signature are restored.
 
         Args:
-            signature: that records will be made under; empty where that is not known.
-            earlier: that those were made under which do not say it themselves, if there are any.
+            signature: signature of the records to come; empty if unknown.
+            earlier: signature of existing records that have none of their own, if there are any.
 
         Raises:
-            UserError: its records are damaged elsewhere than at their end.
+            UserError: its records are damaged elsewhere than in the last line.
         """
         folder = self.cell_folder(cell)
         folder.mkdir(parents=True, exist_ok=True)
@@ -198,12 +199,12 @@ class RunFolder:
                 self._drop_incomparable(cell, records)
 
     def keep_masks(self, masks: dict[str, Any]) -> None:
-        """Keep pictures of methods beside the run: method and ratio -> mask."""
+        """Store example masks of methods in the folder: method and ratio -> mask."""
         with self.lock("manifest"):
             write_atomic(self.path / MASKS, json.dumps({**self.masks(), **masks}) + "\n")
 
     def masks(self) -> dict[str, Any]:
-        """What was kept of them; empty where nothing was."""
+        """Read the stored masks; empty if there are none."""
         try:
             found = parse_json((self.path / MASKS).read_text(encoding="utf-8"))
         except (OSError, ValueError):
@@ -211,13 +212,14 @@ class RunFolder:
         return found if isinstance(found, dict) else {}
 
     def lock(self, name: str) -> FileLock:
-        """A lock that all processes share that use this folder; it ends with its process, whatever the clock
-        says. Over a network the file system must support locks, as NFS 4 does."""
+        """A lock shared by all processes that use this folder; the operating system releases it when its process
+        ends. A network file system must support locks, as NFS 4 does."""
         (self.path / LOCKS).mkdir(parents=True, exist_ok=True)
         return FileLock(self.path / LOCKS / f"{name}.lock")
 
     def _drop_incomparable(self, cell: Cell, path: Path) -> None:
-        """Records made while the full cache had failed lack the comparison with it: measure again."""
+        """Remove records that were made while ``full`` had failed: they lack the comparison with it, and are
+        measured again."""
         if cell.writes or cell.is_profile:
             return
         found = self.records(cell)
@@ -226,9 +228,9 @@ class RunFolder:
             write_atomic(path, "".join(json.dumps(dataclasses.asdict(record)) + "\n" for record in kept))
 
     def append(self, cell: Cell, records: Sequence[Record]) -> None:
-        """Append records and see them onto the disk; other processes may append meanwhile.
+        """Append records and sync them to disk; other processes may append at the same time.
 
-        What one of them left half written when it was killed is cut off first.
+        An incomplete last line, left by a process that was killed, is removed first.
         """
         lines = "".join(
             json.dumps(dataclasses.asdict(r), allow_nan=False, ensure_ascii=False) + "\n" for r in records
@@ -240,7 +242,7 @@ class RunFolder:
             os.fsync(file.fileno())
 
     def forget(self, cell: Cell, prefix: str) -> None:
-        """Remove the records whose key begins so: what is measured again must not stand beside the old."""
+        """Remove the records whose keys start with ``prefix``, before they are measured again."""
         path = self.cell_folder(cell) / RECORDS
         if path.exists():
             found = self.measurements(cell)
@@ -248,19 +250,19 @@ class RunFolder:
             write_atomic(path, "".join(json.dumps(dataclasses.asdict(record)) + "\n" for record in kept))
 
     def records(self, cell: Cell) -> dict[str, DocumentRecord]:
-        """The records of a cell that scores text, by document; a torn last line is ignored."""
+        """The records of a cell that scores text, by document; an incomplete last line is ignored."""
         return self._read(cell, DocumentRecord.load)
 
     def texts(self, cell: Cell) -> dict[str, GenerationRecord]:
-        """The records of a cell that writes text, likewise."""
+        """The records of a cell that generates text, by document; see :meth:`records`."""
         return self._read(cell, GenerationRecord.load)
 
     def measurements(self, cell: Cell) -> dict[str, ProfileRecord]:
-        """The records of a cell that is profiled, by kind and number, likewise."""
+        """The records of a cell that is profiled, by kind and number; see :meth:`records`."""
         return self._read(cell, load_profile_record)
 
     def documents(self, cell: Cell) -> set[str]:
-        """The documents that a cell has records of."""
+        """Ids of the documents that a cell has records of."""
         return set(self.texts(cell) if cell.writes else self.records(cell))
 
     def _read(self, cell: Cell, load: Callable[[dict[str, Any]], R]) -> dict[str, R]:
@@ -304,7 +306,7 @@ class RunFolder:
             return None
         try:
             return Failure(**parse_json(path.read_text(encoding="utf-8")))
-        except (OSError, ValueError, TypeError):  # it may be gone by now, or damaged: the cell has failed either way
+        except (OSError, ValueError, TypeError):  # deleted meanwhile, or damaged: the cell has failed either way
             return Failure(cell.key, f"{cell.label}: failed, and the note of it cannot be read.", "Run it again.")
 
     def cells(self) -> list[Cell]:

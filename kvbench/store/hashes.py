@@ -1,4 +1,4 @@
-"""Hashes of large files, kept between commands by what the file system says of the file."""
+"""Hashes of large files, cached between commands by the metadata of the file."""
 
 from __future__ import annotations
 
@@ -14,32 +14,33 @@ from kvbench.store.cached import read_cache, write_cache
 
 CACHE = "file-hashes.json"
 SETTLED_NS = 2_000_000_000
-"""A file that changed less than this before it was read may change again without another time of change, since
-file systems count time in ticks (of up to two seconds): its hash is not kept."""
+"""The hash of a file that was modified less than this many nanoseconds before reading is not cached: file systems
+count time in ticks of up to two seconds, so it may change again without a new modification time."""
 _KEPT = 2000
 _HEX = hashlib.sha256().digest_size * 2
 
 
 def file_hashes(paths: Sequence[Path]) -> dict[Path, str]:
-    """SHA-256 of every byte of files, in hexadecimal.
+    """SHA-256 of the content of files, in hexadecimal.
 
-    A hash is taken from the cache if place, size, device, inode and both times are those it was made at. The
-    time of the last change of the inode (``ctime``) cannot be set back, as that of the content can.
+    A cached hash is used if path, size, device, inode, ``mtime`` and ``ctime`` are those that it was computed at.
+    Unlike
+    ``mtime``, the time of the last change of the inode (``ctime``) cannot be set back.
 
     Raises:
         OSError: a file cannot be read.
     """
     known = read_cache(CACHE) if paths else {}
-    with ThreadPoolExecutor(os.cpu_count()) as pool:  # hashing runs beside Python
+    with ThreadPoolExecutor(os.cpu_count()) as pool:  # hashing releases the GIL
         found = list(pool.map(lambda path: _hashed(path, known), paths))
     made = {str(path.resolve()): kept for path, (_, kept) in zip(paths, found, strict=True) if kept is not None}
-    if made:  # what others have written meanwhile stays; what is lost is only hashed again
+    if made:  # entries written by others meanwhile are kept; a lost one is only computed again
         write_cache(CACHE, dict([*{**read_cache(CACHE), **made}.items()][-_KEPT:]))
     return {path: digest for path, (digest, _) in zip(paths, found, strict=True)}
 
 
 def _hashed(path: Path, known: dict[str, Any]) -> tuple[str, list[int | str] | None]:
-    """The hash, and what to keep of it: nothing if it is kept already, or if the file is not settled."""
+    """The hash, and the entry to cache; None if it is cached already, or the file was modified too recently."""
     with path.open("rb") as file:
         state = _state(file.fileno())
         match known.get(str(path.resolve())):

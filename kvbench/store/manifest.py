@@ -1,4 +1,4 @@
-"""``run.json`` as typed records: what a folder was asked for, and what is known of tasks, models and machine."""
+"""``run.json`` as typed records: what was requested, and what is known of tasks, models and machine."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from kvbench.parsing import parse_json
 from kvbench.store.records import Cell
 
 PROFILE = "profile"
-"""The task and the protocol of a profile, and the kind of its entry."""
+"""Name of the task and of the protocol of a profile, and the kind of its entry."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,13 +21,13 @@ class TaskInfo:
 
     Attributes:
         kind: ``lm``, ``recall``, ``online`` or ``generation``.
-        answers: its targets are answers, of which accuracy is reported.
-        version: of the task.
+        answers: whether its targets are answers, for which accuracy is reported.
+        version: version of the task.
         signature: how its documents were cut and read.
-        seq_len: tokens of a sequence, None where they differ; ``new_tokens`` to write after it, if any.
-        documents: their ids, in order; ``lengths`` their tokens.
-        skipped_documents: too short or too long for the protocol; ``dropped_tokens`` those that no sequence holds.
-        tokens: sum of the lengths.
+        seq_len: tokens per sequence, None if they differ; ``new_tokens``: tokens to generate after it, if any.
+        documents: their ids, in order; ``lengths``: their numbers of tokens.
+        skipped_documents: number of documents too short or too long for the protocol.
+        dropped_tokens: number of tokens that are in no sequence; ``tokens``: sum of the lengths.
     """
 
     kind: str
@@ -48,8 +48,8 @@ class ProfileInfo:
     """What all cells of a profile share.
 
     Attributes:
-        repeats: processes that were asked for.
-        notes: what the model's name does not say, such as that its weights are random.
+        repeats: number of processes requested.
+        notes: remarks on the model that its name does not tell, such as that its weights are random.
         device: where it was measured.
         budget: bytes within which the largest batch is searched for.
         signature: fill, precision, device, threads and attention kernel.
@@ -66,13 +66,13 @@ class ProfileInfo:
 
 @dataclass(frozen=True, kw_only=True)
 class Machine:
-    """The model on the machine that profiles it.
+    """The machine of a profile, and the sizes of the model on it.
 
     Attributes:
-        notes: as of a profile; ``mark`` what is appended to the attention kernel in signatures.
-        probe: facts that a probe of the model has shown, by name.
-        weights: bytes of the weights; ``entry`` of one cache entry, all layers, one row.
-        threads: CPU threads.
+        notes: as in :class:`ProfileInfo`; ``mark``: text appended to the attention kernel in signatures.
+        probe: what a probe of the model has found, by name.
+        weights: bytes of the weights; ``entry``: bytes of one cache entry of one row, over all layers.
+        threads: number of CPU threads.
         device_name, device_bytes: name and memory of the GPU; None on a CPU.
     """
 
@@ -93,14 +93,14 @@ class Manifest:
     """The content of ``run.json``.
 
     Attributes:
-        content: hash of what is asked for.
+        content: hash of the request.
         started, finished: ISO times; ``finished`` is None until every cell is complete.
         command: the command line.
         limit: documents per task, or repeats of a profile; 0 for all.
         sources: task -> where its documents come from.
         tasks: setting (:attr:`Cell.setting`) -> its task; ``profiles`` likewise.
-        probes: model -> what a probe of it has shown.
-        machine: of a profile.
+        probes: model -> what a probe of it has found.
+        machine: the machine of a profile; None for a run.
         environment: versions of packages, processor, commit (:mod:`kvbench.environment`).
         cells: in the order of the plan.
     """
@@ -128,7 +128,7 @@ class Manifest:
         raw = parse_json(text)
         if not isinstance(raw, dict) or not {"cells", "tasks", "content"} <= set(raw):
             raise ValueError("it lacks what a run has")
-        from pydantic import TypeAdapter, ValidationError  # late: on a GPU, models are timed without it
+        from pydantic import TypeAdapter, ValidationError  # imported late: timing on a GPU does not need it
 
         try:
             infos = TypeAdapter(dict[str, dict[str, Any]]).validate_python(raw["tasks"])
@@ -150,16 +150,16 @@ class Manifest:
         return json.dumps(content, indent=1, ensure_ascii=False) + "\n"
 
     def describes(self, content: str, limit: int) -> bool:
-        """Whether this is of a run of that content and limit."""
+        """Whether this describes a run of that content and limit."""
         return (self.content, self.limit) == (content, limit)
 
     @property
     def knows_models(self) -> bool:
-        """Whether the models of the run were probed when it was measured, or are only timed."""
+        """Whether the results of a probe are recorded for every model that is not only profiled."""
         return {cell.model for cell in self.cells if not cell.is_profile} <= set(self.probes)
 
     def signature_of(self, setting: str) -> str | None:
-        """The signature that records of a setting were made under; None if none were."""
+        """The signature of the records of a setting; None if there are none."""
         info = self.tasks.get(setting)
         return info.signature if info else None
 

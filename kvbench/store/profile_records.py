@@ -1,4 +1,4 @@
-"""What profiling records: one timed request, one memory pass, one probe of a batch size."""
+"""Record types of profiling: one timed request, one memory pass, one probe of a batch size, the end of a search."""
 
 from __future__ import annotations
 
@@ -6,19 +6,19 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 FULL, AGAIN, STOCK = "full", "full-again", "full-dynamic"
-"""The baseline, its twin that shows the noise, and the same in the cache of transformers."""
+"""The full cache; the same measured again, which shows the noise; and the full cache of transformers."""
 
 
 class Spans(Protocol):
-    """The spans of one request."""
+    """The time spans of one request."""
 
     @property
     def gaps(self) -> tuple[float, ...]:
-        """Seconds between one new token and the next; the first token is in none of them."""
+        """Seconds between consecutive tokens; the time to the first token is not among them."""
 
     @property
     def prefill_s(self) -> float | None:
-        """Seconds from the prompt on the device to the logits of its last token; None where none was read."""
+        """Seconds from the prompt on the device to the logits of its last token; None if no prompt was read."""
 
     @property
     def tpot_s(self) -> float:
@@ -26,7 +26,7 @@ class Spans(Protocol):
 
 
 class Rates:
-    """What follows from the spans of one request: the one definition, on the clock and in reports."""
+    """Rates of one request, computed from its time spans; used by clocks and by reports."""
 
     @property
     def tpot_s(self: Spans) -> float:
@@ -34,11 +34,11 @@ class Rates:
         return sum(self.gaps) / len(self.gaps)
 
     def decode_tok_s(self: Spans, batch: int) -> float:
-        """Tokens written per second of decoding, in the whole batch; the first of each is not counted."""
+        """Tokens generated per second of decoding, in the whole batch; the first of each row is not counted."""
         return batch / self.tpot_s
 
     def prefill_tok_s(self: Spans, prompt: int, batch: int) -> float | None:
-        """Prompt tokens read per second, in the whole batch; None where none was read."""
+        """Prompt tokens read per second, in the whole batch; None if no prompt was read."""
         return prompt * batch / self.prefill_s if self.prefill_s else None
 
 
@@ -47,18 +47,18 @@ class TimingRecord(Rates):
     """One request that was timed.
 
     Attributes:
-        repeat: number of the process; ``round`` the place within it. Records of different cells with
-            equal repeat and round were taken in turn and are compared in pairs.
-        warmup: taken to warm up, and in no statistic.
-        prefill_s, compress_s, ttft_s: seconds (see :class:`kvbench.profiling.clock.Timeline`); None where
+        repeat: index of the process; ``round``: index of the request within it. Records of different cells with
+            equal repeat and round were timed in turn and are compared in pairs.
+        warmup: whether it is a warm-up request, which no statistic includes.
+        prefill_s, compress_s, ttft_s: seconds (see :class:`kvbench.profiling.clock.Timeline`); None if
             the cache was filled instead of read.
-        gaps: seconds between one new token and the next.
-        wall_s: seconds by the clock on the wall, the device waited for.
-        raw: tokens of the prompt; ``held`` the entries when it had been read.
-        entries: mean over the steps of the entries in the cache, dead ones that wait for reuse included.
-        read_bytes: bytes of weights that a step reads; ``entry_bytes`` of one entry, all layers and rows.
-        bandwidth: bytes per second that this machine copies, read and written counted; None but in the
-            first record of a process.
+        gaps: seconds between consecutive tokens.
+        wall_s: wall-clock seconds, synchronised with the device.
+        raw: tokens of the prompt; ``held``: entries held after prefill.
+        entries: mean over decoding steps of the entries in the cache, including dead ones not overwritten yet.
+        read_bytes: bytes of weights that a step reads; ``entry_bytes``: bytes of one entry, over all layers and rows.
+        bandwidth: bytes per second that this machine copies, read and written both counted; None except in
+            the first timed record of a process.
     """
 
     repeat: int
@@ -88,17 +88,17 @@ class TimingRecord(Rates):
 
 @dataclass(frozen=True)
 class MemoryRecord:
-    """The bytes that one request took, measured in a pass and a process of their own.
+    """The bytes that one request used, measured in a pass and a process of their own.
 
     Attributes:
-        weights: of model and adapter.
-        prefill_peak, decode_peak: the most allocated beyond the weights while the prompt was read and while
-            text was written; the first is None where the cache was filled instead.
-        kv_logical, kv_physical, kv_full: entries held x bytes per entry, distinct storages alive, and what
-            all tokens of the prompt would take: when the prompt had been read.
-        kv_logical_end, kv_physical_end: the same when the last token had been written.
-        held, raw, entries_peak: entries then, tokens of the prompt, the most entries ever held.
-        rss_peak: the most of the process that was ever in main memory.
+        weights: bytes of model and adapter.
+        prefill_peak, decode_peak: peak bytes allocated beyond the weights during prefill and during decoding;
+            the first is None if the cache was filled instead of read.
+        kv_logical, kv_physical, kv_full: bytes of the cache after prefill: entries held x bytes per entry,
+            distinct storages alive, and what all tokens of the prompt would take.
+        kv_logical_end, kv_physical_end: the same after the last token was generated.
+        held, raw, entries_peak: entries held after prefill, tokens of the prompt, the most entries ever held.
+        rss_peak: peak resident memory of the process, in bytes.
         allocator: what reported the peaks.
     """
 
@@ -121,7 +121,7 @@ class MemoryRecord:
 
 @dataclass(frozen=True)
 class ProbeRecord:
-    """Whether one request of a batch size fits in the memory budget."""
+    """Whether one request of a batch size fits in the memory budget; ``needed``: bytes that it takes."""
 
     batch: int
     fits: bool
@@ -136,7 +136,7 @@ class ProbeRecord:
 
 @dataclass(frozen=True)
 class SearchRecord:
-    """The end of a search: the largest batch that fits, 0 if not even one row does."""
+    """The result of a search: the largest batch that fits, 0 if not even one row does."""
 
     batch: int
     kind: str = "search"
@@ -147,10 +147,10 @@ ProfileRecord = TimingRecord | MemoryRecord | ProbeRecord | SearchRecord
 
 
 def load_profile_record(raw: dict[str, Any]) -> ProfileRecord:
-    """From what ``dataclasses.asdict`` made of it.
+    """Create a record from the output of ``dataclasses.asdict``.
 
     Raises:
-        TypeError, KeyError: something is missing, or too much.
+        TypeError, KeyError: a field is missing or unknown.
     """
     if raw["kind"] == "time":
         return TimingRecord(**{**raw, "gaps": tuple(raw["gaps"])})

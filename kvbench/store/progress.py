@@ -1,4 +1,4 @@
-"""Which documents are on disk, read as the files grow."""
+"""Tracks which documents are on disk, reading only what has been appended since."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ class _Seen:
 
 
 class RunProgress:
-    """The documents that cells have records of; what was read once is not read again.
+    """The documents that cells have records of; what has been read is not read again.
 
     Other processes may append meanwhile.
     """
@@ -27,16 +27,16 @@ class RunProgress:
         self.seen: dict[str, _Seen] = {}
 
     def documents(self, cell: Cell) -> set[str]:
-        """The documents of a cell, as of now.
+        """The documents of a cell that are on disk now.
 
         Raises:
-            ValueError, KeyError, TypeError: a line is no record.
+            ValueError, KeyError, TypeError: a line is not a record.
         """
         seen = self.seen.setdefault(cell.key, _Seen())
         path = self.folder.cell_folder(cell) / RECORDS
         state = path.stat() if path.exists() else None
         size, file = (state.st_size, state.st_ino) if state else (0, seen.file)
-        if size < seen.read or (seen.read and file != seen.file):  # rewritten: some could not be compared
+        if size < seen.read or (seen.read and file != seen.file):  # rewritten without incomparable records
             seen = self.seen[cell.key] = _Seen()
         seen.file = file
         if size == seen.read:

@@ -1,4 +1,4 @@
-"""The record types: all that measuring and reporting share."""
+"""The record types that measuring and reporting share."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from typing import Any, ClassVar
 SCHEMA = 1
 
 HUMAN = "human"
-"""The method of the cell that holds the authors' own texts."""
+"""Method name of the cell that holds the human texts."""
 ITSELF = "itself"
-"""The scorer of texts that is the model which wrote them, uncompressed."""
+"""Name of the scorer if the model that generated the texts scores them itself, uncompressed."""
 
 
 @dataclass(frozen=True)
@@ -22,16 +22,16 @@ class Cell:
     """One cell of the plan: a model, a method at a ratio, a task under a protocol.
 
     Attributes:
-        ratio_asked: as text, such as ``0.7``; None for methods that take none.
+        ratio_asked: requested ratio as text, such as ``0.7``; None for methods without one.
         position_rule: ``absolute``, or ``shared`` where a sentinel repeats its predecessor's position.
-        role: ``method``, ``baseline`` or ``control``.
+        role: ``method``, ``baseline``, ``control``, or ``reference`` (compared with, but not shown).
         options: resolved options of method and protocol.
         adapter: folder of the adapter, None if the method has none.
-        adapter_hash: of the adapter's files.
-        removes: the method makes the cache smaller; otherwise it saves computation, or shows quality only.
-        version: of the method's rule; in the key above 1, so that the keys of all others are what they were.
-        note: what rows say behind the name of the method.
-        variant: options that the method was asked for with, apart from others, such as ``window=16``.
+        adapter_hash: hash of the adapter's files.
+        removes: whether the method makes the cache smaller; otherwise it saves computation, or shows quality only.
+        version: version of the method's rule; part of the key if above 1, so that older keys stay valid.
+        note: remark that rows show after the name of the method.
+        variant: the method's own options that change a value, such as ``window=16``.
     """
 
     model: str
@@ -56,16 +56,16 @@ class Cell:
     version: int = 1
     note: str = ""
     variant: str = ""
-    __pydantic_config__: ClassVar[dict[str, str]] = {"extra": "forbid"}  # a key is of all that a cell says
+    __pydantic_config__: ClassVar[dict[str, str]] = {"extra": "forbid"}  # unknown fields would not be in the key
 
     @cached_property
     def key(self) -> str:
-        """Content key: equal for equal measurements, whatever the command or the limit."""
+        """Content key: a hash that is equal for equal measurements, whatever the command or the limit."""
         return self._hash({"version": self.version} if self.version > 1 else {})
 
     @cached_property
     def request(self) -> str:
-        """Equal for equal requests: the key without the version of the method."""
+        """Hash that is equal for equal requests: the key without the version of the method."""
         return self._hash({})
 
     def _hash(self, more: dict[str, int]) -> str:
@@ -83,23 +83,23 @@ class Cell:
 
     @property
     def name(self) -> str:
-        """The method as it was asked for: ``snapkv``, or ``snapkv:window=16``."""
+        """The method as requested: ``snapkv``, or ``snapkv:window=16``."""
         return f"{self.method}:{self.variant}" if self.variant else self.method
 
     @property
     def workload(self) -> str:
-        """What is cut once: the task, and which question of it is asked where that is another than its first."""
+        """The task, with its question if that is not the default; documents are cut once per workload."""
         question = self.options.get("question")
         return self.task if question is None else f"{self.task}:{question}"
 
     @property
     def setting(self) -> str:
-        """What is measured under the same: task, question, model and seed. Cells are compared within it."""
+        """Task, question, model and seed; cells are compared within a setting."""
         return f"{self.workload}@{self.model}#{self.seed}"
 
     @property
     def writes(self) -> bool:
-        """Whether its records are texts."""
+        """Whether its records are generated texts."""
         return self.protocol == "generate"
 
     @property
@@ -109,7 +109,7 @@ class Cell:
 
     @property
     def label(self) -> str:
-        """For people: ``sentinel 0.7 on minidocs``."""
+        """Name of the cell in messages, such as ``sentinel 0.7 on minidocs``."""
         ratio = f" {self.ratio_asked}" if self.ratio_asked is not None else ""
         if self.is_profile:
             return f"{self.name}{ratio} at {self.options['seq_len']} x {self.options['batch_size']}"
@@ -122,24 +122,24 @@ class DocumentRecord:
 
     Attributes:
         group: unit of resampling.
-        pieces: blocks, passages or prefixes.
-        dropped: tokens of the document that no piece holds.
-        tokens: scored tokens; ``n_bytes`` their UTF-8 bytes.
-        nll: sum in nats.
-        hits: targets that were the most probable token.
-        correct: pieces whose targets were all the most probable token.
-        kl: sum of KL(full || method) over targets, None for ``full`` or where ``full`` failed.
+        pieces: number of blocks, passages or prefixes.
+        dropped: number of tokens of the document that are in no piece.
+        tokens: number of scored tokens (targets); ``n_bytes``: their UTF-8 bytes.
+        nll: negative log-likelihood of the targets, in nats.
+        hits: number of targets that were the most probable token.
+        correct: number of pieces whose targets were all the most probable token.
+        kl: sum of KL(full || method) over targets, None for ``full`` or if ``full`` failed.
         kl_bins: counts of per-token KL in logarithmic bins.
-        top1: targets where the most probable token is the full cache's.
-        raw: text tokens read when the cache was looked at; ``held`` the entries it had then.
+        top1: number of targets where the most probable token is that of the full cache.
+        raw: text tokens of the context; ``held``: entries held after it was read.
         visible: sum over ``queries`` of entries visible / text tokens before.
         peak: the most entries ever held in a piece.
         kv_logical, kv_physical, kv_full: bytes of the cache, summed over pieces.
-        bin: what results are also reported by.
-        seconds: time of the batches, shared out by tokens.
-        by_distance: scored tokens, their nll, and what they cost more than with the full cache, by
-            their distance from the last place where entries were replaced (the least of each bin).
-        by_position: the same by the text tokens before the target.
+        bin: key by which results are also reported separately.
+        seconds: time of the batches, divided among their rows.
+        by_distance: number of targets, their nll, and their nll minus that with the full cache, by their
+            distance from the last place where entries were replaced (lower edge of each bin).
+        by_position: the same by the number of text tokens before the target.
     """
 
     document: str
@@ -174,28 +174,28 @@ class DocumentRecord:
 
     @classmethod
     def load(cls, raw: dict[str, Any]) -> DocumentRecord:
-        """From what ``dataclasses.asdict`` made of it.
+        """Restore a record from the output of ``dataclasses.asdict``.
 
         Raises:
-            TypeError: something is missing, or too much.
+            TypeError: a field is missing or unknown.
         """
         return cls(**raw)
 
 
 @dataclass(frozen=True)
 class Output:
-    """One text that was written after a prefix.
+    """One text that was generated after a prefix.
 
     Attributes:
-        decode: ``nucleus``, ``greedy``, or for people ``human`` (the reference) and ``after`` (what
+        decode: ``nucleus``, ``greedy``, or for human texts ``human`` (the reference) and ``after`` (what
             the author wrote after it).
-        draw: number among the outputs of its kind.
-        ids: the tokens written, the end token left out; ``text`` what they say.
-        ended: the model ended the text before the last token.
+        draw: index among the outputs of its kind.
+        ids: the generated tokens, without the end token; ``text``: the text that they decode to.
+        ended: whether the model ended the text before the maximum length.
         nll: nats of the text given the prefix under the scorer, over ``nll_tokens`` of its tokens; None
-            if no scorer was asked for.
-        vector: the text's sentence embedding, half precision in base64; None if none was asked for.
-        features: likewise, for MAUVE, where they are not the sentence embedding.
+            if no scorer was requested.
+        vector: the text's sentence embedding, half precision in base64; None if not requested.
+        features: the same for MAUVE, if it does not use the sentence embedding.
     """
 
     decode: str
@@ -211,17 +211,17 @@ class Output:
 
 @dataclass(frozen=True)
 class GenerationRecord:
-    """What was written after one document's prefix under one cell.
+    """The texts that were generated after one document's prefix under one cell.
 
     Attributes:
         group: unit of resampling.
         outputs: the texts.
-        raw: text tokens of the prefix; ``held`` the entries of the cache when it had been read.
-        visible: sum over the ``queries`` that wrote a token of entries visible / text tokens before.
+        raw: text tokens of the prefix; ``held``: entries held after it was read.
+        visible: sum of entries visible / text tokens before, over the ``queries`` that chose a token.
         peak: the most entries ever held.
-        kv_logical, kv_physical, kv_full: bytes of the cache when the prefix had been read.
-        seconds: time of the batch, shared out by documents.
-        prefix: the prefix as text, in the record of the people's texts only.
+        kv_logical, kv_physical, kv_full: bytes of the cache after the prefix was read.
+        seconds: time of the batch, divided among its documents.
+        prefix: text of the prefix; only in the record of the human texts.
         prefix_ids, prefix_vector: its tokens and its sentence embedding, likewise.
     """
 
@@ -248,10 +248,10 @@ class GenerationRecord:
 
     @classmethod
     def load(cls, raw: dict[str, Any]) -> GenerationRecord:
-        """From what ``dataclasses.asdict`` made of it.
+        """Restore a record from the output of ``dataclasses.asdict``.
 
         Raises:
-            TypeError, KeyError: something is missing, or too much.
+            TypeError, KeyError: a field is missing or unknown.
         """
         outputs = tuple(Output(**{**output, "ids": tuple(output["ids"])}) for output in raw["outputs"])
         return cls(**{**raw, "outputs": outputs, "prefix_ids": tuple(raw.get("prefix_ids", ()))})
@@ -266,7 +266,7 @@ class Failure:
     """Why a cell could not be finished.
 
     Attributes:
-        left_out: the method cannot do this at all, and a grid goes without it: no fault.
+        left_out: whether the cell is infeasible, and left out of a sweep, which is not an error.
     """
 
     cell: str
@@ -281,10 +281,10 @@ class Failure:
 
 @dataclass(frozen=True)
 class Row:
-    """One number with its recipe and its uncertainty: a row of ``results.json``.
+    """One number with its uncertainty and its settings: a row of ``results.json``.
 
-    ``value``, ``ci_low``, ``ci_high`` and the deltas are in the metric's own unit; what does not
-    apply is None. ``p_value`` is Holm-adjusted within (task, metric).
+    ``value``, ``ci_low``, ``ci_high`` and the deltas are in the metric's own unit; fields that do not
+    apply are None. ``p_value`` is Holm-adjusted within (task, metric).
     """
 
     task: str
@@ -314,14 +314,14 @@ class Row:
 
     @property
     def name(self) -> str:
-        """The method as it was asked for: ``snapkv``, or ``snapkv:window=16``."""
+        """The method as requested: ``snapkv``, or ``snapkv:window=16``."""
         variant = self.params.get("variant")
         return f"{self.method}:{variant}" if variant else self.method
 
 
 @dataclass(frozen=True)
 class Results:
-    """The document of the JSON contract."""
+    """The content of ``results.json``, which ``--json`` prints."""
 
     run: str
     ok: bool

@@ -213,7 +213,7 @@ def test_protocols_and_executions(work: Path, arguments: list[str]) -> None:
     text = "The mill by the old bridge had nine flat stones, and an otter kept them. " * 80
     (work / "long.jsonl").write_text("".join(json.dumps({"text": f"{i} {text}"}) + "\n" for i in range(3)))
     found = kvbench("run", "--method", "sentinel", "--ratio", "0.7", "--task", "books", "--data", "long.jsonl",
-                    *arguments, "--limit", "2", "--json", "--out", "-".join(arguments).strip("-"), cwd=work)
+                    *arguments, "--limit", "1", "--json", "--out", "-".join(arguments).strip("-"), cwd=work)
     assert found.code == 0, found.err
     for row in rows(found, metric="ppl"):
         assert row["removal"] == ("masked" if "onepass" in arguments else "real")

@@ -20,7 +20,7 @@ from kvbench.errors import UserError
 from kvbench.execution import executors
 from kvbench.execution.executors import Ended, participate
 from kvbench.execution.job import Job
-from kvbench.execution.shards import ShardLocks, parts_of
+from kvbench.execution.shards import ShardLocks, split_into_shards
 from kvbench.store.folder import RECORDS, RUN, RunFolder
 from kvbench.store.manifest import TaskInfo
 from kvbench.store.progress import RunProgress
@@ -301,7 +301,7 @@ def test_parts_hold_every_document_once(count: int, methods: int) -> None:
     info = TaskInfo(
         kind="lm", signature="s", seq_len=8, documents=tuple(documents), lengths=(3,) * count
     )
-    parts = parts_of(cells, {CELL.task: info})
+    parts = split_into_shards(cells, {CELL.task: info})
     assert [name for part in parts for name in part.documents] == documents
     assert len({part.name for part in parts}) == len(parts)
     assert sum(part.tokens for part in parts) == 3 * count * methods

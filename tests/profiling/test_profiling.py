@@ -22,16 +22,16 @@ from kvbench.inference.reader import Reader
 from kvbench.methods import METHODS, LayoutMethod, TextStructure, make_layout, make_method
 from kvbench.models.adapter import Adapter, AdapterCard
 from kvbench.models.random_models import SHAPES, make_shape
+from kvbench.parsing import bytes_of, parse_bytes
 from kvbench.profiling.bandwidth import copy_bandwidth
 from kvbench.profiling.bench import Bench
 from kvbench.profiling.clock import Stopwatch, Timeline, clock_of
-from kvbench.profiling.largest_batch import COARSE, largest
+from kvbench.profiling.largest_batch import COARSE, find_largest_batch
 from kvbench.profiling.memory import CpuMemory, Sizes, memory_of, read_bytes, sizes_of, weights_bytes
 from kvbench.profiling.passes import measure_memory, time_request
 from kvbench.profiling.request import SessionRequest, StockRequest, cache_bytes
 from kvbench.profiling.worker import is_out_of_memory
 from kvbench.statistics import fitted_slope, repeat_interval
-from kvbench.units import bytes_of, parse_bytes
 from tests.helpers.models import VOCABULARY, adapter_for, small_config, small_model
 from tests.helpers.sessions import layout_method, read_all, texts
 
@@ -136,14 +136,14 @@ def test_the_largest_batch_is_found_to_one_in_sixteen(true: int, guess: int) -> 
         asked.append(batch)
         return batch <= true
 
-    found = largest(fits, lambda: guess)
+    found = find_largest_batch(fits, lambda: guess)
     assert found <= true < found + max(1, found // COARSE) + 1
     assert len(asked) == len(set(asked)) < 30
 
 
 def test_no_batch_beyond_the_most_is_tried() -> None:
-    assert largest(lambda batch: batch <= 100, most=64) >= 60
-    assert 38 <= largest(lambda _: True, most=40) <= 40
+    assert find_largest_batch(lambda batch: batch <= 100, most=64) >= 60
+    assert 38 <= find_largest_batch(lambda _: True, most=40) <= 40
 
 
 @pytest.mark.parametrize(("text", "size"), [

@@ -82,11 +82,12 @@ def test_results_refuse_nan() -> None:
 
 COMMAND = ["run", "--method", "sinks", "--method", "window", "--ratio", "0.5", "--task", "minidocs",
            "--data", "docs.jsonl", "--json", "--set", "block=64"]
+DOCUMENTS = 24  # three shards
 
 
 @pytest.fixture
 def documents(tmp_path: Path) -> Path:
-    lines = [json.dumps({"id": f"d{i}", "text": f"Number {i}. " + TEXT * (6 + i % 5)}) for i in range(40)]
+    lines = [json.dumps({"id": f"d{i}", "text": f"Number {i}. " + TEXT * (6 + i % 5)}) for i in range(DOCUMENTS)]
     (tmp_path / "docs.jsonl").write_text("\n".join(lines) + "\n")
     return tmp_path
 
@@ -106,7 +107,7 @@ def test_killed_at_any_moment_and_continued_equals_uninterrupted(documents: Path
     whole = kvbench(*command, "--out", "whole", cwd=documents)
     assert whole.code == 0, whole.err
     environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
-    patience = 40  # records on disk when the process is killed
+    patience = DOCUMENTS  # records on disk when the process is killed
     victim = subprocess.Popen(
         [sys.executable, "-m", "kvbench", *command, "--out", "killed"], cwd=documents, env=environment,
         stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True,
@@ -124,7 +125,7 @@ def test_killed_at_any_moment_and_continued_equals_uninterrupted(documents: Path
     assert values(continued) == pytest.approx(values(whole), rel=1e-6, abs=1e-9)
     for path in (documents / "killed").glob("cells/*/records.jsonl"):
         names = [json.loads(line)["document"] for line in path.read_text().splitlines()]
-        assert len(set(names)) == len(names) == 40
+        assert len(set(names)) == len(names) == DOCUMENTS
 
 
 @pytest.mark.heavy

@@ -1,1 +1,1 @@
-"""Rows to figures."""
+"""Figures drawn from rows of results."""

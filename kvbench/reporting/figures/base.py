@@ -1,5 +1,4 @@
-"""Figures in the style of a paper, with bands, as PNG and PDF: what all of them share, and the
-first one, a metric against removal."""
+"""Shared code of the figures (styles, panels, saving as PNG and PDF), and the figure of a metric against removal."""
 
 from __future__ import annotations
 
@@ -35,11 +34,11 @@ _STYLES = {
     "human": ("#882255", "_", "-."), "full-again": ("0.6", "_", ":"), "full-dynamic": ("#882255", "1", "--"),
 }
 _LINES = ("full", "adapted", "none", "human")
-"""What takes no ratio, drawn as a horizontal line."""
+"""Methods without a ratio, drawn as horizontal lines."""
 _SPARE = ("#332288", ".", "-.")
 _MARKERS, _DASHES = "os^vDPX*hp<>8d", ("--", "-.", ":")
 _FEW = 7
-"""Lines that a legend inside a panel has room for."""
+"""Maximum number of lines in a legend inside a panel."""
 SETTINGS: dict[Any, Any] = {
     "font.size": 9, "axes.spines.top": False, "axes.spines.right": False, "pdf.fonttype": 42,
     "ps.fonttype": 42, "legend.frameon": False, "axes.grid": True, "grid.alpha": 0.25,
@@ -49,7 +48,7 @@ Panel = Callable[[Axes, list[Row]], None]
 
 
 def style_of(method: str) -> dict[str, Any]:
-    """Colour, marker and line of a method: the same in every figure. Variants have the colour of their method."""
+    """Colour, marker and line of a method, the same in every figure; variants share the colour of their method."""
     name, _, variant = method.partition(" ")[0].partition(":")
     colour, marker, line = _STYLES.get(name, _SPARE)
     if variant:
@@ -59,7 +58,7 @@ def style_of(method: str) -> dict[str, Any]:
 
 
 def draw(rows: Sequence[Row], panel: Panel, folder: Path, name: str) -> list[Path]:
-    """One panel per task (and model, and seed), side by side, written as PNG and PDF.
+    """Draw one panel per task, model and seed, side by side, and save them as PNG and PDF.
 
     Returns:
         The files written; none if there are no rows.
@@ -84,7 +83,7 @@ def draw(rows: Sequence[Row], panel: Panel, folder: Path, name: str) -> list[Pat
 
 
 def _legend(figure: Figure, places: Sequence[Axes]) -> None:
-    """In every panel, or below all of them where there are too many lines for that."""
+    """Add a legend to every panel, or one below all of them if there are too many lines."""
     found: dict[str, Any] = {}
     most = 0
     for place in places:
@@ -106,7 +105,7 @@ def _legend(figure: Figure, places: Sequence[Axes]) -> None:
 
 
 def save(figure: Figure, folder: Path, name: str) -> list[Path]:
-    """Write a figure as PDF with its fonts, and as PNG with a palette of its colours: a third of the bytes."""
+    """Save a figure as PDF with embedded fonts, and as PNG with a colour palette, which takes a third of the bytes."""
     folder.mkdir(parents=True, exist_ok=True)
     picture, page = (folder / f"{name}.{ending}" for ending in ("png", "pdf"))
     figure.savefig(page)
@@ -120,7 +119,7 @@ def save(figure: Figure, folder: Path, name: str) -> list[Path]:
 def curve(
     panel: Axes, method: str, x: list[float], rows: list[Row], scale: float = 1.0, label: str | None = None
 ) -> None:
-    """Values of a method over ``x`` with their intervals: a band, or a bar where there is one point."""
+    """Plot values of a method over ``x`` with their intervals: a band, or an error bar if there is only one point."""
     style = style_of(method) | {"label": label or method}
     y = [scale * (r.value or 0.0) for r in rows]
     low = [v if r.ci_low is None else scale * r.ci_low for v, r in zip(y, rows, strict=True)]
@@ -134,7 +133,7 @@ def curve(
 
 
 def log_scale(panel: Axes, values: Sequence[float | None]) -> None:
-    """A logarithmic y-axis with plain numbers, where values differ by more than a factor of two."""
+    """Use a logarithmic y-axis with plain numbers if values differ by more than a factor of two."""
     present = [v for v in values if v]
     if present and min(present) > 0 and max(present) > 2 * min(present):
         panel.set_yscale("log")
@@ -149,9 +148,9 @@ def methods_of(rows: Sequence[Row], without: Sequence[str] = ()) -> list[str]:
 
 
 def removal_figure(rows: list[Row], metric: str, folder: Path, metric_label: str) -> list[Path]:
-    """A metric against the mean share of entries removed.
+    """Draw a metric against the mean fraction of entries removed.
 
-    Methods that fill their budget differently see different shares of the text at one asked
+    Methods that fill their budget differently see different fractions of the text at the same requested
     ratio, so the x-axis is ``ratio_mean``: 1 - entries visible / text tokens before.
     """
     chosen = [r for r in rows if r.metric == metric and r.params.get("bin") is None and r.value is not None]

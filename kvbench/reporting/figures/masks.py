@@ -1,4 +1,4 @@
-"""The mask of every method as a picture: which earlier entries each token sees."""
+"""Figure of the attention masks of methods: which earlier entries each token sees."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ from matplotlib.patches import Patch
 from kvbench.reporting.figures.base import SETTINGS, save
 
 _COLOURS = ("#FFFFFF", "#56B4E9", "#D55E00", "0.25")
-"""Not seen; a token of the text; an entry that stands for others; the token itself. Their lightness differs, so
-that they are told apart in grey."""
+"""Colours of: not seen; a text token; an entry that stands for others; the token itself. They differ in lightness,
+so that they can be told apart in greyscale."""
 _ACROSS = 5
 
 
 def mask_figure(masks: dict[str, Any], chosen: Sequence[str], folder: Path) -> list[Path]:
-    """One panel per method, rows are queries and columns entries.
+    """Draw one panel per method; rows are queries, columns are entries.
 
     Args:
-        masks: method and ratio -> mask, as the run folder keeps them.
-        chosen: which of them, in order.
+        masks: method and ratio -> mask, as stored in the run folder.
+        chosen: which of them to draw, in order.
 
     Returns:
         The files written; none if there is nothing to draw.

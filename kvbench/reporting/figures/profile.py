@@ -1,4 +1,5 @@
-"""Figures of a profile: speed and memory against length and batch, latency against throughput, the limit."""
+"""Figures of a profile: speed and memory by length and batch, latency and throughput, predicted and measured
+speed-up."""
 
 from __future__ import annotations
 
@@ -14,7 +15,7 @@ from kvbench.store.records import Row
 
 
 def profile_figures(rows: list[Row], folder: Path) -> list[Path]:
-    """All figures that the rows are enough for."""
+    """Draw all figures for which there are enough rows."""
     usual = [r for r in rows if r.protocol == "profile" and r.params["bin"] is None]
     found: list[Path] = []
     for axis, other in (("seq_len", "batch_size"), ("batch_size", "seq_len")):
@@ -24,7 +25,7 @@ def profile_figures(rows: list[Row], folder: Path) -> list[Path]:
 
 
 def _against(rows: list[Row], metric: str, axis: str, other: str, folder: Path) -> list[Path]:
-    """A metric over length or batch, at the largest of the other."""
+    """Draw a metric over length (or batch size), at the largest batch size (or length)."""
     chosen = [r for r in rows if r.metric == metric and r.params[axis] is not None]
     if len({r.params[axis] for r in chosen}) < (2 if axis == "batch_size" else 1):
         return []
@@ -46,7 +47,7 @@ def _against(rows: list[Row], metric: str, axis: str, other: str, folder: Path) 
 
 
 def _trade(rows: list[Row], folder: Path) -> list[Path]:
-    """Latency against throughput, a line over batches at the largest length."""
+    """Draw latency against throughput, one line over batch sizes per method, at the largest length."""
     chosen = [r for r in rows if r.metric in ("decode_tok_s", "tpot_s") and r.params["seq_len"] is not None]
     if len({r.params["batch_size"] for r in chosen}) < 2:
         return []
@@ -68,7 +69,7 @@ def _trade(rows: list[Row], folder: Path) -> list[Path]:
 
 
 def _predicted(rows: list[Row], folder: Path) -> list[Path]:
-    """Speed-up measured against the one that bytes predict."""
+    """Draw the measured speed-up against the one predicted from bytes."""
     chosen = [
         r for r in rows
         if r.metric in ("decode_speedup", "decode_speedup_predicted") and not r.name.startswith("full")
@@ -97,7 +98,7 @@ def _predicted(rows: list[Row], folder: Path) -> list[Path]:
 
 
 def _cost(rows: list[Row], folder: Path) -> list[Path]:
-    """Time per token against entries kept, and against tokens read, where three lengths were measured."""
+    """Draw time per token against entries kept, and against tokens read, if three lengths were measured."""
     chosen = [r for r in rows if r.metric == "tpot_s" and r.params["seq_len"] is not None]
     if len({r.params["seq_len"] for r in chosen}) < 3:
         return []

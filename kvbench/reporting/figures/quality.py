@@ -1,4 +1,4 @@
-"""Figures of what was asked and had, of quality against bytes, of memory over time, and of loss by place."""
+"""Figures of quality: realised against requested ratio, quality against bytes, memory over time, loss by position."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from kvbench.store.records import Row
 
 
 def asked_figures(rows: list[Row], folder: Path) -> list[Path]:
-    """Realised against asked ratio, and the share of earlier tokens that queries see at each ratio."""
+    """Draw realised against requested ratio, and the fraction of earlier tokens that queries see at each ratio."""
     chosen = [r for r in rows if r.metric == "nll" and r.params.get("bin") is None and r.ratio_asked is not None]
     if len({r.ratio_asked for r in chosen}) < 2:
         return []
@@ -52,7 +52,7 @@ def _style_at(method: str, ratio: float | None) -> dict[str, Any]:
 
 
 def memory_figure(rows: list[Row], folder: Path) -> list[Path]:
-    """Perplexity against peak KV memory, over time steps (after figure 10 of arXiv 2312.03414)."""
+    """Draw perplexity against peak KV memory, over time steps (after figure 10 of arXiv 2312.03414)."""
     chosen = [r for r in rows if r.metric == "ppl" and r.params.get("step") is not None and r.value is not None]
 
     def panel(place: Axes, mine: list[Row]) -> None:
@@ -81,8 +81,8 @@ def memory_figure(rows: list[Row], folder: Path) -> list[Path]:
 
 
 def position_figure(rows: list[Row], folder: Path) -> list[Path]:
-    """What a target costs more than with the full cache, by its place in the text; at the highest ratio of each
-    method, for the others would hide it."""
+    """Draw the loss above the full cache by position in the text, at the highest ratio of each method only, for
+    legibility."""
     chosen = [r for r in rows if str(r.params.get("bin")).startswith("position=") and r.delta is not None]
 
     def panel(place: Axes, mine: list[Row]) -> None:
@@ -101,21 +101,21 @@ def position_figure(rows: list[Row], folder: Path) -> list[Path]:
 
 
 def _as_delta(row: Row) -> Row:
-    """The row as its difference to the full cache, which itself is 0 away."""
+    """The row with its difference to the full cache in place of its value."""
     return replace(row, value=row.delta, ci_low=row.delta_ci_low, ci_high=row.delta_ci_high)
 
 
 MANY = 12
-"""Methods above which those that are never on the front are drawn in grey."""
+"""Number of methods above which those that are never on the Pareto front are drawn in grey."""
 _BEHIND: dict[str, Any] = {
     "color": "0.7", "linewidth": 0.8, "markersize": 3.5, "label": "others, never on the front", "linestyle": "-",
 }
 
 
 def pareto_figure(rows: list[Row], folder: Path) -> list[Path]:
-    """Quality against bytes, all methods and ratios, with the front of those that nothing beats in both.
+    """Draw quality against bytes for all methods and ratios, with the Pareto front.
 
-    Perplexity is drawn as the paired difference to the full cache: documents differ far more than methods do.
+    Perplexity is drawn as the paired difference to the full cache, since documents differ far more than methods do.
     """
     quality = {"ppl": "perplexity above that of the full cache (paired)", "accuracy": "recall accuracy"}
     whole = [r for r in rows if r.params.get("bin") is None and r.value is not None]
@@ -151,7 +151,7 @@ def pareto_figure(rows: list[Row], folder: Path) -> list[Path]:
                 place.plot(shares, [r.value or 0.0 for r in own], **style_of(method) | _BEHIND)
         top = 1.25 * (floors.get(_cell(mine[0])[:4]) or float("inf"))
         beyond = sorted({r.name for r in mine if (r.value or 0.0) > top})
-        if beyond:  # far worse than seeing nothing: named, and left out
+        if beyond:  # far worse than ``none``: named instead of drawn
             place.set_ylim(min([-0.05 * top, *(r.ci_low or 0.0 for r in mine)]), top)
             said = f"above: {', '.join(beyond)}"
             place.text(0.99, 0.98, said, transform=place.transAxes, ha="right", va="top", fontsize=7)
@@ -166,7 +166,7 @@ def _cell(row: Row) -> tuple[object, ...]:
 
 
 def distance_figure(rows: list[Row], folder: Path) -> list[Path]:
-    """What a target costs more than with the full cache, by its distance from the last summary."""
+    """Draw the loss above the full cache by distance from the last summary."""
     chosen = [r for r in rows if str(r.params.get("bin")).startswith("since=") and r.delta is not None]
 
     def panel(place: Axes, mine: list[Row]) -> None:

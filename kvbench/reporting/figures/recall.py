@@ -1,4 +1,4 @@
-"""Recall by distance: which methods still know what was said how long ago."""
+"""Figure of recall accuracy by distance from the stated number."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from kvbench.store.records import Row
 
 
 def recall_figure(rows: list[Row], folder: Path) -> list[Path]:
-    """Accuracy of every method and distance in numbers on grey, a panel per ratio; bold where the interval of the
+    """Draw a table of accuracy by method and distance on grey, one panel per ratio; bold if the interval of the
     difference to the full cache is below 0."""
     chosen = [
         r for r in rows if r.metric == "accuracy" and str(r.params.get("bin")).startswith("distance=")
@@ -39,7 +39,7 @@ def recall_figure(rows: list[Row], folder: Path) -> list[Path]:
 
 
 def _free(which: str, taken: set[str]) -> str:
-    """A name for the next figure of a question that no other has."""
+    """File name of the next figure of a question, unique among ``taken``."""
     name, number = f"recall-distance{which}", 2
     while name in taken:
         name, number = f"recall-distance{which}-{number}", number + 1

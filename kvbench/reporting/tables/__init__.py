@@ -1,1 +1,1 @@
-"""Rows to tables: terminal, Markdown, CSV, LaTeX."""
+"""Tables made from rows of results: terminal, Markdown, CSV, LaTeX."""

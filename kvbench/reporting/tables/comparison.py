@@ -14,7 +14,7 @@ from kvbench.store.records import Row
 
 
 def comparison_tables(pairs: list[Pair]) -> list[Table | Text]:
-    """One table for each pair of cells on a task."""
+    """One table for each pair of cells on a task, and notes below them."""
     tables: list[Table | Text] = [_table(pair) for pair in pairs]
     left_out = {name for pair in pairs for name, _ in pair.first if name not in {row.metric for row in pair.rows}}
     if judged := [name for name in NEED_SCORER if name in left_out]:

@@ -1,4 +1,4 @@
-"""Tables as files: Markdown, CSV and LaTeX, one of each for every table, and all rows as one CSV."""
+"""Writes tables to files: each as Markdown, CSV and LaTeX, and all rows as one CSV."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def write_tables(rows: Sequence[Row], folder: Path) -> list[Path]:
 
 
 def markdown(table: Table) -> str:
-    """A table for GitHub and its like, with its notes."""
+    """Format a table as GitHub-flavoured Markdown, with its notes."""
     body = [
         [f"**{_md(entry.text)}**" if entry.is_best else _md(entry.text) for entry in row] for row in table.rows
     ]
@@ -56,14 +56,14 @@ def _md(text: str) -> str:
 
 
 def csv(table: Table) -> str:
-    """What a spreadsheet reads: the text of every cell."""
+    """Format a table as CSV, with the text of every cell."""
     body = [[entry.text for entry in row] for row in table.rows]
     text: str = pd.DataFrame(body, columns=_unique(table.columns)).to_csv(index=False)
     return text
 
 
 def latex(table: Table) -> str:
-    """A table with booktabs' rules: ``\\usepackage{booktabs}``."""
+    """Format a table as LaTeX; it needs ``\\usepackage{booktabs}``."""
     body = [
         [(rf"\textbf{{{_tex(entry.text)}}}" if entry.is_best else _tex(entry.text)) for entry in row]
         for row in table.rows
@@ -83,12 +83,12 @@ def _tex(text: str) -> str:
 
 
 def all_rows(rows: Sequence[Row]) -> str:
-    """Every number with everything that is known of it; parameters as one column of JSON."""
+    """Format all rows with all their fields as CSV; parameters are one column of JSON."""
     frame = pd.DataFrame([dataclasses.asdict(row) | {"params": json.dumps(row.params)} for row in rows])
     text: str = frame.to_csv(index=False)
     return text
 
 
 def _unique(columns: Sequence[str]) -> list[str]:
-    """Headings that no two columns share."""
+    """Make headings unique by appending the column's index to repeated ones."""
     return [f"{column} {i}" if column in columns[:i] else column for i, column in enumerate(columns)]

@@ -1,4 +1,4 @@
-"""How rows become cells of a table: values with their intervals, ratios as realised, bytes."""
+"""Formats rows as cells of a table: values with their intervals, ratios, p-values."""
 
 from __future__ import annotations
 
@@ -8,18 +8,18 @@ from rich import box
 from rich.table import Table
 
 from kvbench.metrics import SHOWN
+from kvbench.parsing import bytes_of
 from kvbench.store.faults import named
 from kvbench.store.records import Row
-from kvbench.units import bytes_of
 
 WIDTH = 140
-"""Width of tables where the output is not a terminal."""
+"""Width of tables, in characters, if the output is not a terminal."""
 
 _ROLE_ORDER = ("human", "full", "adapted", "none")
 
 
 Key = tuple[str, float | None]
-"""A method as it is shown, and a ratio."""
+"""Name of a method as shown, and requested ratio."""
 
 
 def name_of(row: Row) -> str:
@@ -27,7 +27,7 @@ def name_of(row: Row) -> str:
 
 
 def by_setting(rows: Sequence[Row]) -> dict[tuple[str, str, str, int], list[Row]]:
-    """Rows by (task and question, protocol, model, seed): what is compared within one table or panel."""
+    """Group rows by (task and question, protocol, model, seed), which are compared in one table or panel."""
     found: dict[tuple[str, str, str, int], list[Row]] = {}
     for row in rows:
         found.setdefault((task_of(row), row.protocol, row.model, row.seed), []).append(row)
@@ -35,13 +35,13 @@ def by_setting(rows: Sequence[Row]) -> dict[tuple[str, str, str, int], list[Row]
 
 
 def task_of(row: Row) -> str:
-    """The task, and which question of it was asked where there are two: ``recall, question known``."""
+    """The task, with the question if the task has two: ``recall, question known``."""
     question = row.params.get("question")
     return row.task if question is None else f"{row.task}, question {question}"
 
 
 def reading_note(rows: Sequence[Row]) -> str:
-    """How a prefix was read, where a table holds methods that read it in two ways; empty elsewhere."""
+    """Note on how the prefix was read, if methods in one table read it in different ways; empty otherwise."""
     once = {row.name for row in rows if row.params.get("prefill") == "once"}
     masked = {row.name for row in rows if "prefill" not in row.params} - set(_ROLE_ORDER)
     if rows[0].protocol not in ("prefix", "generate") or not once or not masked:
@@ -53,7 +53,8 @@ def reading_note(rows: Sequence[Row]) -> str:
 
 
 def cells_of(rows: list[Row]) -> dict[Key, dict[str, Row]]:
-    """Rows by (method, ratio), controls first, in the order of the plan."""
+    """Group rows by (method, ratio), then metric: without a ratio first, then by ratio; controls before other
+    methods."""
     found: dict[Key, dict[str, Row]] = {}
     for row in rows:
         found.setdefault((name_of(row), row.ratio_asked), {})[row.metric] = row
@@ -83,10 +84,10 @@ def style_of(method: str) -> str:
 
 
 def value_of(row: Row, more: int = 0) -> str:
-    """A value with its interval.
+    """Format a value with its interval.
 
     Args:
-        more: decimals beyond those that the metric is usually shown with.
+        more: number of decimals beyond those that the metric is usually shown with.
     """
     digits = SHOWN[row.metric].digits + more
     if row.value is None:
@@ -97,7 +98,7 @@ def value_of(row: Row, more: int = 0) -> str:
 
 
 def delta_of(row: Row, more: int = 0) -> str:
-    """The difference to the baseline with its interval, likewise."""
+    """Format the difference to the baseline with its interval; see :func:`value_of`."""
     digits = SHOWN[row.metric].digits + more
     if row.delta is None:
         return "-"
@@ -113,7 +114,7 @@ def p_of(row: Row) -> str:
 
 
 def asked_of(row: Row) -> str:
-    """What was asked for: a ratio, or a budget."""
+    """Format what was requested: a ratio, or a budget."""
     if row.params.get("budget_tokens"):
         return f"{row.params['budget_tokens']} kept"
     if row.params.get("budget_bytes"):

@@ -1,4 +1,4 @@
-"""Tables of a profile: time, memory, the largest batch, and what may be said of them."""
+"""Tables of a profile: time, memory, the largest batch, and remarks on them."""
 
 from __future__ import annotations
 
@@ -8,19 +8,19 @@ from rich import box
 from rich.table import Table
 from rich.text import Text
 
+from kvbench.parsing import bytes_of
 from kvbench.reporting.tables.format import name_of, number_of
 from kvbench.store.profile_records import AGAIN, FULL, STOCK
 from kvbench.store.records import Row
-from kvbench.units import bytes_of
 
 Key = tuple[int, int, str | None]
-"""Length, batch, and the budget that the batch was found for."""
+"""Length, batch size, and the memory budget that the batch size was searched for, if any."""
 
 _DIM = (FULL, AGAIN, STOCK)
 
 
 def profile_tables(rows: list[Row]) -> list[Table | Text]:
-    """All that is printed of a profile."""
+    """All tables and remarks printed for a profile."""
     timed = [r for r in rows if r.params["batch_size"] is not None and r.params["seq_len"] is not None]
     parts: list[Table | Text] = []
     if timed:
@@ -156,7 +156,7 @@ def _remarks(rows: list[Row]) -> list[str]:
 
 
 def break_even(rows: list[Row], method: str, ratio: float | None) -> str:
-    """The smallest length x batch at which the gain exceeds the noise, in words."""
+    """Sentence that gives the smallest length x batch size from which the speed-up exceeds the noise."""
     noise = {_key(r): r.value or 0.0 for r in rows if r.metric == "aa_gap"}
     mine = [
         r for r in rows if (r.name, r.ratio_asked, r.metric) == (method, ratio, "decode_speedup")
@@ -223,7 +223,7 @@ def _held(found: dict[str, Row]) -> str:
 
 
 def _physical(found: dict[str, Row]) -> str:
-    """The larger of the two moments: when the prompt has been read, and when all has been written."""
+    """Physical over logical bytes: the larger of the values after prefill and after decoding."""
     shares = [
         (found[f"kv_bytes_physical{at}"].value or 0) / (found[f"kv_bytes_logical{at}"].value or 1)
         for at in ("", "_end")

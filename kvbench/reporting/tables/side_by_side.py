@@ -1,4 +1,4 @@
-"""The texts of one document in one table, for people to judge."""
+"""Table of the texts generated for one document, for reading."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from kvbench.store.records import HUMAN, Cell, GenerationRecord, Output
 
 
 def side_by_side(folder: RunFolder, setting: str, document: str) -> Group:
-    """Prefix, the author's text, the full cache's and every method's, drawn and greedy.
+    """Show the prefix, the human text, and the texts of the full cache and of every method, sampled and greedy.
 
     Args:
-        setting, document: names that the run has.
+        setting, document: must exist in the run.
     """
     cells = [cell for cell in folder.cells() if cell.setting == setting]
     found: list[tuple[Cell, GenerationRecord]] = []
@@ -52,7 +52,7 @@ def side_by_side(folder: RunFolder, setting: str, document: str) -> Group:
 
 
 def _text(output: Output, full: GenerationRecord | None) -> Text:
-    """An output; a greedy one with a mark where it leaves the full cache's."""
+    """Format an output; greedy ones get a mark where they first differ from the full cache's."""
     shown = output.text if output.text.strip() else "(empty)"
     ended = Text(" (ended)" if output.ended else "", style="dim")
     if output.decode != "greedy" or full is None:
@@ -61,6 +61,6 @@ def _text(output: Output, full: GenerationRecord | None) -> Text:
     same = common_prefix(output.ids, theirs.ids)
     if same == max(len(output.ids), len(theirs.ids)):
         return Text(shown) + ended
-    # Tokens are not stored as texts: the place is where both texts part, at most that many tokens on.
+    # The text of single tokens is not stored: the mark is where the texts differ, at most that many tokens on.
     place = common_prefix([*map(ord, output.text)], [*map(ord, theirs.text)])
     return Text(output.text[:place], style="dim") + Text("|", style="bold red") + Text(output.text[place:]) + ended

@@ -1,4 +1,4 @@
-"""Tables as plain data: what Markdown, CSV, LaTeX and the HTML page are made of."""
+"""Tables as plain data, from which Markdown, CSV, LaTeX and the HTML page are made."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ from dataclasses import dataclass, replace
 
 from kvbench.metrics import SHOWN
 from kvbench.metrics.base import ANSWERS, GREEDY, LM, TEXTS, TIMING
+from kvbench.parsing import bytes_of
 from kvbench.reporting.tables.format import by_setting, cells_of, number_of, reading_note
 from kvbench.statistics import SIGNIFICANT
 from kvbench.store.faults import faults_in
 from kvbench.store.records import Row
-from kvbench.units import bytes_of
 
 _CONTROLS = ("human", "full", "full-again", "full-dynamic", "adapted", "none")
 
@@ -21,8 +21,8 @@ class TableCell:
     """One cell of a table.
 
     Attributes:
-        sort: what it is sorted by; None sorts last.
-        is_best: the best of its ratio, beyond the intervals.
+        sort: key to sort by; None sorts last.
+        is_best: whether it is the best at its ratio, with an interval that does not overlap the next one.
     """
 
     text: str
@@ -36,7 +36,7 @@ class Table:
 
     Attributes:
         columns: headings.
-        rows: as many entries as columns each.
+        rows: one cell per column each.
     """
 
     name: str
@@ -56,7 +56,7 @@ def columns_of(table: str) -> tuple[str, ...]:
 
 
 def tables_of(rows: Sequence[Row]) -> list[Table]:
-    """One table for each task and protocol, and one for the greedy texts."""
+    """Create one table for each task, protocol, model and seed, and one for its greedy texts."""
     found: list[Table] = []
     for (title, protocol, _, _), mine in by_setting(rows).items():
         task = mine[0].task + ("-known" if mine[0].params.get("question") == "known" else "")
@@ -124,7 +124,7 @@ def _table(
 
 
 def _best(cells: dict[tuple[str, float | None], dict[str, Row]], metric: str) -> set[tuple[str, float | None]]:
-    """The cells that are best at their ratio, where the interval of the next is apart."""
+    """Keys of the cells that are best at their ratio, with an interval that does not overlap that of the next best."""
     better = SHOWN[metric].better
     if better is None:
         return set()
@@ -165,7 +165,7 @@ def _held(metrics: dict[str, Row]) -> TableCell:
 
 
 def renamed(table: Table, taken: set[str]) -> Table:
-    """With a name that no other table has."""
+    """The table with a name that is not in ``taken``."""
     name, number = table.name, 2
     while name in taken:
         name, number = f"{table.name}-{number}", number + 1

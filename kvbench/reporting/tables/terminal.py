@@ -1,4 +1,4 @@
-"""Tables for people, in the terminal: every value with its interval, every ratio as realised."""
+"""Tables for the terminal: values with their intervals, and ratios as requested and as realised."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from rich.table import Table
 from rich.text import Text
 
 from kvbench.metrics import SHOWN
+from kvbench.parsing import bytes_of
 from kvbench.reporting.tables.format import (
     WIDTH,
     asked_of,
@@ -28,13 +29,12 @@ from kvbench.reporting.tables.profile import profile_tables
 from kvbench.reporting.tables.texts import text_tables
 from kvbench.store.faults import faults_in
 from kvbench.store.records import Results, Row
-from kvbench.units import bytes_of
 
 _BINS = {"distance": "distance in tokens", "step": "time step (chunks in memory)"}
 
 
 def print_results(results: Results, console: Console, folder: Path | None = None) -> None:
-    """All tables of a run, its failures, and where it lies."""
+    """Print all tables of a run, its failures, and the path of its folder."""
     if not console.is_terminal:
         console = Console(file=console.file, width=WIDTH)
     for rows in by_setting(results.rows).values():
@@ -49,7 +49,7 @@ def print_results(results: Results, console: Console, folder: Path | None = None
 
 
 def task_tables(rows: list[Row]) -> Group:
-    """The main table of a task, and one by distance where there are bins."""
+    """The main table of a task, and one by distance or time step if there are bins."""
     if rows[0].protocol == "profile":
         return Group(*profile_tables(rows))
     whole = [r for r in rows if r.params.get("bin") is None]
@@ -95,7 +95,7 @@ def _recall_table(rows: list[Row]) -> Table:
 
 
 def _bin_table(rows: list[Row], what: str) -> Table:
-    """A metric by distance in tokens, or by time step."""
+    """Table of a metric by distance in tokens, or by time step."""
     bins = list(dict.fromkeys(str(r.params["bin"]) for r in rows if r.params.get("bin")))
     label = bins[0].partition("=")[0]
     table = Table(

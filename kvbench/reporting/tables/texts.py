@@ -1,4 +1,4 @@
-"""Tables of written text: fluency and overlap, meaning and diversity, what went wrong."""
+"""Tables of generated text: fluency and overlap, meaning and diversity, degeneration."""
 
 from __future__ import annotations
 
@@ -7,18 +7,18 @@ from rich.text import Text
 
 from kvbench.metrics import SHOWN
 from kvbench.metrics.base import DEGENERATION, FLUENCY, GREEDY, MEANING
+from kvbench.parsing import bytes_of
 from kvbench.reporting.tables.format import asked_of, cells_of, new_table, number_of, reading_note, style_of, value_of
 from kvbench.reporting.tables.tables import columns_of
 from kvbench.statistics import SIGNIFICANT
 from kvbench.store.records import Row
-from kvbench.units import bytes_of
 
 _TABLES = (FLUENCY, MEANING, DEGENERATION)
 _BYTES = "kv_bytes_physical"
 
 
 def text_tables(rows: list[Row]) -> list[Table | Text]:
-    """The tables of a task that writes text, with what their numbers mean."""
+    """The tables of a task that generates text, with an explanation of their numbers."""
     whole = [row for row in rows if row.params.get("bin") is None]
     greedy = [row for row in rows if row.params.get("bin") == "decode=greedy"]
     parts: list[Table | Text] = [
