@@ -1,0 +1,1 @@
+"""What other programs call: compression around a model's own ``generate``."""
