@@ -16,7 +16,8 @@ from kvbench.statistics import holm
 from kvbench.store.faults import faults_in, named, remarks_of
 from kvbench.store.folder import RunFolder
 from kvbench.store.manifest import TaskInfo
-from kvbench.store.records import HUMAN, ITSELF, Cell, Row
+from kvbench.store.records import HUMAN, ITSELF, Cell
+from kvbench.store.rows import Row
 
 _BYTES = {metric.name for metric in metrics.MEMORY}
 

@@ -11,7 +11,8 @@ from kvbench.analysis.rows import NO_DIFFERENCE, Difference, Estimate, row
 from kvbench.statistics import GroupSums, bootstrap_intervals
 from kvbench.store.faults import remarks_of
 from kvbench.store.manifest import TaskInfo
-from kvbench.store.records import Cell, DocumentRecord, Row
+from kvbench.store.records import Cell, DocumentRecord
+from kvbench.store.rows import Row
 
 CURVES = ("since", "position")
 _SIGNATURES = {

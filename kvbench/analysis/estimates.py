@@ -24,7 +24,8 @@ from kvbench.analysis.rows import (
 from kvbench.metrics import Metric
 from kvbench.statistics import GroupSums, bootstrap_intervals, exchanged_p_values, paired_p_value
 from kvbench.store.manifest import TaskInfo
-from kvbench.store.records import Cell, Row
+from kvbench.store.records import Cell
+from kvbench.store.rows import Row
 
 Array = NDArray[np.float64]
 

@@ -15,7 +15,8 @@ from kvbench.statistics import fitted_slope, paired_p_value, repeat_interval
 from kvbench.store.folder import RunFolder
 from kvbench.store.manifest import ProfileInfo
 from kvbench.store.profile_records import AGAIN, FULL, STOCK, MemoryRecord, ProbeRecord, SearchRecord, TimingRecord
-from kvbench.store.records import Cell, Failure, Row
+from kvbench.store.records import Cell, Failure
+from kvbench.store.rows import Row
 
 Array = NDArray[np.float64]
 

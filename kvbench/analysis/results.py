@@ -19,7 +19,8 @@ from kvbench.metrics import KL_BINS, Metric
 from kvbench.statistics import holm
 from kvbench.store.folder import RunFolder
 from kvbench.store.manifest import TaskInfo
-from kvbench.store.records import Cell, DocumentRecord, Failure, Results, Row
+from kvbench.store.records import Cell, DocumentRecord, Failure
+from kvbench.store.rows import Results, Row
 
 Array = NDArray[np.float64]
 

@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from kvbench.store.faults import remarks_of
-from kvbench.store.records import Cell, Row
+from kvbench.store.records import Cell
+from kvbench.store.rows import Row
 
 Interval = tuple[float | None, float | None]
 NO_INTERVAL: Interval = (None, None)

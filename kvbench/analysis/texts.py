@@ -18,7 +18,8 @@ from kvbench.metrics.texts import Sample
 from kvbench.parsing import parse_json
 from kvbench.store.folder import MAUVE, RunFolder
 from kvbench.store.manifest import TaskInfo
-from kvbench.store.records import HUMAN, Cell, GenerationRecord, Output, Row
+from kvbench.store.records import HUMAN, Cell, GenerationRecord, Output
+from kvbench.store.rows import Row
 
 Records = dict[str, GenerationRecord]
 

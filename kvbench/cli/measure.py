@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from kvbench.store.manifest import Manifest
-    from kvbench.store.records import Results
+    from kvbench.store.rows import Results
 
 
 def measured(
@@ -41,7 +41,8 @@ def measured(
     from kvbench.execution.locks import KEPT, disk, finish, locked
     from kvbench.execution.process import WorkerDiedError
     from kvbench.store.folder import RESULTS, RunFolder, write_atomic
-    from kvbench.store.records import Failure, Results
+    from kvbench.store.records import Failure
+    from kvbench.store.rows import Results
 
     folder = RunFolder(path)
     folder.check(content, fresh or shared)

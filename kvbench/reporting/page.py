@@ -21,7 +21,8 @@ from kvbench.reporting.tables.tables import tables_of
 from kvbench.store.faults import named, remarks_of
 from kvbench.store.folder import RunFolder, write_atomic
 from kvbench.store.manifest import Manifest
-from kvbench.store.records import Cell, DocumentRecord, Results
+from kvbench.store.records import Cell, DocumentRecord
+from kvbench.store.rows import Results
 
 WORST = 5
 """Number of documents listed for each method at each ratio."""

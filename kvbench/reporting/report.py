@@ -26,7 +26,7 @@ from kvbench.reporting.parallel import in_parallel
 from kvbench.reporting.tables.export import write_tables
 from kvbench.reporting.tables.format import name_of
 from kvbench.store.folder import RESULTS, RunFolder, write_atomic
-from kvbench.store.records import Results, Row
+from kvbench.store.rows import Results, Row
 
 DRAWN = tuple(name for name, shown in SHOWN.items() if shown.is_plotted)
 """Metrics that are drawn against removal by default."""

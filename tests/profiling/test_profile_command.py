@@ -16,7 +16,7 @@ from kvbench.planning.profile import doubts
 from kvbench.profiling.worker import prompt_seed
 from kvbench.reporting.tables.profile import break_even, profile_tables
 from kvbench.store.folder import RunFolder
-from kvbench.store.records import Row
+from kvbench.store.rows import Row
 from tests.helpers.command import ROW_KEYS, Call, Outcome, kvbench, refused
 from tests.helpers.profiles import SMALL, rows
 

@@ -17,7 +17,7 @@ from kvbench.methods.policies.policy import CachePolicy
 from kvbench.protocols.pieces import Piece
 from kvbench.protocols.scoring import score_pieces
 from kvbench.reporting.tables.format import reading_note
-from kvbench.store.records import Row
+from kvbench.store.rows import Row
 from tests.helpers.command import Call
 from tests.helpers.models import VOCABULARY
 from tests.helpers.policies import POLICIES

@@ -18,7 +18,7 @@ from kvbench.reporting.page import write_page
 from kvbench.reporting.tables import export
 from kvbench.reporting.tables.tables import tables_of
 from kvbench.store.folder import RunFolder
-from kvbench.store.records import Row
+from kvbench.store.rows import Row
 from tests.helpers.command import Call
 from tests.helpers.records import LOCAL, SINKS, made
 

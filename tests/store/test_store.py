@@ -21,7 +21,8 @@ from kvbench.errors import UserError
 from kvbench.models.adapter import WEIGHTS
 from kvbench.models.references import assets
 from kvbench.store.folder import RUN, RunFolder
-from kvbench.store.records import Failure, Results
+from kvbench.store.records import Failure
+from kvbench.store.rows import Results
 from tests.helpers.command import Outcome, kvbench
 from tests.helpers.records import CELL, TEXT, record
 

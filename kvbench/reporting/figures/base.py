@@ -14,7 +14,7 @@ from matplotlib.ticker import LogLocator, ScalarFormatter
 from PIL import Image
 
 from kvbench.reporting.tables.format import by_setting
-from kvbench.store.records import Row
+from kvbench.store.rows import Row
 
 _STYLES = {
     "sentinel": ("#D55E00", "o", "-"), "local": ("#0072B2", "s", "--"),

@@ -11,7 +11,7 @@ from matplotlib.ticker import NullFormatter, StrMethodFormatter
 
 from kvbench.metrics import SHOWN
 from kvbench.reporting.figures.base import curve, draw, log_scale, style_of
-from kvbench.store.records import Row
+from kvbench.store.rows import Row
 
 
 def profile_figures(rows: list[Row], folder: Path) -> list[Path]:

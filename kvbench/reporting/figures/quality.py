@@ -11,7 +11,7 @@ from matplotlib.ticker import StrMethodFormatter
 
 from kvbench.reporting.figures.base import curve, draw, log_scale, methods_of, style_of
 from kvbench.reporting.tables.format import task_of
-from kvbench.store.records import Row
+from kvbench.store.rows import Row
 
 
 def asked_figures(rows: list[Row], folder: Path) -> list[Path]:

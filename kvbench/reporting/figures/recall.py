@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 
 from kvbench.reporting.figures.base import SETTINGS, save
 from kvbench.reporting.tables.format import Key, by_setting
-from kvbench.store.records import Row
+from kvbench.store.rows import Row
 
 
 def recall_figure(rows: list[Row], folder: Path) -> list[Path]:

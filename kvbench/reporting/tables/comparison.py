@@ -10,7 +10,7 @@ from kvbench.analysis.comparison import Pair
 from kvbench.metrics import NEED_SCORER
 from kvbench.reporting.tables.format import delta_of, p_of, task_of, value_of
 from kvbench.statistics import SIGNIFICANT
-from kvbench.store.records import Row
+from kvbench.store.rows import Row
 
 
 def comparison_tables(pairs: list[Pair]) -> list[Table | Text]:

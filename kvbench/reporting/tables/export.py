@@ -11,7 +11,7 @@ import pandas as pd
 
 from kvbench.reporting.tables.tables import Table, renamed, tables_of
 from kvbench.store.folder import write_atomic
-from kvbench.store.records import Row
+from kvbench.store.rows import Row
 
 _LATEX = str.maketrans({
     "&": r"\&", "%": r"\%", "$": r"\$", "#": r"\#", "_": r"\_", "{": r"\{", "}": r"\}", "~": r"\textasciitilde{}",

@@ -10,7 +10,7 @@ from rich.table import Table
 from kvbench.metrics import SHOWN
 from kvbench.parsing import bytes_of
 from kvbench.store.faults import named
-from kvbench.store.records import Row
+from kvbench.store.rows import Row
 
 WIDTH = 140
 """Width of tables, in characters, if the output is not a terminal."""

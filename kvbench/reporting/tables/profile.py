@@ -11,7 +11,7 @@ from rich.text import Text
 from kvbench.parsing import bytes_of
 from kvbench.reporting.tables.format import name_of, number_of
 from kvbench.store.profile_records import AGAIN, FULL, STOCK
-from kvbench.store.records import Row
+from kvbench.store.rows import Row
 
 Key = tuple[int, int, str | None]
 """Length, batch size, and the memory budget that the batch size was searched for, if any."""

@@ -11,7 +11,7 @@ from kvbench.parsing import bytes_of
 from kvbench.reporting.tables.format import by_setting, cells_of, number_of, reading_note
 from kvbench.statistics import SIGNIFICANT
 from kvbench.store.faults import faults_in
-from kvbench.store.records import Row
+from kvbench.store.rows import Row
 
 _CONTROLS = ("human", "full", "full-again", "full-dynamic", "adapted", "none")
 

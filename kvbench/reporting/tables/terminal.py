@@ -28,7 +28,7 @@ from kvbench.reporting.tables.format import (
 from kvbench.reporting.tables.profile import profile_tables
 from kvbench.reporting.tables.texts import text_tables
 from kvbench.store.faults import faults_in
-from kvbench.store.records import Results, Row
+from kvbench.store.rows import Results, Row
 
 _BINS = {"distance": "distance in tokens", "step": "time step (chunks in memory)"}
 

@@ -11,7 +11,7 @@ from kvbench.parsing import bytes_of
 from kvbench.reporting.tables.format import asked_of, cells_of, new_table, number_of, reading_note, style_of, value_of
 from kvbench.reporting.tables.tables import columns_of
 from kvbench.statistics import SIGNIFICANT
-from kvbench.store.records import Row
+from kvbench.store.rows import Row
 
 _TABLES = (FLUENCY, MEANING, DEGENERATION)
 _BYTES = "kv_bytes_physical"
