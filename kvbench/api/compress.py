@@ -30,7 +30,9 @@ class Report:
 
     Attributes:
         tokens: read and generated, over all rows, padding left out.
-        entries: held at the end per row, layer and head, the mean; packed ones count as their bytes.
+        entries: held at the end per row, the mean over layers and heads; packed ones count as their bytes.
+        entries_by_head: the same by layer and KV head.
+        evictions: how often entries were removed.
         bytes, physical_bytes: of the cache at the end, by shapes and by storages; ``full_bytes`` without compression.
         realised: share of entries that are not held: 1 - entries / tokens per row.
         seconds: of the whole call.
@@ -38,6 +40,8 @@ class Report:
 
     tokens: int
     entries: float
+    entries_by_head: tuple[tuple[float, ...], ...]
+    evictions: int
     bytes: int
     physical_bytes: int
     full_bytes: int
@@ -244,6 +248,6 @@ def _report(cache: CompressedCache, seconds: float) -> Report:
     assert cache.mask is not None
     held = cache.usage()
     return Report(
-        held.tokens, held.entries / len(cache.mask), held.logical, held.physical, held.full,
-        1 - held.entries / held.tokens, seconds,
+        held.tokens, held.entries / len(cache.mask), held.by_head, held.removals, held.logical, held.physical,
+        held.full, 1 - held.entries / held.tokens, seconds,
     )

@@ -200,6 +200,14 @@ class PolicyLayer(EvictingLayer):
         taken = sum(t.numel() * t.element_size() for t in packed)
         return float(self.keys.shape[-2]) + taken / self.entry_bytes()
 
+    def entries_by_head(self) -> list[float]:
+        """Entries of every head, the mean over rows; packed ones count as their bytes."""
+        heads = int(self.keys.shape[1])
+        if self.ragged is None:
+            return [self.entries()] * heads
+        counts = torch.tensor(self.ragged.counts, dtype=torch.float64).view(-1, heads)
+        return [float(count) for count in counts.mean(0)]
+
     def batch_repeat_interleave(self, repeats: int) -> None:
         def more(tensor: Tensor) -> Tensor:
             return tensor.repeat_interleave(repeats, dim=0)

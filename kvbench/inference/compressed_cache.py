@@ -183,15 +183,24 @@ class CompressedCache(Cache):  # type: ignore[misc]
         assert self.mask is not None, "nothing has been read"
         generated = self.seen - self.mask.shape[1]
         tokens = logical = physical = full = 0
-        entries = 0.0
+        by_head: list[list[float]] = []
+        entries, removals = 0.0, 0
         for group in self.groups:
             held, rows = group.session.bytes(), len(group.rows)
             entry = held.full / group.length  # of one entry in every row
             tokens += rows * (group.length + generated)
             entries += rows * held.logical / entry
+            share = rows / len(self.mask)
+            mine = [[share * heads for heads in layer] for layer in group.session.entries_by_head()]
+            by_head = [
+                [a + b for a, b in zip(*layers, strict=True)] for layers in zip(by_head, mine, strict=True)
+            ] if by_head else mine
+            removals = max(removals, group.session.removals)
             logical, physical = logical + held.logical, physical + held.physical
             full += round(entry * (group.length + generated))
-        return CacheUsage(tokens, entries, logical, physical, full)
+        return CacheUsage(
+            tokens, entries, tuple(map(tuple, by_head)), removals, logical, physical, full
+        )
 
 
 @dataclass(frozen=True)
@@ -201,11 +210,15 @@ class CacheUsage:
     Attributes:
         tokens: read so far, without padding.
         entries: held, the mean over layers and heads; packed ones count as their bytes.
+        by_head: entries held per row, by layer and KV head.
+        removals: how often entries were removed, at most in a row.
         logical, physical: bytes of what is held, by shapes and by storages; ``full`` of an entry for every token.
     """
 
     tokens: int
     entries: float
+    by_head: tuple[tuple[float, ...], ...]
+    removals: int
     logical: int
     physical: int
     full: int

@@ -31,7 +31,7 @@ class LayoutSession:
         fed: number of slots fed so far; ``read``: number of text tokens.
         stored: int64, the slots that the cache holds, by cache index.
         holes: int64, the cache indices of dead entries.
-        kept, peak: entries, see :class:`kvbench.inference.session.Session`.
+        kept, peak, removals: see :class:`kvbench.inference.session.Session`.
     """
 
     reader: Reader
@@ -45,6 +45,7 @@ class LayoutSession:
     read: int = 0
     kept: int = 0
     peak: int = 0
+    removals: int = 0
     stored: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.long))
     holes: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.long))
 
@@ -95,6 +96,9 @@ class LayoutSession:
     @property
     def attended(self) -> int:
         return self.cache.entries()
+
+    def entries_by_head(self) -> list[list[float]]:
+        return [[float(self.kept)] * int(layer.keys.shape[1]) for layer in self.cache.layers]
 
     def bytes(self) -> CacheBytes:
         per_entry = self.cache.entry_bytes()
@@ -187,6 +191,7 @@ class LayoutSession:
         may_move = self.is_loose and self.layout.merge_plan is None
         if self.evicts and len(present) - held > (held // ROOM if may_move else 0):
             device = self.cache.layers[0].keys.device
+            self.removals += 1
             if may_move:
                 last, holes = torch.nonzero(alive[held:]).flatten() + held, torch.nonzero(~alive[:held]).flatten()
                 self.cache.compact(to_device(last, device), to_device(holes, device), held)

@@ -41,6 +41,7 @@ class PolicySession:
         context: number of context tokens once text after it is read; None before.
         ahead: number of tokens after those read whose queries the policy has seen as well.
         compresses_context: whether entries are removed at the end of the context; otherwise only after it.
+        removals: how often entries have been removed.
     """
 
     model: nn.Module
@@ -56,6 +57,7 @@ class PolicySession:
     context: int | None = None
     ahead: int = 0
     compresses_context: bool = True
+    removals: int = 0
 
     def __post_init__(self) -> None:
         needs_inv_freq = self.policy.rerotated or self.policy.needs.moments
@@ -137,6 +139,9 @@ class PolicySession:
         """Entries that the next token attends to; packed ones are counted by their bytes."""
         return round(self.cache.mean_seen())
 
+    def entries_by_head(self) -> list[list[float]]:
+        return [layer.entries_by_head() for layer in self.cache.layers]
+
     def bytes(self) -> CacheBytes:
         cache = self.cache
         return CacheBytes(cache.logical_bytes(), cache.physical_bytes(), self.total * cache.entry_bytes())
@@ -200,6 +205,7 @@ class PolicySession:
     def remove(self) -> None:
         """Let the policy remove entries in every layer that holds more than its budget."""
         self.since = 0
+        self.removals += 1
         with self.overhead():
             chosen: dict[int, Tensor] = {}
             for number in range(len(self.cache.layers)):

@@ -80,6 +80,13 @@ class Session(Protocol):
     def peak(self) -> int:
         """The most entries held at any time, including those of tokens being fed."""
 
+    @property
+    def removals(self) -> int:
+        """Number of times that entries have been removed, or stored in another form."""
+
+    def entries_by_head(self) -> list[list[float]]:
+        """Entries held by every KV head of every layer, the mean over rows; packed ones count as their bytes."""
+
     def bytes(self) -> CacheBytes:
         """Bytes of the cache now."""
 
