@@ -1,3 +1,26 @@
 """kvbench: what compressing the KV cache of a language model costs and gains, with error bars."""
 
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from kvbench.api.compress import compress as compress
+
 __version__ = "0.2.0.dev0"
+__all__ = ["__version__", "compress"]
+
+_PLACES = {"compress": "kvbench.api.compress"}
+"""Where public names are defined; they are loaded when they are first used, so that ``import kvbench`` is instant."""
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _PLACES:
+        raise AttributeError(f"module 'kvbench' has no attribute {name!r}")
+    from importlib import import_module
+
+    return getattr(import_module(_PLACES[name]), name)
+
+
+def __dir__() -> list[str]:
+    return [*globals(), *_PLACES]

@@ -14,7 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from kvbench.api.checks import check_call, check_model, check_request, checked_adapter, checked_method
+from kvbench.api.checks import check_call, check_model, check_request, checked_adapter, checked_method, in_python
+from kvbench.api.snapshot import Snapshot, load_snapshot
 from kvbench.errors import UserError
 from kvbench.inference.compressed_cache import PREFILL, CompressedCache, Compression
 from kvbench.inference.opening import prepared
@@ -47,19 +48,6 @@ class Report:
     full_bytes: int
     realised: float
     seconds: float
-
-
-@dataclass(frozen=True)
-class Snapshot:
-    """A compressed context that any number of questions can be asked about.
-
-    Attributes:
-        ids: int64 ``[batch, n]``, the context; ``mask`` bool likewise, False for padding.
-    """
-
-    ids: Tensor
-    mask: Tensor
-    cache: CompressedCache
 
 
 @dataclass
@@ -95,9 +83,18 @@ class CompressedModel:
         compression, columns = self.compression, input_ids.shape[1]
         mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
         cache = CompressedCache(compression, columns, columns)
-        with torch.no_grad(), self._reading(), prepared(compression.model, compression.adapter, columns):
+        with torch.no_grad(), in_python(), self._reading(), prepared(compression.model, compression.adapter, columns):
             cache.feed(input_ids, mask, 1)
         return Snapshot(input_ids, mask.bool(), cache)
+
+    def load(self, path: str | Path) -> Snapshot:
+        """Read a compressed context that ``snapshot.save`` wrote.
+
+        Raises:
+            UserError: it is missing or damaged, or of another model or method.
+        """
+        with self._reading():
+            return load_snapshot(path, self.compression)
 
     def ask(self, snapshot: Snapshot, question: Tensor, **settings: Any) -> Tensor:
         """Continue a copy of a compressed context with a question, and generate the answer.
@@ -142,7 +139,7 @@ class CompressedModel:
                 "The cache that generate was given was not made inside this block, under this method.",
                 "Leave past_key_values out, or give what an earlier call in the block returned.",
             )
-        with ExitStack() as stack:
+        with in_python(), ExitStack() as stack:
             with self._reading():  # rotations may be measured
                 stack.enter_context(prepared(model, self.compression.adapter, planned))
             out = self.original["generate"](inputs, generation_config, past_key_values=cache, **settings)

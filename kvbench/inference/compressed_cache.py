@@ -52,11 +52,16 @@ class Compression:
 
 @dataclass
 class RowGroup:
-    """Rows of a batch that are read together, and their session; ``length`` tokens of context in each."""
+    """Rows of a batch that are read together, and their session.
+
+    Attributes:
+        length: tokens of the context of each row; ``seeds`` a number that depends on its text only.
+    """
 
     rows: Tensor
     session: Session
     length: int
+    seeds: tuple[int, ...]
 
 
 class CompressedCache(Cache):  # type: ignore[misc]
@@ -112,23 +117,26 @@ class CompressedCache(Cache):  # type: ignore[misc]
         out: Tensor | None = None
         for (length, _), rows in _together(ids, lengths, self.compression.method).items():
             texts = ids[rows, ids.shape[1] - length :]
-            session = self._session(length, [seed_of(text) for text in texts])
+            session = self.open_group(rows, length, [seed_of(text) for text in texts]).session
             logits = torch.cat([part.logits for part in session.prefill(texts, max(0, length - wanted))], 1)
-            self.groups.append(RowGroup(torch.tensor(rows, device=ids.device), session, length))
             if out is None:
                 out = logits.new_zeros(len(ids), wanted, logits.shape[-1])
             out[rows, -logits.shape[1] :] = logits
         assert out is not None
         return out
 
-    def _session(self, length: int, seeds: Sequence[int]) -> Session:
+    def open_group(self, rows: Sequence[int], length: int, seeds: Sequence[int]) -> RowGroup:
+        """Open a session for rows of one length, which have not been read yet."""
         setting = self.compression
         planned = length if setting.during == PREFILL else length + self.planned - self.columns
-        return open_session(
+        session = open_session(
             setting.model, setting.method, Text(length, planned, tuple(seeds), has_continuation=True),
             adapter=setting.adapter, seed=setting.seed, chunk=self.chunk or length, at_once=self.chunk is None,
             compresses_context=setting.during != DECODE,
         )
+        device = next(setting.model.parameters()).device
+        self.groups.append(RowGroup(torch.tensor(rows, device=device), session, length, tuple(seeds)))
+        return self.groups[-1]
 
     def _go_on(self, ids: Tensor, wanted: int) -> Tensor:
         out: Tensor | None = None

@@ -55,11 +55,12 @@ def _repair(file: BinaryIO) -> None:
     file.seek(0, os.SEEK_END)
 
 
-def write_atomic(path: Path, text: str) -> None:
-    """Write a file atomically: readers never see half of it, even if several processes write it at the same time."""
+def write_atomic(path: Path, content: str | bytes) -> None:
+    """Write the whole content, or nothing: a reader never sees half a file, even if several processes write it."""
     part = path.with_name(f"{path.name}.{uuid4().hex[:12]}.part")
     try:
-        part.write_text(text, encoding="utf-8", errors="backslashreplace")  # lone surrogates are escaped as in JSON
+        data = content if isinstance(content, bytes) else content.encode(errors="backslashreplace")  # lone surrogates
+        part.write_bytes(data)
         os.replace(part, path)
     except OSError:
         part.unlink(missing_ok=True)

@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from fractions import Fraction
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
+from transformers import DynamicCache, StoppingCriteriaList
 
 from kvbench.api.compress import compress
+from kvbench.errors import UserError
 from kvbench.inference.compressed_cache import seed_of
 from kvbench.inference.generation import generate, greedy, read_prompt
 from kvbench.inference.opening import Text, open_session, prepared
 from kvbench.inference.sampling import Sampling
-from kvbench.methods import METHODS, CachePolicy, make_method
+from kvbench.methods import METHODS, CachePolicy, Method, make_method
+from kvbench.models.adapter import Adapter
+from kvbench.models.attention import register
 from tests.helpers.models import FAMILIES, VOCABULARY, adapter_for, small_model
 
 N, NEW = 60, 12
@@ -51,20 +57,22 @@ def ratio_of(name: str) -> str:
 def ours(model: nn.Module, name: str, ids: Tensor, during: str) -> Tensor:
     """What the loop of kvbench writes after a row, ``[1, NEW]``."""
     options = {key: str(value) for key, value in given_to(name).items()}
-    method = make_method(name, Fraction(ratio_of(name)), options)
+    return written(model, make_method(name, Fraction(ratio_of(name)), options), None, ids, during)
+
+
+def written(model: nn.Module, method: Method, adapter: Adapter | None, ids: Tensor, during: str) -> Tensor:
     planned = ids.shape[1] + (NEW if during == "both" else 0)
-    adapter = adapter_for(model, method)
     with torch.no_grad(), prepared(model, adapter, ids.shape[1] + NEW):
         text = Text(ids.shape[1], planned, (seed_of(ids[0]),), has_continuation=True)
         session = open_session(model, method, text, adapter=adapter, chunk=ids.shape[1], at_once=True)
         logits = read_prompt(session, ids)
         if during == "both":
             return torch.stack(list(generate(session, logits, greedy(1, NEW), Sampling())), 1)
-        written = [logits.argmax(-1)]
-        while len(written) < NEW:
-            *_, part = session.extend(written[-1][:, None])
-            written.append(part.logits[:, -1].argmax(-1))
-    return torch.stack(written, 1)
+        found = [logits.argmax(-1)]
+        while len(found) < NEW:
+            *_, part = session.extend(found[-1][:, None])
+            found.append(part.logits[:, -1].argmax(-1))
+    return torch.stack(found, 1)
 
 
 @pytest.mark.parametrize("during", ["prefill", "both"])
@@ -104,3 +112,173 @@ def test_it_is_the_loop_of_transformers(llama: Any, monkeypatch: pytest.MonkeyPa
     with compress(llama, "knorm", 0.5):
         llama.generate(ids_of(N)[0], **GENERATE)
     assert calls == [1]
+
+
+def block(model: Any, name: str = "knorm", **more: Any) -> Any:
+    return compress(model, name, None if ratio_of(name) == "0" else ratio_of(name), **given_to(name), **more)
+
+
+def test_going_on_with_a_returned_cache_is_one_long_reading(llama: Any) -> None:
+    """Full ids are given again, and only what is new is read, from behind the whole text."""
+    ids, mask = ids_of(N, 41)
+    more = ids_of(7, 7)[0]
+    for during in ("prefill", "both"):
+        with block(llama, "snapkv", during=during):
+            first = llama.generate(ids, attention_mask=mask, return_dict_in_generate=True, **GENERATE)
+            whole = torch.cat([first.sequences, more], 1)
+            both = torch.cat([mask, torch.ones(2, NEW + 7, dtype=torch.long)], 1)
+            second = llama.generate(whole, attention_mask=both, past_key_values=first.past_key_values, **GENERATE)
+            alone = []
+            for row in range(2):
+                one = ids[row, mask[row].bool()][None]
+                found = llama.generate(one, return_dict_in_generate=True, **GENERATE)
+                text = torch.cat([found.sequences, more[row][None]], 1)
+                alone.append(llama.generate(text, past_key_values=found.past_key_values, **GENERATE)[0, -NEW:])
+        assert torch.equal(second[:, -NEW:], torch.stack(alone))
+
+
+@pytest.mark.parametrize(
+    "name", ["snapkv", "adakv", "kivi", "think", "refreshkv", "expected-attention", "sinks", "d2o"]
+)
+def test_a_context_is_compressed_once_and_asked_often(llama: Any, tmp_path: Path, name: str) -> None:
+    """Answers do not depend on what was asked before, nor on whether the snapshot was stored."""
+    ids, mask = ids_of(N, 41)
+    questions = [ids_of(length)[0] for length in (5, 9, 1)]
+    asked = {"do_sample": False, "max_new_tokens": 6, "eos_token_id": 10_000, "pad_token_id": 0}
+    with block(llama, name) as run:
+        snapshot = run.prefill(ids, mask)
+        held = snapshot.cache.usage()
+        answers = [run.ask(snapshot, question, **asked) for question in questions]
+        assert snapshot.cache.usage() == held
+        for question, answer in zip(reversed(questions), reversed(answers), strict=True):
+            assert torch.equal(run.ask(snapshot, question, **asked), answer)
+        snapshot.save(tmp_path / "context.safetensors")
+        apart = run.load(tmp_path / "context.safetensors")
+        assert replace(apart.cache.usage(), physical=held.physical) == held  # spare room is not stored
+        assert torch.equal(run.ask(apart, questions[1], **asked), answers[1])
+        alone = run.ask(run.prefill(ids[1:, N - 41 :]), questions[0], **asked)
+        assert torch.equal(alone[0], answers[0][1])
+    with block(llama, "tova") as other, pytest.raises(UserError, match="was made with method"):
+        other.load(tmp_path / "context.safetensors")
+
+
+def test_chunked_prefill_and_samples_are_those_of_the_rows(llama: Any) -> None:
+    ids, mask = ids_of(N, 41)
+    with block(llama, "snapkv") as run:
+        whole = llama.generate(ids, attention_mask=mask, **GENERATE)
+        chunked = llama.generate(ids, attention_mask=mask, prefill_chunk_size=16, **GENERATE)
+        assert torch.equal(chunked, whole)
+        several = llama.generate(
+            ids, attention_mask=mask, num_return_sequences=3, **{**GENERATE, "do_sample": True, "top_k": 1}
+        )
+        assert torch.equal(several, whole.repeat_interleave(3, 0))
+        assert run.report.entries == pytest.approx(run.reports[0].entries)
+
+
+def test_stock_samples_under_one_seed(llama: Any) -> None:
+    """Sampling, streamers and stopping criteria are transformers' own."""
+    ids, mask = ids_of(N, 41)
+    seen: list[Any] = []
+    streamer = type("S", (), {"put": lambda _, ids: seen.append(ids), "end": lambda _: seen.append("end")})()
+    settings = {**GENERATE, "do_sample": True}
+    torch.manual_seed(3)
+    stock = llama.generate(ids, attention_mask=mask, **settings)
+    with compress(llama, "full"):
+        torch.manual_seed(3)
+        assert torch.equal(llama.generate(ids, attention_mask=mask, **settings), stock)
+        stop = StoppingCriteriaList([lambda ids, _, **more: torch.full((len(ids),), ids.shape[1] > N + 3)])
+        short = llama.generate(ids[:1], streamer=streamer, stopping_criteria=stop, **GENERATE)
+    assert short.shape[1] == N + 4
+    assert len(seen) == 6
+    assert seen[-1] == "end"
+
+
+@pytest.mark.parametrize(("settings", "words"), [
+    ({"num_beams": 2}, "beams"), ({"prompt_lookup_num_tokens": 2}, "prompt lookup"),
+    ({"cache_implementation": "static"}, "cache implementation"), ({"use_cache": False}, "not to use a cache"),
+    ({"past_key_values": DynamicCache()}, "not made inside this block"),
+    ({"output_attentions": True}, "attention weights"),
+    ({"guidance_scale": 1.5}, "guidance"), ({"assistant_model": nn.Linear(1, 1)}, "assisted decoding"),
+])
+def test_what_cannot_be_right_is_refused(llama: Any, settings: dict[str, Any], words: str) -> None:
+    ids = ids_of(N)[0]
+    stock = llama.generate(ids, **GENERATE)
+    with block(llama), pytest.raises(UserError, match=words):
+        llama.generate(ids, **{**GENERATE, **settings})
+    assert torch.equal(llama.generate(ids, **GENERATE), stock)
+
+
+def test_what_is_not_generate_is_refused(llama: Any) -> None:
+    ids, mask = ids_of(N, 41)
+    with block(llama) as run:
+        with pytest.raises(UserError, match="without its cache"):
+            llama(ids)
+        with pytest.raises(UserError, match="padded on the right"):
+            llama.generate(ids.flip(1), attention_mask=mask.flip(1), **GENERATE)
+        with pytest.raises(UserError, match="Nothing has been generated"):
+            _ = run.report
+        with pytest.raises(UserError, match="replaced already"), block(llama):
+            pass
+        kept = llama.generate(ids[:1], return_dict_in_generate=True, **GENERATE)
+    with block(llama), pytest.raises(UserError, match="not made inside this block"):
+        llama.generate(kept.sequences, past_key_values=kept.past_key_values, **GENERATE)
+    assert not {"generate", "forward"} & set(vars(llama))
+
+
+@pytest.mark.parametrize(("name", "more", "words"), [
+    ("snapvk", {"ratio": 0.5}, "snapkv"), ("snapkv", {}, "without a ratio"), ("snapkv", {"ratio": 1.5}, "outside"),
+    ("snapkv", {"ratio": 0.5, "widow": 3}, "widow"), ("snapkv", {"ratio": 0.5, "window": 0}, "window=0"),
+    ("snapkv", {"ratio": 0.5, "budget_tokens": 9}, "both say"), ("sentinel", {"ratio": 0.5}, "needs an adapter"),
+    ("knorm", {"ratio": 0.5, "during": "later"}, "later"), ("sinks", {"ratio": 0.5, "interval": 4}, "step"),
+])
+def test_bad_requests_are_sentences(llama: Any, name: str, more: dict[str, Any], words: str) -> None:
+    with pytest.raises(UserError, match=words) as found, compress(llama, name, **more):
+        pass
+    assert "--" not in str(found.value)
+    assert not {"generate", "forward"} & set(vars(llama))
+
+
+def test_models_that_cannot_be_followed_are_refused() -> None:
+    model: Any = small_model("llama")
+    with pytest.raises(UserError, match=r"model.eval\(\)"), block(model.train()):
+        pass
+    with pytest.raises(UserError, match="no language model"), block(nn.Linear(2, 2)):
+        pass
+    model.eval()
+    model.model.layers[0].to("meta")
+    with pytest.raises(UserError, match="several devices"), block(model):
+        pass
+    assert model.config._attn_implementation == register()
+
+
+def test_a_fault_inside_leaves_the_model_as_it_was() -> None:
+    model: Any = small_model("llama")
+    model.set_attn_implementation("sdpa")
+    ids = ids_of(N)[0]
+    stock = model.generate(ids, **GENERATE)
+    with pytest.raises(IndexError), block(model, "snapkv"):
+        model.generate(ids + VOCABULARY, **GENERATE)
+    with block(model, "snapkv") as run:
+        first = model.generate(ids, **GENERATE)
+    with block(model, "snapkv"):
+        assert torch.equal(model.generate(ids, **GENERATE), first)
+    assert model.config._attn_implementation == "sdpa"
+    assert torch.equal(model.generate(ids, **GENERATE), stock)
+    assert run.report.evictions == 1
+
+
+@pytest.mark.parametrize("name", ["sentinel", "ccm-concat", "gist"])
+def test_trained_methods_go_with_their_adapter(llama: Any, tmp_path: Path, name: str) -> None:
+    ratio = "0.5" if name == "sentinel" else "0.9"
+    method = make_method(name, Fraction(ratio), {})
+    adapter = adapter_for(llama, method)
+    assert adapter is not None
+    adapter.card = replace(adapter.card, method=name)
+    adapter.save(tmp_path / "adapter", "small")
+    ids, mask = ids_of(N, 41)
+    for during in ("prefill", "both"):
+        with compress(llama, name, ratio, adapter=tmp_path / "adapter", during=during):
+            out = llama.generate(ids, attention_mask=mask, **GENERATE)
+        for row in range(2):
+            alone = ids[row, mask[row].bool()][None]
+            assert torch.equal(out[row, N:], written(llama, method, adapter, alone, during)[0])
