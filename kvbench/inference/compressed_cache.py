@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from transformers.cache_utils import Cache
 
 from kvbench.errors import UserError
-from kvbench.inference.opening import Text, open_session
+from kvbench.inference.opening import Text, joined, open_session
 from kvbench.inference.session import Session
 from kvbench.methods import Method
 from kvbench.models.adapter import Adapter
@@ -139,6 +139,9 @@ class CompressedCache(Cache):  # type: ignore[misc]
         return self.groups[-1]
 
     def _go_on(self, ids: Tensor, wanted: int) -> Tensor:
+        together = joined([(group.rows, group.session) for group in self.groups]) if ids.shape[1] == 1 else None
+        if together is not None:
+            return together.feed(self.compression.model, ids, removes=self.compression.during != PREFILL)
         out: Tensor | None = None
         for group in self.groups:
             logits = self._advance(group.session, ids[group.rows])[:, -wanted:]

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import NamedTuple
 
-from torch import nn
+from torch import Tensor, nn
 
 from kvbench.cache.shape import cache_shape
 from kvbench.errors import UserError
@@ -16,6 +16,7 @@ from kvbench.inference.layout_session import LayoutSession, MaskedSession
 from kvbench.inference.policy_session import PolicySession
 from kvbench.inference.reader import Reader
 from kvbench.inference.session import Session
+from kvbench.inference.together import Together
 from kvbench.methods import RUNNING, Layout, LayoutMethod, Method, TextStructure, make_layout
 from kvbench.methods.policies.policy import CachePolicy
 from kvbench.models.adapter import Adapter
@@ -89,6 +90,15 @@ def prepared(model: nn.Module, adapter: Adapter | None, length: int) -> Iterator
     """Prepare the model for texts of ``length`` tokens within the block: rotary embeddings fixed, adapter applied."""
     with fixed_rotations(model, length), Reader(model, adapter).ready():
         yield
+
+
+def joined(groups: Sequence[tuple[Tensor, Session]]) -> Together | None:
+    """One forward pass for the next token of several sessions, with their rows; None if each must be fed by itself."""
+    members = [
+        (rows, session) for rows, session in groups
+        if isinstance(session, PolicySession) and not session.policy.keeps_all
+    ]
+    return Together(members) if len(members) == len(groups) > 1 else None
 
 
 def rows_together(method: Method, row_seeds: Sequence[int]) -> list[list[int]]:

@@ -179,28 +179,37 @@ class PolicySession:
 
     def feed(self, ids: Tensor, wanted: slice = slice(None)) -> Tensor:
         """Feed text ``[batch, m]`` and return logits ``[batch, wanted, vocabulary]``; nothing is removed."""
-        m, cache = ids.shape[1], self.cache
-        cache.is_full_step = self.policy.is_full_step(self.read)
-        held = cache.mean_entries() if cache.is_full_step else cache.mean_seen()
-        if self.history is not None:
-            self.history.append([(x.positions if cache.is_full_step else x.seen()).clone() for x in cache.layers])
-        cache.read = cache.begin = self.read
+        m = ids.shape[1]
+        self.begin(m)
         places = torch.arange(self.read, self.read + m, device=ids.device)
         token = OBSERVER.set(self)
         try:
             with self.policy.patched(self.model):
                 out = self.model(
                     input_ids=ids, attention_mask=torch.ones(1, 1, m, 1, dtype=torch.bool, device=ids.device),
-                    position_ids=places[None], use_cache=True, past_key_values=cache,
+                    position_ids=places[None], use_cache=True, past_key_values=self.cache,
                     logits_to_keep=torch.arange(m, device=ids.device)[wanted],
                 )
         finally:
             OBSERVER.reset(token)
-        self.read, self.since = self.read + m, self.since + m
-        self.seen += [held + i for i in range(m)]
-        self.peak = max(self.peak, cache.most_entries())
+        self.end(m)
         logits: Tensor = out.logits
         return logits
+
+    def begin(self, count: int) -> None:
+        """Prepare for a forward pass over the next ``count`` tokens."""
+        cache = self.cache
+        cache.is_full_step = self.policy.is_full_step(self.read)
+        held = cache.mean_entries() if cache.is_full_step else cache.mean_seen()
+        self.seen += [held + i for i in range(count)]
+        if self.history is not None:
+            self.history.append([(x.positions if cache.is_full_step else x.seen()).clone() for x in cache.layers])
+        cache.read = cache.begin = self.read
+
+    def end(self, count: int) -> None:
+        """Account for ``count`` tokens that have been fed."""
+        self.read, self.since = self.read + count, self.since + count
+        self.peak = max(self.peak, self.cache.most_entries())
 
     def remove(self) -> None:
         """Let the policy remove entries in every layer that holds more than its budget."""

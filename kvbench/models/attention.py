@@ -131,12 +131,17 @@ def _watched(
     scaling, number = extra.get("scaling"), int(module.layer_idx)
     out = observer.attend(number, query, scaling)
     if out is None:
-        out = _masked(observer.mask(number, query.shape[2], key.shape[2], query.device), query, key, value, scaling)
+        mask = observer.mask(number, query.shape[2], key.shape[2], query.device)
+        out = masked_attention(mask, query, key, value, scaling)
     observer.observe(number, query, key, query.shape[-1] ** -0.5 if scaling is None else scaling)
     return out.transpose(1, 2).contiguous()
 
 
-def _masked(mask: Tensor | None, query: Tensor, key: Tensor, value: Tensor, scaling: float | None) -> Tensor:
+def masked_attention(mask: Tensor | None, query: Tensor, key: Tensor, value: Tensor, scaling: float | None) -> Tensor:
+    """Attention ``[batch, query heads, q, width]`` under a bool mask; causal if there is none.
+
+    The mask's heads, if it has any, are those of the queries or of the keys.
+    """
     if mask is not None and mask.dim() == 4 and mask.shape[1] not in (1, query.shape[1]):
         mask = mask.repeat_interleave(query.shape[1] // mask.shape[1], dim=1)
     return functional.scaled_dot_product_attention(

@@ -1,0 +1,89 @@
+"""One forward pass for the next tokens of several sessions of policies, whose rows have read texts of unequal length.
+
+Everything but attention is computed for all rows at once; in every layer, each session stores and attends the entries
+of its own rows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.cache_utils import Cache
+
+from kvbench.inference.policy_session import PolicySession
+from kvbench.models.attention import masked_attention
+from kvbench.models.attention_hooks import OBSERVER
+
+
+class Together(Cache):  # type: ignore[misc]
+    """Hands keys, values and queries of a batch to the sessions of its rows; the cache and the observer of one pass.
+
+    Attributes:
+        members: rows of the batch, int64, and the session that reads them.
+    """
+
+    def __init__(self, members: Sequence[tuple[Tensor, PolicySession]]) -> None:
+        super().__init__(layers=[])
+        self.members = members
+        self.attended: dict[int, list[tuple[Tensor, Tensor]]] = {}
+
+    def feed(self, model: nn.Module, ids: Tensor, removes: bool) -> Tensor:
+        """Read the next tokens ``[batch, m]`` of all rows and return logits ``[batch, m, vocabulary]``.
+
+        Args:
+            removes: let the policy remove entries afterwards where that is due.
+        """
+        count, positions = ids.shape[1], torch.empty_like(ids)
+        for rows, session in self.members:
+            session.begin(count)
+            positions[rows] = torch.arange(session.read, session.read + count, device=ids.device)
+        token = OBSERVER.set(self)
+        try:
+            with self.members[0][1].policy.patched(model):
+                out = model(
+                    input_ids=ids, attention_mask=torch.ones(1, 1, count, 1, dtype=torch.bool, device=ids.device),
+                    position_ids=positions, use_cache=True, past_key_values=self,
+                )
+        finally:
+            OBSERVER.reset(token)
+        for _, session in self.members:
+            session.end(count)
+            if removes and session.is_due:
+                session.remove()
+        logits: Tensor = out.logits
+        return logits
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        return max(session.read for _, session in self.members)
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        self.attended[layer_idx] = [
+            session.cache.update(key_states[rows], value_states[rows], layer_idx) for rows, session in self.members
+        ]
+        return key_states, value_states
+
+    def mask(self, layer: int, queries: int, keys: int, device: torch.device) -> Tensor | None:
+        return None
+
+    def attend(self, layer: int, query: Tensor, scaling: float | None) -> Tensor | None:
+        """Attention ``[batch, query heads, q, width]``, each session over its own entries."""
+        out: Tensor | None = None
+        for (rows, session), (keys, values) in zip(self.members, self.attended.pop(layer), strict=True):
+            mine = query[rows]
+            found = session.attend(layer, mine, scaling)
+            if found is None:
+                mask = session.mask(layer, mine.shape[2], keys.shape[2], mine.device)
+                found = masked_attention(mask, mine, keys, values, scaling)
+            session.observe(layer, mine, keys, mine.shape[-1] ** -0.5 if scaling is None else scaling)
+            if out is None:
+                out = found.new_empty(len(query), *found.shape[1:])
+            out[rows] = found
+        return out
+
+    def observe(self, layer: int, query: Tensor, keys: Tensor, scaling: float) -> None:
+        """Nothing: sessions have observed their own rows."""
