@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import nn
 
+from kvbench.api.wording import in_python
 from kvbench.errors import UserError, unknown
 from kvbench.inference.compressed_cache import BOTH, DECODE, PREFILL
 from kvbench.inference.opening import check_method
@@ -157,16 +157,3 @@ def check_call(model: Any, config: Any, settings: Mapping[str, Any]) -> None:
     ids = settings.get("input_ids")
     if longest is not None and ids is not None and ids.shape[1] > longest:
         _FACTS[model].check_length(type(model).__name__, ids.shape[1], "Give it a shorter prompt.")
-
-
-@contextmanager
-def in_python() -> Iterator[None]:
-    """Spell what sentences of the command line name as arguments of Python."""
-    try:
-        yield
-    except UserError as error:
-        message, hint = (
-            text.replace("--set ", "").replace("--budget-tokens ", "budget_tokens=").replace("--ratio ", "ratio=")
-            for text in (error.message, error.hint)
-        )
-        raise UserError(message, hint) from error

@@ -14,8 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from kvbench.api.checks import check_call, check_model, check_request, checked_adapter, checked_method, in_python
+from kvbench.api.checks import check_call, check_model, check_request, checked_adapter, checked_method
 from kvbench.api.snapshot import Snapshot, load_snapshot
+from kvbench.api.wording import in_python
 from kvbench.errors import UserError
 from kvbench.inference.compressed_cache import PREFILL, CompressedCache, Compression
 from kvbench.inference.opening import prepared

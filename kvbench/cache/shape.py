@@ -1,4 +1,4 @@
-"""The shape of a model's KV cache, measured instead of derived from the configuration; converts bytes to entries."""
+"""The shape of a model's KV cache, measured instead of derived from the configuration, and bytes of an entry."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ class CacheShape:
 
     @property
     def entry_bytes(self) -> int:
-        """Bytes of one entry of one text over all layers."""
+        """Bytes of one entry of one text: the keys and values of a token in all heads and layers."""
         return sum(heads * (keys + values) for heads, keys, values in self.layers) * self.itemsize
 
     @property
@@ -52,7 +52,7 @@ _SEEN: WeakKeyDictionary[nn.Module, CacheShape] = WeakKeyDictionary()
 
 
 def cache_shape(model: nn.Module) -> CacheShape:
-    """The shape of the model's cache, measured by reading two tokens, once for every model."""
+    """The shape of the model's cache, measured by a forward pass over two tokens, once for every model."""
     from kvbench.cache.evicting import EvictingCache  # imports transformers, which planning does without
 
     if model not in _SEEN:

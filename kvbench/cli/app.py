@@ -47,8 +47,8 @@ def _main(
 def main() -> None:
     """Run the command line and exit with its code; a ``UserError`` is printed as one sentence.
 
-    A reader may close the output early, which is not an error. Output that cannot be written for another reason is
-    reported, with exit code 1.
+    The program that reads the output, such as ``head``, may close it early, which is not an error. If it cannot be
+    written for another reason (``out.lost``), that is reported, with exit code 1.
     """
     with outlets() as out:
         code = _called()

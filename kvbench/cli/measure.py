@@ -1,83 +1,21 @@
-"""Shared by commands that measure: lock the run folder, measure what is missing, and compute the results."""
+"""Shared by commands that measure: being interrupted has an exit code of its own."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from contextlib import nullcontext
-from pathlib import Path
-from typing import TYPE_CHECKING
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import typer
 
-if TYPE_CHECKING:
-    from rich.console import Console
 
-    from kvbench.store.manifest import Manifest
-    from kvbench.store.rows import Results
-
-
-def measured(
-    path: Path, content: str, limit: int, fresh: bool, console: Console, measure: Callable[[], None],
-    only: Sequence[str] = (), shared: bool = False, cells: Sequence[str] = (),
-) -> Results:
-    """Measure a run folder unless it is complete, and return its results, failures included.
-
-    Args:
-        content: hash of the request; the folder must hold the same, or nothing.
-        limit: documents per task, or repeats; a finished folder of the same limit is not measured again.
-        measure: does the work; records are in the folder when it returns.
-        only: metrics of generated text to show; all if empty.
-        shared: other processes may measure into the folder meanwhile, and it may hold another run.
-        cells: keys of the requested cells, if a folder of the same content may hold fewer or more of them.
+@contextmanager
+def interruptible() -> Iterator[None]:
+    """Leave with exit code 130 if the user interrupts the block.
 
     Raises:
-        UserError: the folder cannot be used.
-        typer.Exit: the user interrupted the run.
+        typer.Exit: the user has.
     """
-    from rich.markup import escape
-
-    from kvbench.analysis.results import compute_results
-    from kvbench.errors import StoppedError
-    from kvbench.execution.locks import KEPT, disk, finish, locked
-    from kvbench.execution.process import WorkerDiedError
-    from kvbench.store.folder import RESULTS, RunFolder, write_atomic
-    from kvbench.store.records import Failure
-    from kvbench.store.rows import Results
-
-    folder = RunFolder(path)
-    folder.check(content, fresh or shared)
-    with nullcontext() if shared else locked(path):
-        manifest = None if fresh else folder.earlier()
-        if manifest and manifest.finished and manifest.describes(content, limit) and _is_present(manifest, cells):
-            found = compute_results(folder, only)
-            if found.ok:
-                console.print(f"Already measured ({manifest.finished}); --fresh measures again.")
-                return found
-            console.print("What was measured is no longer whole, and is completed.")
-        try:
-            measure()
-        except WorkerDiedError as death:
-            console.print(f"[red]failed[/] {escape(str(death))}", highlight=False)
-            return Results(str(path), False, (Failure("", str(death)),))
-        except KeyboardInterrupt:
-            console.print("kvbench: interrupted; what was measured is kept, and the same command goes on.")
-            raise typer.Exit(130) from None
-        if folder.manifest().content != content:
-            raise StoppedError(
-                f"Another sweep has described {path} as its own meanwhile; what was measured is kept.",
-                "The same command prints its results.",
-            )
-        results = compute_results(folder, only)
-        with disk(path, KEPT, StoppedError):
-            write_atomic(path / RESULTS, results.to_json() + "\n")
-            if results.ok:
-                finish(folder, content)
-        return results
-
-
-def _is_present(manifest: Manifest, wanted: Sequence[str]) -> bool:
-    """Whether a finished run has exactly the wanted cells, all measured by the current version of their method."""
-    from kvbench.store.faults import fault_of
-
-    keys = {cell.key for cell in manifest.cells}
-    return manifest.knows_models and set(wanted or keys) == keys and not any(map(fault_of, manifest.cells))
+    try:
+        yield
+    except KeyboardInterrupt:
+        raise typer.Exit(130) from None

@@ -10,7 +10,7 @@ import typer
 
 from kvbench.cli import options
 from kvbench.cli.dry_run import print_cells_as_json
-from kvbench.cli.measure import measured
+from kvbench.cli.measure import interruptible
 from kvbench.cli.requests import profile_request
 
 if TYPE_CHECKING:
@@ -110,13 +110,13 @@ def profile(
     import psutil
     from rich.console import Console
 
+    from kvbench.api.measure import profile_plan
     from kvbench.config import load_settings
     from kvbench.errors import StoppedError, UserError
     from kvbench.execution.locks import KEPT, disk
     from kvbench.models.device import pick_device
     from kvbench.parsing import CARD
     from kvbench.planning.profile import build_profile_plan, doubts
-    from kvbench.profiling.parent import profile as measure
     from kvbench.store.folder import RunFolder
 
     console = Console(stderr=True)
@@ -131,9 +131,8 @@ def profile(
         return
     for warning in doubts(request.threads, psutil.cpu_percent(interval=0.3)):
         console.print(f"[yellow]warning[/] {warning}", highlight=False)
-    results = measured(
-        plan.folder, plan.content, request.repeats, fresh, console, lambda: measure(plan, sys.argv, console, fresh)
-    )
+    with interruptible():
+        results = profile_plan(plan, sys.argv, console, fresh)
     if json_:
         sys.stdout.write(results.to_json() + "\n")
     else:

@@ -10,7 +10,7 @@ import typer
 
 from kvbench.cli import options
 from kvbench.cli.dry_run import print_plans
-from kvbench.cli.measure import measured
+from kvbench.cli.measure import interruptible
 from kvbench.cli.requests import quality_request
 
 
@@ -70,9 +70,8 @@ def run(
     """
     from rich.console import Console
 
+    from kvbench.api.measure import run_plan
     from kvbench.config import load_settings
-    from kvbench.execution.parent import ExecutionOptions, execute
-    from kvbench.judges.mauve import measure_similarity
     from kvbench.planning.quality import build_plan
     from kvbench.store.folder import RunFolder
 
@@ -86,15 +85,8 @@ def run(
         RunFolder(plan.folder).check(plan.content, fresh)
         print_plans([plan], plan.folder, json_)
         return
-
-    def measure() -> None:
-        execute([plan], plan.folder, plan.content, sys.argv, console, ExecutionOptions(fresh=fresh))
-        measure_similarity(RunFolder(plan.folder), console)
-
-    results = measured(
-        plan.folder, plan.content, request.limit, fresh, console, measure, request.metrics,
-        cells=[cell.key for cell in plan.cells],
-    )
+    with interruptible():
+        results = run_plan(plan, sys.argv, console, fresh)
     if json_:
         sys.stdout.write(results.to_json() + "\n")
     else:

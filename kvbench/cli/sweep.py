@@ -10,7 +10,7 @@ import typer
 
 from kvbench.cli import options
 from kvbench.cli.dry_run import print_plans
-from kvbench.cli.measure import measured
+from kvbench.cli.measure import interruptible
 from kvbench.cli.requests import quality_request
 
 if TYPE_CHECKING:
@@ -107,6 +107,7 @@ def sweep(
     """
     from rich.console import Console
 
+    from kvbench.api.measure import measured
     from kvbench.config import load_settings
     from kvbench.errors import UserError, unknown
     from kvbench.execution.executors import EXECUTORS
@@ -141,9 +142,10 @@ def sweep(
                  not (settings.keep_going if keep_going is None else keep_going), timeout or settings.timeout,
                  parse_options(executor_option or []))
 
-    results = measured(
-        found.folder, found.content, request.limit, fresh, console, measure, request.metrics, shared=True
-    )
+    with interruptible():
+        results = measured(
+            found.folder, found.content, request.limit, fresh, console, measure, request.metrics, shared=True
+        )
     if json_:
         sys.stdout.write(results.to_json() + "\n")
     else:

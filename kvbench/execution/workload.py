@@ -1,4 +1,4 @@
-"""The workload of a task: its documents cut into pieces, and the batches in which they are scored."""
+"""A workload (a task, and its option ``question`` if set): its documents in pieces, and the batches to score."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ from kvbench.store.manifest import TaskInfo
 from kvbench.store.records import HUMAN, Cell
 
 MAX_ROWS, MAX_SCORES = 8, 1 << 25
-"""Upper bounds on a batch: rows, and rows x targets x vocabulary."""
+"""Upper bounds on a batch: rows, and scores (rows x targets x vocabulary)."""
 
 
 @dataclass(frozen=True)
 class TaskWork:
-    """A task after cutting: its documents with their pieces, and the cells that measure them."""
+    """A workload after cutting: its documents with their pieces, and the cells that measure them."""
 
     task: Task
     protocol: Protocol
@@ -41,7 +41,7 @@ class TaskWork:
 
     @property
     def name(self) -> str:
-        """The workload of its cells, such as ``recall:known``: the task, and the question if it is not the default."""
+        """The workload, such as ``recall:known``: the task, and its option ``question`` if that is not the default."""
         return self.cells[0].workload
 
     def info(self) -> TaskInfo:
@@ -57,10 +57,10 @@ class TaskWork:
 
 
 def cut_task(job: Job, name: str, loaded: Loaded, facts: ModelFacts) -> TaskWork:
-    """Cut the documents of a task into pieces for a model.
+    """Cut the documents of a workload into pieces for a model.
 
     Args:
-        name: the workload.
+        name: the workload, such as ``recall:known``.
 
     Raises:
         UserError: the lengths do not fit the model, no document is long enough, or the texts have changed.
@@ -98,7 +98,8 @@ def cut_task(job: Job, name: str, loaded: Loaded, facts: ModelFacts) -> TaskWork
     longest = max(len(piece.ids) for _, cut in cuts for piece in cut.pieces)
     facts.check_length(first.model, longest, protocol.within(facts.window or longest))
     settings = (first.execution, tokenizer.bos is not None, _tokenizer_hash(loaded))
-    # Earlier versions also tokenised a text for the scorer apart from its prefix, though a token may span both.
+    # Version 2: earlier versions tokenised parts one by one and had other tokens. For a scorer they also tokenised a
+    # text apart from its prefix, though a token may span both.
     version = 2 if first.options.get("scorer", NOTHING) != NOTHING else max(
         piece.version for _, cut in cuts for piece in cut.pieces
     )
@@ -107,7 +108,7 @@ def cut_task(job: Job, name: str, loaded: Loaded, facts: ModelFacts) -> TaskWork
 
 
 def with_mark(signature: str, mark: str) -> str:
-    """Insert the mark of a model (see ``ModelFacts``) into a signature, before its version."""
+    """Insert the mark of a model (see ``ModelFacts``) into a signature, before the ``|v:`` and number that end it."""
     head, version, number = signature.rpartition("|v:")
     return f"{head}{mark}{version}{number}"
 
@@ -117,7 +118,7 @@ def tokens_of(cuts: Iterable[Cut]) -> int:
 
 
 def batches(documents: tuple[tuple[Document, Cut], ...], vocabulary: int) -> Iterator[list[Piece]]:
-    """Yield batches of pieces of equal shape, ordered by layout."""
+    """Yield batches of pieces of equal shape; within a shape they are ordered by layout, so that a batch has few."""
     groups: dict[Any, list[Piece]] = {}
     for _, cut in documents:
         for piece in cut.pieces:

@@ -1,12 +1,12 @@
 """The attention function of all models: SDPA, called in the way that is fastest under a dense mask.
 
-Under a dense mask, SDPA cannot skip later keys, which doubles the work of a causal pass. For
-scoring, queries are therefore split into a few runs, each with the keys up to its end only, which
-recovers most of the loss with the stock kernel. For training on a CPU the kernel runs in float32,
-whose backward pass is faster there than that of bfloat16. Where transformers would repeat keys and
-values for every query head because there is a mask, the CPU kernel handles grouped queries itself.
-Without a mask and without gradients this is transformers' SDPA, unchanged. Attention with soft-capped
-logits or learned sinks, which SDPA does not support, is computed here in plain PyTorch.
+Under a dense mask (a boolean per query and key), SDPA cannot skip later keys, which doubles the work of a causal pass.
+For scoring, queries are therefore split into a few consecutive runs, each with the keys up to its end only, which
+recovers most of the loss with the stock kernel. For training on a CPU the kernel runs in float32, whose backward pass
+is faster there than that of bfloat16. Where transformers would repeat keys and values for every query head because
+there is a mask, the CPU kernel handles grouped queries itself. Without a mask and without gradients this is
+transformers' SDPA, unchanged. Attention with soft-capped logits or learned sinks, which SDPA does not support, is
+computed here in plain PyTorch. A listener is told of every call; an observer gives the mask, or computes the attention.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ NAME = "kvbench"
 RUNS = 4
 """Number of runs that queries are split into; r runs compute (r + 1) / 2r of the full query-key square."""
 SHORTEST = 128
-"""Number of queries below which one kernel call is faster than several."""
+"""Number of queries below which one kernel call is faster than several; ``_exact`` takes so many at a time."""
 
 
 def attention(
@@ -85,7 +85,7 @@ def _exact(
     sinks: Tensor | None,
 ) -> Tensor:
     """Attention ``[batch, q, heads, width]`` with logits soft-capped at ``softcap``; the softmax includes one learned
-    sink logit per head, ``sinks`` ``[heads]``, which has no value."""
+    sink logit per head, ``sinks`` ``[heads]``, which takes weight but adds nothing to the output."""
     batch, heads, count, width = query.shape
     group = heads // key.shape[1]
     scale = width**-0.5 if scaling is None else scaling
@@ -113,7 +113,7 @@ def _exact(
 
 
 def _mask(*args: Any, mask_function: MaskFunction = causal_mask_function, **kwargs: Any) -> Tensor | None:
-    """Make SDPA's own mask, and record the mask function that it is made from (see ``MASKS``)."""
+    """Make SDPA's own mask; while ``MASKS`` collects, make it always, and record it with its mask function."""
     collected = MASKS.get()
     if collected is not None:
         kwargs |= {"allow_is_causal_skip": False, "allow_is_bidirectional_skip": False}
@@ -126,6 +126,7 @@ def _mask(*args: Any, mask_function: MaskFunction = causal_mask_function, **kwar
 def _watched(
     observer: AttentionObserver, module: Any, query: Tensor, key: Tensor, value: Tensor, **extra: Any
 ) -> Tensor:
+    """Attention under the mask of an observer, or computed by it; then the observer is shown queries and keys."""
     if extra.get("softcap") is not None or extra.get("s_aux") is not None:
         raise RuntimeError(f"{type(module).__name__} caps its attention or adds to it, which policies cannot follow")
     scaling, number = extra.get("scaling"), int(module.layer_idx)

@@ -1,7 +1,7 @@
 """Clocks, and the definitions of all time spans.
 
-A mark is taken without synchronising with the device; marks are converted to seconds once a request has
-ended. So nothing in the timed loop waits for a GPU.
+A mark stands for a point in time. It is taken without synchronising with the device, and converted to seconds once a
+request has ended. So nothing in the timed loop waits for a GPU.
 """
 
 from __future__ import annotations
@@ -60,8 +60,9 @@ class Stopwatch:
 
     Attributes:
         clock: clock that takes the marks.
+        started, prefilled: marks, None until they are taken (see ``Timeline``).
         tokens: one mark per new token, when it was chosen.
-        aside: pairs of marks around work of the method outside the model's forward pass, during prefill.
+        aside: pairs of marks around the method's own work during prefill, of which ``compress_s`` is the sum.
     """
 
     clock: Clock
@@ -72,14 +73,14 @@ class Stopwatch:
 
     @contextmanager
     def overhead(self) -> Iterator[None]:
-        """Time what the block does outside the model's own forward pass; counted during prefill only."""
+        """Time the block, work of the method outside the model's forward pass; counted during prefill only."""
         before = self.clock.mark() if self.prefilled is None else None
         yield
         if before is not None:
             self.aside.append((before, self.clock.mark()))
 
     def read(self) -> Timeline:
-        """Convert the marks to seconds."""
+        """Convert the marks to seconds since ``started``."""
         flat = [mark for pair in self.aside for mark in pair]
         when = self.clock.seconds([self.started, self.prefilled, *self.tokens, *flat])
         first = 2 + len(self.tokens)
@@ -89,7 +90,7 @@ class Stopwatch:
 
 @dataclass(frozen=True)
 class Timeline(Rates):
-    """Times of one request, in seconds on one clock.
+    """Times of one request, in seconds on one clock; ``Stopwatch.read`` makes ``started`` zero.
 
     Attributes:
         started: when the prompt was on the device.

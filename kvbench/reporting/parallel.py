@@ -1,4 +1,4 @@
-"""Runs tasks of a report in several processes; these are forked, so that data need not be sent to them."""
+"""Runs functions (here: tasks) in several processes; these are forked, so that data need not be sent to them."""
 
 from __future__ import annotations
 
@@ -10,8 +10,10 @@ from typing import Any, TypeVar
 
 T = TypeVar("T")
 MOST = 4
+"""Largest number of processes."""
 
 _inherited: list[Callable[[], Any]] = []
+"""The tasks, which a forked process finds in its copy of the memory."""
 
 
 def in_parallel(tasks: Sequence[Callable[[], T]]) -> list[T]:

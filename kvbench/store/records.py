@@ -12,7 +12,7 @@ from typing import Any, ClassVar
 SCHEMA = 1
 
 HUMAN = "human"
-"""Method name of the cell that holds the human texts."""
+"""Method name of the cell whose texts are the authors' own, to compare generated ones with."""
 ITSELF = "itself"
 """Name of the scorer if the model that generated the texts scores them itself, uncompressed."""
 
@@ -23,6 +23,7 @@ class Cell:
 
     Attributes:
         ratio_asked: requested ratio as text, such as ``0.7``; None for methods without one.
+        execution: ``streamed`` (entries leave the cache while a text is read), or one pass in which a mask hides them.
         position_rule: ``absolute``, or ``shared`` where a sentinel repeats its predecessor's position.
         role: ``method``, ``baseline``, ``control``, or ``reference`` (compared with, but not shown).
         options: resolved options of method and protocol.
@@ -60,7 +61,7 @@ class Cell:
 
     @cached_property
     def key(self) -> str:
-        """Content key: a hash that is equal for equal measurements, whatever the command or the limit."""
+        """Content key: a hash that is equal for equal measurements, whatever the command or the number of documents."""
         return self._hash({"version": self.version} if self.version > 1 else {})
 
     @cached_property
@@ -88,7 +89,7 @@ class Cell:
 
     @property
     def workload(self) -> str:
-        """The task, with its question if that is not the default; documents are cut once per workload."""
+        """The task and, unless default, its option ``question``: ``recall:known``. Documents are cut once for each."""
         question = self.options.get("question")
         return self.task if question is None else f"{self.task}:{question}"
 
@@ -121,7 +122,7 @@ class DocumentRecord:
     """Sufficient statistics of one document under one cell; sums over its pieces.
 
     Attributes:
-        group: unit of resampling.
+        group: unit that the bootstrap resamples: an article, a book, or the document itself.
         pieces: number of blocks, passages or prefixes.
         dropped: number of tokens of the document that are in no piece.
         tokens: number of scored tokens (targets); ``n_bytes``: their UTF-8 bytes.
@@ -131,14 +132,15 @@ class DocumentRecord:
         kl: sum of KL(full || method) over targets, None for ``full`` or if ``full`` failed.
         kl_bins: counts of per-token KL in logarithmic bins.
         top1: number of targets where the most probable token is that of the full cache.
-        raw: text tokens of the context; ``held``: entries held after it was read.
-        visible: sum over ``queries`` of entries visible / text tokens before.
+        raw: text tokens of the block, passage or prefix; ``held``: entries held after it was read.
+        visible: sum of entries visible / text tokens before, over scored queries; ``queries``: their number.
         peak: the most entries ever held in a piece.
-        kv_logical, kv_physical, kv_full: bytes of the cache, summed over pieces.
-        bin: key by which results are also reported separately.
+        kv_logical, kv_physical, kv_full: bytes of the cache, summed over pieces: entries held x bytes per entry,
+            distinct storages alive, and what the whole cache would take.
+        bin: bin that the document belongs to, if any; results are also reported for each bin.
         seconds: time of the batches, divided among their rows.
-        by_distance: number of targets, their nll, and their nll minus that with the full cache, by their
-            distance from the last place where entries were replaced (lower edge of each bin).
+        by_distance: targets in bins of their distance from the last place where entries were replaced by a summary:
+            lower edge -> number of targets, their nll, and their nll minus that with the full cache.
         by_position: the same by the number of text tokens before the target.
     """
 
@@ -192,8 +194,8 @@ class Output:
         draw: index among the outputs of its kind.
         ids: the generated tokens, without the end token; ``text``: the text that they decode to.
         ended: whether the model ended the text before the maximum length.
-        nll: nats of the text given the prefix under the scorer, over ``nll_tokens`` of its tokens; None
-            if no scorer was requested.
+        nll: negative log-likelihood of the text given the prefix under the scorer, in nats, over ``nll_tokens`` of
+            its tokens; None if no scorer was requested.
         vector: the text's sentence embedding, half precision in base64; None if not requested.
         features: the same for MAUVE, if it does not use the sentence embedding.
     """
@@ -214,12 +216,12 @@ class GenerationRecord:
     """The texts that were generated after one document's prefix under one cell.
 
     Attributes:
-        group: unit of resampling.
+        group: unit that the bootstrap resamples (see ``DocumentRecord``).
         outputs: the texts.
         raw: text tokens of the prefix; ``held``: entries held after it was read.
-        visible: sum of entries visible / text tokens before, over the ``queries`` that chose a token.
+        visible: sum of entries visible / text tokens before, over queries that chose a token (``queries``).
         peak: the most entries ever held.
-        kv_logical, kv_physical, kv_full: bytes of the cache after the prefix was read.
+        kv_logical, kv_physical, kv_full: bytes of the cache after the prefix was read (see ``DocumentRecord``).
         seconds: time of the batch, divided among its documents.
         prefix: text of the prefix; only in the record of the human texts.
         prefix_ids, prefix_vector: its tokens and its sentence embedding, likewise.
@@ -263,7 +265,7 @@ class GenerationRecord:
 
 @dataclass(frozen=True)
 class Failure:
-    """Why a cell could not be finished.
+    """Why a cell could not be finished, or the command if ``cell`` is empty.
 
     Attributes:
         left_out: whether the cell is infeasible, and left out of a sweep, which is not an error.

@@ -1,9 +1,9 @@
 """Training the adapter of a compression method on a frozen base model.
 
-Each step is one masked forward pass, in which the layout's mask trains all spans of a block at once. Spans and ratio
-are sampled anew for every batch, so that one adapter serves all ratios. The loss is over all text tokens: the
+Each step is one forward pass under a layout's mask, which trains all spans (or chunks) of a sequence at once. They and
+the ratio are sampled anew for every batch, so that one adapter serves all ratios. The loss is over all text tokens: the
 language-model loss (``text``, as published), or the KL divergence from the uncompressed base model's predictions
-(``distil``), which is free of the noise of the text itself.
+(``distil``), which takes a second pass and is free of the noise of the text itself.
 """
 
 from __future__ import annotations
@@ -35,7 +35,8 @@ class AdapterPlan:
 
     Attributes:
         method: name of the trained method.
-        adapter: what is trained: ``gated``, ``plain`` or ``full`` (see ``AdapterCard``).
+        adapter: what is trained: low-rank pairs on special tokens (``gated``) or on every token (``plain``), or every
+            weight (``full``); see ``AdapterCard``.
         steps: optimiser steps.
         batch: sequences per step; they share one layout.
         length: text tokens per sequence.
@@ -48,7 +49,7 @@ class AdapterPlan:
         autocast: ``bfloat16`` or ``none``.
         objective: ``distil`` or ``text``.
         base_hash, data: fingerprints of the base model and of the data files.
-        options: the method's options that the adapter is bound to.
+        options: the method's options that the adapter learns; it is refused with other values.
     """
 
     method: str
@@ -76,22 +77,23 @@ def step_layout(plan: AdapterPlan, step: int) -> Layout:
 
 
 def text_loss(logits: Tensor, ids: Tensor) -> Tensor:
-    """Mean negative log-likelihood of all text tokens but the first, in nats."""
+    """Mean negative log-likelihood of all text tokens but the first, which ``logits`` predict, in nats."""
     return functional.cross_entropy(logits.flatten(0, 1).float(), ids[:, 1:].flatten())
 
 
 def distil_loss(logits: Tensor, teacher: Tensor) -> Tensor:
-    """Mean KL(base || compressed) over the same predictions, in nats."""
+    """Mean KL(base || compressed) per predicted token, in nats; ``teacher``: logits of the base model."""
     wanted = teacher.flatten(0, 1).float().log_softmax(-1)
     given = logits.flatten(0, 1).float().log_softmax(-1)
     return functional.kl_div(given, wanted, reduction="batchmean", log_target=True)
 
 
 def step_loss(plan: AdapterPlan, model: nn.Module, reader: Reader, ids: Tensor, layout: Layout) -> Tensor:
-    """The loss of one step under the plan's objective."""
+    """The loss of one step under the plan's objective; what the last text token predicts is left out."""
     if plan.objective == "text":
         return text_loss(reader.one_pass(ids, layout, slice(0, -1)), ids)
     with torch.no_grad(), reader.bare():
+        # The base model reads the text alone: no special tokens, nothing hidden.
         plain = Layout(plain_tokens(plan.length), torch.arange(plan.length), everything, plan.length)
         teacher = Reader(model).one_pass(ids, plain, slice(0, -1))
     return distil_loss(reader.one_pass(ids, layout, slice(0, -1)), teacher)
@@ -119,7 +121,7 @@ def train_adapter(
     reader = Reader(model, adapter)
     with reader.ready(), fixed_rotations(model, plan.length):
         for step in range(first, plan.steps):
-            torch.manual_seed(plan.seed * 1_000_003 + step)  # dropout
+            torch.manual_seed(plan.seed * 1_000_003 + step)  # for dropout
             for group in optimiser.param_groups:
                 group["lr"] = plan.lr * rate_factor(step, plan.steps, plan.warmup, plan.decay_from)
             ids = team.share(torch.from_numpy(data.batch(step, plan.batch))).to(device)

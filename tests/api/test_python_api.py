@@ -6,10 +6,14 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 import kvbench
+from kvbench.api.evaluate import spelled
+from kvbench.errors import UserError
+from kvbench.methods import METHODS
 from kvbench.models.references import assets
 
 PAGE = Path(__file__).parents[2] / "docs" / "python-api.md"
@@ -23,6 +27,32 @@ def test_the_code_of_the_page_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     for code in re.findall(r"```python\n(.*?)```", PAGE.read_text(), re.DOTALL):
         exec(compile(code, str(PAGE), "exec"), names)
     assert (tmp_path / "harbour.safetensors").is_file()
+
+
+@pytest.mark.parametrize("wrong", [{"methods": ["snapvk"]}, {"ratios": [1.5]}, {"sede": 1}, {"options": {"blok": 1}}])
+def test_bad_requests_are_sentences(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, wrong: dict[str, Any]) -> None:
+    monkeypatch.chdir(tmp_path)
+    for measure in (kvbench.evaluate, kvbench.profile):
+        with pytest.raises(UserError):
+            measure(**wrong)
+    with pytest.raises(UserError, match="not a run folder"):
+        kvbench.load(tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+def test_method_objects_are_spelled_as_on_the_command_line() -> None:
+    methods = [METHODS["snapkv"](), METHODS["snapkv"](window=16), "sinks"]
+    assert spelled(methods) == ("snapkv", "snapkv:window=16", "sinks")
+
+
+def test_results_are_loaded_without_pytorch() -> None:
+    old = Path(__file__).parents[1] / "frozen" / "old_run"
+    code = (
+        f"import sys, kvbench; found = kvbench.load({str(old)!r}); assert len(found.frame()) == len(found.rows) > 100\n"
+        "assert 'snapkv' in str(found) and found.ok\n"
+        "assert not {'torch', 'transformers'} & set(sys.modules)\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 def test_importing_kvbench_loads_nothing() -> None:

@@ -1,5 +1,5 @@
 """Figures of a profile: speed and memory by length and batch, latency and throughput, predicted and measured
-speed-up."""
+speed-up, time per token by entries kept and by tokens read."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def profile_figures(rows: list[Row], folder: Path) -> list[Path]:
 
 
 def _against(rows: list[Row], metric: str, axis: str, other: str, folder: Path) -> list[Path]:
-    """Draw a metric over length (or batch size), at the largest batch size (or length)."""
+    """Draw a metric over length, at the largest batch size, or over two or more batch sizes, at the largest length."""
     chosen = [r for r in rows if r.metric == metric and r.params[axis] is not None]
     if len({r.params[axis] for r in chosen}) < (2 if axis == "batch_size" else 1):
         return []
@@ -98,7 +98,7 @@ def _predicted(rows: list[Row], folder: Path) -> list[Path]:
 
 
 def _cost(rows: list[Row], folder: Path) -> list[Path]:
-    """Draw time per token against entries kept, and against tokens read, if three lengths were measured."""
+    """Draw time per token, with fitted lines, against entries kept and against tokens read, from three lengths on."""
     chosen = [r for r in rows if r.metric == "tpot_s" and r.params["seq_len"] is not None]
     if len({r.params["seq_len"] for r in chosen}) < 3:
         return []
@@ -127,6 +127,7 @@ def _cost(rows: list[Row], folder: Path) -> list[Path]:
 
 
 def _key(row: Row) -> tuple[str, float | None]:
+    """Method and ratio, for which a panel has one line."""
     return row.name, row.ratio_asked
 
 
@@ -139,6 +140,7 @@ def _label(method: str, ratio: float | None) -> str:
 
 
 def _binary(place: Axes) -> None:
+    """Scale the x-axis by powers of two, with plain numbers as labels."""
     place.set_xscale("log", base=2)
     place.xaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
     place.xaxis.set_minor_formatter(NullFormatter())
