@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 def run_plan(plan: Plan, command: list[str], console: Console, fresh: bool) -> Results:
-    """Measure the quality that a plan asks for; see :func:`measured`."""
+    """Measure the quality that a plan asks for; see :func:`measure_folder`."""
     from kvbench.execution.parent import ExecutionOptions, execute
     from kvbench.judges.mauve import measure_similarity
     from kvbench.store.folder import RunFolder
@@ -27,22 +27,22 @@ def run_plan(plan: Plan, command: list[str], console: Console, fresh: bool) -> R
         measure_similarity(RunFolder(plan.folder), console)
 
     request = plan.request
-    return measured(
+    return measure_folder(
         plan.folder, plan.content, request.limit, fresh, console, measure, request.metrics,
         cells=[cell.key for cell in plan.cells],
     )
 
 
 def profile_plan(plan: ProfilePlan, command: list[str], console: Console, fresh: bool) -> Results:
-    """Measure the time and memory that a plan asks for; see :func:`measured`."""
+    """Measure the time and memory that a plan asks for; see :func:`measure_folder`."""
     from kvbench.profiling.parent import profile
 
-    return measured(
+    return measure_folder(
         plan.folder, plan.content, plan.request.repeats, fresh, console, lambda: profile(plan, command, console, fresh)
     )
 
 
-def measured(
+def measure_folder(
     path: Path, content: str, limit: int, fresh: bool, console: Console, measure: Callable[[], None],
     only: Sequence[str] = (), shared: bool = False, cells: Sequence[str] = (),
 ) -> Results:
@@ -74,7 +74,7 @@ def measured(
     folder.check(content, fresh or shared)
     with nullcontext() if shared else locked(path):
         manifest = None if fresh else folder.earlier()
-        if manifest and manifest.finished and manifest.describes(content, limit) and _is_present(manifest, cells):
+        if manifest and manifest.finished and manifest.describes(content, limit) and _is_current(manifest, cells):
             found = compute_results(folder, only)
             if found.ok:
                 console.print(f"Already measured ({manifest.finished}); --fresh measures again.")
@@ -101,7 +101,7 @@ def measured(
         return results
 
 
-def _is_present(manifest: Manifest, wanted: Sequence[str]) -> bool:
+def _is_current(manifest: Manifest, wanted: Sequence[str]) -> bool:
     """Whether a finished run has exactly the wanted cells, all measured by the current version of their method."""
     from kvbench.store.faults import fault_of
 

@@ -33,7 +33,7 @@ class CacheShape:
     itemsize: int
 
     @classmethod
-    def even(cls, layers: int, heads: int, width: int, itemsize: int) -> CacheShape:
+    def uniform(cls, layers: int, heads: int, width: int, itemsize: int) -> CacheShape:
         """The shape of a cache with equal layers, and keys and values of one width."""
         return cls((LayerShape(heads, width, width),) * layers, itemsize)
 

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from kvbench import __version__
-from kvbench.cli import compare, doctor, profile, report, run, show, sweep, train
+from kvbench.cli import ask, compare, doctor, profile, report, run, show, sweep, train
 from kvbench.cli import list as list_command
 from kvbench.cli.streams import outlets
 
@@ -26,6 +26,7 @@ app.command("compare")(compare.compare)
 app.command("doctor")(doctor.doctor)
 app.command("list")(list_command.list_)
 app.command("show")(show.show)
+app.command("ask")(ask.ask)
 app.add_typer(train.app, name="train")
 
 
@@ -51,14 +52,14 @@ def main() -> None:
     written for another reason (``out.lost``), that is reported, with exit code 1.
     """
     with outlets() as out:
-        code = _called()
+        code = _run_app()
         sys.stdout.flush()
         if out.lost:
             print(f"kvbench: standard output cannot be written: {out.lost}.", file=sys.stderr)
         sys.exit(code or int(bool(out.lost)))
 
 
-def _called() -> int:
+def _run_app() -> int:
     """Run the command and return its exit code; an ``OSError`` about a path is printed like a ``UserError``."""
     from kvbench.errors import UserError
 

@@ -107,7 +107,7 @@ def sweep(
     """
     from rich.console import Console
 
-    from kvbench.api.measure import measured
+    from kvbench.api.measure import measure_folder
     from kvbench.config import load_settings
     from kvbench.errors import UserError, unknown
     from kvbench.execution.executors import EXECUTORS
@@ -143,7 +143,7 @@ def sweep(
                  parse_options(executor_option or []))
 
     with interruptible():
-        results = measured(
+        results = measure_folder(
             found.folder, found.content, request.limit, fresh, console, measure, request.metrics, shared=True
         )
     if json_:

@@ -68,7 +68,7 @@ def open_session(
     Raises:
         UserError: the budget is below what the method needs, or its layout plans the context as well.
     """
-    with Reader(model, adapter).bare():  # the shape of the cache is found out on the base model
+    with Reader(model, adapter).without_adapter():  # the shape of the cache is found out on the base model
         method = method.with_budget_for(text.context, cache_shape(model))
     if isinstance(method, CachePolicy):
         once = (text.has_continuation or text.is_written) and method.prefill == "once"

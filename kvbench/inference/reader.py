@@ -39,7 +39,7 @@ class Reader:
             yield self
 
     @contextmanager
-    def bare(self) -> Iterator[None]:
+    def without_adapter(self) -> Iterator[None]:
         """Use the base model without its adapter within the block, inside ``ready``."""
         if self.adapter is None:
             yield
@@ -124,7 +124,7 @@ class Reader:
         rotations: tuple[tuple[Tensor, Tensor] | None, ...] = ()
         inv_freq = None
         if merge_plan.unrotated:
-            with self.bare():  # found out on the base model
+            with self.without_adapter():  # found out on the base model
                 inv_freq = inv_freq_by_layer(self.model)
         if inv_freq is not None:
             position = to_device(layout.position[present], device)[:, None]

@@ -9,7 +9,7 @@ from multiprocessing import get_all_start_methods, get_context
 from typing import Any, TypeVar
 
 T = TypeVar("T")
-MOST = 4
+MAX_PROCESSES = 4
 """Largest number of processes."""
 
 _inherited: list[Callable[[], Any]] = []
@@ -18,7 +18,7 @@ _inherited: list[Callable[[], Any]] = []
 
 def in_parallel(tasks: Sequence[Callable[[], T]]) -> list[T]:
     """Run tasks in parallel and return their results in order; one after the other on one core or without ``fork``."""
-    workers = min(MOST, os.cpu_count() or 1, len(tasks))
+    workers = min(MAX_PROCESSES, os.cpu_count() or 1, len(tasks))
     if workers < 2 or "fork" not in get_all_start_methods():
         return [task() for task in tasks]
     _inherited[:] = tasks

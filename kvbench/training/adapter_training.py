@@ -19,7 +19,7 @@ from torch.nn import functional
 
 from kvbench.inference.reader import Reader
 from kvbench.methods import METHODS
-from kvbench.methods.layouts.layout import Layout, everything, plain_tokens
+from kvbench.methods.layouts.layout import Layout, plain_tokens, sees_everything
 from kvbench.models.adapter import Adapter
 from kvbench.models.rope import fixed_rotations
 from kvbench.training.loop import Progress, Stateful, rate_factor, restore_checkpoint, save_checkpoint
@@ -92,9 +92,9 @@ def step_loss(plan: AdapterPlan, model: nn.Module, reader: Reader, ids: Tensor, 
     """The loss of one step under the plan's objective; what the last text token predicts is left out."""
     if plan.objective == "text":
         return text_loss(reader.one_pass(ids, layout, slice(0, -1)), ids)
-    with torch.no_grad(), reader.bare():
+    with torch.no_grad(), reader.without_adapter():
         # The base model reads the text alone: no special tokens, nothing hidden.
-        plain = Layout(plain_tokens(plan.length), torch.arange(plan.length), everything, plan.length)
+        plain = Layout(plain_tokens(plan.length), torch.arange(plan.length), sees_everything, plan.length)
         teacher = Reader(model).one_pass(ids, plain, slice(0, -1))
     return distil_loss(reader.one_pass(ids, layout, slice(0, -1)), teacher)
 
@@ -124,12 +124,12 @@ def train_adapter(
             torch.manual_seed(plan.seed * 1_000_003 + step)  # for dropout
             for group in optimiser.param_groups:
                 group["lr"] = plan.lr * rate_factor(step, plan.steps, plan.warmup, plan.decay_from)
-            ids = team.share(torch.from_numpy(data.batch(step, plan.batch))).to(device)
+            ids = team.own_rows(torch.from_numpy(data.batch(step, plan.batch))).to(device)
             with torch.autocast(device.type, torch.bfloat16, enabled=plan.autocast != "none"):
                 loss = step_loss(plan, model, reader, ids, step_layout(plan, step))
             optimiser.zero_grad(set_to_none=True)
             loss.backward()  # type: ignore[no-untyped-call]
-            team.average(adapter.parameters())
+            team.average_gradients(adapter.parameters())
             nn.utils.clip_grad_norm_(adapter.parameters(), 1.0)
             optimiser.step()
             if (step + 1) % checkpoint_every == 0 and team.leads:

@@ -39,11 +39,11 @@ class Team:
         """The device of this process."""
         return asked if self.accelerator is None else str(self.accelerator.device)
 
-    def share(self, ids: Tensor) -> Tensor:
+    def own_rows(self, ids: Tensor) -> Tensor:
         """This process's rows of a batch."""
         return ids[self.rank :: self.size]
 
-    def average(self, parameters: Iterable[nn.Parameter]) -> None:
+    def average_gradients(self, parameters: Iterable[nn.Parameter]) -> None:
         """Replace gradients by their mean over all processes."""
         if self.accelerator is None:
             return

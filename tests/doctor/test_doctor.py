@@ -240,7 +240,7 @@ def test_bytes_that_are_worked_out_from_a_configuration_are_seen(
     zoo_folder: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     subject = small(make_subject(str(zoo_folder("deepseek_v3")), None, "cpu", "float32"))
-    monkeypatch.setattr(model_checks, "cache_shape", lambda _: CacheShape.even(4, 4, 16, 4))
+    monkeypatch.setattr(model_checks, "cache_shape", lambda _: CacheShape.uniform(4, 4, 16, 4))
     assert failing(subject) == ["bytes_are_those_cached"]
 
 

@@ -39,7 +39,7 @@ from tests.helpers.models import small_model
 from tests.helpers.policies import LENGTH, policy_of, read, text, view
 from tests.helpers.zoo import zoo_model, zoo_text
 
-SHAPE = CacheShape.even(2, 2, 32, 4)
+SHAPE = CacheShape.uniform(2, 2, 32, 4)
 
 
 class Chain:
@@ -244,7 +244,7 @@ def test_few_bits_take_few_bytes(llama: nn.Module, bits: str, most: float) -> No
     of_values = 2 * 2 * packed * (width * int(bits) // 8 + width // 8 * 4)
     assert sum(t.nbytes for p in layer.packed for t in p.tensors()) == of_keys + of_values
     with_budget_for = KIVI(Fraction(1, 5), fit="bytes", residual=16, group=8)
-    shape = CacheShape.even(1, 2, width, 4)
+    shape = CacheShape.uniform(1, 2, width, 4)
     assert float(with_budget_for._entries(LENGTH, int(bits), shape)) == pytest.approx(layer.entries())
 
 
@@ -285,7 +285,7 @@ def test_channels_that_are_gone_are_those_used_least(llama: nn.Module) -> None:
 
 
 def test_channels_meet_the_bytes(llama: nn.Module) -> None:
-    policy = policy_of("think").with_budget_for(LENGTH, CacheShape.even(1, 2, 16, 4))
+    policy = policy_of("think").with_budget_for(LENGTH, CacheShape.uniform(1, 2, 16, 4))
     for chunk in (32, None):  # at once, and step by step
         _, run = read(llama, policy, text(), chunk)
         assert run.cache.mean_entries() / LENGTH == pytest.approx(0.7, abs=0.05)
@@ -369,7 +369,7 @@ def test_bits_are_the_most_that_fit() -> None:
         assert 0 <= Fraction(100 - percent, 100) * 333 - taken < 32
     with pytest.raises(UserError, match="keys are half"):
         ThinK(Fraction(49, 100)).with_budget_for(100, SHAPE)
-    half = CacheShape.even(2, 2, 32, 2)
+    half = CacheShape.uniform(2, 2, 32, 2)
     whole = KIVI(group=4, budget_bytes=1 << 40).with_budget_for(100, half)
     assert (whole.bits, whole.residual) == (8, 100)
     budget = KIVI(residual=0, budget_bytes=20 * SHAPE.entry_bytes)

@@ -277,7 +277,7 @@ def _follow_by_masks(
 @pytest.mark.parametrize("width", [16, 64, 128])
 def test_channels_that_stay_are_within_the_bytes(width: int) -> None:
     """Whole channels leave, so that a little less than the budget may be held, and never more."""
-    shape, recent = CacheShape.even(4, 2, width, 4), 32
+    shape, recent = CacheShape.uniform(4, 2, width, 4), 32
     for n in (200, 512, 1000):
         for given in range(shape.entry_bytes * (n // 2), shape.entry_bytes * n, shape.entry_bytes * 3 + 5):
             try:

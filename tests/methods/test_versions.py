@@ -208,7 +208,7 @@ def test_a_package_that_cannot_be_loaded_hinders_no_report(elsewhere: Callable[[
 @pytest.mark.parametrize("name", ["snapkv", "pyramidkv", "adakv", "chunkkv"])
 def test_a_window_that_fills_what_is_kept_is_refused(name: str) -> None:
     """At the end of the text: 32 entries of 320, where the window alone is as many; 33 are enough."""
-    shape = CacheShape.even(1, 1, 8, 4)
+    shape = CacheShape.uniform(1, 1, 8, 4)
     with pytest.raises(UserError, match=f"{name} at ratio 0.9 keeps 32 of 320 entries, below the 33 that") as refusal:
         make_method(name, Fraction(9, 10)).with_budget_for(320, shape)
     assert "--set window=31" in refusal.value.hint

@@ -20,7 +20,7 @@ def test_alone_needs_no_launcher(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("WORLD_SIZE", raising=False)
     team = assemble("cpu", 3)
     assert (team.rank, team.size, team.leads, team.accelerator) == (0, 1, True, None)
-    assert torch.equal(team.share(torch.arange(3)), torch.arange(3))
+    assert torch.equal(team.own_rows(torch.arange(3)), torch.arange(3))
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(UserError, match="cannot be shared out over 2"):
         assemble("cpu", 3)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from kvbench.methods.base import Effect
-from kvbench.methods.layouts.layout import RUNNING, Layout, TextStructure, Tokens, everything, plain_tokens
+from kvbench.methods.layouts.layout import RUNNING, Layout, TextStructure, Tokens, plain_tokens, sees_everything
 from kvbench.methods.layouts.method import LayoutMethod
 
 NONE_CHUNK = 32
@@ -27,7 +27,7 @@ class Full(LayoutMethod):
 
     def layout(self, n: int, rng: np.random.Generator, text: TextStructure = RUNNING) -> Layout:
         tokens = plain_tokens(n)
-        return Layout(tokens, tokens.raw, everything, n)
+        return Layout(tokens, tokens.raw, sees_everything, n)
 
 
 @dataclass(frozen=True)

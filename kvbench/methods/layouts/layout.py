@@ -3,7 +3,7 @@
 A static compression method is described once, as a typed token sequence with positions and a visibility rule. Two
 executions follow from that single description:
 
-* ``Layout.visible`` over everything is the **mask** of the one-pass execution;
+* ``Layout.visible`` over sees_everything is the **mask** of the one-pass execution;
 * ``Layout.last_query`` is the **eviction rule** of the streamed execution: an entry leaves the cache as soon as no
   later query may see it.
 
@@ -80,7 +80,7 @@ Visibility = Callable[[Tokens, Tokens], Tensor]
 decides among tokens *before* the query."""
 
 
-def everything(queries: Tokens, keys: Tokens) -> Tensor:
+def sees_everything(queries: Tokens, keys: Tokens) -> Tensor:
     """The visibility of the uncompressed cache: every earlier token."""
     return (keys.slot <= queries.slot) | True
 
@@ -155,7 +155,7 @@ class Layout:
     @property
     def is_plain(self) -> bool:
         """Whether this is ordinary causal attention over the text alone."""
-        return self.visibility is everything and len(self) == self.n_raw
+        return self.visibility is sees_everything and len(self) == self.n_raw
 
     @cached_property
     def raw_slots(self) -> Tensor:
