@@ -32,6 +32,7 @@ bench: $(STAMP)
 	$(BIN)/python -m benchmarks.masks
 	$(BIN)/python -m benchmarks.training
 	$(BIN)/python -m benchmarks.decoding
+	$(BIN)/python -m benchmarks.generate
 	$(BIN)/python -m benchmarks.caches
 	$(BIN)/python -m benchmarks.policies
 

@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from kvbench.api.compress import CompressedModel, compress
+from kvbench.api.compress import compress
+from kvbench.api.compressed_model import CompressedModel
 from kvbench.errors import UserError
 from kvbench.protocols.pieces import make_tokenizer
 

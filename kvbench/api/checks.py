@@ -9,7 +9,7 @@ from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from kvbench.api.wording import in_python
 from kvbench.errors import UserError, unknown
@@ -29,12 +29,22 @@ _MODES = {
     "custom_generate": "a generation loop of its own", "output_attentions": "attention weights",
     "output_hidden_states": "hidden states", "inputs_embeds": "embeddings instead of ids",
     "guidance_scale": "classifier-free guidance", "penalty_alpha": "contrastive search",
-    "compile_config": "compilation", "dola_layers": "DoLa",
+    "compile_config": "compilation", "dola_layers": "DoLa", "position_ids": "positions of its own",
+    "use_mtp": "several tokens at a time",
 }
 """Settings of ``generate`` under which entries would be restored, read twice, or not be under the method's control."""
 
 
-def check_request(model: Any, during: str) -> None:
+_INPUTS = {
+    "input_ids", "attention_mask", "position_ids", "past_key_values", "use_cache", "logits_to_keep", "return_dict",
+    "cache_position",
+}
+"""What ``generate`` feeds for a text: ids, their padding, and what follows from them."""
+USUAL_NEW_TOKENS = 20
+"""Tokens that transformers generates where nothing says how many."""
+
+
+def check_request(model: Any, during: str, seed: int) -> None:
     """Check that a model object can be compressed at all.
 
     Raises:
@@ -45,7 +55,13 @@ def check_request(model: Any, during: str) -> None:
     kind = type(model).__name__
     if not isinstance(model, nn.Module) or not hasattr(model, "generate") or not hasattr(model, "config"):
         raise UserError(f"{kind} is no language model of transformers.", "Load one with AutoModelForCausalLM.")
-    if hasattr(model, "_orig_mod"):
+    if type(model).__module__.startswith("peft."):
+        raise UserError(f"{kind} wraps another model.", "Compress model.base_model.model, and call the wrapper.")
+    if type(seed) is not int or not 0 <= seed < 1 << 63:
+        raise UserError(f"seed={seed!r} is no whole number of at least 0.")
+    if model._forward_hooks or model._forward_pre_hooks:
+        raise UserError("The model has forward hooks, which would run twice.", "Remove them, or hook its parts.")
+    if hasattr(model, "_orig_mod") or getattr(model, "_compiled_call_impl", None) is not None:
         raise UserError("The model is compiled.", "Compress the model that was given to torch.compile.")
     if getattr(model.config, "is_encoder_decoder", False):
         raise UserError(f"{kind} is an encoder-decoder, whose cross-attention kvbench does not compress.")
@@ -71,6 +87,8 @@ def checked_method(
     Raises:
         UserError: no such method or option, a value that is not allowed, or no ratio where one is needed.
     """
+    if not isinstance(name, str):
+        raise UserError(f"method={name!r} is no name of a method.", "Give a name, such as 'snapkv'.")
     if name not in METHODS:
         raise unknown("method", name, METHODS)
     kind = METHODS[name]
@@ -80,12 +98,16 @@ def checked_method(
             raise unknown(f"option of {name}", key, known)
     if ratio is not None and budget_tokens is not None:
         raise UserError("ratio and budget_tokens both say how much is kept.", "Leave one of them out.")
+    if budget_tokens is not None and type(budget_tokens) is not int:
+        raise UserError(f"budget_tokens={budget_tokens!r} is no whole number.", "Give the entries to keep.")
     if budget_tokens is not None and (budget_tokens < 1 or "tokens" not in kind.budgets):
         raise UserError(f"{name} cannot keep budget_tokens={budget_tokens}.", "Give a ratio.")
     given = {key: str(value).lower() if isinstance(value, bool) else str(value) for key, value in options.items()}
     if budget_tokens is not None:
         given["budget_tokens"] = str(budget_tokens)
     with in_python():
+        if isinstance(ratio, Fraction) and not 0 <= ratio < 1:
+            raise UserError(f"ratio={ratio} is outside [0, 1).", "It is the share of entries that is removed.")
         method = make_method(name, ratio if isinstance(ratio, Fraction) else parse_ratio(str(ratio or 0)), given)
     if ratio is None and budget_tokens is None and method.uses_ratio(in_chunks=False):
         raise UserError(f"{name} is asked for without a ratio.", "Give ratio=0.7 to keep 30 % of the entries.")
@@ -104,6 +126,8 @@ def checked_adapter(model: nn.Module, method: Method, folder: str | Path | None)
         if method.adapter_kinds:
             raise UserError(f"{method.name} is trained: it needs an adapter.", "Give adapter=FOLDER (kvbench train).")
         return None
+    if not isinstance(folder, (str, Path)):
+        raise UserError(f"adapter={folder!r} is no folder.", "Give the folder of an adapter.")
     card = read_card(Path(folder))
     if card.method != method.name:
         raise UserError(f"The adapter in {folder} was trained for {card.method!r}.", f"Use method={card.method!r}.")
@@ -121,39 +145,95 @@ def check_model(model: Any, method: Method) -> None:
     Raises:
         UserError: it cannot.
     """
-    if model not in _FACTS:
+    name, facts = type(model).__name__, _FACTS.get(model)
+    if facts is None:
         length = min(LENGTH, context_of(model.config))
         vocabulary = int(text_config(model.config).vocab_size)
         ids = torch.randint(1, vocabulary, (1, length), generator=torch.Generator().manual_seed(0))
-        _FACTS[model] = examine(model, ids.to(next(model.parameters()).device))
-    facts, name = _FACTS[model], type(model).__name__
-    facts.check(name)
+        facts = examine(model, ids.to(next(model.parameters()).device))
+        facts.check(name)  # a refusal is not kept: it may be due to autocast, or to hooks
+        _FACTS[model] = facts
     with in_python():
         check_method(method, model, name, facts)
 
 
-def check_call(model: Any, config: Any, settings: Mapping[str, Any]) -> None:
+def check_length(model: nn.Module, tokens: int) -> None:
+    """Check that every layer attends a text of so many tokens in full.
+
+    Raises:
+        UserError: some attend less of it.
+    """
+    if model in _FACTS:
+        _FACTS[model].check_length(type(model).__name__, tokens, "Give a shorter prompt, or fewer new tokens.")
+
+
+def check_ids(model: Any, ids: Any, mask: Tensor | None = None, is_padded: bool = False) -> int:
+    """Check ids and their mask, and return the number of columns.
+
+    Args:
+        is_padded: where there is no mask, padding is recognised later.
+
+    Raises:
+        UserError: they are not int ``[batch, n]`` and a mask of the same shape, or padding without a mask.
+    """
+    is_right = isinstance(ids, Tensor) and ids.dim() == 2 and ids.numel() and ids.dtype in (torch.int64, torch.int32)
+    if not is_right:
+        raise UserError("input_ids are no tensor of whole numbers [batch, n], n at least 1.", "Give the prompt's ids.")
+    if mask is not None and (not isinstance(mask, Tensor) or mask.shape != ids.shape):
+        raise UserError("attention_mask is not of the shape of input_ids.", "Give a mask [batch, n], or none.")
+    padding = getattr(getattr(model, "generation_config", None), "pad_token_id", None)
+    if mask is None and not is_padded and padding is not None and bool((ids[:, 0] == padding).any()):
+        raise UserError("input_ids begin with padding, and there is no attention_mask.", "Give the tokenizer's mask.")
+    return int(ids.shape[1])
+
+
+def check_settings(model: Any, given: Any, settings: Mapping[str, Any]) -> Any:
     """Check that one call of ``generate`` is one that a compressed cache can follow.
 
     Args:
-        config: the generation config of the call.
-        settings: the other arguments.
+        given: the generation config of the call, or None.
+        settings: its other arguments.
+
+    Returns:
+        The generation config with all settings, as transformers merges them.
 
     Raises:
         UserError: it is not.
     """
+    config, _ = model._prepare_generation_config(given, **settings)
+
     def setting(name: str) -> Any:
         return settings[name] if name in settings else getattr(config, name, None)
 
     for name, what in _MODES.items():
         value = setting(name)
-        if value and not (name == "guidance_scale" and value == 1):
+        is_off = value is None or value is False or (name == "guidance_scale" and value == 1)
+        if not is_off:
             raise UserError(f"generate is asked for {what} ({name}), which cannot be compressed.", "Leave it out.")
     if (setting("num_beams") or 1) > 1:
         raise UserError("generate is asked for beams, which a compressed cache does not follow.", "Use num_beams=1.")
     if setting("use_cache") is False:
         raise UserError("generate is asked not to use a cache.", "Leave use_cache out.")
-    longest = _FACTS[model].window if model in _FACTS else None
-    ids = settings.get("input_ids")
-    if longest is not None and ids is not None and ids.shape[1] > longest:
-        _FACTS[model].check_length(type(model).__name__, ids.shape[1], "Give it a shorter prompt.")
+    return config
+
+
+def check_inputs(given: Mapping[str, Any]) -> None:
+    """Check that the model is fed ids and a mask of padding only.
+
+    Raises:
+        UserError: it is fed more, such as images.
+    """
+    more = [name for name, value in given.items() if name not in _INPUTS and value is not None and value is not False]
+    if more:
+        raise UserError(f"generate feeds {', '.join(more)}, which a compressed cache does not read.", "Leave it out.")
+    mask = given.get("attention_mask")
+    if given.get("input_ids") is None or (mask is not None and mask.dim() != 2):
+        raise UserError("generate feeds embeddings or a mask of its own.", "Give it input_ids and a 2-D mask.")
+
+
+def new_tokens(config: Any, columns: int) -> int:
+    """Number of tokens that a call generates at most."""
+    if config.max_new_tokens is not None:
+        return int(config.max_new_tokens)
+    left = (config.max_length or 0) - columns
+    return left if left > 0 else USUAL_NEW_TOKENS

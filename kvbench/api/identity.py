@@ -23,9 +23,15 @@ def model_hash(model: nn.Module) -> str:
     if model not in _KNOWN:
         config: Any = model.config
         settings = {name: value for name, value in config.to_dict().items() if name not in _OWN}
-        found = hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode())
-        for name, tensor in sorted(model.state_dict().items()):
-            found.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
-            found.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
-        _KNOWN[model] = found.hexdigest()[:16]
+        content = json.dumps(settings, sort_keys=True, default=str) + weights_hash(model)
+        _KNOWN[model] = hashlib.sha256(content.encode()).hexdigest()[:16]
     return _KNOWN[model]
+
+
+def weights_hash(module: nn.Module) -> str:
+    """Sixteen hexadecimal digits of all weights of a module, by name, shape and type."""
+    found = hashlib.sha256()
+    for name, tensor in sorted(module.state_dict().items()):
+        found.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
+        found.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    return found.hexdigest()[:16]

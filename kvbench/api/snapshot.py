@@ -11,7 +11,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from kvbench.api.identity import model_hash
+from kvbench.api.identity import model_hash, weights_hash
 from kvbench.errors import UserError
 from kvbench.inference.cache_state import restore_session, session_state
 from kvbench.inference.compressed_cache import CompressedCache, Compression
@@ -86,7 +86,7 @@ def _described(compression: Compression) -> dict[str, Any]:
         "model": model_hash(compression.model), "dtype": str(next(compression.model.parameters()).dtype),
         "method": method.name, "version": method.rule_version, "ratio": str(method.ratio),
         "options": {**method.resolved, **method.budget_given}, "during": compression.during, "seed": compression.seed,
-        "adapter": None if adapter is None else adapter.card.base_hash + str(float(adapter.rows.double().sum())),
+        "adapter": None if adapter is None else weights_hash(adapter),
     }
 
 

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 from kvbench.errors import UserError
+
+_OPTION = re.compile(r"--([a-z][a-z-]*)")
 
 
 @contextmanager
@@ -15,7 +18,7 @@ def in_python() -> Iterator[None]:
         yield
     except UserError as error:
         message, hint = (
-            text.replace("--set ", "").replace("--budget-tokens ", "budget_tokens=").replace("--ratio ", "ratio=")
-            for text in (error.message, error.hint)
+            _OPTION.sub(lambda found: found[1].replace("-", "_"), text.replace("--set ", ""))
+            for text in (error.message.replace("--ratio ", "ratio="), error.hint)
         )
         raise type(error)(message, hint) from error

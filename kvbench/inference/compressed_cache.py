@@ -22,6 +22,7 @@ from kvbench.inference.opening import Text, joined, open_session
 from kvbench.inference.session import Session
 from kvbench.methods import Method
 from kvbench.models.adapter import Adapter
+from kvbench.models.rope import dynamic_rotary
 
 PREFILL, DECODE, BOTH = "prefill", "decode", "both"
 LAYOUTS = 16
@@ -83,6 +84,7 @@ class CompressedCache(Cache):  # type: ignore[misc]
         self.groups: list[RowGroup] = []
         self.fed: list[Tensor] = []
         self.seen = 0
+        self.is_broken = False
 
     def feed(self, ids: Tensor, mask: Tensor | None, wanted: int) -> Tensor:
         """Read the next columns of all rows.
@@ -95,10 +97,19 @@ class CompressedCache(Cache):  # type: ignore[misc]
         Returns:
             Logits ``[batch, wanted, vocabulary]``; not computed (zeros) before the whole prompt has been fed.
         """
-        self.seen += ids.shape[1]
+        if self.is_broken:
+            raise UserError("An earlier call failed while this cache was read.", "Begin with a new one.")
+        self.is_broken = True
+        logits = self._feed(ids, mask, wanted)
+        self.is_broken = False
+        return logits
+
+    def _feed(self, ids: Tensor, mask: Tensor | None, wanted: int) -> Tensor:
         if self.groups:
-            self._check_unpadded(mask, ids.shape[1])
+            self._check_continuation(ids, mask)
+            self.seen += ids.shape[1]
             return self._go_on(ids, wanted)
+        self.seen += ids.shape[1]
         self.fed.append(ids)
         if self.seen < self.columns:  # the prompt comes in chunks
             return torch.zeros(len(ids), 1, 1, device=ids.device)
@@ -109,6 +120,11 @@ class CompressedCache(Cache):  # type: ignore[misc]
 
     def _read_prompt(self, ids: Tensor, mask: Tensor, wanted: int) -> Tensor:
         lengths = mask.sum(1).tolist()
+        if len(set(lengths)) > 1 and dynamic_rotary(self.compression.model):
+            raise UserError(
+                f"The rotations of {type(self.compression.model).__name__} depend on the length of the text, and rows "
+                "are of unequal length.", "Generate them one by one.",
+            )
         if not all(length and bool(row[-length:].all()) for row, length in zip(mask, lengths, strict=True)):
             raise UserError(
                 "A row of the batch is padded on the right, in the middle, or all over.",
@@ -158,9 +174,52 @@ class CompressedCache(Cache):  # type: ignore[misc]
             return torch.cat([part.logits for part in session.extend(ids)], 1)
         return torch.stack([session.step(column) for column in ids.unbind(1)], 1)
 
-    def _check_unpadded(self, mask: Tensor | None, count: int) -> None:
-        if mask is not None and not bool(mask[:, -count:].all()):
+    def _check_continuation(self, ids: Tensor, mask: Tensor | None) -> None:
+        """Check that new tokens follow what has been read, in the same rows.
+
+        Raises:
+            UserError: they do not, or the positions of the model depend on the length of the whole text.
+        """
+        assert self.mask is not None
+        if len(ids) != self.rows:
+            raise UserError(
+                f"The cache holds {self.rows} rows, and {len(ids)} are continued.",
+                "Repeat rows before the prompt is read: several return sequences need a prompt of their own.",
+            )
+        if mask is None:
+            if not bool(self.mask.all()):
+                raise UserError("A padded context is continued without its mask.", "Give the mask of the whole text.")
+        elif not torch.equal(mask[:, : self.mask.shape[1]].bool(), self.mask):
+            raise UserError("The mask of the context is not that under which it was read.", "Leave it as it was.")
+        elif not bool(mask[:, self.mask.shape[1] :].all()):
             raise UserError("Tokens after a compressed context are padded.", "Ask rows of equal length, or one row.")
+        if self.seen + ids.shape[1] > self.planned and dynamic_rotary(self.compression.model):
+            raise UserError(
+                f"The rotations of {type(self.compression.model).__name__} depend on the length of the whole text, "
+                f"which was taken to be {self.planned} tokens.", "Read the whole text in one call.",
+            )
+
+    @property
+    def rows(self) -> int:
+        return 0 if self.mask is None else len(self.mask)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        raise UserError("Rows of a compressed cache cannot be repeated.", "Repeat the rows of the prompt.")
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        raise UserError("Rows of a compressed cache cannot be selected.", "Select the rows of the prompt.")
+
+    def reset(self) -> None:
+        raise UserError("A compressed cache cannot be emptied.", "Begin with a new one.")
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> CompressedCache:
+        """A cache that goes on from here by itself; model and method are shared."""
+        memo |= self.compression.shared
+        made = CompressedCache.__new__(CompressedCache)
+        memo[id(self)] = made
+        for name, value in vars(self).items():
+            setattr(made, name, copy.deepcopy(value, memo))
+        return made
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         return self.seen
@@ -187,7 +246,7 @@ class CompressedCache(Cache):  # type: ignore[misc]
 
     def copy(self) -> CompressedCache:
         """A cache that goes on from here by itself; model and method are shared."""
-        return copy.deepcopy(self, self.compression.shared)
+        return copy.deepcopy(self)
 
     def usage(self) -> CacheUsage:
         """What the cache holds now."""

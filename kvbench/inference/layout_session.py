@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from kvbench.cache.evicting import ROOM, EvictingCache
+from kvbench.errors import UserError
 from kvbench.inference.filling import random_entries
 from kvbench.inference.reader import Reader, to_device
 from kvbench.inference.session import CacheBytes, Scored
@@ -76,6 +77,11 @@ class LayoutSession:
     def step(self, ids: Tensor) -> Tensor:
         """Feed one token per row, and the special tokens up to the next text token."""
         self.is_loose = True
+        if self.read >= self.layout.n_raw:
+            raise UserError(
+                f"The layout was planned for {self.layout.n_raw} tokens, and more follow.",
+                "Remove entries of the prompt only, or read the whole text in one call.",
+            )
         stop, wanted = self._stop(self.read), self.layout.read_slots[self.read][None]
         self.read += 1
         return self.feed(self.reader.generated_inputs(ids[:, None], self.layout, slice(self.fed, stop)), wanted)[:, 0]

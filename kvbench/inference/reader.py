@@ -106,9 +106,13 @@ class Reader:
         Returns:
             Logits ``[batch, m, vocabulary]``.
         """
-        held, m = cache.entries(), ids.shape[1]
-        mask = torch.ones(m, held + m, dtype=torch.bool).tril(held)[None, None].to(ids.device)
-        self.open_gate(torch.empty(0, dtype=torch.long, device=ids.device))
+        held, m, none = cache.entries(), ids.shape[1], torch.empty(0, dtype=torch.long, device=ids.device)
+        mask = None
+        if m == 1:  # generated one by one: with spare room, the cache is not copied for each of them
+            cache.holes = none
+        else:
+            mask = torch.ones(m, held + m, dtype=torch.bool).tril(held)[None, None].to(ids.device)
+        self.open_gate(none)
         cache.merge_step = None
         places = torch.arange(position, position + m, device=ids.device)
         return self.forward(ids, mask, places, torch.arange(m, device=ids.device), cache, position)

@@ -133,7 +133,8 @@ def test_going_on_with_a_returned_cache_is_one_long_reading(llama: Any) -> None:
                 one = ids[row, mask[row].bool()][None]
                 found = llama.generate(one, return_dict_in_generate=True, **GENERATE)
                 text = torch.cat([found.sequences, more[row][None]], 1)
-                alone.append(llama.generate(text, past_key_values=found.past_key_values, **GENERATE)[0, -NEW:])
+                again = {"attention_mask": torch.ones_like(text), "past_key_values": found.past_key_values}
+                alone.append(llama.generate(text, **again, **GENERATE)[0, -NEW:])
         assert torch.equal(second[:, -NEW:], torch.stack(alone))
 
 
