@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from kvbench.api.wording import in_python
 from kvbench.errors import UserError, unknown
 from kvbench.inference.compressed_cache import BOTH, DECODE, PREFILL
 from kvbench.inference.opening import check_method
-from kvbench.methods import METHODS, Method, make_method, parse_ratio
+from kvbench.methods import METHODS, Method, parse_ratio
 from kvbench.models.adapter import Adapter, read_card
 from kvbench.models.configuration import context_of, text_config
 from kvbench.models.facts import ModelFacts
@@ -80,19 +81,19 @@ def check_request(model: Any, during: str, seed: int) -> None:
 
 
 def checked_method(
-    name: str, ratio: float | str | Fraction | None, budget_tokens: int | None, options: Mapping[str, Any]
+    asked: str | Method, ratio: float | str | Fraction | None, budget_tokens: int | None, options: Mapping[str, Any]
 ) -> Method:
-    """The method of a request.
+    """The method of a request, by name or as an object, whose options are those that are not given.
 
     Raises:
         UserError: no such method or option, a value that is not allowed, or no ratio where one is needed.
     """
-    if not isinstance(name, str):
-        raise UserError(f"method={name!r} is no name of a method.", "Give a name, such as 'snapkv'.")
-    if name not in METHODS:
-        raise unknown("method", name, METHODS)
-    kind = METHODS[name]
-    known = kind.options()
+    if not isinstance(asked, (str, Method)):
+        raise UserError(f"method={asked!r} is no method.", "Give a name, such as 'snapkv', or a method object.")
+    if isinstance(asked, str) and asked not in METHODS:
+        raise unknown("method", asked, METHODS)
+    kind, own = (METHODS[asked], {}) if isinstance(asked, str) else (type(asked), asked.resolved)
+    name, known = kind.name, kind.options()
     for key in options:
         if key not in known:
             raise unknown(f"option of {name}", key, known)
@@ -103,12 +104,14 @@ def checked_method(
     if budget_tokens is not None and (budget_tokens < 1 or "tokens" not in kind.budgets):
         raise UserError(f"{name} cannot keep budget_tokens={budget_tokens}.", "Give a ratio.")
     given = {key: str(value).lower() if isinstance(value, bool) else str(value) for key, value in options.items()}
-    if budget_tokens is not None:
-        given["budget_tokens"] = str(budget_tokens)
+    budget = {} if budget_tokens is None else {"budget_tokens": budget_tokens}
     with in_python():
         if isinstance(ratio, Fraction) and not 0 <= ratio < 1:
             raise UserError(f"ratio={ratio} is outside [0, 1).", "It is the share of entries that is removed.")
-        method = make_method(name, ratio if isinstance(ratio, Fraction) else parse_ratio(str(ratio or 0)), given)
+        share = ratio if isinstance(ratio, Fraction) else parse_ratio(str(ratio or 0))
+        method = kind.from_options(share, {**own, **given}, **budget)
+        if "ratio" not in kind.budgets and not method.uses_ratio(in_chunks=False):
+            method = replace(method, ratio=Fraction(0))
     if ratio is None and budget_tokens is None and method.uses_ratio(in_chunks=False):
         raise UserError(f"{name} is asked for without a ratio.", "Give ratio=0.7 to keep 30 % of the entries.")
     if method.depends_on_words:

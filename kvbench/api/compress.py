@@ -14,14 +14,15 @@ from torch import nn
 from kvbench.api.checks import check_model, check_request, checked_adapter, checked_method
 from kvbench.api.compressed_model import CompressedModel
 from kvbench.inference.compressed_cache import PREFILL, Compression
+from kvbench.methods import Method
 from kvbench.models.attention import register
 
 
 @contextmanager
 def compress(
-    model: nn.Module, method: str, ratio: float | str | Fraction | None = None, *, budget_tokens: int | None = None,
-    adapter: str | Path | None = None, during: str = PREFILL, interval: int | None = None, seed: int = 0,
-    **options: Any,
+    model: nn.Module, method: str | Method, ratio: float | str | Fraction | None = None, *,
+    budget_tokens: int | None = None, adapter: str | Path | None = None, during: str = PREFILL,
+    interval: int | None = None, seed: int = 0, **options: Any,
 ) -> Iterator[CompressedModel]:
     """Compress the cache of a model within the block, around its own ``generate``.
 
@@ -30,7 +31,7 @@ def compress(
 
     Args:
         model: a causal language model of transformers, in evaluation mode.
-        method: name of a method, such as ``snapkv``; ``kvbench list methods`` shows them.
+        method: name of a method, such as ``snapkv`` (``kvbench list methods``), or a method object.
         ratio: share of entries to remove, in [0, 1).
         budget_tokens: entries to keep per layer and head, instead of a ratio.
         adapter: folder of the adapter of a trained method.

@@ -185,7 +185,7 @@ def test_inference_mode_threads_and_copies(llama: Any) -> None:
 
 @pytest.mark.parametrize(("more", "words"), [
     ({"budget_tokens": 7.5}, "budget_tokens=7.5"), ({"budget_tokens": True}, "budget_tokens=True"),
-    ({"seed": -1}, "seed=-1"), ({"seed": None}, "seed=None"), ({"method": None}, "method=None"),
+    ({"seed": -1}, "seed=-1"), ({"seed": None}, "seed=None"), ({"method": None}, "method=None is no method"),
     ({"ratio": 0.5, "adapter": 5}, "adapter=5"),
 ])
 def test_arguments_of_another_type_are_sentences(llama: Any, more: dict[str, Any], words: str) -> None:

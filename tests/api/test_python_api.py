@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -16,7 +17,8 @@ from kvbench.errors import UserError
 from kvbench.methods import METHODS
 from kvbench.models.references import assets
 
-PAGE = Path(__file__).parents[2] / "docs" / "python-api.md"
+ROOT = Path(__file__).parents[2]
+PAGE, EXAMPLES = ROOT / "docs" / "python-api.md", ROOT / "examples"
 
 
 def test_the_code_of_the_page_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -27,6 +29,14 @@ def test_the_code_of_the_page_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     for code in re.findall(r"```python\n(.*?)```", PAGE.read_text(), re.DOTALL):
         exec(compile(code, str(PAGE), "exec"), names)
     assert (tmp_path / "harbour.safetensors").is_file()
+
+
+@pytest.mark.parametrize("path", sorted(EXAMPLES.glob("*.py")), ids=lambda path: path.stem)
+def test_examples_run_and_are_short(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert len(path.read_text().splitlines()) < 30
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", [str(path)])
+    runpy.run_path(str(path), run_name="__main__")
 
 
 @pytest.mark.parametrize("wrong", [{"methods": ["snapvk"]}, {"ratios": [1.5]}, {"sede": 1}, {"options": {"blok": 1}}])
