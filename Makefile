@@ -4,12 +4,16 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 
-.PHONY: run test test-heavy lint figures bench gpu clean
+.PHONY: run test pytest test-heavy lint figures bench gpu clean
 
 run: $(STAMP)
 	$(BIN)/kvbench run --method sentinel --ratio 0.7
 
-test: $(STAMP) lint
+# Lint and tests side by side: one of them alone leaves a core idle at times.
+test: $(STAMP)
+	$(MAKE) --no-print-directory -j2 lint pytest
+
+pytest: $(STAMP)
 	$(BIN)/python -m pytest -n auto --dist loadfile --no-loadscope-reorder
 
 # Tests that take minutes each; one at a time, since they kill by the clock.

@@ -26,6 +26,15 @@ settings.register_profile("kvbench", deadline=None, max_examples=40)  # shared m
 settings.load_profile("kvbench")
 
 
+FIRST = ("guarantees", "profiling", "execution", "store", "cli", "training", "doctor")
+"""Folders whose files take minutes: first, so that no worker is left alone with one of them at the end."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    places = {name: place for place, name in enumerate(FIRST)}
+    items.sort(key=lambda item: places.get(item.path.parent.name, len(FIRST)))
+
+
 @pytest.fixture(scope="session", autouse=True)
 def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> None:
     """What commands keep between them is not the user's, here or in processes that tests start."""

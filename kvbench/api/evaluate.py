@@ -18,14 +18,15 @@ if TYPE_CHECKING:
 
 
 def evaluate(
-    model: str | Path = DEFAULT_MODEL, methods: Methods = ("sentinel",), ratios: Sequence[float | str] = (0.7,),
+    model: Any = DEFAULT_MODEL, methods: Methods = ("sentinel",), ratios: Sequence[float | str] = (0.7,),
     tasks: Sequence[str | Path] = tuple(RunSettings().task), *, limit: int = 0, out: str | Path | None = None,
-    options: Mapping[str, Any] | None = None, fresh: bool = False, progress: bool = True, **more: Any,
+    options: Mapping[str, Any] | None = None, fresh: bool = False, progress: bool = True, tokenizer: Any = None,
+    **more: Any,
 ) -> Evaluation:
     """Measure the quality of compressed models; the same call continues what was interrupted.
 
     Args:
-        model: hub id or folder.
+        model: hub id or folder; or a model object, which is saved to kvbench's cache once, with its ``tokenizer``.
         methods: names, with options of their own as in ``snapkv:window=16``, or method objects.
         ratios: shares of entries to remove.
         tasks: names, or paths of task files.
@@ -49,7 +50,7 @@ def evaluate(
         "device": "auto", "dtype": "auto", "threads": 0, "data": None, "protocol": None, "execution": "streamed",
     }
     request = Request(**{
-        **usual, "model": str(model), "methods": spelled(methods), "ratios": tuple(map(str, ratios)),
+        **usual, "model": _place(model, tokenizer), "methods": spelled(methods), "ratios": tuple(map(str, ratios)),
         "tasks": tuple(map(str, tasks)), "limit": limit, "options": _texts(options),
         "out": None if out is None else Path(out), **_known(more, Request),
     })
@@ -59,10 +60,10 @@ def evaluate(
 
 
 def profile(
-    model: str | Path = DEFAULT_MODEL, methods: Methods = ("sinks", "sentinel"), ratios: Sequence[float | str] = (0.7,),
+    model: Any = DEFAULT_MODEL, methods: Methods = ("sinks", "sentinel"), ratios: Sequence[float | str] = (0.7,),
     seq_lens: Sequence[int] = (4096,), batch_sizes: Sequence[int] = (1,), *, new_tokens: int = 128,
     out: str | Path | None = None, options: Mapping[str, Any] | None = None, fresh: bool = False, progress: bool = True,
-    **more: Any,
+    tokenizer: Any = None, **more: Any,
 ) -> Evaluation:
     """Measure time and memory; see :func:`evaluate`.
 
@@ -83,7 +84,7 @@ def profile(
         "timeout": 300,
     }
     request = ProfileRequest(**{
-        **usual, "model": str(model), "methods": spelled(methods), "ratios": tuple(map(str, ratios)),
+        **usual, "model": _place(model, tokenizer), "methods": spelled(methods), "ratios": tuple(map(str, ratios)),
         "seq_lens": tuple(seq_lens), "batch_sizes": tuple(batch_sizes), "new_tokens": new_tokens,
         "options": _texts(options), "out": None if out is None else Path(out), **_known(more, ProfileRequest),
     })
@@ -128,6 +129,15 @@ def spelled(methods: Methods) -> tuple[str, ...]:
         given = [f"{name}={text}" for name, text in method.resolved.items() if text != known[name].default]
         found.append(f"{method.name}:{','.join(given)}" if given else method.name)
     return tuple(found)
+
+
+def _place(model: Any, tokenizer: Any) -> str:
+    """What the commands call a model: its id or folder."""
+    if isinstance(model, (str, Path)):
+        return str(model)
+    from kvbench.api.saved_model import model_folder
+
+    return str(model_folder(model, tokenizer))
 
 
 def _texts(options: Mapping[str, Any] | None) -> dict[str, str]:

@@ -90,6 +90,7 @@ class RunFolder:
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        self._locks: dict[str, FileLock] = {}
         self._read_before: dict[Path, tuple[tuple[int, int], dict[str, Any]]] = {}
 
     def check(self, content: str, fresh: bool = False) -> None:
@@ -216,7 +217,9 @@ class RunFolder:
         """A lock shared by all processes that use this folder; the operating system releases it when its process
         ends. A network file system must support locks, as NFS 4 does."""
         (self.path / LOCKS).mkdir(parents=True, exist_ok=True)
-        return FileLock(self.path / LOCKS / f"{name}.lock")
+        if name not in self._locks:  # kept: an interruption in the finaliser of a lock would be lost
+            self._locks[name] = FileLock(self.path / LOCKS / f"{name}.lock")
+        return self._locks[name]
 
     def _drop_incomparable(self, cell: Cell, path: Path) -> None:
         """Remove records that were made while ``full`` had failed: they lack the comparison with it, and are

@@ -21,6 +21,7 @@ from kvbench.inference.sampling import Sampling
 from kvbench.methods import METHODS, CachePolicy, Method, make_method
 from kvbench.models.adapter import Adapter
 from kvbench.models.attention import register
+from kvbench.models.attention_hooks import OBSERVER
 from tests.helpers.models import FAMILIES, VOCABULARY, adapter_for, small_model
 
 N, NEW = 60, 12
@@ -283,3 +284,59 @@ def test_trained_methods_go_with_their_adapter(llama: Any, tmp_path: Path, name:
         for row in range(2):
             alone = ids[row, mask[row].bool()][None]
             assert torch.equal(out[row, N:], written(llama, method, adapter, alone, during)[0])
+
+
+ONLY_REMOVE = [
+    name for name in POLICIES
+    if name not in ("cam", "d2o", "kivi", "fp8", "think", "lorc", "refreshkv", "streaming-llm", "cascading")
+]
+"""Those that neither merge, store in another form, attend less, nor rotate again."""
+
+
+class Masks:
+    """What every layer and head attends in one pass: the prompt causally, then what was kept of it."""
+
+    def __init__(self, layers: list[Tensor], heads: int, prompt: int, length: int) -> None:
+        self.masks = []
+        for positions in layers:
+            seen = torch.zeros(len(positions), length + 1, dtype=torch.bool)
+            seen = seen.scatter_(-1, positions.masked_fill(positions < 0, length), True)[:, :length]
+            mask = torch.ones(length, length, dtype=torch.bool).tril().repeat(len(positions), 1, 1)
+            mask[:, prompt:] &= seen[:, None]
+            self.masks.append(mask.repeat_interleave(heads // len(positions), 0)[None])
+
+    def mask(self, layer: int, *_: Any) -> Tensor:
+        return self.masks[layer]
+
+    def attend(self, *_: Any) -> None:
+        pass
+
+    def observe(self, *_: Any) -> None:
+        pass
+
+
+@pytest.mark.parametrize("name", ONLY_REMOVE)
+def test_logits_are_those_of_a_dense_pass_under_a_mask_of_what_was_kept(llama: Any, name: str) -> None:
+    """From the positions that each layer and head holds at the end, in rows of unequal length."""
+    ids, mask = ids_of(N, 41)
+    with block(llama, name):
+        out = llama.generate(
+            ids, attention_mask=mask, output_logits=True, return_dict_in_generate=True, **GENERATE
+        )
+    logits = torch.stack(out.logits, 1)
+    for group in out.past_key_values.groups:
+        for place, row in enumerate(group.rows.tolist()):
+            n = int(mask[row].sum())
+            text = torch.cat([ids[row, mask[row].bool()], out.sequences[row, N:-1]])[None]
+            held = [layer.positions[place] for layer in group.session.cache.layers]
+            assert max(int((positions >= 0).sum(-1).min()) for positions in held) < text.shape[1]
+            token = OBSERVER.set(Masks(held, llama.config.num_attention_heads, n, text.shape[1]))
+            try:
+                with torch.no_grad():
+                    dense = llama(
+                        input_ids=text, use_cache=False, attention_mask=torch.ones(1, 1, 1, 1).bool(),
+                        position_ids=torch.arange(text.shape[1])[None],
+                    ).logits
+            finally:
+                OBSERVER.reset(token)
+            assert float((dense[0, n - 1 :] - logits[row]).abs().max()) < 1e-5

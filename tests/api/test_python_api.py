@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import runpy
 import subprocess
@@ -13,6 +14,7 @@ import pytest
 
 import kvbench
 from kvbench.api.evaluate import spelled
+from kvbench.api.identity import model_hash
 from kvbench.errors import UserError
 from kvbench.methods import METHODS
 from kvbench.models.references import assets
@@ -78,3 +80,23 @@ def test_public_names_are_there_and_others_are_not() -> None:
         assert getattr(kvbench, name)
     with pytest.raises(AttributeError, match="no attribute 'compres'"):
         _ = kvbench.compres  # type: ignore[attr-defined]
+
+
+def test_a_model_object_is_saved_once_and_measured(
+    llama_4096: Any, tiny_tokenizer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    asked: dict[str, Any] = {
+        "methods": ["knorm"], "ratios": [0.5], "tasks": ["minidocs"], "limit": 1, "options": {"block": 64},
+        "baselines": False, "threads": 1, "progress": False,
+    }
+    found = kvbench.evaluate(llama_4096, tokenizer=tiny_tokenizer, out="object", **asked)
+    assert found.ok, found.failures
+    (cell,) = {(row.model, row.ratio_realised) for row in found.rows if row.metric == "ppl" and row.method == "knorm"}
+    assert f"LlamaForCausalLM-{model_hash(llama_4096)}" in cell[0]
+    assert cell[1] == pytest.approx(0.5, abs=0.02)
+    again = kvbench.evaluate(llama_4096, tokenizer=tiny_tokenizer, out="object", **asked)
+    assert again.rows == found.rows
+    assert not list((Path(os.environ["KVBENCH_CACHE"]) / "models").glob("*.part"))
+    with pytest.raises(UserError, match="without its tokenizer"):
+        kvbench.evaluate(llama_4096, **asked)

@@ -210,7 +210,7 @@ def test_settings_file_and_environment(
     ["--protocol", "prefix", "--execution", "onepass"], ["--set", "preset=paper", "--set", "sampler=published"],
 ])
 def test_protocols_and_executions(work: Path, arguments: list[str]) -> None:
-    text = "The mill by the old bridge had nine flat stones, and an otter kept them. " * 80
+    text = "The mill by the old bridge had nine flat stones, and an otter kept them. " * 50
     (work / "long.jsonl").write_text("".join(json.dumps({"text": f"{i} {text}"}) + "\n" for i in range(3)))
     found = kvbench("run", "--method", "sentinel", "--ratio", "0.7", "--task", "books", "--data", "long.jsonl",
                     *arguments, "--limit", "1", "--json", "--out", "-".join(arguments).strip("-"), cwd=work)
