@@ -66,9 +66,12 @@ def ask(
     Raises:
         UserError: the context has no token, or the request cannot be carried out on this model.
     """
+    context = context.strip()  # as chat templates do
     parts = [_parts(tokenizer, context, question) for question in questions]
-    if not parts or any(not before or not after for before, after in parts):
+    if not context or not parts or any(not before or not after for before, after in parts):
         raise UserError("A context and at least one question are needed, each with at least one token.")
+    if any(before != parts[0][0] for before, _ in parts):
+        raise UserError("The tokens of the context depend on the question.", "Ask the questions one by one.")
     device = next(model.parameters()).device
     texts = [(torch.tensor([before], device=device), torch.tensor([after], device=device)) for before, after in parts]
     with compress(model, "full") as run:
@@ -91,6 +94,8 @@ def _parts(tokenizer: Any, context: str, question: str) -> tuple[list[int], list
         lead = ()  # the template has written it, if there is one
     else:
         whole += "\n"
+    if context not in whole:
+        raise UserError("The chat template of the tokenizer changes the context.", "Remove the template.")
     end = whole.index(context) + len(context)
     before, after = cutter.split((whole[:end], whole[end:]))
     return [*lead, *before.ids], [*after.ids]

@@ -20,6 +20,7 @@ from kvbench.methods import METHODS, Method, parse_ratio
 from kvbench.models.adapter import Adapter, read_card
 from kvbench.models.configuration import context_of, text_config
 from kvbench.models.facts import ModelFacts
+from kvbench.models.references import resolve_model
 from kvbench.probe.probing import LENGTH, examine
 
 _FACTS: WeakKeyDictionary[nn.Module, ModelFacts] = WeakKeyDictionary()
@@ -122,6 +123,9 @@ def checked_method(
 def checked_adapter(model: nn.Module, method: Method, folder: str | Path | None) -> Adapter | None:
     """The adapter of a trained method, on the model's device.
 
+    A model that was loaded from a folder is compared with the one that the adapter was trained on; others by the shapes
+    of their weights only.
+
     Raises:
         UserError: one is needed, is of no use, or was trained for another method or model.
     """
@@ -138,6 +142,14 @@ def checked_adapter(model: nn.Module, method: Method, folder: str | Path | None)
         trained = card.options.get(name, method.options()[name].default)
         if trained != wanted:
             raise UserError(f"The adapter in {folder} was trained with {name}={trained}.", f"Give {name}={trained}.")
+    config: Any = model.config
+    place = getattr(config, "_name_or_path", "")
+    is_known = bool(card.base_hash and place) and Path(place).is_dir()
+    if is_known and not resolve_model(str(place)).has_fingerprint(card.base_hash):
+        raise UserError(
+            f"The adapter in {folder} was trained on another base model ({card.base_model}, {card.base_hash}).",
+            "Load that model, or train an adapter for this one.",
+        )
     parameter = next(model.parameters())
     return Adapter.load(Path(folder), model).to(parameter.device, parameter.dtype)
 

@@ -50,8 +50,9 @@ def evaluate(
         "device": "auto", "dtype": "auto", "threads": 0, "data": None, "protocol": None, "execution": "streamed",
     }
     request = Request(**{
-        **usual, "model": _place(model, tokenizer), "methods": spelled(methods), "ratios": tuple(map(str, ratios)),
-        "tasks": tuple(map(str, tasks)), "limit": limit, "options": _texts(options),
+        **usual, "model": _place(model, tokenizer), "methods": spelled(_several(methods)),
+        "ratios": tuple(map(str, _several(ratios))),
+        "tasks": tuple(map(str, _several(tasks))), "limit": limit, "options": _texts(options),
         "out": None if out is None else Path(out), **_known(more, Request),
     })
     with in_python():
@@ -84,8 +85,9 @@ def profile(
         "timeout": 300,
     }
     request = ProfileRequest(**{
-        **usual, "model": _place(model, tokenizer), "methods": spelled(methods), "ratios": tuple(map(str, ratios)),
-        "seq_lens": tuple(seq_lens), "batch_sizes": tuple(batch_sizes), "new_tokens": new_tokens,
+        **usual, "model": _place(model, tokenizer), "methods": spelled(_several(methods)),
+        "ratios": tuple(map(str, _several(ratios))),
+        "seq_lens": tuple(_several(seq_lens)), "batch_sizes": tuple(_several(batch_sizes)), "new_tokens": new_tokens,
         "options": _texts(options), "out": None if out is None else Path(out), **_known(more, ProfileRequest),
     })
     with in_python():
@@ -129,6 +131,11 @@ def spelled(methods: Methods) -> tuple[str, ...]:
         given = [f"{name}={text}" for name, text in method.resolved.items() if text != known[name].default]
         found.append(f"{method.name}:{','.join(given)}" if given else method.name)
     return tuple(found)
+
+
+def _several(given: Any) -> Sequence[Any]:
+    """A sequence as it is; anything else, such as a single name, as a sequence of one."""
+    return given if isinstance(given, (list, tuple)) else (given,)
 
 
 def _place(model: Any, tokenizer: Any) -> str:

@@ -34,7 +34,7 @@ def model_folder(model: Any, tokenizer: Any) -> Path:
         model.save_pretrained(part)
         tokenizer.save_pretrained(part)
         os.replace(part, folder)
-    except (OSError, ValueError, NotImplementedError, AttributeError) as error:
+    except (OSError, ValueError, RuntimeError, AttributeError) as error:
         if folder.is_dir():  # another process was faster
             return folder
         raise UserError(

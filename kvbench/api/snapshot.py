@@ -39,16 +39,22 @@ class Snapshot:
             UserError: the file cannot be written.
         """
         tensors = {"ids": self.ids.contiguous(), "mask": self.mask.contiguous()}
-        groups = [
-            {"rows": group.rows.tolist(), "length": group.length, "seeds": list(group.seeds),
-             "state": session_state(group.session, tensors)}
-            for group in self.cache.groups
-        ]
+        try:
+            groups = self._groups(tensors)
+        except TypeError as error:  # entries stored by a method of another package
+            raise UserError(f"The snapshot cannot be written: {error}.", "Keep it in memory.") from error
         content = {"of": _described(self.cache.compression), "groups": groups}
         try:
             write_atomic(Path(path), save(tensors, {"format": _FORMAT, "content": json.dumps(content)}))
         except OSError as error:
             raise UserError(f"The snapshot {path} cannot be written: {error.strerror}.") from error
+
+    def _groups(self, tensors: dict[str, Tensor]) -> list[dict[str, Any]]:
+        return [
+            {"rows": group.rows.tolist(), "length": group.length, "seeds": list(group.seeds),
+             "state": session_state(group.session, tensors)}
+            for group in self.cache.groups
+        ]
 
 
 def load_snapshot(path: str | Path, compression: Compression) -> Snapshot:

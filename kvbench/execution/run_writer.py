@@ -77,7 +77,6 @@ class RunWriter:
                 folder.keep_masks(masks)
             self.opened = True
             for cell in cells:
-                self.cells[cell.key] = cell
                 info = self.tasks.get(cell.setting)
                 made = earlier.signature_of(cell.setting) if earlier else None
                 try:

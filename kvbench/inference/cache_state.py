@@ -74,7 +74,10 @@ def _decoded(value: Any, tensors: dict[str, Tensor], device: torch.device) -> An
     if "tensor" in value:
         return tensors[value["tensor"]].to("cpu" if value["device"] == "cpu" else device)
     if "dtype" in value:
-        return getattr(torch, value["dtype"])
+        found = getattr(torch, value["dtype"], None)
+        if not isinstance(found, torch.dtype):
+            raise ValueError(f"{value['dtype']} is no type of numbers")
+        return found
     if "items" in value:
         items = [_decoded(one, tensors, device) for one in value["items"]]
         return tuple(items) if value["tuple"] else items
@@ -83,5 +86,7 @@ def _decoded(value: Any, tensors: dict[str, Tensor], device: torch.device) -> An
     kind: Any = _KINDS[value["kind"]]
     made = kind() if issubclass(kind, EvictingLayer) else object.__new__(kind)
     for key, one in value["content"].items():
+        if key.startswith("__"):
+            raise ValueError(f"a cache has no {key}")
         object.__setattr__(made, key, _decoded(one, tensors, device))
     return made

@@ -201,3 +201,49 @@ def test_ids_of_another_shape_are_sentences(llama: Any, ids: Any) -> None:
                 call()
         with pytest.raises(UserError, match="shape of input_ids"):
             run.prefill(prompt(), torch.ones(1, N - 10))
+
+
+def test_an_adapter_of_another_model_is_refused(tmp_path: Any, model_folder: Any) -> None:
+    """Of the same shape: by the files of the folder that the model was loaded from."""
+    from dataclasses import replace
+
+    from transformers import AutoModelForCausalLM
+
+    from kvbench.models.fingerprint import fingerprint
+
+    folder = model_folder("llama")
+    model: Any = AutoModelForCausalLM.from_pretrained(folder).eval()
+    adapter = small_adapter(model)
+    for name, base in (("mine", fingerprint(folder)), ("other", "0123456789ab")):
+        adapter.card = replace(adapter.card, method="sentinel", base_hash=base)
+        adapter.save(tmp_path / name, "small")
+    with compress(model, "sentinel", 0.5, adapter=tmp_path / "mine"):
+        pass
+    with pytest.raises(UserError, match="another base model"), compress(
+        model, "sentinel", 0.5, adapter=tmp_path / "other"
+    ):
+        pass
+
+
+def test_a_damaged_snapshot_is_a_sentence(llama: Any, tmp_path: Any) -> None:
+    """Values that no cache has, names that no object may be given."""
+    import json
+
+    from safetensors import safe_open
+    from safetensors.torch import save_file
+
+    path = tmp_path / "s"
+    with compress(llama, "knorm", 0.5) as run:
+        run.prefill(prompt()).save(path)
+        with safe_open(str(path), "pt") as file:
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            metadata = file.metadata()
+        for old, new in (
+            ('"float32"', '"load"'), ('"keys"', '"__class__"'), ('"PolicyLayer"', '"Path"'), ('"t2"', '"t99"'),
+        ):
+            content = metadata["content"].replace(old, new)
+            assert content != metadata["content"]
+            json.loads(content)
+            save_file(tensors, path, {**metadata, "content": content})
+            with pytest.raises(UserError, match="damaged"):
+                run.load(path)

@@ -52,6 +52,14 @@ def test_bad_requests_are_sentences(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert not list(tmp_path.iterdir())
 
 
+def test_a_single_name_is_a_list_of_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match="Unknown method 'snapvk'"):
+        kvbench.evaluate(methods="snapvk", ratios=0.5, tasks="minidocs")
+    with pytest.raises(UserError, match="seq_len 8 is below 32"):
+        kvbench.profile(methods="snapkv", ratios=0.5, seq_lens=8)
+
+
 def test_method_objects_are_spelled_as_on_the_command_line() -> None:
     methods = [METHODS["snapkv"](), METHODS["snapkv"](window=16), "sinks"]
     assert spelled(methods) == ("snapkv", "snapkv:window=16", "sinks")

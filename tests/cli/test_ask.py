@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from kvbench.api.ask import _parts
+from kvbench.errors import UserError
 from kvbench.methods import kept
 from tests.helpers.command import Call, refused
 
@@ -43,6 +44,8 @@ def test_both_sides_are_answered_and_entries_are_removed(called: Call, context: 
 def test_bad_requests_are_sentences(called: Call, context: Path, tmp_path: Path) -> None:
     asked = ["ask", "--context", context, "--question", "Who?"]
     refused(called, ["ask", "--context", tmp_path / "none.txt", "--question", "Who?"], "none.txt cannot be read")
+    (tmp_path / "empty.txt").write_text(" \n")
+    refused(called, ["ask", "--context", tmp_path / "empty.txt", "--question", "Who?"], "at least one token")
     refused(called, [*asked, "--method", "snapvk"], "snapkv")
     refused(called, [*asked, "--method", "snapkv:widow=3"], "widow")
     refused(called, [*asked, "--ratio", "0.5", "--budget-tokens", "9"], "Leave one of them out")
@@ -57,3 +60,6 @@ def test_a_chat_template_is_cut_behind_the_context(tiny_tokenizer: Any, monkeypa
     whole = f"<|user|>{TEXT}\n\nWho?<|assistant|>"
     assert [*before, *after] == tiny_tokenizer(whole, add_special_tokens=False).input_ids
     assert tiny_tokenizer.decode(before) == f"<|user|>{TEXT}"
+    monkeypatch.setattr(tiny_tokenizer, "chat_template", "{{ messages[0].content | upper }}")
+    with pytest.raises(UserError, match="changes the context"):
+        _parts(tiny_tokenizer, TEXT, "Who?")
