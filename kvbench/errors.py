@@ -24,6 +24,10 @@ class UserError(Exception):
         return f"{self.message} {self.hint}".strip()
 
 
+class MissingPackageError(UserError, ImportError):
+    """An optional package is not installed; the hint names the command that installs it."""
+
+
 class StoppedError(UserError):
     """Measuring had to stop, for example because the disk is full; what was measured before is kept."""
 

@@ -22,7 +22,7 @@ def describe(device: Any) -> dict[str, Any]:
     import torch
 
     import kvbench
-    from kvbench.environment import describe as environment
+    from kvbench.store.environment import describe as environment
 
     found: dict[str, Any] = {
         "kvbench": kvbench.__version__, "code": environment()["code"], "sources": _sources(),

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from kvbench.api.checks import check_ids, check_inputs, check_length, check_settings, new_tokens
+from kvbench.api.scores import NO_TARGET, Scores, score_alone
 from kvbench.api.snapshot import Snapshot, load_snapshot
 from kvbench.api.wording import in_python
 from kvbench.errors import UserError
@@ -83,8 +84,11 @@ class CompressedModel:
             raise UserError("Nothing has been generated yet.", "Call model.generate inside the block.")
         return self.reports[-1]
 
-    def prefill(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Snapshot:
+    def prefill(self, input_ids: Tensor, attention_mask: Tensor | None = None, new_tokens: int = 0) -> Snapshot:
         """Read a context ``[batch, n]`` and compress it.
+
+        Args:
+            new_tokens: that will follow it, at most; models whose rotations depend on the length need to know.
 
         Raises:
             UserError: it cannot be compressed.
@@ -92,13 +96,54 @@ class CompressedModel:
         self._check_open()
         compression, columns = self.compression, check_ids(self.compression.model, input_ids, attention_mask)
         mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
-        check_length(compression.model, int(mask.sum(1).max()))
-        cache = CompressedCache(compression, columns, columns)
-        with torch.inference_mode(False), torch.no_grad(), in_python(), _reading(), prepared(
-            compression.model, compression.adapter, columns
-        ):
+        check_length(compression.model, int(mask.sum(1).max()) + new_tokens)
+        cache = CompressedCache(compression, columns, columns + new_tokens)
+        with self._session(columns + new_tokens):
             cache.feed(input_ids, mask, 1)
         return Snapshot(input_ids, mask.bool(), cache)
+
+    def score(
+        self, input_ids: Tensor, targets: Tensor | None = None, after: Snapshot | None = None
+    ) -> Scores:
+        """Score texts ``[batch, n]`` without padding: alone while they are read, or as continuations of a context.
+
+        Alone, a text is read and compressed at the same time, as in the protocol ``block``. After a context, the text
+        itself is kept whole; every row continues a copy of its own.
+
+        Args:
+            targets: int64 ``[batch, n]``, the token behind each; those of the text itself if left out.
+            after: a context for each row, or one for all.
+
+        Raises:
+            UserError: the texts cannot be read, or do not fit the contexts.
+        """
+        self._check_open()
+        model, columns = self.compression.model, check_ids(self.compression.model, input_ids)
+        if targets is None:
+            targets = torch.cat([input_ids[:, 1:], torch.full_like(input_ids[:, :1], NO_TARGET)], 1)
+        if targets.shape != input_ids.shape:
+            raise UserError("targets are not of the shape of input_ids.", "Give the token behind each token.")
+        if after is None:
+            check_length(model, columns)
+            with self._session(columns):
+                return score_alone(self.compression, input_ids, targets)
+        after = after.repeated(len(input_ids) if len(after.ids) == 1 else 1)
+        if len(after.ids) != len(input_ids):
+            raise UserError(f"{len(input_ids)} texts follow {len(after.ids)} contexts.", "Give one each.")
+        cache = after.cache
+        check_length(model, int(after.mask.sum(1).max()) + columns)
+        mask = torch.cat([after.mask, torch.ones_like(input_ids, dtype=torch.bool)], 1)
+        with self._session(max(cache.planned, cache.seen + columns)):
+            return Scores.of(cache.feed(input_ids, mask, columns), targets, cache.usage())
+
+    @contextmanager
+    def _session(self, length: int) -> Iterator[None]:
+        """Let sessions read texts of so many tokens within the block."""
+        compression = self.compression
+        with torch.inference_mode(False), torch.no_grad(), in_python(), _reading(), prepared(
+            compression.model, compression.adapter, length
+        ):
+            yield
 
     def load(self, path: str | Path) -> Snapshot:
         """Read a compressed context that ``snapshot.save`` wrote.
@@ -114,7 +159,7 @@ class CompressedModel:
         """Continue a copy of a compressed context with a question, and generate the answer.
 
         Args:
-            question: int64 ``[batch, m]`` without padding, or ``[1, m]`` for all rows.
+            question: int64 ``[batch, m]`` without padding; one for all contexts, or one context for all of them.
             settings: of ``generate``, such as ``max_new_tokens``.
 
         Returns:
@@ -125,6 +170,8 @@ class CompressedModel:
         """
         self._check_open()
         check_ids(self.compression.model, question)
+        if len(snapshot.ids) == 1 and len(question) > 1:
+            snapshot = snapshot.repeated(len(question))
         if len(question) not in (1, len(snapshot.ids)):
             raise UserError(f"{len(question)} questions are asked about {len(snapshot.ids)} contexts.", "Ask one each.")
         taken = {"input_ids", "attention_mask", "past_key_values"} & set(settings)
@@ -163,7 +210,7 @@ class CompressedModel:
             )
         with in_python(), ExitStack() as stack:
             with _reading():  # rotations may be measured
-                stack.enter_context(prepared(model, self.compression.adapter, planned))
+                stack.enter_context(prepared(model, self.compression.adapter, max(planned, cache.planned)))
             out = self.original["generate"](inputs, generation_config, *others, past_key_values=cache, **settings)
         self.reports.append(Report.of(cache, time.perf_counter() - started))
         return out

@@ -32,6 +32,12 @@ class Snapshot:
     mask: Tensor
     cache: CompressedCache
 
+    def repeated(self, copies: int) -> Snapshot:
+        """Every row ``copies`` times, copies of a row next to each other; this snapshot stays as it is."""
+        cache = self.cache.copy()
+        cache.batch_repeat_interleave(copies)
+        return Snapshot(self.ids.repeat_interleave(copies, 0), self.mask.repeat_interleave(copies, 0), cache)
+
     def save(self, path: str | Path) -> None:
         """Write the compressed cache as safetensors, whole or not at all.
 

@@ -24,12 +24,12 @@ def ask(
     method: Annotated[str, typer.Option(
         help="Compression method, with options of its own as in snapkv:window=16.")] = "snapkv",
     ratio: Annotated[str | None, typer.Option(
-        help="Share of cache entries to remove, in [0, 1). [default: 0.7]", show_default=False)] = None,
+        help="Share of cache entries to remove, in [0, 1). \\[default: 0.7]", show_default=False)] = None,
     budget_tokens: options.BudgetTokens = None,
     model: options.Model = None,
     revision: options.Revision = None,
     adapter: Annotated[str | None, typer.Option(
-        parser=options.text, help="Adapter folder of a trained method. [default: that shipped for kvbench-tiny]",
+        parser=options.text, help="Adapter folder of a trained method. \\[default: that shipped for kvbench-tiny]",
         show_default=False)] = None,
     new_tokens: Annotated[int, typer.Option(help="Tokens of an answer, at most.", min=1)] = 64,
     device: options.Device = None,

@@ -20,13 +20,13 @@ def path(given: str) -> Path:
 
 
 Model = Annotated[str | None, typer.Option(
-    parser=text, help="Hub id or folder of any causal language model. [default: kvbench-tiny, embedded]",
+    parser=text, help="Hub id or folder of any causal language model. \\[default: kvbench-tiny, embedded]",
     envvar="KVBENCH_MODEL", show_default=False, rich_help_panel="What to run")]
 Method = Annotated[list[str] | None, typer.Option(
     help="Compression method; repeatable, with options of its own as in snapkv:window=16,pool=mean (kvbench list "
-         "snapkv shows them). [default: sentinel]", rich_help_panel="What to run", show_default=False)]
+         "snapkv shows them). \\[default: sentinel]", rich_help_panel="What to run", show_default=False)]
 Ratio = Annotated[list[str] | None, typer.Option(
-    help="Share of cache entries to remove, in [0, 1): 0.7 keeps 30 %; repeatable. [default: 0.7]",
+    help="Share of cache entries to remove, in [0, 1): 0.7 keeps 30 %; repeatable. \\[default: 0.7]",
     rich_help_panel="What to run", show_default=False)]
 BudgetTokens = Annotated[int | None, typer.Option(
     help="Entries to keep per layer and head, whatever the length of the text, instead of a ratio.",
@@ -38,7 +38,7 @@ EqualBytes = Annotated[bool, typer.Option(
     "--equal-bytes", help="Ratios are of bytes: kivi takes the bits that meet them, scales and windows counted.",
     rich_help_panel="What to run")]
 Task = Annotated[list[str] | None, typer.Option(
-    help="Task, or a task file of your own; repeatable. [default: minidocs, recall and minidocs-gen]",
+    help="Task, or a task file of your own; repeatable. \\[default: minidocs, recall and minidocs-gen]",
     rich_help_panel="What to run", show_default=False)]
 Data = Annotated[Path | None, typer.Option(
     parser=path,
@@ -48,26 +48,26 @@ Column = Annotated[str, typer.Option(
     help="What the text is called in --data, or in a data set on the hub; plain text has no columns.",
     rich_help_panel="What to run")]
 Adapter = Annotated[list[str] | None, typer.Option(
-    parser=text, help="Adapter folder of a trained method; repeatable. [default: those shipped for kvbench-tiny]",
+    parser=text, help="Adapter folder of a trained method; repeatable. \\[default: those shipped for kvbench-tiny]",
     show_default=False, rich_help_panel="What to run")]
 Protocol = Annotated[str | None, typer.Option(
-    help="block, stream, prefix, online or generate. [default: the task's own]", rich_help_panel="How to run")]
+    help="block, stream, prefix, online or generate. \\[default: the task's own]", rich_help_panel="How to run")]
 Execution = Annotated[str, typer.Option(
     help="streamed (entries really removed) or onepass (masked, nothing freed).", rich_help_panel="How to run")]
 Limit = Annotated[int | None, typer.Option(
-    help="Documents per task. [default: all]", show_default=False, rich_help_panel="How to run")]
+    help="Documents per task. \\[default: all]", show_default=False, rich_help_panel="How to run")]
 Baselines = Annotated[bool, typer.Option(
     "--baselines/--no-baselines", help="Add none, local, scattered and sinks beside full.",
     rich_help_panel="How to run")]
 Scorer = Annotated[str | None, typer.Option(
     parser=text,
-    help="Language model that gen_ppl is measured with: hub id or folder. [default: the uncompressed model]",
+    help="Language model that gen_ppl is measured with: hub id or folder. \\[default: the uncompressed model]",
     show_default=False, rich_help_panel="Judging written text")]
 MauveFeatures = Annotated[str | None, typer.Option(
     parser=text, help="What MAUVE compares: last states of this causal language model, such as gpt2-large. "
-    "[default: sentence embeddings]", show_default=False, rich_help_panel="Judging written text")]
+    "\\[default: sentence embeddings]", show_default=False, rich_help_panel="Judging written text")]
 Metric = Annotated[list[str] | None, typer.Option(
-    help="Metric of written text to measure, such as chrf; repeatable. [default: all; mauve from 200 documents "
+    help="Metric of written text to measure, such as chrf; repeatable. \\[default: all; mauve from 200 documents "
     "on]", show_default=False, rich_help_panel="Judging written text")]
 Fresh = Annotated[bool, typer.Option(
     "--fresh", help="Measure again what is already there.", rich_help_panel="Output")]
@@ -76,12 +76,12 @@ Json = Annotated[bool, typer.Option(
 DryRun = Annotated[bool, typer.Option(
     "--dry-run", help="Print the cells, what they cost, and the folder; measure nothing.", rich_help_panel="Output")]
 Config = Annotated[Path | None, typer.Option(
-    parser=path, help="Settings file. [default: ./kvbench.toml if there is one]", show_default=False,
+    parser=path, help="Settings file. \\[default: ./kvbench.toml if there is one]", show_default=False,
     rich_help_panel="Output")]
 Revision = Annotated[str | None, typer.Option(
     help="Branch, tag or commit on the hub.", rich_help_panel="What to run")]
 Seed = Annotated[int | None, typer.Option(
-    help="Seed of the layouts and of the resampling. [default: 0]", show_default=False, min=0,
+    help="Seed of the layouts and of the resampling. \\[default: 0]", show_default=False, min=0,
     rich_help_panel="How to run")]
 Device = Annotated[str | None, typer.Option(
     help="auto, cpu, cuda or cuda:N.", envvar="KVBENCH_DEVICE", rich_help_panel="How to run")]
@@ -89,7 +89,7 @@ Dtype = Annotated[str | None, typer.Option(
     help="auto (float32 on CPU), float32, bfloat16 or float16.", envvar="KVBENCH_DTYPE",
     rich_help_panel="How to run")]
 Threads = Annotated[int | None, typer.Option(
-    help="CPU threads. [default: all cores]", show_default=False, min=1, envvar="KVBENCH_THREADS",
+    help="CPU threads. \\[default: all cores]", show_default=False, min=1, envvar="KVBENCH_THREADS",
     rich_help_panel="How to run")]
 Set = Annotated[list[str] | None, typer.Option(
     "--set", metavar="KEY=VALUE",

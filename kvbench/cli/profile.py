@@ -22,43 +22,43 @@ _WHAT, _HOW, _MEMORY, _OUT = "What to profile", "How to profile", "The largest b
 def profile(
     context: typer.Context,
     seq_len: Annotated[list[int] | None, typer.Option(
-        help="Tokens of the prompt; repeatable. [default: 4096]", show_default=False, rich_help_panel=_WHAT)] = None,
+        help="Tokens of the prompt; repeatable. \\[default: 4096]", show_default=False, rich_help_panel=_WHAT)] = None,
     batch_size: Annotated[list[int] | None, typer.Option(
-        help="Prompts at a time; repeatable. [default: 1]", show_default=False, rich_help_panel=_WHAT)] = None,
+        help="Prompts at a time; repeatable. \\[default: 1]", show_default=False, rich_help_panel=_WHAT)] = None,
     new_tokens: Annotated[int | None, typer.Option(
-        help="Tokens to write. [default: 128]", show_default=False, rich_help_panel=_WHAT)] = None,
+        help="Tokens to write. \\[default: 128]", show_default=False, rich_help_panel=_WHAT)] = None,
     method: Annotated[list[str] | None, typer.Option(
-        help="Compression method; repeatable, with options of its own as in snapkv:window=16. [default: sinks and "
+        help="Compression method; repeatable, with options of its own as in snapkv:window=16. \\[default: sinks and "
              "sentinel]", show_default=False,
         rich_help_panel=_WHAT)] = None,
     ratio: Annotated[list[str] | None, typer.Option(
-        help="Share of cache entries to remove, in [0, 1): 0.7 keeps 30 %; repeatable. [default: 0.7]",
+        help="Share of cache entries to remove, in [0, 1): 0.7 keeps 30 %; repeatable. \\[default: 0.7]",
         rich_help_panel=_WHAT)] = None,
     model: Annotated[str | None, typer.Option(
         parser=options.text,
         help="Hub id, folder, or shape:NAME for random weights in a published shape, such as shape:gpt2. "
-        "[default: kvbench-tiny, embedded]", envvar="KVBENCH_MODEL", show_default=False,
+        "\\[default: kvbench-tiny, embedded]", envvar="KVBENCH_MODEL", show_default=False,
         rich_help_panel=_WHAT)] = None,
     revision: options.Revision = None,
     adapter: Annotated[list[str] | None, typer.Option(
         parser=options.text,
-        help="Adapter folder of a trained method; repeatable. [default: the shipped one, or random weights]",
+        help="Adapter folder of a trained method; repeatable. \\[default: the shipped one, or random weights]",
         show_default=False, rich_help_panel=_WHAT)] = None,
     fill: Annotated[str | None, typer.Option(
         help="real (the prompt is read) or synthetic (the cache is filled with random entries, so that long "
-        "prompts and large batches can be timed on small machines). [default: real]", show_default=False,
+        "prompts and large batches can be timed on small machines). \\[default: real]", show_default=False,
         rich_help_panel=_HOW)] = None,
     chunk: Annotated[int | None, typer.Option(
-        help="Tokens of the prompt that are fed at a time; the full cache reads it at once. [default: 256]",
+        help="Tokens of the prompt that are fed at a time; the full cache reads it at once. \\[default: 256]",
         show_default=False, rich_help_panel=_HOW)] = None,
     repeats: Annotated[int | None, typer.Option(
-        help="Processes, each with the model loaded anew. [default: 3]", show_default=False,
+        help="Processes, each with the model loaded anew. \\[default: 3]", show_default=False,
         rich_help_panel=_HOW)] = None,
     rounds: Annotated[int | None, typer.Option(
-        help="Timed requests of every cell in each process, taken in turn. [default: 4, or 2 if they are slow]",
+        help="Timed requests of every cell in each process, taken in turn. \\[default: 4, or 2 if they are slow]",
         show_default=False, rich_help_panel=_HOW)] = None,
     warmups: Annotated[int | None, typer.Option(
-        help="Most requests before the timed ones; fewer if two in a row differ by less than 5 %. [default: 1]",
+        help="Most requests before the timed ones; fewer if two in a row differ by less than 5 %. \\[default: 1]",
         show_default=False, rich_help_panel=_HOW)] = None,
     seed: options.Seed = None,
     set_: options.Set = None,
@@ -76,7 +76,7 @@ def profile(
         help="Seconds after which a batch is given up.", rich_help_panel=_MEMORY)] = 300,
     out: Annotated[Path | None, typer.Option(
         parser=options.path,
-        help="Run folder: missing, empty, or one of the same profile. [default: reports/profile-...]",
+        help="Run folder: missing, empty, or one of the same profile. \\[default: reports/profile-...]",
         show_default=False, rich_help_panel=_OUT)] = None,
     fresh: Annotated[bool, typer.Option(
         "--fresh", help="Measure again what is already there.", rich_help_panel=_OUT)] = False,
@@ -85,7 +85,7 @@ def profile(
     dry_run: Annotated[bool, typer.Option(
         "--dry-run", help="Print the cells and what they take; measure nothing.", rich_help_panel=_OUT)] = False,
     config: Annotated[Path | None, typer.Option(
-        parser=options.path, help="Settings file. [default: ./kvbench.toml if there is one]", show_default=False,
+        parser=options.path, help="Settings file. \\[default: ./kvbench.toml if there is one]", show_default=False,
         rich_help_panel=_OUT)] = None,
 ) -> None:
     """Measure what compression gains: prefill, first token, time per token, memory that is really free.

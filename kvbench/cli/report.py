@@ -16,11 +16,11 @@ def report(
         parser=options.path,
         help="Run folders, as 'kvbench run', 'sweep' and 'profile' named them.", metavar="RUN...")],
     metric: Annotated[list[str] | None, typer.Option(
-        help="Metric to draw against removal; repeatable. [default: ppl, accuracy, and four of written text]",
+        help="Metric to draw against removal; repeatable. \\[default: ppl, accuracy, and four of written text]",
         show_default=False)] = None,
     out: Annotated[Path | None, typer.Option(
         parser=options.path,
-        help="Folder to write into; needed for several runs. [default: the run folder]", show_default=False)] = None,
+        help="Folder to write into; needed for several runs. \\[default: the run folder]", show_default=False)] = None,
     json_: Annotated[bool, typer.Option("--json", help="Print the JSON document on stdout.")] = False,
 ) -> None:
     """Print the tables of runs again and draw their figures, from what is on disk.

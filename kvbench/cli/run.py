@@ -40,7 +40,7 @@ def run(
     threads: options.Threads = None,
     baselines: options.Baselines = True,
     out: Annotated[Path | None, typer.Option(
-        parser=options.path, help="Run folder: missing, empty, or one of the same run. [default: reports/...]",
+        parser=options.path, help="Run folder: missing, empty, or one of the same run. \\[default: reports/...]",
         show_default=False, rich_help_panel="Output")] = None,
     fresh: options.Fresh = False,
     json_: options.Json = False,

@@ -14,9 +14,9 @@ def show(
     run: Annotated[Path, typer.Argument(
         parser=options.path, help="Run folder, as 'kvbench run' named it.", metavar="RUN")],
     document: Annotated[str | None, typer.Option(
-        help="Id of the document. [default: the first one]", show_default=False)] = None,
+        help="Id of the document. \\[default: the first one]", show_default=False)] = None,
     task: Annotated[str | None, typer.Option(
-        help="Task of the run. [default: the first that writes text]", show_default=False)] = None,
+        help="Task of the run. \\[default: the first that writes text]", show_default=False)] = None,
 ) -> None:
     """Print a prefix and what people, the full cache and each method wrote after it.
 

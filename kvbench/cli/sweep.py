@@ -25,23 +25,23 @@ def sweep(
     context: typer.Context,
     settings_file: Annotated[Path | None, typer.Argument(
         parser=options.path,
-        metavar="[CONFIG]", help="Settings file with a \\[sweep] table. [default: ./kvbench.toml if there is one]",
+        metavar="[CONFIG]", help="Settings file with a \\[sweep] table. \\[default: ./kvbench.toml if there is one]",
         show_default=False)] = None,
     method: Annotated[list[str] | None, typer.Option(
-        help="Compression method; repeatable. [default: sentinel, ccm-concat, gist]", show_default=False,
+        help="Compression method; repeatable. \\[default: sentinel, ccm-concat, gist]", show_default=False,
         rich_help_panel=_WHAT)] = None,
     ratio: Annotated[list[str] | None, typer.Option(
-        help="Share of cache entries to remove; repeatable. [default: 0.3, 0.5, 0.7, 0.8, 0.9]", show_default=False,
+        help="Share of cache entries to remove; repeatable. \\[default: 0.3, 0.5, 0.7, 0.8, 0.9]", show_default=False,
         rich_help_panel=_WHAT)] = None,
     task: Annotated[list[str] | None, typer.Option(
-        help="Task, or a task file of your own; repeatable. [default: minidocs, recall]", show_default=False,
+        help="Task, or a task file of your own; repeatable. \\[default: minidocs, recall]", show_default=False,
         rich_help_panel=_WHAT)] = None,
     model: Annotated[list[str] | None, typer.Option(
         parser=options.text,
-        help="Hub id or folder of a causal language model; repeatable. [default: kvbench-tiny]", show_default=False,
+        help="Hub id or folder of a causal language model; repeatable. \\[default: kvbench-tiny]", show_default=False,
         rich_help_panel=_WHAT)] = None,
     seed: Annotated[list[int] | None, typer.Option(
-        help="Seed of layouts, draws and resampling; repeatable. [default: 0]", show_default=False,
+        help="Seed of layouts, draws and resampling; repeatable. \\[default: 0]", show_default=False,
         rich_help_panel=_WHAT)] = None,
     data: options.Data = None,
     column: options.Column = "text",
@@ -56,19 +56,19 @@ def sweep(
     threads: options.Threads = None,
     baselines: options.Baselines = True,
     executor: Annotated[str | None, typer.Option(
-        help="local, ray or slurm: where the workers run. Elsewhere they must see the run folder. [default: local]",
+        help="local, ray or slurm: where the workers run. Elsewhere they must see the run folder. \\[default: local]",
         show_default=False, rich_help_panel="Who does it")] = None,
     workers: Annotated[int | None, typer.Option(
-        help="Processes that measure. [default: as many as are useful here; 2 elsewhere]", show_default=False, min=0,
+        help="Processes that measure. \\[default: as many as are useful here; 2 elsewhere]", show_default=False, min=0,
         rich_help_panel="Who does it")] = None,
     executor_option: Annotated[list[str] | None, typer.Option(
         metavar="KEY=VALUE", help="For Ray: address, num_cpus, num_gpus; for Slurm: a parameter of submitit, such as "
         "slurm_partition=gpu; repeatable.", rich_help_panel="Who does it")] = None,
     timeout: Annotated[float | None, typer.Option(
         help="Seconds without a sign of life after which a measuring process is ended and its cell has failed. "
-        "[default: 3600]", show_default=False, rich_help_panel="Who does it")] = None,
+        "\\[default: 3600]", show_default=False, rich_help_panel="Who does it")] = None,
     keep_going: Annotated[bool | None, typer.Option(
-        "--keep-going/--fail-fast", help="After a failure, measure the other cells, or stop. [default: keep-going]",
+        "--keep-going/--fail-fast", help="After a failure, measure the other cells, or stop. \\[default: keep-going]",
         show_default=False, rich_help_panel="Who does it")] = None,
     budget_tokens: options.BudgetTokens = None,
     budget_bytes: options.BudgetBytes = None,
@@ -78,7 +78,7 @@ def sweep(
     metric: options.Metric = None,
     out: Annotated[Path | None, typer.Option(
         parser=options.path,
-        help="Run folder; one of another sweep is added to. [default: reports/sweep-...]", show_default=False,
+        help="Run folder; one of another sweep is added to. \\[default: reports/sweep-...]", show_default=False,
         rich_help_panel="Output")] = None,
     fresh: options.Fresh = False,
     json_: options.Json = False,

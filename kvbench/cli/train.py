@@ -96,7 +96,7 @@ def base(
     lr: Annotated[float, typer.Option(help="Peak learning rate.", min=0.0)] = 3e-3,
     tokenizer: Annotated[Path | None, typer.Option(
         parser=options.path,
-        help="Folder of a tokenizer. [default: train one on the data]", show_default=False)] = None,
+        help="Folder of a tokenizer. \\[default: train one on the data]", show_default=False)] = None,
     every: Every = 200,
     seed: options.Seed = None,
     device: options.Device = None,

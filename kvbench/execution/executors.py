@@ -16,7 +16,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
-from kvbench.errors import UserError
+from kvbench.errors import MissingPackageError, UserError
 
 POLL = 1.0
 """Seconds between two checks of the folder."""
@@ -81,7 +81,7 @@ def on_ray(
     try:
         import ray
     except ImportError:
-        raise UserError("Ray is not installed.", "Install it: pip install 'kvbench[ray]'.") from None
+        raise MissingPackageError("Ray is not installed.", "Install it: pip install 'kvbench[ray]'.") from None
     _check_options("ray", options, ("address", "num_cpus", "num_gpus"))
     needs = {name: float(options.get(name, default)) for name, default in (("num_cpus", "1"), ("num_gpus", "0"))}
     started = not ray.is_initialized()
@@ -119,7 +119,7 @@ def on_slurm(
     try:
         import submitit
     except ImportError:
-        raise UserError("submitit is not installed.", "Install it: pip install 'kvbench[slurm]'.") from None
+        raise MissingPackageError("submitit is not installed.", "Install it: pip install 'kvbench[slurm]'.") from None
     given = dict(options)
     cluster = given.pop("cluster", "slurm")
     logs = Path(".kvbench-slurm").resolve()

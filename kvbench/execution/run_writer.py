@@ -8,9 +8,9 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import Any
 
-from kvbench.environment import describe
 from kvbench.errors import StoppedError, UserError
 from kvbench.execution.locks import KEPT, disk
+from kvbench.store.environment import describe
 from kvbench.store.folder import Record, RunFolder
 from kvbench.store.manifest import Machine, Manifest, ProfileInfo, TaskInfo
 from kvbench.store.progress import RunProgress

@@ -19,6 +19,7 @@ from transformers.cache_utils import Cache
 
 from kvbench.errors import UserError
 from kvbench.inference.opening import Text, joined, open_session
+from kvbench.inference.row_group import CacheUsage, RowGroup
 from kvbench.inference.session import Session
 from kvbench.methods import Method
 from kvbench.models.adapter import Adapter
@@ -49,20 +50,6 @@ class Compression:
     def shared(self) -> dict[int, Any]:
         """A memo for ``copy.deepcopy``: what copies of a cache share instead of copying it."""
         return {id(thing): thing for thing in (self, self.model, self.method, self.adapter) if thing is not None}
-
-
-@dataclass
-class RowGroup:
-    """Rows of a batch that are read together, and their session.
-
-    Attributes:
-        length: tokens of the context of each row; ``seeds`` a number that depends on its text only.
-    """
-
-    rows: Tensor
-    session: Session
-    length: int
-    seeds: tuple[int, ...]
 
 
 class CompressedCache(Cache):  # type: ignore[misc]
@@ -204,7 +191,11 @@ class CompressedCache(Cache):  # type: ignore[misc]
         return 0 if self.mask is None else len(self.mask)
 
     def batch_repeat_interleave(self, repeats: int) -> None:
-        raise UserError("Rows of a compressed cache cannot be repeated.", "Repeat the rows of the prompt.")
+        """Repeat every row, copies of a row next to each other."""
+        assert self.mask is not None, "nothing has been read"
+        self.mask = self.mask.repeat_interleave(repeats, 0)
+        for group in self.groups:
+            group.expand(repeats)
 
     def batch_select_indices(self, indices: Tensor) -> None:
         raise UserError("Rows of a compressed cache cannot be selected.", "Select the rows of the prompt.")
@@ -252,46 +243,7 @@ class CompressedCache(Cache):  # type: ignore[misc]
         """What the cache holds now."""
         assert self.mask is not None, "nothing has been read"
         generated = self.seen - self.mask.shape[1]
-        tokens = logical = physical = full = 0
-        by_head: list[list[float]] = []
-        entries, removals = 0.0, 0
-        for group in self.groups:
-            held, rows = group.session.bytes(), len(group.rows)
-            entry = held.full / group.length  # of one entry in every row
-            tokens += rows * (group.length + generated)
-            entries += rows * held.logical / entry
-            share = rows / len(self.mask)
-            mine = [[share * heads for heads in layer] for layer in group.session.entries_by_head()]
-            by_head = [
-                [a + b for a, b in zip(*layers, strict=True)] for layers in zip(by_head, mine, strict=True)
-            ] if by_head else mine
-            removals = max(removals, group.session.removals)
-            logical, physical = logical + held.logical, physical + held.physical
-            full += round(entry * (group.length + generated))
-        return CacheUsage(
-            tokens, entries, tuple(map(tuple, by_head)), removals, logical, physical, full
-        )
-
-
-@dataclass(frozen=True)
-class CacheUsage:
-    """What a cache holds, over all rows.
-
-    Attributes:
-        tokens: read so far, without padding.
-        entries: held, the mean over layers and heads; packed ones count as their bytes.
-        by_head: entries held per row, by layer and KV head.
-        removals: how often entries were removed, at most in a row.
-        logical, physical: bytes of what is held, by shapes and by storages; ``full`` of an entry for every token.
-    """
-
-    tokens: int
-    entries: float
-    by_head: tuple[tuple[float, ...], ...]
-    removals: int
-    logical: int
-    physical: int
-    full: int
+        return CacheUsage.over([group.usage(generated) for group in self.groups])
 
 
 def seed_of(text: Tensor) -> int:

@@ -101,7 +101,7 @@ class Manifest:
         tasks: setting (:attr:`Cell.setting`) -> its task; ``profiles`` likewise.
         probes: model -> what a probe of it has found.
         machine: the machine of a profile; None for a run.
-        environment: versions of packages, processor, commit (:mod:`kvbench.environment`).
+        environment: versions of packages, processor, commit (:mod:`kvbench.store.environment`).
         cells: in the order of the plan.
     """
 

@@ -21,7 +21,7 @@ from kvbench.inference.sampling import Sampling
 from kvbench.methods import METHODS, CachePolicy, Method, make_method
 from kvbench.models.adapter import Adapter
 from kvbench.models.attention import register
-from kvbench.models.attention_hooks import OBSERVER
+from tests.helpers.dense import dense_logits
 from tests.helpers.models import FAMILIES, VOCABULARY, adapter_for, small_model
 
 N, NEW = 60, 12
@@ -293,28 +293,6 @@ ONLY_REMOVE = [
 """Those that neither merge, store in another form, attend less, nor rotate again."""
 
 
-class Masks:
-    """What every layer and head attends in one pass: the prompt causally, then what was kept of it."""
-
-    def __init__(self, layers: list[Tensor], heads: int, prompt: int, length: int) -> None:
-        self.masks = []
-        for positions in layers:
-            seen = torch.zeros(len(positions), length + 1, dtype=torch.bool)
-            seen = seen.scatter_(-1, positions.masked_fill(positions < 0, length), True)[:, :length]
-            mask = torch.ones(length, length, dtype=torch.bool).tril().repeat(len(positions), 1, 1)
-            mask[:, prompt:] &= seen[:, None]
-            self.masks.append(mask.repeat_interleave(heads // len(positions), 0)[None])
-
-    def mask(self, layer: int, *_: Any) -> Tensor:
-        return self.masks[layer]
-
-    def attend(self, *_: Any) -> None:
-        pass
-
-    def observe(self, *_: Any) -> None:
-        pass
-
-
 @pytest.mark.parametrize("name", ONLY_REMOVE)
 def test_logits_are_those_of_a_dense_pass_under_a_mask_of_what_was_kept(llama: Any, name: str) -> None:
     """From the positions that each layer and head holds at the end, in rows of unequal length."""
@@ -330,13 +308,5 @@ def test_logits_are_those_of_a_dense_pass_under_a_mask_of_what_was_kept(llama: A
             text = torch.cat([ids[row, mask[row].bool()], out.sequences[row, N:-1]])[None]
             held = [layer.positions[place] for layer in group.session.cache.layers]
             assert max(int((positions >= 0).sum(-1).min()) for positions in held) < text.shape[1]
-            token = OBSERVER.set(Masks(held, llama.config.num_attention_heads, n, text.shape[1]))
-            try:
-                with torch.no_grad():
-                    dense = llama(
-                        input_ids=text, use_cache=False, attention_mask=torch.ones(1, 1, 1, 1).bool(),
-                        position_ids=torch.arange(text.shape[1])[None],
-                    ).logits
-            finally:
-                OBSERVER.reset(token)
-            assert float((dense[0, n - 1 :] - logits[row]).abs().max()) < 1e-5
+            dense = dense_logits(llama, text, held, n)
+            assert float((dense[n - 1 :] - logits[row]).abs().max()) < 1e-5

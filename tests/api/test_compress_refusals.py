@@ -40,14 +40,12 @@ def test_rows_of_a_filled_cache_are_not_made_up(llama: Any) -> None:
         context = run.prefill(prompt())
         with pytest.raises(UserError, match="holds 1 rows, and 3"):
             run.ask(context, prompt(1, 5), num_return_sequences=3, do_sample=True, max_new_tokens=4)
-        with pytest.raises(UserError, match="2 questions are asked about 1"):
-            run.ask(context, prompt(2, 5), **GENERATE)
+        with pytest.raises(UserError, match="3 questions are asked about 2"):
+            run.ask(context.repeated(2), prompt(3, 5), **GENERATE)
         with pytest.raises(UserError, match="at least 1"):
             run.ask(context, prompt(1, 5)[:, :0], **GENERATE)
         with pytest.raises(UserError, match="its own attention_mask"):
             run.ask(context, prompt(1, 5), attention_mask=None, **GENERATE)
-        with pytest.raises(UserError, match="cannot be repeated"):
-            context.cache.batch_repeat_interleave(2)
         mask = torch.ones(1, N + 5, dtype=torch.long)
         mask[:, 10:20] = 0
         ids = torch.cat([prompt(), prompt(1, 5)], 1)

@@ -11,9 +11,9 @@ from pathlib import Path
 ROOT = Path(__file__).parents[2] / "kvbench"
 
 ROOMS = (
-    "__main__", "cli", "api", "doctor", "profiling", "execution", "planning", "training", "judges", "probe",
-    "protocols", "inference", "methods", "cache", "data", "config", "models", "reporting", "analysis", "metrics",
-    "store", "statistics", "parsing", "environment", "errors", "__init__",
+    "__main__", "cli", "integrations", "api", "doctor", "profiling", "execution", "planning", "training", "judges",
+    "probe", "protocols", "inference", "methods", "cache", "data", "config", "models", "reporting", "analysis",
+    "metrics", "store", "statistics", "parsing", "errors", "__init__",
 )
 """From top to bottom."""
 

@@ -1,0 +1,1 @@
+"""kvbench inside other harnesses."""
