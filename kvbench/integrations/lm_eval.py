@@ -27,6 +27,7 @@ from kvbench.errors import MissingPackageError, UserError
 from kvbench.integrations.request_log import RequestLog
 from kvbench.integrations.split import SplitRule
 from kvbench.methods import METHODS
+from kvbench.models.device import pick_device
 from kvbench.models.references import find_adapter, resolve_model
 from kvbench.planning.methods import parse_choice
 
@@ -88,6 +89,7 @@ class KVBenchLM(HFLM):  # type: ignore[misc]
             revision = others.get("revision")
             reference = resolve_model(pretrained, None if revision == "main" else revision)
             pretrained = reference.location
+            others.setdefault("device", str(pick_device("auto")))
             if adapter is None and METHODS[choice.name].adapter_kinds:
                 adapter = find_adapter(choice.name, reference, {})
         try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import runpy
@@ -20,6 +21,7 @@ from kvbench.methods import METHODS
 from kvbench.models.references import assets
 
 ROOT = Path(__file__).parents[2]
+LM_EVAL = ROOT / "docs" / "lm-eval.md"
 PAGE, EXAMPLES = ROOT / "docs" / "python-api.md", ROOT / "examples"
 
 
@@ -31,6 +33,21 @@ def test_the_code_of_the_page_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     for code in re.findall(r"```python\n(.*?)```", PAGE.read_text(), re.DOTALL):
         exec(compile(code, str(PAGE), "exec"), names)
     assert (tmp_path / "harbour.safetensors").is_file()
+
+
+def test_the_code_of_the_page_on_lm_eval_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a task of its own, since those of the harness are on the hub."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "rows.jsonl").write_text(json.dumps({"text": "The mill by the bridge stood still. " * 20}) + "\n")
+    task = {
+        "task": "rows", "dataset_path": "json", "test_split": "test", "output_type": "loglikelihood",
+        "dataset_kwargs": {"data_files": {"test": "rows.jsonl"}, "cache_dir": "cache"}, "doc_to_text": "{{text}}",
+        "doc_to_target": "The mill",
+        "metric_list": [{"metric": "acc", "aggregation": "mean", "higher_is_better": True}],
+    }
+    names: dict[str, Any] = {"MODEL": str(assets() / "kvbench-tiny")}
+    [code] = re.findall(r"```python\n(.*?)```", LM_EVAL.read_text(), re.DOTALL)
+    exec(compile(code.replace('["lambada_openai"]', "[TASK]"), str(LM_EVAL), "exec"), names | {"TASK": task})
 
 
 @pytest.mark.parametrize("path", sorted(EXAMPLES.glob("*.py")), ids=lambda path: path.stem)
