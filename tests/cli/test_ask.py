@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import io
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from kvbench.api.ask import _parts
+from kvbench.api.ask import split_ids
 from kvbench.errors import UserError
 from kvbench.methods import kept
 from tests.helpers.command import Call, refused
@@ -41,11 +42,39 @@ def test_both_sides_are_answered_and_entries_are_removed(called: Call, context: 
     assert "sentinel, 0.70 removed" in shown.out
 
 
+def test_a_chat_compresses_all_that_was_said(
+    called: Call, context: Path, monkeypatch: pytest.MonkeyPatch, tiny_tokenizer: Any
+) -> None:
+    asked = ["ask", "--context", context, "--chat", "--new-tokens", "5", "--threads", "1", "--method", "knorm"]
+
+    def said(*more: str) -> Any:
+        monkeypatch.setattr("sys.stdin", io.StringIO("How many stones?\nAnd then?\n\nnever read\n"))
+        return called([*asked, *more])
+
+    turns = said("--ratio", "0.5", "--question", "Who kept them?", "--json").document["turns"]
+    assert [turn["questions"] for turn in turns] == [["Who kept them?"], ["How many stones?"], ["And then?"]]
+    for side in ("full", "compressed"):
+        text = TEXT.strip()
+        for turn in turns:
+            before = tiny_tokenizer(text, add_special_tokens=False).input_ids
+            found = turn[side]
+            assert found["context_tokens"] == pytest.approx(len(before), abs=2)  # a token may cross the border
+            n = found["context_tokens"]
+            assert found["entries"] == (n if side == "full" else kept(n, Fraction(1, 2)))
+            assert found["held"][0] > found["entries"]
+            text += f"\n\n{turn['questions'][0]}\n{found['answers'][0]}"
+    same = said("--ratio", "0", "--json").document["turns"]
+    assert [turn["full"]["answers"] for turn in same] == [turn["compressed"]["answers"] for turn in same]
+    shown = said("--ratio", "0.5").out
+    assert shown.count("entries after the answer") == 2
+
+
 def test_bad_requests_are_sentences(called: Call, context: Path, tmp_path: Path) -> None:
     asked = ["ask", "--context", context, "--question", "Who?"]
     refused(called, ["ask", "--context", tmp_path / "none.txt", "--question", "Who?"], "none.txt cannot be read")
     (tmp_path / "empty.txt").write_text(" \n")
     refused(called, ["ask", "--context", tmp_path / "empty.txt", "--question", "Who?"], "at least one token")
+    refused(called, ["ask", "--context", context], "--question, or --chat")
     refused(called, [*asked, "--method", "snapvk"], "snapkv")
     refused(called, [*asked, "--method", "snapkv:widow=3"], "widow")
     refused(called, [*asked, "--ratio", "0.5", "--budget-tokens", "9"], "Leave one of them out")
@@ -56,10 +85,10 @@ def test_bad_requests_are_sentences(called: Call, context: Path, tmp_path: Path)
 def test_a_chat_template_is_cut_behind_the_context(tiny_tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     template = "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}{% endfor %}<|assistant|>"
     monkeypatch.setattr(tiny_tokenizer, "chat_template", template)
-    before, after = _parts(tiny_tokenizer, TEXT, "Who?")
+    before, after = split_ids(tiny_tokenizer, TEXT, (), "Who?")
     whole = f"<|user|>{TEXT}\n\nWho?<|assistant|>"
     assert [*before, *after] == tiny_tokenizer(whole, add_special_tokens=False).input_ids
     assert tiny_tokenizer.decode(before) == f"<|user|>{TEXT}"
     monkeypatch.setattr(tiny_tokenizer, "chat_template", "{{ messages[0].content | upper }}")
     with pytest.raises(UserError, match="changes the context"):
-        _parts(tiny_tokenizer, TEXT, "Who?")
+        split_ids(tiny_tokenizer, TEXT, (), "Who?")
