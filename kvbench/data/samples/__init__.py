@@ -1,0 +1,1 @@
+"""Samples of long-context tasks that are made by rule: a context, questions about it, and what counts as right."""
