@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from jinja2 import TemplateError
 from torch import Tensor, nn
 
 from kvbench.api.compress import compress
@@ -16,6 +17,8 @@ from kvbench.api.compressed_model import CompressedModel
 from kvbench.errors import UserError
 from kvbench.protocols.pieces import make_tokenizer
 
+_MARK = "\ue000mark\ue000"
+"""Characters of private use, in place of what is looked for."""
 Turns = Sequence[tuple[str, str]]
 """Questions that were asked before, and their answers."""
 
@@ -106,7 +109,8 @@ class Answerer:
         """For each question the ids of what is compressed, and of what follows, ``[1, n]`` and ``[1, m]``."""
         context = context.strip()  # as chat templates do
         parts = [split_ids(self.tokenizer, context, turns, question.strip()) for question in questions]
-        if not context or not parts or any(not before or not after for before, after in parts):
+        is_asked = parts and all(question.strip() for question in questions)
+        if not context or not is_asked or any(not before or not after for before, after in parts):
             raise UserError("A context and at least one question are needed, each with at least one token.")
         if any(before != parts[0][0] for before, _ in parts):
             raise UserError("The tokens of the context depend on the question.", "Ask the questions one by one.")
@@ -176,20 +180,38 @@ def split_ids(tokenizer: Any, context: str, turns: Turns, question: str) -> tupl
         UserError: the tokenizer's chat template changes what was said.
     """
     cutter = make_tokenizer(tokenizer, "auto")
-    lead = cutter.lead()
     if getattr(tokenizer, "chat_template", None):
+        lead: tuple[int, ...] = ()  # the template has written it, if there is one
+        before, after = _templated(tokenizer, context, turns, question)
+    else:
+        lead = cutter.lead()
+        before = context + "".join(f"\n\n{asked}\n{answer}" for asked, answer in turns)
+        after = f"\n\n{question}\n"
+    compressed, read = cutter.split((before, after))
+    return [*lead, *compressed.ids], [*read.ids]
+
+
+def _templated(tokenizer: Any, context: str, turns: Turns, question: str) -> tuple[str, str]:
+    """The conversation in the tokenizer's chat template, cut behind the context, or in later turns before the question.
+
+    Where that is, is found out with a mark in its place: question and context may also be part of the template.
+    """
+    def rendered(context: str, question: str) -> str:
         said = [text for turn in turns for text in turn] + [question]
         said[0] = f"{context}\n\n{said[0]}"
         roles = ("user", "assistant")
-        whole = tokenizer.apply_chat_template(
-            [{"role": roles[place % 2], "content": text} for place, text in enumerate(said)], tokenize=False,
+        text: str = tokenizer.apply_chat_template(
+            [{"role": roles[place % 2], "content": content} for place, content in enumerate(said)], tokenize=False,
             add_generation_prompt=True,
         )
-        lead = ()  # the template has written it, if there is one
-    else:
-        whole = context + "".join(f"\n\n{asked}\n{answer}" for asked, answer in turns) + f"\n\n{question}\n"
-    if context not in whole or question not in whole:
+        return text
+
+    try:
+        parts = (rendered(context, _MARK) if turns else rendered(_MARK, question)).split(_MARK)
+        whole = rendered(context, question)
+    except TemplateError as error:
+        raise UserError(f"The chat template of the tokenizer fails: {error}.", "Remove the template.") from error
+    if len(parts) != 2 or (question if turns else context).join(parts) != whole:
         raise UserError("The chat template of the tokenizer changes the context.", "Remove the template.")
-    end = whole.rindex(question) if turns else whole.index(context) + len(context)
-    before, after = cutter.split((whole[:end], whole[end:]))
-    return [*lead, *before.ids], [*after.ids]
+    end = len(parts[0]) if turns else len(parts[0]) + len(context)
+    return whole[:end], whole[end:]

@@ -109,9 +109,9 @@ def checked_method(
     with in_python():
         if isinstance(ratio, Fraction) and not 0 <= ratio < 1:
             raise UserError(f"ratio={ratio} is outside [0, 1).", "It is the share of entries that is removed.")
-        share = ratio if isinstance(ratio, Fraction) else parse_ratio(str(ratio or 0))
+        share = ratio if isinstance(ratio, Fraction) else parse_ratio("0" if ratio is None else str(ratio))
         method = kind.from_options(share, {**own, **given}, **budget)
-        if "ratio" not in kind.budgets and not method.uses_ratio(in_chunks=False):
+        if not method.uses_ratio(in_chunks=False):
             method = replace(method, ratio=Fraction(0))
     if ratio is None and budget_tokens is None and method.uses_ratio(in_chunks=False):
         raise UserError(f"{name} is asked for without a ratio.", "Give ratio=0.7 to keep 30 % of the entries.")
@@ -179,6 +179,12 @@ def check_length(model: nn.Module, tokens: int) -> None:
         UserError: some attend less of it.
     """
     if model in _FACTS:
+        places = context_of(model.config)
+        if _FACTS[model].learned and tokens > places:
+            raise UserError(
+                f"{type(model).__name__} has positions for {places} tokens, and prompt and new tokens are {tokens}.",
+                "Give a shorter prompt, or fewer new tokens.",
+            )
         _FACTS[model].check_length(type(model).__name__, tokens, "Give a shorter prompt, or fewer new tokens.")
 
 

@@ -18,9 +18,10 @@ from kvbench.api.scores import NO_TARGET, Scores, score_alone
 from kvbench.api.snapshot import Snapshot, load_snapshot
 from kvbench.api.wording import in_python
 from kvbench.errors import UserError
-from kvbench.inference.compressed_cache import CompressedCache, Compression
+from kvbench.inference.compressed_cache import PREFILL, CompressedCache, Compression
 from kvbench.inference.opening import prepared
 
+OTHER_BLOCK = "The cache that is given was not made inside this block, under this method."
 _READING: ContextVar[bool] = ContextVar("reading", default=False)
 """Whether a session is reading, so that the model's own forward pass is wanted."""
 
@@ -103,7 +104,8 @@ class CompressedModel:
         return Snapshot(input_ids, mask.bool(), cache)
 
     def score(
-        self, input_ids: Tensor, targets: Tensor | None = None, after: Snapshot | None = None
+        self, input_ids: Tensor, targets: Tensor | None = None, after: Snapshot | None = None,
+        attention_mask: Tensor | None = None,
     ) -> Scores:
         """Score texts ``[batch, n]`` without padding: alone while they are read, or as continuations of a context.
 
@@ -113,12 +115,20 @@ class CompressedModel:
         Args:
             targets: int64 ``[batch, n]``, the token behind each; those of the text itself if left out.
             after: a context for each row, or one for all.
+            attention_mask: all ones, where the texts begin with the id that the model pads with.
 
         Raises:
             UserError: the texts cannot be read, or do not fit the contexts.
         """
         self._check_open()
-        model, columns = self.compression.model, check_ids(self.compression.model, input_ids)
+        model, columns = self.compression.model, check_ids(self.compression.model, input_ids, attention_mask)
+        if attention_mask is not None and not bool(attention_mask.all()):
+            raise UserError("Texts that are scored are padded.", "Score texts of equal length together.")
+        if self.compression.during != PREFILL:
+            raise UserError(
+                f"Texts are scored without removing what they add, and during is {self.compression.during!r}.",
+                "Open the block with during='prefill'.",
+            )
         if targets is None:
             targets = torch.cat([input_ids[:, 1:], torch.full_like(input_ids[:, :1], NO_TARGET)], 1)
         if targets.shape != input_ids.shape:
@@ -127,6 +137,8 @@ class CompressedModel:
             check_length(model, columns)
             with self._session(columns):
                 return score_alone(self.compression, input_ids, targets)
+        if after.cache.compression is not self.compression:
+            raise UserError(OTHER_BLOCK, "Read the context inside this block, with run.prefill or run.load.")
         after = after.repeated(len(input_ids) if len(after.ids) == 1 else 1)
         if len(after.ids) != len(input_ids):
             raise UserError(f"{len(input_ids)} texts follow {len(after.ids)} contexts.", "Give one each.")
@@ -205,8 +217,7 @@ class CompressedModel:
             cache = CompressedCache(self.compression, columns, planned, config.prefill_chunk_size)
         elif not isinstance(cache, CompressedCache) or cache.compression is not self.compression:
             raise UserError(
-                "The cache that generate was given was not made inside this block, under this method.",
-                "Leave past_key_values out, or give what an earlier call in the block returned.",
+                OTHER_BLOCK, "Leave past_key_values out, or give what an earlier call in the block returned.",
             )
         with in_python(), ExitStack() as stack:
             with _reading():  # rotations may be measured

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import sys
 from collections.abc import Iterator, Sequence
@@ -72,6 +73,8 @@ def ask(
     choice = parse_choice(method)
     if ratio is not None and budget_tokens is not None:
         raise UserError("--ratio and --budget-tokens both say how much is kept.", "Leave one of them out.")
+    if any(not one.strip() for one in question or ()):
+        raise UserError("A question is empty.", "Write it out, or leave it out.")
     if not question and not chat:
         raise UserError("No question is asked.", "Give --question, or --chat to ask line by line.")
     try:
@@ -104,28 +107,38 @@ def ask(
 
 def _chat(chat: Chat, questions: Sequence[str], as_json: bool) -> None:
     """Ask the given questions, then those that come line by line."""
-    turns, console = [], _console()
-    for question in _asked(questions, console.is_terminal and not as_json):
-        if as_json:
-            turns.append(_content(chat.say(question)))
-            continue
-        with console.status("reading"):
-            found = chat.say(question)
-        console.print(_table(chat.answerer.method, found))
-    if as_json:
-        _print_json({"turns": turns})
+    turns: list[dict[str, Any]] = []
+    console = _console()
+    try:
+        for question in _asked(questions, console.is_terminal and not as_json):
+            if as_json:
+                turns.append(_content(chat.say(question)))
+                continue
+            with console.status("reading"):
+                found = chat.say(question)
+            console.print(_table(chat.answerer.method, found))
+    finally:  # what was said is printed, also where a later turn fails
+        if as_json and turns:
+            _print_json({"turns": turns})
 
 
 def _asked(given: Sequence[str], prompts: bool) -> Iterator[str]:
+    from kvbench.errors import UserError
+
     yield from given
-    while True:
+    if isinstance(sys.stdin, io.TextIOWrapper):
+        sys.stdin.reconfigure(errors="surrogateescape")  # what cannot be read is found line by line
+    while sys.stdin is not None:
         try:
-            line = input("> ") if prompts else sys.stdin.readline()
+            line = (input("> ") if prompts else sys.stdin.readline()).strip()
+            line.encode()
         except EOFError:
             return
-        if not line.strip():
+        except UnicodeError as error:
+            raise UserError(f"A question cannot be read: {error}.", "Write it in UTF-8.") from error
+        if not line:
             return
-        yield line.strip()
+        yield line
 
 
 def _console() -> Console:

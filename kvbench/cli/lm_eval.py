@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import sys
+import traceback
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -14,8 +16,6 @@ from kvbench.cli import options
 
 PASS_ON = {"allow_extra_args": True, "ignore_unknown_options": True}
 """What is not ours is an argument of lm-evaluation-harness."""
-REQUEST_ERRORS = ("Tasks not found", "No tasks specified")
-"""How lm-evaluation-harness begins errors that are the user's."""
 
 
 def lm_eval(
@@ -57,13 +57,15 @@ def lm_eval(
 
     import kvbench.integrations.lm_eval  # noqa: F401 - says so at once where lm-evaluation-harness is not installed
     from kvbench.config import load_settings
-    from kvbench.errors import unknown
+    from kvbench.errors import UserError, unknown
     from kvbench.methods import METHODS
     from kvbench.models.device import pick_device
     from kvbench.planning.methods import parse_choice
 
     settings = load_settings(None).run
     choice = parse_choice(method)
+    if ratio is not None and budget_tokens is not None:
+        raise UserError("--ratio and --budget-tokens both say how much is kept.", "Leave one of them out.")
     if ratio is None and budget_tokens is None and "ratio" in METHODS[choice.name].budgets:
         ratio = "0.7"
     if dtype not in (None, "float32", "bfloat16", "float16"):
@@ -93,15 +95,18 @@ def _check(arguments: Sequence[str]) -> None:
 
     from kvbench.errors import UserError
     from kvbench.integrations.lm_eval import NO_CACHE
+    from kvbench.store.folder import check_writable
 
-    with _as_command(arguments) as parser:
-        parsed = parser.parse_args()
     try:
-        config = EvaluatorConfig.from_cli(parsed)
+        with _as_command(arguments) as parser:
+            config = EvaluatorConfig.from_cli(parser.parse_args())
     except (OSError, TypeError, ValueError) as error:
         raise UserError(f"lm-evaluation-harness: {error}") from error
     if config.use_cache:
         raise UserError("The request cache of lm-evaluation-harness does not know the method.", NO_CACHE)
+    if config.output_path:
+        out = Path(config.output_path)
+        check_writable(out.parent if out.suffix == ".json" else out, "Choose another --output_path.")
     if not config.tasks:
         raise UserError("No task is named.", "Give --tasks, such as --tasks lambada_openai; 'lm-eval ls tasks'.")
 
@@ -120,9 +125,16 @@ def _evaluate(arguments: Sequence[str]) -> None:
         with _as_command(arguments):
             cli_evaluate()
     except (OSError, ValueError) as error:
-        if isinstance(error, OSError) or str(error).startswith(REQUEST_ERRORS):
-            raise UserError(f"lm-evaluation-harness: {error}") from error
-        raise
+        if _is_ours(error):
+            raise
+        raise UserError(f"lm-evaluation-harness: {error}") from error
+
+
+def _is_ours(error: BaseException) -> bool:
+    """Whether an error comes from below the model class: it is not about the request then."""
+    frames = [frame.filename for frame in traceback.extract_tb(error.__traceback__)]
+    here = str(Path(__file__).parents[1] / "integrations")
+    return any(name.startswith(here) for name in frames)
 
 
 @contextmanager

@@ -106,6 +106,15 @@ class LayoutSession:
     def entries_by_head(self) -> list[list[float]]:
         return [[float(self.kept)] * int(layer.keys.shape[1]) for layer in self.cache.layers]
 
+    def held_positions(self) -> list[Tensor] | None:
+        layout = self.layout
+        if len(layout.special_slots) or layout.merge_plan is not None:
+            return None
+        alive = torch.ones(len(self.stored), dtype=torch.bool)
+        alive[self.holes] = False
+        held = layout.tokens.raw[self.stored[alive]]
+        return [held.expand(*layer.keys.shape[:2], -1) for layer in self.cache.layers]
+
     def bytes(self) -> CacheBytes:
         per_entry = self.cache.entry_bytes()
         return CacheBytes(self.kept * per_entry, self.cache.physical_bytes(), self.context * per_entry)

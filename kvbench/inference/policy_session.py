@@ -67,13 +67,18 @@ class PolicySession:
 
     def prefill(self, ids: Tensor, first: int = 0, ahead: Tensor | None = None) -> Iterator[Scored]:
         """Feed the context, and remove entries whenever the policy says so and at the end."""
+        yield from self._read(ids, first, ahead, self.compresses_context)
+
+    def _read(
+        self, ids: Tensor, first: int = 0, ahead: Tensor | None = None, removes_at_end: bool = False
+    ) -> Iterator[Scored]:
         start, length = 0, ids.shape[1]
         while start < length:
             stop = min(length, start + (self.chunk or self.policy.run_length(self.read)))
             logits = self.feed(ids[:, start:stop], slice(max(0, first - start), None))
             if stop == length and self.chunk is not None and ahead is not None:
                 self._look_ahead(ahead)
-            if (stop == length and self.compresses_context) or (self.chunk is None and self.is_due):
+            if (stop == length and removes_at_end) or (self.chunk is None and self.is_due):
                 self.remove()
             self.ahead = 0
             if stop > first:
@@ -90,7 +95,7 @@ class PolicySession:
             self.context = self.read
         if self.policy.keeps_all:
             self.chunk = None
-            yield from self.prefill(ids)
+            yield from self._read(ids)
         elif ids.shape[1]:
             yield Scored(0, ids.shape[1], self.feed(ids))
 
@@ -141,6 +146,11 @@ class PolicySession:
 
     def entries_by_head(self) -> list[list[float]]:
         return [layer.entries_by_head() for layer in self.cache.layers]
+
+    def held_positions(self) -> list[Tensor] | None:
+        if self.policy.packs or self.policy.merges:
+            return None
+        return [layer.positions for layer in self.cache.layers]
 
     def bytes(self) -> CacheBytes:
         cache = self.cache

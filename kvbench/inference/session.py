@@ -87,6 +87,10 @@ class Session(Protocol):
     def entries_by_head(self) -> list[list[float]]:
         """Entries held by every KV head of every layer, the mean over rows; packed ones count as their bytes."""
 
+    def held_positions(self) -> list[Tensor] | None:
+        """Which text tokens have entries: for each layer int64 ``[batch, KV heads, entries]``, -1 for none; None if
+        entries are merged, stored in another form, or stand for several tokens."""
+
     def bytes(self) -> CacheBytes:
         """Bytes of the cache now."""
 

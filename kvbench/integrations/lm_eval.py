@@ -8,6 +8,7 @@ text is generated, from what is left.
 from __future__ import annotations
 
 import logging
+import re
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -29,6 +30,7 @@ from kvbench.integrations.split import SplitRule
 from kvbench.methods import METHODS
 from kvbench.models.device import pick_device
 from kvbench.models.references import find_adapter, resolve_model
+from kvbench.models.rope import dynamic_rotary
 from kvbench.planning.methods import parse_choice
 
 try:
@@ -60,7 +62,7 @@ class KVBenchLM(HFLM):  # type: ignore[misc]
 
     Args:
         pretrained: a hub id, a folder, ``kvbench-tiny``, or a model object; HFLM's other arguments may follow.
-        method: such as ``snapkv``, or with options ``snapkv:window=16``.
+        method: such as ``snapkv``, or with options ``snapkv:window=16``; ``full`` if nothing is said.
         ratio: share of entries to remove; or ``budget_tokens``, the entries to keep per layer and head.
         adapter: folder of the adapter of a trained method; those shipped for kvbench-tiny are found.
         split: what of a prompt is read after the compression: ``none``, its last token only, so that methods see the
@@ -74,11 +76,13 @@ class KVBenchLM(HFLM):  # type: ignore[misc]
     """
 
     def __init__(
-        self, pretrained: Any, *, method: str = "full", ratio: float | str | Fraction | None = None,
+        self, pretrained: Any, *, method: str | None = None, ratio: float | str | Fraction | None = None,
         budget_tokens: int | None = None, adapter: str | Path | None = None, split: str = "none",
         min_context: int = MIN_CONTEXT, seed: int = 0, options: Mapping[str, Any] | None = None, **others: Any,
     ) -> None:
-        choice = parse_choice(str(method))
+        if method is None and (ratio is not None or budget_tokens is not None):
+            raise UserError("A ratio or a budget is given without a method.", "Give method=, such as method='snapkv'.")
+        choice = parse_choice("full" if method is None else str(method))
         given = {**dict(choice.given), **(options or {})}
         self.method = checked_method(choice.name, ratio, budget_tokens, given)
         self.split, self.min_context = SplitRule.parse(str(split)), min_context
@@ -94,8 +98,9 @@ class KVBenchLM(HFLM):  # type: ignore[misc]
                 adapter = find_adapter(choice.name, reference, {})
         try:
             super().__init__(pretrained, **others)
-        except OSError as error:
-            raise UserError(f"The model {pretrained} cannot be loaded: {error}.") from error
+        except (OSError, TypeError, ValueError) as error:
+            name = pretrained if isinstance(pretrained, str) else type(pretrained).__name__
+            raise UserError(f"lm-evaluation-harness cannot load the model {name}: {error}.") from error
         if self.world_size > 1:
             raise UserError("lm-evaluation-harness runs in several processes.", "Run it in one.")
         self.asked: dict[str, Any] = {
@@ -106,7 +111,8 @@ class KVBenchLM(HFLM):  # type: ignore[misc]
         check_request(self.model, "prefill", seed)
         with self._compressed():
             _log.info(
-                "Prompts of at least %s tokens are compressed by %s; split rule: %s.", min_context, method, split
+                "Prompts of at least %s tokens are compressed by %s; split rule: %s.", min_context,
+                method or "full", split,
             )  # said once it is known that the model can be compressed
 
     @contextmanager
@@ -137,6 +143,27 @@ class KVBenchLM(HFLM):  # type: ignore[misc]
             **self.requests.summary(),
         }}
 
+    def loglikelihood(self, requests: Any, disable_tqdm: bool = False) -> Any:
+        with self._counted():
+            return super().loglikelihood(requests, disable_tqdm)
+
+    def loglikelihood_rolling(self, requests: Any, disable_tqdm: bool = False) -> Any:
+        with self._counted():
+            return super().loglikelihood_rolling(requests, disable_tqdm)
+
+    def generate_until(self, requests: Any, disable_tqdm: bool = False) -> Any:
+        with self._counted():
+            return super().generate_until(requests, disable_tqdm)
+
+    @contextmanager
+    def _counted(self) -> Iterator[None]:
+        """Forget the counts of an evaluation that fails within the block."""
+        try:
+            yield
+        except BaseException:
+            self.requests.forget()
+            raise
+
     def _loglikelihood_tokens(
         self, requests: Sequence[Request], disable_tqdm: bool = False, override_bs: int | None = None
     ) -> list[Answer]:
@@ -144,9 +171,16 @@ class KVBenchLM(HFLM):  # type: ignore[misc]
         whole, windows = list[int](), defaultdict[int, list[int]](list)
         prompts = defaultdict[tuple[tuple[int, ...], int], list[int]](list)
         for place, (strings, context, continuation) in enumerate(requests):
+            if len(continuation) > self.max_length:
+                raise UserError(
+                    f"A continuation has {len(continuation)} tokens, and the model reads {self.max_length}.",
+                    "Give shorter ones, or a larger max_length.",
+                )
             ids = self._fitting(context, continuation)
             before = ids[: len(ids) - len(continuation)]
-            question = self.split.tokens(strings[0], self.tok_encode) if strings and strings[0] else 1
+            # Blanks at the end of a context belong to the continuation, as they are tokenised.
+            asked = strings[0].rstrip() if strings else ""
+            question = self.split.tokens(asked, self.tok_encode) if asked else 1
             if (len(ids) - 1 if strings is None else len(before) - question) < self.min_context:
                 whole.append(place)
             elif strings is None:
@@ -186,7 +220,7 @@ class KVBenchLM(HFLM):  # type: ignore[misc]
         asked = list(prompt[len(prompt) - question :])
         new = question + max(map(len, continuations)) - 1
         context = torch.tensor([prompt[: len(prompt) - question]], device=self.device)
-        snapshot = run.prefill(context, new_tokens=new)
+        snapshot = run.prefill(context, torch.ones_like(context), new_tokens=new)
         self.requests.add(snapshot.cache.usage(), len(continuations))
         for some in _batches(continuations, self.batch_size):
             # Behind a continuation, any token may stand: nothing that is scored attends to it.
@@ -196,7 +230,8 @@ class KVBenchLM(HFLM):  # type: ignore[misc]
                 ids[row, : question + len(continuation) - 1] = torch.tensor(asked + continuation[:-1])
                 targets[row, question - 1 : question + len(continuation) - 1] = torch.tensor(continuation)
             targets = targets.to(self.device)
-            scores = run.score(ids.to(self.device), targets, after=snapshot)
+            ids = ids.to(self.device)
+            scores = run.score(ids, targets, after=snapshot, attention_mask=torch.ones_like(ids))
             yield from _answers(scores.log_likelihood, scores.is_best, targets)
 
     def _read(self, run: CompressedModel, ids: Tensor, scored: Sequence[int]) -> Iterator[Answer]:
@@ -205,7 +240,8 @@ class KVBenchLM(HFLM):  # type: ignore[misc]
         for row, count in enumerate(scored):
             targets[row, : targets.shape[1] - count] = NO_TARGET
         targets = targets.to(self.device)
-        scores = run.score(ids[:, :-1].to(self.device), targets)
+        fed = ids[:, :-1].to(self.device)
+        scores = run.score(fed, targets, attention_mask=torch.ones_like(fed))
         self.requests.add(scores.usage)
         yield from _answers(scores.log_likelihood, scores.is_best, targets)
 
@@ -219,13 +255,15 @@ class KVBenchLM(HFLM):  # type: ignore[misc]
     ) -> Tensor:
         """Generate behind prompts ``[batch, n]``, padded on the left; rows with equally long questions together."""
         lengths = attention_mask.sum(1).tolist()
-        groups = defaultdict[int, list[int]](list)
+        groups = defaultdict[tuple[int, int], list[int]](list)
         for row, (prompt, length) in enumerate(zip(self.prompts, lengths, strict=True)):
-            question = self.split.tokens(prompt, self.tok_encode)
-            groups[question if length - question >= self.min_context else 0].append(row)
+            question = self.split.tokens(prompt, self.tok_encode) if prompt else 1
+            # Where rotations depend on the length, rows of equal length only can be read together.
+            apart = length if dynamic_rotary(self.model) else 0
+            groups[(question, apart) if length - question >= self.min_context else (0, 0)].append(row)
         written: dict[int, Tensor] = {}
-        for question, rows in groups.items():
-            columns = max(lengths[row] for row in rows)
+        for (question, _), rows in groups.items():
+            columns = max(1, *(lengths[row] for row in rows))
             ids, mask = context[rows, -columns:], attention_mask[rows, -columns:]
             limit = max_length - context.shape[1] + columns
             if question:
@@ -265,8 +303,11 @@ def _check_arguments(others: Mapping[str, Any]) -> None:
             raise UserError(f"{name} asks for {what}, which kvbench does not compress.", "Leave it out.")
     if others.get("backend") == "seq2seq":
         raise UserError("backend=seq2seq: kvbench compresses decoders only.", "Choose a causal language model.")
-    if str(others.get("batch_size")).startswith("auto"):
+    size = others.get("batch_size", 1)
+    if str(size).startswith("auto"):
         raise UserError("batch_size=auto measures the model without compression.", "Give a number.")
+    if not re.fullmatch("0*[1-9][0-9]{0,8}", str(size)):
+        raise UserError(f"batch_size={size!r} is no whole number of at least 1.", "It is the number of rows at a time.")
 
 
 def _answers(likelihood: Tensor, is_best: Tensor, targets: Tensor) -> Iterator[Answer]:

@@ -42,6 +42,11 @@ class RequestLog:
         self._begin()
         self.whole += requests
 
+    def forget(self) -> None:
+        """Count from the beginning again: an evaluation has failed, and what it counted belongs to no result."""
+        self.is_told = True
+        self._begin()
+
     def summary(self) -> dict[str, Any]:
         """Counts, and means over the compressed requests: entries are per layer and head, bytes per request."""
         self.is_told = True

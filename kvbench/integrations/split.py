@@ -37,12 +37,12 @@ class SplitRule:
         kind, _, argument = text.partition(":")
         if text == "none":
             return cls(text)
-        if kind == "last" and argument.isascii() and argument.isdigit() and int(argument) > 0:
+        if kind == "last" and re.fullmatch("0*[1-9][0-9]{0,8}", argument):
             return cls(text, int(argument))
         if kind == "regex" and argument:
             try:
                 return cls(text, pattern=re.compile(argument))
-            except re.error as error:
+            except (re.error, OverflowError) as error:
                 raise UserError(f"The split rule {text!r} is no regular expression: {error}.") from error
         raise UserError(
             f"There is no split rule {text!r}.",

@@ -20,13 +20,13 @@ from kvbench.errors import UserError
 from kvbench.parsing import parse_json
 from kvbench.store.manifest import Manifest
 from kvbench.store.profile_records import ProfileRecord, load_profile_record
-from kvbench.store.records import Cell, DocumentRecord, Failure, GenerationRecord
+from kvbench.store.records import AnswerRecord, Cell, DocumentRecord, Failure, GenerationRecord
 
-Record = DocumentRecord | GenerationRecord | ProfileRecord
+Record = DocumentRecord | GenerationRecord | AnswerRecord | ProfileRecord
 
 LOCKS = ".locks"
 
-R = TypeVar("R", DocumentRecord, GenerationRecord, ProfileRecord)
+R = TypeVar("R", DocumentRecord, GenerationRecord, AnswerRecord, ProfileRecord)
 
 RUN, CELL, RECORDS, FAILURE, RESULTS, MAUVE, MASKS, SIGNATURE = (
     "run.json", "cell.json", "records.jsonl", "failure.json", "results.json", "mauve.json", "masks.json",
@@ -42,6 +42,8 @@ def record_of(cell: Cell, raw: dict[str, Any]) -> Record:
     """
     if cell.is_profile:
         return load_profile_record(raw)
+    if cell.answers:
+        return AnswerRecord.load(raw)
     return GenerationRecord.load(raw) if cell.writes else DocumentRecord.load(raw)
 
 
@@ -65,6 +67,24 @@ def write_atomic(path: Path, content: str | bytes) -> None:
     except OSError:
         part.unlink(missing_ok=True)
         raise
+
+
+def check_writable(path: Path, hint: str = "") -> None:
+    """Check that a folder can be made and written; nothing is left there.
+
+    Raises:
+        UserError: it cannot.
+    """
+    parent = path
+    while not parent.exists():
+        parent = parent.parent
+    try:
+        with tempfile.TemporaryFile(dir=parent):
+            pass
+    except OSError as error:
+        raise UserError(
+            f"The output folder {path} cannot be written: {error.strerror} ({parent}).", hint
+        ) from error
 
 
 def _aside(path: Path, signature: str | None) -> Path:
@@ -102,17 +122,7 @@ class RunFolder:
         Raises:
             UserError: it is not a folder, is not writable, or holds something else.
         """
-        parent = self.path
-        while not parent.exists():
-            parent = parent.parent
-        try:
-            with tempfile.TemporaryFile(dir=parent):
-                pass
-        except OSError as error:
-            raise UserError(
-                f"The output folder {self.path} cannot be written: {error.strerror} ({parent}).",
-                "Choose another folder with --out.",
-            ) from error
+        check_writable(self.path, "Choose another folder with --out.")
         if not self.path.exists() or all(_is_left_over(path) for path in self.path.iterdir()):
             return
         if not (self.path / RUN).is_file():
@@ -224,7 +234,7 @@ class RunFolder:
     def _drop_incomparable(self, cell: Cell, path: Path) -> None:
         """Remove records that were made while ``full`` had failed: they lack the comparison with it, and are
         measured again."""
-        if cell.writes or cell.is_profile:
+        if cell.writes or cell.answers or cell.is_profile:
             return
         found = self.records(cell)
         if cell.method != "full" and any(record.kl is None for record in found.values()):
@@ -261,12 +271,18 @@ class RunFolder:
         """The records of a cell that generates text, by document; see :meth:`records`."""
         return self._read(cell, GenerationRecord.load)
 
+    def answers(self, cell: Cell) -> dict[str, AnswerRecord]:
+        """The records of a cell that answers questions, by document; see :meth:`records`."""
+        return self._read(cell, AnswerRecord.load)
+
     def measurements(self, cell: Cell) -> dict[str, ProfileRecord]:
         """The records of a cell that is profiled, by kind and number; see :meth:`records`."""
         return self._read(cell, load_profile_record)
 
     def documents(self, cell: Cell) -> set[str]:
         """Ids of the documents that a cell has records of."""
+        if cell.answers:
+            return set(self.answers(cell))
         return set(self.texts(cell) if cell.writes else self.records(cell))
 
     def _read(self, cell: Cell, load: Callable[[dict[str, Any]], R]) -> dict[str, R]:

@@ -20,7 +20,7 @@ class TaskInfo:
     """A task after its documents were cut into token sequences for one model.
 
     Attributes:
-        kind: ``lm``, ``recall``, ``online`` or ``generation``.
+        kind: ``lm``, ``recall``, ``online``, ``generation`` or ``answer``.
         answers: whether its targets are answers, for which accuracy is reported.
         version: version of the task.
         signature: how its documents were cut and read.

@@ -310,3 +310,45 @@ def test_logits_are_those_of_a_dense_pass_under_a_mask_of_what_was_kept(llama: A
             assert max(int((positions >= 0).sum(-1).min()) for positions in held) < text.shape[1]
             dense = dense_logits(llama, text, held, n)
             assert float((dense[n - 1 :] - logits[row]).abs().max()) < 1e-5
+
+
+@pytest.mark.parametrize("name", ["knorm", "adakv", "refreshkv", "streaming-llm", "kivi", "sinks"])
+def test_scores_behind_a_context_are_those_of_one_token_after_the_other(llama: Any, name: str) -> None:
+    """Of several texts behind one context, which is repeated, and of what generate writes."""
+    ids, texts = ids_of(N)[0], ids_of(20, 20)[0]
+    with block(llama, name) as run:
+        context = run.prefill(ids)
+        found = run.score(texts, after=context)
+        for row in range(2):
+            step = context.cache.copy()
+            with run._session(N + 20):
+                logits = torch.cat([step.feed(token[None, None], None, 1) for token in texts[row]], 1)[0, :-1]
+            expected = logits.log_softmax(-1).gather(-1, texts[row, 1:, None])[:, 0].double()
+            assert float((found.log_likelihood[row, :-1] - expected).abs().max()) < 1e-5
+        answer = run.ask(context, texts[:1], **GENERATE)
+        whole = torch.cat([texts[:1], answer], 1)
+        assert bool(run.score(whole, after=context).is_best[0, 19:-1].all())
+        assert float(found.log_likelihood[0, -1]) == 0
+    alone = run.compression
+    with block(llama, "snapkv") as other, pytest.raises(UserError, match="not made inside this block"):
+        other.score(texts, after=context)
+    with block(llama, "knorm", during="both") as run, pytest.raises(UserError, match="during='prefill'"):
+        run.score(texts)
+    assert alone.during == "prefill"
+
+
+def test_texts_scored_alone_are_those_of_the_protocol_block(llama: Any) -> None:
+    from kvbench.protocols.pieces import Piece
+    from kvbench.protocols.scoring import score_pieces
+
+    ids = ids_of(N, N)[0]
+    for name in ("full", "knorm", "sinks", "scattered"):
+        made = make_method(name, Fraction(ratio_of(name)), {})
+        with block(llama, name) as run:
+            found = run.score(ids)
+        for row in range(2):
+            text = tuple(ids[row].tolist())
+            llama.set_attn_implementation(register())
+            expected, _ = score_pieces(llama, made, [Piece("a", text, N, 1, 0, seed_of(ids[row]))])
+            assert float((found.log_likelihood[row, :-1] + expected.nll[0]).abs().max()) < 1e-5
+        assert found.usage.tokens == 2 * N

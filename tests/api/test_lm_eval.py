@@ -25,6 +25,7 @@ from kvbench.integrations.split import SplitRule
 from kvbench.methods import RUNNING, kept, make_layout, make_method
 from tests.helpers.command import Call, refused
 from tests.helpers.dense import dense_logits
+from tests.helpers.zoo import zoo_model
 
 WORDS = ("the", "mill", "by", "the", "old", "bridge", "had", "nine", "flat", "stones", "and", "an", "otter", "kept")
 CHOICES = [" The mill", " An otter kept", " Nobody on the old bridge at all", " nine"]
@@ -196,7 +197,7 @@ def test_windows_of_a_long_text_are_read_as_blocks(llama_4096: Any, tiny_tokeniz
 
 
 class _Request:
-    def __init__(self, args: tuple[str, ...]) -> None:
+    def __init__(self, args: tuple[Any, ...]) -> None:
         self.args = args
 
 
@@ -235,6 +236,65 @@ def test_what_cannot_be_right_is_refused(llama_4096: Any, tiny_tokenizer: Any, t
         lm.set_cache_hook(type("Hook", (), {"dbdict": {}}))
 
 
+@pytest.mark.parametrize("given", [
+    {"batch_size": 0}, {"batch_size": "x"}, {"batch_size": -1}, {"split": "last:" + "9" * 5000},
+    {"split": "regex:a{99999999999999999999}"}, {"ratio": ""}, {"ratio": 0.5}, {"budget_tokens": 40},
+])
+def test_wrong_arguments_are_sentences(llama_4096: Any, tiny_tokenizer: Any, given: dict[str, Any]) -> None:
+    with pytest.raises(UserError):
+        lm_of(llama_4096, tiny_tokenizer, **given)  # a ratio without a method would be the full cache
+
+
+def test_edges_of_requests(llama_4096: Any, tiny_tokenizer: Any) -> None:
+    stock = HFLM(llama_4096, tokenizer=tiny_tokenizer, max_length=200)
+    lm = lm_of(llama_4096, tiny_tokenizer, split="regex:bridge")
+    text = told(300, 3)
+    with pytest.raises(UserError, match="A continuation has"):
+        lm._loglikelihood_tokens([(("a", text), [5], lm.tok_encode(text))], disable_tqdm=True)
+    one, other = (
+        lm._loglikelihood_tokens([(pair, *lm._encode_pair(*pair))], disable_tqdm=True)
+        for pair in ((told(90, 2) + " The bridge? ", "nine"), (told(90, 2) + " The bridge?", " nine"))
+    )
+    assert one == other  # a blank before the answer is no part of the question
+    asked = [_Request((text, {"until": ["~"], "max_gen_toks": 4, "do_sample": False})) for text in ("", "the bridge")]
+    lm = lm_of(llama_4096, tiny_tokenizer, batch_size=2)
+    stock.batch_size_per_gpu = 2
+    assert lm.generate_until(asked, disable_tqdm=True) == stock.generate_until(asked, disable_tqdm=True)
+
+
+def test_a_prefix_token_that_the_model_pads_with_is_text(
+    llama_4096: Any, tiny_tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stock = HFLM(llama_4096, tokenizer=tiny_tokenizer, max_length=200)
+    monkeypatch.setattr(llama_4096.generation_config, "pad_token_id", stock.prefix_token_id)
+    asked = [_Request((told(150, 4),))]
+    ours = lm_of(llama_4096, tiny_tokenizer).loglikelihood_rolling(asked, disable_tqdm=True)
+    assert ours == pytest.approx(stock.loglikelihood_rolling(asked, disable_tqdm=True), rel=1e-6)
+
+
+def test_what_a_failed_evaluation_counted_is_forgotten(llama_4096: Any, tiny_tokenizer: Any) -> None:
+    lm = lm_of(llama_4096, tiny_tokenizer, method="knorm", ratio=0.5)
+    beams = {"until": ["~"], "max_gen_toks": 4, "num_beams": 2}
+    with pytest.raises(UserError, match="beams"):
+        lm.generate_until([_Request((told(120, 1), beams))], disable_tqdm=True)
+    lm.loglikelihood_rolling([_Request((told(60, 1),))], disable_tqdm=True)
+    assert lm.get_model_info()["kvbench"]["requests"] == 1
+
+
+def test_rows_are_read_apart_where_rotations_depend_on_their_length(tiny_tokenizer: Any) -> None:
+    model: Any = zoo_model(
+        "llama", vocab_size=4100, max_position_embeddings=128,
+        rope_parameters={"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0},
+    )
+    settings = {"until": ["~"], "max_gen_toks": 4, "do_sample": False}
+    asked = [_Request((told(n, n), settings)) for n in (60, 70, 60)]
+    one, four = (
+        KVBenchLM(model, tokenizer=tiny_tokenizer, method="knorm", ratio=0.5, batch_size=n, max_length=120)
+        for n in (1, 4)
+    )
+    assert one.generate_until(asked, disable_tqdm=True) == four.generate_until(asked, disable_tqdm=True)
+
+
 def test_counts_begin_anew_with_every_evaluation(
     llama_4096: Any, tiny_tokenizer: Any, tasks: list[dict[str, Any]]
 ) -> None:
@@ -258,6 +318,9 @@ def test_the_command_passes_on_what_is_not_its_own(
     refused(called, [*asked, "--tasks", "choice", "--use_cache", "x"], "request cache", "--use_cache")
     refused(called, [*asked, "--tasks", "choice", "--method", "snapvk"], "snapkv")
     refused(called, [*asked, "--tasks", "choice", "--limt", "2"], "--limt")
+    refused(called, [*asked, "--tasks", "choice", "--metadata", "{bad"], "Invalid JSON")
+    refused(called, [*asked, "--tasks", "choice", "--output_path", "/proc/x/y"], "cannot be written")
+    refused(called, [*asked, "--tasks", "choice", "--budget-tokens", "9"], "Leave one of them out")
     found = called([*asked, "--tasks", "choice,written", "--method", "snapkv:window=8", "--split", "last:4",
                     "--limit", "2", "--output_path", tmp_path / "out.json", "--threads", "1"])
     assert found.code == 0, found.err

@@ -92,3 +92,35 @@ def test_a_chat_template_is_cut_behind_the_context(tiny_tokenizer: Any, monkeypa
     monkeypatch.setattr(tiny_tokenizer, "chat_template", "{{ messages[0].content | upper }}")
     with pytest.raises(UserError, match="changes the context"):
         split_ids(tiny_tokenizer, TEXT, (), "Who?")
+
+
+CHATML = (
+    "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n{% for m in messages %}<|im_start|>{{ m.role }}\n"
+    "{{ m.content }}<|im_end|>\n{% endfor %}<|im_start|>assistant\n"
+)
+
+
+@pytest.mark.parametrize("question", ["a", "assistant", "user", "end", "Who kept it?"])
+def test_a_question_that_is_also_in_the_template_is_found(
+    tiny_tokenizer: Any, monkeypatch: pytest.MonkeyPatch, question: str
+) -> None:
+    monkeypatch.setattr(tiny_tokenizer, "chat_template", CHATML)
+    before, after = split_ids(tiny_tokenizer, "helpful", [("Who?", "an otter")], question)
+    assert tiny_tokenizer.decode(before).endswith("an otter<|im_end|>\n<|im_start|>user\n")
+    assert tiny_tokenizer.decode(after).strip() == f"{question}<|im_end|>\n<|im_start|>assistant"
+    before, after = split_ids(tiny_tokenizer, "helpful", (), question)
+    assert tiny_tokenizer.decode(before).endswith("<|im_start|>user\nhelpful")
+    monkeypatch.setattr(tiny_tokenizer, "chat_template", "{{ raise_exception('no') }}")
+    with pytest.raises(UserError, match="template of the tokenizer fails"):
+        split_ids(tiny_tokenizer, "helpful", (), question)
+
+
+def test_what_was_said_before_a_turn_fails_is_printed(
+    called: Call, context: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = ["ask", "--context", context, "--chat", "--new-tokens", "2", "--json", "--threads", "1"]
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"Who?\n\xff\n"), "utf-8"))
+    found = called(asked)
+    assert (found.code, len(found.document["turns"])) == (2, 1)
+    assert "cannot be read" in found.err
+    refused(called, [*asked, "--question", " "], "empty")

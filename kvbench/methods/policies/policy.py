@@ -154,6 +154,11 @@ class CachePolicy(Method):
         return self.effect is Effect.ATTENDS_LESS
 
     @property
+    def merges(self) -> bool:
+        """Whether removed entries are merged into those that stay."""
+        return type(self).merged is not CachePolicy.merged
+
+    @property
     def observes(self) -> bool:
         """Whether the policy uses queries."""
         return bool(self.window or self.needs.attention or self.needs.moments)
