@@ -10,6 +10,7 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from kvbench import metrics
+from kvbench.analysis.answers import answer_rows
 from kvbench.analysis.curves import curve_rows
 from kvbench.analysis.estimates import CellSums, bin_rows
 from kvbench.analysis.profile import profile_results
@@ -71,6 +72,8 @@ def compute_results(folder: RunFolder, only: Sequence[str] = ()) -> Results:
                 ))
         if info.kind == "generation":
             found = [row for row in generation_rows(folder, complete, info) if _is_shown(row.metric, only)]
+        elif info.kind == "answer":
+            found = answer_rows([(cell, folder.answers(cell)) for cell in complete], info)
         else:
             records = {cell.key: folder.records(cell) for cell in complete}
             found = scored_rows([(c, [records[c.key][name] for name in chosen]) for c in complete], info)

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from kvbench.config import read_toml
+from kvbench.data.samples.registry import RECIPES
+from kvbench.data.samples.sample import Recipe
 from kvbench.errors import unknown
 
 
@@ -100,6 +103,42 @@ class GenerationSpec(BaseModel):
     new_tokens: int = Field(default=64, ge=1)
 
 
+class AnswerSpec(BaseModel):
+    """How samples of a long-context task are made.
+
+    Attributes:
+        recipe: name of the recipe (:mod:`kvbench.data.samples`), and its ``options``.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+    recipe: str
+    options: dict[str, str | int | bool] = Field(default_factory=dict)
+
+    def made(self) -> Recipe:
+        """The recipe.
+
+        Raises:
+            ValueError: there is no such recipe, or it has no such option.
+        """
+        kind = RECIPES.get(self.recipe)
+        if kind is None:
+            raise ValueError(f"no recipe {self.recipe!r}; there are {', '.join(RECIPES)}")
+        unknown_options = set(self.options) - {field.name for field in dataclasses.fields(kind)}
+        if unknown_options:
+            raise ValueError(f"recipe {self.recipe!r} has no option {min(unknown_options)!r}")
+        return kind(**self.options)
+
+    @model_validator(mode="after")
+    def _known(self) -> Self:
+        self.made()
+        return self
+
+    def signature(self) -> str:
+        """The settings that decide what a number means."""
+        options = "".join(f",{name}:{value}" for name, value in sorted(self.options.items()))
+        return f"{self.recipe}{options}"
+
+
 class Task(BaseModel):
     """What is read, how it is cut, and which protocols it can be measured with.
 
@@ -111,12 +150,13 @@ class Task(BaseModel):
     name: str
     version: int
     summary: str
-    kind: Literal["lm", "recall", "online", "generation"]
+    kind: Literal["lm", "recall", "online", "generation", "answer"]
     protocols: tuple[str, ...] = Field(min_length=1)
     corpus: CorpusSpec
     recall: RecallSpec | None = None
     online: OnlineSpec | None = None
     generation: GenerationSpec | None = None
+    answer: AnswerSpec | None = None
 
     @property
     def has_answers(self) -> bool:
@@ -137,6 +177,10 @@ class Task(BaseModel):
             raise ValueError("a task of kind 'online' has a table [online], and no other has one")
         if (self.kind == "online") != (self.protocols == ("online",)):
             raise ValueError("a task of kind 'online', and no other, has protocols = [\"online\"]")
+        if (self.kind == "answer") != (self.answer is not None) or (self.kind == "answer") != (
+            self.protocols == ("answer",)
+        ):
+            raise ValueError("a task of kind 'answer', and no other, has a table [answer] and protocols = [\"answer\"]")
         sources = (self.corpus.embedded, self.corpus.hub, self.corpus.synthetic)
         if sum(source is not None for source in sources) != 1:
             raise ValueError("the corpus has one of 'embedded', 'hub' and 'synthetic'")

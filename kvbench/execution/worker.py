@@ -24,6 +24,7 @@ from kvbench.cache.shape import cache_shape
 from kvbench.data.documents import Document
 from kvbench.errors import UserError
 from kvbench.execution.accumulator import DocumentAccumulator
+from kvbench.execution.answering import answer_window
 from kvbench.execution.channel import (
     CELL_ERRORS,
     Advanced,
@@ -49,11 +50,12 @@ from kvbench.models.loading import load_model
 from kvbench.models.references import ModelReference
 from kvbench.models.rope import has_rotary
 from kvbench.probe.cached import apart_at, probed
+from kvbench.protocols.answer import AnswerProtocol
 from kvbench.protocols.base import Protocol
 from kvbench.protocols.generate import Generate
 from kvbench.protocols.pieces import Cut, Piece
 from kvbench.protocols.scoring import BatchScore, Reference, score_pieces, text_of
-from kvbench.store.records import HUMAN, Cell, DocumentRecord, Failure, GenerationRecord
+from kvbench.store.records import HUMAN, AnswerRecord, Cell, DocumentRecord, Failure, GenerationRecord
 
 WINDOW = 64
 """Number of documents that are batched together; if the process is killed, at most their unfinished ones are lost."""
@@ -208,6 +210,9 @@ class Worker:
         if isinstance(work.protocol, Generate):
             write_window(self, work.cells, work.protocol, documents, done)
             return
+        if isinstance(work.protocol, AnswerProtocol):
+            answer_window(self, work.cells, work.protocol, documents, done)
+            return
         pending = {
             (cell.key, document.id): DocumentAccumulator(document, cut)
             for cell in work.cells for document, cut in documents
@@ -272,7 +277,7 @@ class Worker:
                 del pending[cell.key, piece.document]
         self.record(cell, finished)
 
-    def record(self, cell: Cell, records: Sequence[DocumentRecord | GenerationRecord]) -> None:
+    def record(self, cell: Cell, records: Sequence[DocumentRecord | GenerationRecord | AnswerRecord]) -> None:
         """Send finished records to the parent."""
         if records:
             self.say(Records(cell.key, tuple(dataclasses.asdict(record) for record in records)))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from kvbench.metrics import distinct, mauve
 from kvbench.metrics.agreement import AGREEMENT, KL_BINS
+from kvbench.metrics.answers import ANSWERED
 from kvbench.metrics.base import Metric, Shown, Totals
 from kvbench.metrics.bleu import BLEU
 from kvbench.metrics.chrf import CHRF
@@ -27,11 +28,11 @@ TEXT_METRICS: tuple[TextMetric, ...] = (
 )
 GENERATION_NAMES = (*(m.name for m in TEXT_METRICS), "distinct", "mauve")
 METRIC_NAMES = tuple(dict.fromkeys((
-    *(m.name for m in LM_METRICS + RECALL_METRICS), "recovery", *GENERATION_NAMES,
+    *(m.name for m in LM_METRICS + RECALL_METRICS), "recovery", *GENERATION_NAMES, *(m.name for m in ANSWERED),
 )))
 SHOWN: dict[str, Shown] = {
     **{m.name: m.shown for m in PERPLEXITY}, "recovery": RECOVERY_SHOWN,
-    **{m.name: m.shown for m in (*LM_METRICS, *RECALL_METRICS, *TEXT_METRICS)},
+    **{m.name: m.shown for m in (*LM_METRICS, *RECALL_METRICS, *ANSWERED, *TEXT_METRICS)},
     "mauve": mauve.SHOWN, "distinct": distinct.SHOWN, **PROFILE_SHOWN,
 }
 """How every metric is shown; tables have their columns in this order."""

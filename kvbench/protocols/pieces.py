@@ -19,6 +19,23 @@ CONTEXT = 8
 
 
 @dataclass(frozen=True)
+class Asked:
+    """What a piece asks for, and where its answer is.
+
+    Attributes:
+        references, scoring: what the answer is compared with, and how.
+        new_tokens: that may be generated.
+        spans: name, first token and end of every part of the context that is more than filler; None if the tokenizer
+            does not say where tokens are.
+    """
+
+    references: tuple[str, ...]
+    scoring: str
+    new_tokens: int
+    spans: tuple[tuple[str, int, int], ...] | None
+
+
+@dataclass(frozen=True)
 class Piece:
     """One scored sequence, read with a fresh cache.
 
@@ -37,6 +54,7 @@ class Piece:
         after: token ids of the author's text after that.
         ahead: number of tokens after the context whose queries a policy sees before it chooses what to keep.
         version: version of the tokenisation: 2 where tokenising the parts of the text separately gives other tokens.
+        asked: what is asked about the context; None if its text is scored.
     """
 
     document: str
@@ -52,6 +70,7 @@ class Piece:
     after: tuple[int, ...] = ()
     ahead: int = 0
     version: int = 1
+    asked: Asked | None = None
 
     @property
     def planned(self) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from kvbench.data.tasks import Task
 from kvbench.errors import unknown
+from kvbench.protocols.answer import AnswerProtocol
 from kvbench.protocols.base import Protocol
 from kvbench.protocols.block import Block
 from kvbench.protocols.generate import Generate
@@ -12,7 +13,9 @@ from kvbench.protocols.prefix import Prefix
 from kvbench.protocols.recall import Recall
 from kvbench.protocols.stream import Stream
 
-PROTOCOLS: tuple[type[Protocol], ...] = (Block, Stream, Prefix, Recall, Online, Generate)
+PROTOCOLS: tuple[type[Protocol], ...] = (
+    Block, Stream, Prefix, Recall, Online, Generate, AnswerProtocol,
+)
 NAMES = tuple(dict.fromkeys(protocol.name for protocol in PROTOCOLS))
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 from rich import box
@@ -30,7 +31,9 @@ from kvbench.reporting.tables.texts import text_tables
 from kvbench.store.faults import faults_in
 from kvbench.store.rows import Results, Row
 
-_BINS = {"distance": "distance in tokens", "step": "time step (chunks in memory)"}
+_BINS = {
+    "distance": "distance in tokens", "step": "time step (chunks in memory)", "depth": "depth of the needle in percent",
+}
 
 
 def print_results(results: Results, console: Console, folder: Path | None = None) -> None:
@@ -56,9 +59,11 @@ def task_tables(rows: list[Row]) -> Group:
     if whole and whole[0].protocol == "generate":
         return Group(*text_tables(rows), Text(""))
     names = {r.metric for r in whole}
-    table = _recall_table(whole) if "answer_nll" in names else _lm_table(whole)
+    table = next((make(whole) for metric, make in _TABLES.items() if metric in names), None) or _lm_table(whole)
     parts: list[Table | Text] = [table, Text(_caption(whole), style="dim")]
-    for metric, label in (("ppl", "perplexity"), ("accuracy", "accuracy")):
+    if whole and whole[0].params.get("under_floor"):
+        parts.append(Text(UNDER_FLOOR, style="yellow"))
+    for metric, label in (("ppl", "perplexity"), ("accuracy", "accuracy"), ("answer_accuracy", "accuracy")):
         binned = [r for r in rows if r.metric == metric and r.params.get("bin")]
         if binned:
             parts.append(_bin_table(binned, label))
@@ -92,6 +97,29 @@ def _recall_table(rows: list[Row]) -> Table:
             value_of(metrics["answer_nll"]), *_memory(metrics), style=style_of(method),
         )
     return table
+
+
+def _answer_table(rows: list[Row]) -> Table:
+    table = new_table(rows[0], "accuracy of the answers")
+    for name in ("accuracy\n[95 % CI]", "diff to full\n[95 % CI]", "p", "lost\n[95 % CI]", "evidence\nheld", "length"):
+        table.add_column(name, justify="right")
+    _memory_columns(table)
+    for (method, _), metrics in cells_of(rows).items():
+        accuracy, lost = metrics["answer_accuracy"], metrics.get("negative_share")
+        table.add_row(
+            *_head(method, accuracy), value_of(accuracy), delta_of(accuracy), p_of(accuracy),
+            "-" if lost is None else value_of(lost),
+            *(_plain(metrics.get(name)) for name in ("evidence_survival", "answer_length")), *_memory(metrics),
+            style=style_of(method),
+        )
+    return table
+
+
+_TABLES: dict[str, Callable[[list[Row]], Table]] = {"answer_nll": _recall_table, "answer_accuracy": _answer_table}
+"""Tables of tasks that ask questions, by a metric that only they have."""
+UNDER_FLOOR = (
+    "The full cache itself answers less than half: this model does not solve the task; methods are not ranked by it."
+)
 
 
 def _bin_table(rows: list[Row], what: str) -> Table:

@@ -1,0 +1,149 @@
+"""The protocol ``answer``: questions about a long context, which is compressed before they are known, or with them.
+
+A sample keeps context, question and the beginning of the answer apart. With the question hidden, the context is
+compressed once, and each question is read behind a copy of it; with the question known, prompt and beginning of the
+answer are compressed as well, up to the last token.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Self
+
+from kvbench.data.documents import Document
+from kvbench.data.samples.sample import Filler, Question, Recipe, Sample, make_sample
+from kvbench.data.tasks import Task
+from kvbench.errors import UserError
+from kvbench.methods import layout_id
+from kvbench.protocols.base import BOS, CHUNK, Protocol, Setting, check_length
+from kvbench.protocols.pieces import Asked, Cut, Piece, Tokenizer
+from kvbench.protocols.recall import HIDDEN, KNOWN
+
+LENGTHS = (4096, 2048, 1024)
+"""Default lengths: the largest that the model's context has room for."""
+LINE, END = "line", "end"
+
+
+@dataclass(frozen=True)
+class AnswerProtocol(Protocol):
+    """Samples of ``length`` tokens, prompt and answer together.
+
+    Attributes:
+        recipe: what makes the samples; ``made`` its settings as text.
+        known: whether the question is part of what is compressed.
+        samples: how many are made.
+        has_template: whether prompts of models with a chat template are put into it.
+        stop: where an answer ends: at the ``end`` token, or also with its first ``line``.
+    """
+
+    name = "answer"
+    kind = "answer"
+    settings = {
+        "length": Setting("auto", least=256), "samples": Setting("20"),
+        "question": Setting("both", ("both", HIDDEN, KNOWN)), "template": Setting("auto", ("auto", "none")),
+        "stop": Setting("auto", (END, LINE)), "chunk": CHUNK, "bos": BOS,
+    }
+    length_option = "length"
+    longer = "Use another --set length=."
+
+    recipe: Recipe
+    made: str
+    known: bool
+    length: int
+    samples: int
+    has_template: bool
+    stop: str
+
+    @classmethod
+    def resolve(cls, task: Task, options: Mapping[str, str], context: int, model: str) -> Self:
+        assert task.answer is not None, "the task is of this kind"
+        given = options["length"]
+        fitting = [length for length in LENGTHS if length <= context] or [context]
+        length = fitting[0] if given == "auto" else int(given)
+        check_length(length, context, model, f"--set length={context}")
+        return cls(
+            int(options["chunk"]), options["bos"], task.answer.made().prepare(length), task.answer.signature(),
+            options.get("question", HIDDEN) == KNOWN, length, int(options["samples"]), options["template"] != "none",
+            options["stop"],
+        )
+
+    def pieces(
+        self, documents: Sequence[Document], tokenizer: Tokenizer, seed: int, with_words: bool
+    ) -> Iterator[tuple[Document, Cut]]:
+        filler = Filler([document.text for document in documents])
+
+        def count(sample: Sample) -> int:
+            return max(
+                len(tokenizer.lead()) + len(tokenizer.encode("".join(self._parts(sample, question, tokenizer)))[0])
+                + question.new_tokens for question in sample.questions
+            )
+
+        for index in range(self.samples):
+            sample = make_sample(self.recipe, filler, self.length, seed, index, count)
+            name = f"{self.recipe.name}-{seed}-{index:03d}"
+            yield Document(name, name, ""), self._cut(name, sample, tokenizer)
+
+    def _parts(self, sample: Sample, question: Question, tokenizer: Tokenizer) -> tuple[str, str, str]:
+        """The prompt in parts: what stands before the context, the context, and all that follows it.
+
+        Raises:
+            UserError: the chat template changes the context.
+        """
+        if not (self.has_template and getattr(tokenizer.hf, "chat_template", None)):
+            return "", sample.context, question.text + question.prefix
+        said = sample.context + question.text
+        whole = tokenizer.hf.apply_chat_template(
+            [{"role": "user", "content": said}], tokenize=False, add_generation_prompt=True
+        )
+        place = whole.find(said.strip())
+        if place < 0:
+            raise UserError("The chat template changes what the user says.", "Use --set template=none.")
+        before = whole[:place]
+        context = sample.context.lstrip()
+        return before, context, whole[place + len(context) :] + question.prefix.lstrip()
+
+    def _cut(self, name: str, sample: Sample, tokenizer: Tokenizer) -> Cut:
+        return Cut(tuple(
+            self._piece(name, sample, question, number, tokenizer) for number, question in enumerate(sample.questions)
+        ), 0)
+
+    def _piece(self, name: str, sample: Sample, question: Question, number: int, tokenizer: Tokenizer) -> Piece:
+        before, context, after = self._parts(sample, question, tokenizer)
+        lead, parts = tokenizer.lead(), tokenizer.split((before + context, after))
+        ids = (*lead, *parts[0].ids, *parts[1].ids)
+        read = len(lead) + len(parts[0].ids)
+        asked = Asked(
+            question.references, question.scoring, question.new_tokens,
+            self._spans(sample, before, context, after, tokenizer),
+        )
+        return Piece(
+            name, ids, len(ids) - 1 if self.known else read, len(ids), 0, layout_id(name, 0),
+            bin=sample.bin or None, asked=asked,
+        )
+
+    @staticmethod
+    def _spans(
+        sample: Sample, before: str, context: str, after: str, tokenizer: Tokenizer
+    ) -> tuple[tuple[str, int, int], ...] | None:
+        """The spans of a sample in tokens, those included that are only in part inside."""
+        _, ends = tokenizer.encode(before + context + after)
+        if ends is None:
+            return None
+        shift, lead = len(before) - (len(sample.context) - len(context)), len(tokenizer.lead())
+        found = []
+        for name, start, stop in sample.spans:
+            first = next((i for i, end in enumerate(ends) if end > start + shift), len(ends))
+            last = next((i for i, end in enumerate(ends) if end >= stop + shift), len(ends) - 1)
+            found.append((name, lead + first, lead + last + 1))
+        return tuple(found)
+
+    @property
+    def lengths(self) -> str:
+        template = "auto" if self.has_template else "none"
+        question = KNOWN if self.known else HIDDEN
+        return f"L:{self.length}|{self.made}|question:{question}|template:{template}|stop:{self.stop}"
+
+    def limited(self, documents: Sequence[Document], limit: int | None) -> tuple[Sequence[Document], int | None]:
+        """All documents are filler; samples are limited."""
+        return documents, limit
