@@ -66,8 +66,12 @@ def test_shipped_adapters_are_of_equal_training() -> None:
 
 def test_tasks_are_valid_and_fixed() -> None:
     assert task_names() == [
-        "books", "books-gen", "c4-gen", "minidocs", "minidocs-gen", "online", "online-demonstrations",
-        "online-profiles", "online-text", "recall", "wikitext2",
+        "arithmetic", *(f"babi-{task}" for task in range(1, 6)), "books", "books-gen", "c4-gen", "instructions",
+        "kv-retrieval", "minidocs", "minidocs-gen", "needles", "online", "online-demonstrations", "online-profiles",
+        "online-text", "passkey", "recall", "ruler-cwe", "ruler-fwe", *(
+            f"ruler-niah-{kind}" for kind in ("multikey-1", "multikey-2", "multikey-3", "multiquery", "multivalue",
+                                              "single-1", "single-2", "single-3")
+        ), "ruler-vt", "wikitext2",
     ]
     for name in task_names():
         assert load_task(name).name == name
