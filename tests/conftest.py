@@ -21,6 +21,7 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # cores are shared: a command has one c
 
 from tests.helpers.command import Outcome
 from tests.helpers.models import FAMILIES, small_model
+from tests.helpers.warm import children_begin_warm
 
 settings.register_profile("kvbench", deadline=None, max_examples=40)  # shared machines are slow at times
 settings.load_profile("kvbench")
@@ -39,6 +40,13 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> None:
     """What commands keep between them is not the user's, here or in processes that tests start."""
     os.environ["KVBENCH_CACHE"] = str(tmp_path_factory.mktemp("cache"))
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _warm_children() -> None:
+    """Children of commands that are called in this process need not import torch and transformers each."""
+    if sys.platform == "linux":
+        children_begin_warm()
 
 
 @pytest.fixture(scope="session", params=FAMILIES)

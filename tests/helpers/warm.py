@@ -1,0 +1,196 @@
+"""Processes that begin warm: forked from one that has imported what takes seconds, and has done nothing else.
+
+A command and the children that it starts are processes of their own in the tests as they are for users, with their own
+files, settings and ends; only their imports are there already. Tests that kill, and tests of what is imported, start
+processes as users do.
+"""
+
+from __future__ import annotations
+
+import atexit
+import gc
+import json
+import os
+import runpy
+import select
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from importlib import import_module
+from pathlib import Path
+from types import SimpleNamespace
+from typing import IO, Any
+
+PLACE = "KVBENCH_TESTS_WARM"
+"""The variable that names the socket of the process that is forked."""
+
+CHILDREN = ("kvbench.execution.worker", "kvbench.profiling.worker")
+IMPORTED = (
+    *CHILDREN, "sentence_transformers", "sacrebleu", "rouge_score.rouge_scorer", "matplotlib.figure", "scipy.stats",
+    "pandas", "pydantic", "typer", "rich.progress", "transformers.models.llama.modeling_llama",
+    "transformers.models.gpt2.modeling_gpt2",
+)
+
+
+class WarmProcess:
+    """A module that is run in a fork, with what ``subprocess.Popen`` would say of it."""
+
+    def __init__(
+        self, words: Sequence[str], files: Sequence[int], env: Mapping[str, str], cwd: Path | None = None
+    ) -> None:
+        self.returncode: int | None = None
+        self.call = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        place = _place()
+        self.call.connect(place)
+        request = {"words": list(words), "env": {**env, PLACE: place}, "cwd": str(cwd or Path.cwd())}
+        socket.send_fds(self.call, [json.dumps(request).encode()], files)
+        self.pid = int(self.call.recv(64))
+
+    def wait(self, timeout: float | None = None) -> int:
+        if self.returncode is None:
+            if not select.select([self.call], [], [], timeout)[0]:
+                raise subprocess.TimeoutExpired("a warm process", timeout or 0)
+            self.returncode = os.waitstatus_to_exitcode(int(self.call.recv(64)))
+            self.call.close()
+        return self.returncode
+
+    def poll(self) -> int | None:
+        try:
+            return self.wait(0)
+        except subprocess.TimeoutExpired:
+            return None
+
+    def send_signal(self, number: int) -> None:
+        if self.poll() is None:
+            os.kill(self.pid, number)
+
+    def terminate(self) -> None:
+        self.send_signal(signal.SIGTERM)
+
+    def kill(self) -> None:
+        self.send_signal(signal.SIGKILL)
+
+
+class WarmChild(WarmProcess):
+    """A child of a command, which reads and writes through pipes."""
+
+    def __init__(self, words: Sequence[str], stderr: IO[str], env: Mapping[str, str]) -> None:
+        (read, given), (taken, write) = os.pipe(), os.pipe()
+        try:
+            super().__init__(words, (read, write, stderr.fileno()), env)
+        finally:
+            os.close(read)
+            os.close(write)
+        self.stdin, self.stdout = open(given, "w", encoding="utf-8"), open(taken, encoding="utf-8")  # noqa: SIM115
+
+
+def start_child(command: Sequence[str], *, stderr: IO[str], env: Mapping[str, str], **how: Any) -> Any:
+    """In place of ``subprocess.Popen`` where a command starts its children."""
+    return WarmChild([command[-1]], stderr, env)
+
+
+def children_begin_warm() -> None:
+    """From now on in this process, and in commands that begin warm."""
+    from kvbench.execution import process
+
+    process.subprocess = SimpleNamespace(  # type: ignore[assignment]
+        Popen=start_child, PIPE=subprocess.PIPE, TimeoutExpired=subprocess.TimeoutExpired
+    )
+
+
+def call_warm(words: Sequence[str], cwd: Path, env: Mapping[str, str], timeout: float) -> tuple[int, str, str]:
+    """Run ``kvbench`` in a fork to its end: its code, and what it said."""
+    with open(os.devnull) as nothing, tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err:
+        done = WarmProcess(["kvbench", *words], [file.fileno() for file in (nothing, out, err)], env, cwd)
+        try:
+            code = done.wait(timeout)
+        finally:
+            done.kill()
+        said = []
+        for file in (out, err):
+            file.seek(0)
+            said.append(file.read().decode())
+    return code, said[0], said[1]
+
+
+def _place() -> str:
+    """The socket of the process that is forked; it begins when it is first needed, and ends with this one."""
+    if PLACE not in os.environ:
+        place = Path(tempfile.mkdtemp(prefix="kvbench-warm-")) / "s"
+        atexit.register(shutil.rmtree, place.parent, ignore_errors=True)
+        source = subprocess.Popen(
+            [sys.executable, "-m", "tests.helpers.warm", str(place)], cwd=Path(__file__).parents[2], text=True,
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+            env={**os.environ, "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"},
+        )
+        assert source.stdout is not None
+        assert source.stdout.readline() == "ready\n"
+        _kept.append(source)
+        os.environ[PLACE] = str(place)
+    return os.environ[PLACE]
+
+
+_kept: list[Any] = []
+
+
+def _next_request(place: str) -> tuple[dict[str, Any], list[int]]:
+    """Wait for requests, and fork for each; returns in the forks only."""
+    with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as door:
+        door.bind(place)
+        door.listen(64)
+        signal.signal(signal.SIGCHLD, signal.SIG_IGN)
+        print("ready", flush=True)
+        while True:
+            if 0 in select.select([door, 0], [], [])[0]:  # those who ask have ended
+                os._exit(0)
+            call, _ = door.accept()
+            with call:
+                if os.fork():
+                    continue
+                signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+                message, files, _, _ = socket.recv_fds(call, 1 << 20, 3)
+                child = os.fork()
+                if not child:
+                    return json.loads(message), files
+                for file in files:
+                    os.close(file)
+                call.send(str(child).encode())
+                _, status = os.waitpid(child, 0)
+                with suppress(BrokenPipeError):
+                    call.send(str(status).encode())
+                os._exit(0)
+
+
+def _begin(place: str) -> None:
+    """Import, and carry out a request in each fork."""
+    for module in IMPORTED:
+        import_module(module)
+    for module in CHILDREN:  # each child runs its own module itself
+        del sys.modules[module]
+    children_begin_warm()
+    installed = os.environ.get("PYTHONPATH", "")
+    gc.freeze()
+    request, files = _next_request(place)
+    for number, file in enumerate(files):
+        os.dup2(file, number)
+        os.close(file)
+    os.chdir(request["cwd"])
+    os.environ.clear()
+    os.environ.update(request["env"])
+    module, *words = request["words"]
+    also = os.environ.get("PYTHONPATH", "")
+    sys.argv, sys.path[:1] = [module, *words], [request["cwd"], *also.split(os.pathsep)]
+    if also != installed:  # other methods may be there: kvbench itself is imported anew
+        for name in [name for name in sys.modules if name.partition(".")[0] == "kvbench"]:
+            del sys.modules[name]
+        children_begin_warm()
+    runpy.run_module(module, run_name="__main__", alter_sys=True)
+
+
+if __name__ == "__main__":
+    _begin(sys.argv[1])
