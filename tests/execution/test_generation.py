@@ -231,9 +231,9 @@ def test_another_scorer_and_other_features_for_mauve(
     write_documents(tmp_path / "many.jsonl", range(200))
     judge = model_folder("gpt2")
     found = kvbench(
-        "run", "--task", "minidocs-gen", "--data", "many.jsonl", "--method", "local", "--no-baselines", *SHORT,
-        "--set", "decode=nucleus", "--set", "draws=2", "--scorer", judge, "--mauve-features", judge,
-        "--metric", "gen_ppl", "--metric", "mauve", "--out", "run", "--json", cwd=tmp_path,
+        "run", "--task", "minidocs-gen", "--data", "many.jsonl", "--model", model_folder("llama"), "--method", "local",
+        "--no-baselines", *SHORT, "--set", "decode=nucleus", "--set", "draws=2", "--scorer", judge,
+        "--mauve-features", judge, "--metric", "gen_ppl", "--metric", "mauve", "--out", "run", "--json", cwd=tmp_path,
     )
     assert found.code == 0, found.err
     ppl = rows(found, metric="gen_ppl", method="full")[0]
