@@ -118,7 +118,7 @@ def test_a_run_by_time_step(tmp_path: Path) -> None:
     """All methods of the comparison on a few dialogues: entries, rows by step, the figure."""
     found = kvbench(
         "run", "--task", "online", "--method", "ccm-concat", "--method", "ccm-merge", "--method", "gist", "--method",
-        "meanpool", "--method", "none", "--method", "full", "--limit", "3", "--out", "run", "--json", cwd=tmp_path,
+        "meanpool", "--method", "none", "--method", "full", "--limit", "2", "--out", "run", "--json", cwd=tmp_path,
     )
     assert found.code == 0, found.err
     ppl = [r for r in found.document["rows"] if r["metric"] == "ppl"]
