@@ -257,7 +257,7 @@ def test_memory_that_cannot_be_had_is_a_failed_cell(kind: str) -> None:
     job = job_of(kind, cells_of(batch_sizes=(40_000,))[:1])
     code = (
         "import resource, runpy\n"
-        "resource.setrlimit(resource.RLIMIT_AS, (6 << 30, 6 << 30))\n"
+        "resource.setrlimit(resource.RLIMIT_AS, (3 << 30, 3 << 30))\n"
         "runpy.run_module('kvbench.profiling.worker', run_name='__main__')"
     )
     done = subprocess.run(
