@@ -24,7 +24,7 @@ from kvbench.store.folder import RunFolder
 from kvbench.store.records import AnswerRecord, Cell
 from tests.helpers.command import Call, refused
 
-METHODS = ["full", "knorm", "snapkv:window=8", "sinks", "refreshkv", "kivi", "sinks-tuned"]
+METHODS = ["full", "knorm", "snapkv:window=8", "sinks", "refreshkv", "kivi", "local-tuned"]
 RUN = ["run", "--task", "kv-retrieval", "--limit", "2", "--set", "length=560", "--set", "stop=line", "--no-baselines",
        "--threads", "1", "--ratio", "0.5"]
 OPTIONS = {"length": "560", "samples": "20", "template": "auto", "stop": "line", "chunk": "64", "bos": "auto"}
@@ -59,7 +59,7 @@ def pieces_of(loaded: Any, known: bool) -> dict[str, tuple[Piece, ...]]:
 
 
 def in_block(loaded: Any, cell: Cell) -> Any:
-    adapter = assets() / "adapters" / "kvbench-tiny-sinks-tuned" if cell.method == "sinks-tuned" else None
+    adapter = assets() / "adapters" / "kvbench-tiny-local-tuned" if cell.method == "local-tuned" else None
     own = {"window": 8} if "window" in cell.variant else {}
     return compress(loaded.model, cell.method, cell.ratio_asked, adapter=adapter, **own)
 
@@ -109,7 +109,7 @@ def test_evidence_is_where_it_was_put(measured: RunFolder, loaded: Any) -> None:
             assert {len(layer) for layer in record.survival} == {2}
             if cell.method in ("full", "refreshkv"):
                 assert {share for layer in record.survival for share in layer} == {1.0}
-            if cell.method in ("sinks", "sinks-tuned"):  # the first four, and the last of what is kept
+            if cell.method == "sinks":  # the first four, and the last of what is kept
                 n, keep = first.context, record.held
                 held = [place for place in evidence if place < 4 or place >= n - keep + 4]
                 assert record.survival[0][0] == pytest.approx(len(held) / len(evidence), abs=1e-4)
