@@ -17,10 +17,13 @@ from kvbench.data.samples.scoring import SCORING
 from kvbench.execution.channel import Advanced, At
 from kvbench.inference.opening import Text, open_session, prepared
 from kvbench.inference.session import CacheBytes, Session
+from kvbench.inference.shared_context import SharedContext
 from kvbench.models.loading import Loaded, end_tokens
 from kvbench.protocols.answer import LINE, AnswerProtocol
 from kvbench.protocols.pieces import Cut, Piece
 from kvbench.store.records import Answer, AnswerRecord, Cell
+
+STREAMED = "streamed"
 
 if TYPE_CHECKING:
     from kvbench.execution.worker import PreparedCell, Worker
@@ -33,12 +36,62 @@ def answer_window(
     """Answer and record what is not on disk yet; an error affects only its own cell."""
     ends = Ends(worker.loaded, protocol.stop == LINE)
     for document, cut in documents:
+        todo = [
+            cell for cell in cells if document.id not in done.get(cell.key, ()) and cell.key not in worker.failed
+        ]
+        reading = Contexts(worker, protocol, cut, [worker.prepared_cells[cell.key] for cell in todo])
         for cell in cells:
-            if document.id not in done.get(cell.key, ()) and cell.key not in worker.failed:
+            if cell in todo:
                 worker.say(At(cell.key))
                 with worker.guarded(cell):
-                    worker.record(cell, [_answered(worker, worker.prepared_cells[cell.key], protocol, cut, ends)])
+                    worker.record(cell, [_answered(reading, worker.prepared_cells[cell.key], ends)])
             worker.say(Advanced(sum(len(piece.ids) for piece in cut.pieces)))
+
+
+class Contexts:
+    """The contexts of a sample: each is read once for all policies that can share it.
+
+    Attributes:
+        pieces: the questions, by context and in their order.
+    """
+
+    def __init__(
+        self, worker: Worker, protocol: AnswerProtocol, cut: Cut, prepared_cells: Sequence[PreparedCell]
+    ) -> None:
+        self.model, self.protocol, self.cut = worker.loaded.model, protocol, cut
+        self.pieces: dict[tuple[int, ...], list[Piece]] = {}
+        for piece in cut.pieces:
+            self.pieces.setdefault(piece.ids[: piece.context], []).append(piece)
+        self.shared: dict[tuple[int, ...], SharedContext] = {}
+        self.prepared_cells = prepared_cells
+
+    def length(self, context: tuple[int, ...]) -> int:
+        """Tokens of a context with its longest question and answer."""
+        return max(
+            len(piece.ids) + piece.asked.new_tokens for piece in self.pieces[context] if piece.asked is not None
+        )
+
+    def read(self, context: tuple[int, ...], prepared_cell: PreparedCell) -> Session:
+        """A session that has read a context and compressed it; the model is prepared for it."""
+        session = self._opened(context, prepared_cell)
+        ids = torch.tensor([context], device=session.device)
+        if prepared_cell.adapter is not None or prepared_cell.cell.execution != STREAMED:
+            for _ in session.prefill(ids, len(context)):
+                pass
+            return session
+        if context not in self.shared:
+            alike = [one for one in self.prepared_cells if one.adapter is None and one.cell.execution == STREAMED]
+            self.shared[context] = SharedContext(self.model, ids, [self._opened(context, one) for one in alike])
+        self.shared[context].read_into(session)
+        return session
+
+    def _opened(self, context: tuple[int, ...], prepared_cell: PreparedCell) -> Session:
+        cell = prepared_cell.cell
+        return open_session(
+            self.model, prepared_cell.method, Text(len(context), len(context), (self.cut.pieces[0].layout,), True),
+            adapter=prepared_cell.adapter, seed=cell.seed, execution=cell.execution, chunk=self.protocol.chunk,
+            at_once=True,
+        )
 
 
 class Ends:
@@ -66,39 +119,25 @@ class Ends:
         return self.with_line and ids[-1] in self.line_tokens and bool(self.text(ids).strip())
 
 
-def _answered(
-    worker: Worker, prepared_cell: PreparedCell, protocol: AnswerProtocol, cut: Cut, ends: Ends
-) -> AnswerRecord:
-    """Read every context of a sample, and answer the questions behind it."""
-    started, cell, model = time.perf_counter(), prepared_cell.cell, worker.loaded.model
-    contexts: dict[tuple[int, ...], list[Piece]] = {}
-    for piece in cut.pieces:
-        contexts.setdefault(piece.ids[: piece.context], []).append(piece)
+def _answered(reading: Contexts, prepared_cell: PreparedCell, ends: Ends) -> AnswerRecord:
+    """Compress every context of a sample, and answer the questions behind it."""
+    started, pieces = time.perf_counter(), reading.cut.pieces
     answers: dict[int, Answer] = {}
     read: list[tuple[int, int, CacheBytes]] = []
     survival, spans = None, None
-    for context, pieces in contexts.items():
-        longest = max(len(piece.ids) + piece.asked.new_tokens for piece in pieces if piece.asked is not None)
-        with torch.inference_mode(), prepared(model, prepared_cell.adapter, longest):
-            session = open_session(
-                model, prepared_cell.method, Text(len(context), len(context), (pieces[0].layout,), True),
-                adapter=prepared_cell.adapter, seed=cell.seed, execution=cell.execution, chunk=protocol.chunk,
-                at_once=True,
-            )
-            ids = torch.tensor([context], device=session.device)
-            for _ in session.prefill(ids, len(context)):
-                pass
+    for context, asked in reading.pieces.items():
+        with torch.inference_mode(), prepared(reading.model, prepared_cell.adapter, reading.length(context)):
+            session = reading.read(context, prepared_cell)
             read.append((session.kept, session.peak, session.bytes()))
             if len(read) == 1:
-                survival, spans = kept_of(session, pieces[0])
-            for number, piece in enumerate(cut.pieces):
-                if piece in pieces:
-                    branch = copy.deepcopy(session, _shared(session))
-                    answers[number] = _answer(branch, piece, ends)
-    first, sizes = cut.pieces[0], [size for _, _, size in read]
+                survival, spans = kept_of(session, asked[0])
+            for number, piece in enumerate(pieces):
+                if piece in asked:
+                    answers[number] = _answer(copy.deepcopy(session, _shared(session)), piece, ends)
+    first, sizes = pieces[0], [size for _, _, size in read]
     return AnswerRecord(
-        first.document, first.document, tuple(answers[number] for number in range(len(cut.pieces))),
-        len(contexts), sum(map(len, contexts)), sum(kept for kept, _, _ in read), max(peak for _, peak, _ in read),
+        first.document, first.document, tuple(answers[number] for number in range(len(pieces))),
+        len(read), sum(map(len, reading.pieces)), sum(kept for kept, _, _ in read), max(peak for _, peak, _ in read),
         sum(size.logical for size in sizes), sum(size.physical for size in sizes), sum(size.full for size in sizes),
         survival, spans, first.bin, round(time.perf_counter() - started, 4),
     )

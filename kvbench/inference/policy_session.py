@@ -6,6 +6,7 @@ causally). The choices can be recorded, so that one masked pass can check that i
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
@@ -288,6 +289,14 @@ class PolicySession:
             if sum(pending.shape[2] for pending in stored.pending) >= QUERIES_AT_ONCE:
                 with self.overhead():
                     self._observe(layer, keys)
+
+    def take_over(self, source: PolicySession) -> None:
+        """Go on from what another session has read, with a copy of its entries and statistics; nothing is removed."""
+        for number in range(len(source.cache.layers)):
+            source._observe(number, None)
+        self.cache.layers = copy.deepcopy(source.cache.layers)
+        self.cache.read, self.cache.begin = source.cache.read, source.cache.begin
+        self.read, self.since, self.seen, self.peak = source.read, source.since, list(source.seen), source.peak
 
     def _observe(self, number: int, keys: Tensor | None) -> None:
         """Process the collected queries: keep the last of them, add up their attention, or update their moments.

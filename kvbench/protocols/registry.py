@@ -13,9 +13,7 @@ from kvbench.protocols.prefix import Prefix
 from kvbench.protocols.recall import Recall
 from kvbench.protocols.stream import Stream
 
-PROTOCOLS: tuple[type[Protocol], ...] = (
-    Block, Stream, Prefix, Recall, Online, Generate, AnswerProtocol,
-)
+PROTOCOLS: tuple[type[Protocol], ...] = (Block, Stream, Prefix, Recall, Online, Generate, AnswerProtocol)
 NAMES = tuple(dict.fromkeys(protocol.name for protocol in PROTOCOLS))
 
 

@@ -29,6 +29,9 @@ from typing import IO, Any
 PLACE = "KVBENCH_TESTS_WARM"
 """The variable that names the socket of the process that is forked."""
 
+_READ_ONCE = {name: os.environ.get(name) for name in ("HF_HOME", "HF_HUB_CACHE", "XDG_CACHE_HOME")}
+"""Variables that packages read when they are imported: where a test sets them, children begin cold."""
+
 CHILDREN = ("kvbench.execution.worker", "kvbench.profiling.worker")
 IMPORTED = (
     *CHILDREN, "sentence_transformers", "sacrebleu", "rouge_score.rouge_scorer", "matplotlib.figure", "scipy.stats",
@@ -91,6 +94,8 @@ class WarmChild(WarmProcess):
 
 def start_child(command: Sequence[str], *, stderr: IO[str], env: Mapping[str, str], **how: Any) -> Any:
     """In place of ``subprocess.Popen`` where a command starts its children."""
+    if any(env.get(name) != value for name, value in _READ_ONCE.items()):
+        return subprocess.Popen(command, stderr=stderr, env=env, **how)
     return WarmChild([command[-1]], stderr, env)
 
 

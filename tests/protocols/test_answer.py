@@ -59,7 +59,7 @@ def pieces_of(loaded: Any, known: bool) -> dict[str, tuple[Piece, ...]]:
 
 
 def in_block(loaded: Any, cell: Cell) -> Any:
-    adapter = assets() / "adapters" / "kvbench-tiny-local-tuned" if cell.method == "local-tuned" else None
+    adapter = None if cell.adapter is None else assets() / "adapters" / f"kvbench-tiny-{cell.method}"
     own = {"window": 8} if "window" in cell.variant else {}
     return compress(loaded.model, cell.method, cell.ratio_asked, adapter=adapter, **own)
 

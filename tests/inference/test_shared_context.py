@@ -1,0 +1,62 @@
+"""A context that is read once for many policies: what is kept, and what is predicted, is as if each had read it."""
+
+from __future__ import annotations
+
+from fractions import Fraction
+
+import pytest
+import torch
+from torch import nn
+
+from kvbench.inference.opening import Text, open_session, prepared
+from kvbench.inference.session import Session
+from kvbench.inference.shared_context import SharedContext
+from kvbench.methods import METHODS, CachePolicy, Method, make_method
+from tests.helpers.models import FAMILIES, VOCABULARY, small_model
+
+N = 90
+ALONE = {"lorc"}
+"""Policies that change the model, or remove entries while they read."""
+
+
+def methods() -> list[Method]:
+    """Every policy, at two ratios where it has one."""
+    found: list[Method] = []
+    for name, kind in METHODS.items():
+        if issubclass(kind, CachePolicy):
+            known = kind.options()
+            given = {"window": "4", "group": "8", "recent": "8"}
+            options = {key: value for key, value in given.items() if key in known}
+            ratios = ("0.2", "0.3") if name == "think" else ("0.4", "0.7")
+            found += [make_method(name, Fraction(ratio), options) for ratio in ratios]
+    return found
+
+
+def opened(model: nn.Module, method: Method) -> Session:
+    return open_session(model, method, Text(N, N, (3,), has_continuation=True), seed=1, chunk=64, at_once=True)
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("family", FAMILIES)
+def test_sharing_changes_no_number(family: str) -> None:
+    model = small_model(family)
+    ids = torch.randint(1, VOCABULARY, (1, N + 6), generator=torch.Generator().manual_seed(2))
+    tried = [method for method in methods() if not (family in ("opt", "gpt2") and getattr(method, "rerotated", 0))]
+    with prepared(model, None, N + 6):
+        shared = SharedContext(model, ids[:, :N], [opened(model, method) for method in tried])
+        for method in tried:
+            together, alone = opened(model, method), opened(model, method)
+            shared.read_into(together)
+            for _ in alone.prefill(ids[:, :N], N):
+                pass
+            assert (together.kept, together.peak) == (alone.kept, alone.peak)
+            ours, theirs = together.bytes(), alone.bytes()
+            assert (ours.logical, ours.full) == (theirs.logical, theirs.full)
+            assert ours.physical <= theirs.physical  # alone, fused projections leave spare room
+            for mine, other in zip(together.held_positions() or (), alone.held_positions() or (), strict=True):
+                assert torch.equal(mine, other), method.name
+            one, other = (next(session.extend(ids[:, N:])).logits for session in (together, alone))
+            assert float((one - other).abs().max()) < 1e-5, method.name
+    alike = [method for method in tried if method.name not in ALONE and method.prefill == "once"]  # type: ignore[attr-defined]
+    assert shared.passes == 1 + len(tried) - len(alike)
+    assert len(alike) > 20
