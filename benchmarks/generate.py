@@ -32,7 +32,7 @@ def main() -> None:
                     return stock()
 
             note = "" if target else " (no target)"
-            compare(f"{method}{note}", ours, stock, target, repeats=7)
+            compare(f"{method}{note}", ours, stock, target, repeats=15)
 
 
 if __name__ == "__main__":

@@ -194,9 +194,9 @@ class PolicyLayer(EvictingLayer):
 
     def entries(self) -> float:
         """Entries held per row and head; packed ones count as their bytes in units of a plain entry."""
-        packed = self._packed_tensors()
-        if not packed:
+        if not self.packed and self.ragged is None:
             return self.held
+        packed = self._packed_tensors()
         taken = sum(t.numel() * t.element_size() for t in packed)
         return float(self.keys.shape[-2]) + taken / self.entry_bytes()
 

@@ -158,7 +158,8 @@ class CompressedCache(Cache):  # type: ignore[misc]
 
     def _advance(self, session: Session, ids: Tensor) -> Tensor:
         if self.compression.during == PREFILL:
-            return torch.cat([part.logits for part in session.extend(ids)], 1)
+            parts = [part.logits for part in session.extend(ids)]
+            return parts[0] if len(parts) == 1 else torch.cat(parts, 1)
         return torch.stack([session.step(column) for column in ids.unbind(1)], 1)
 
     def _check_continuation(self, ids: Tensor, mask: Tensor | None) -> None:

@@ -24,6 +24,9 @@ from kvbench.models.attention_hooks import OBSERVER
 from kvbench.models.configuration import text_config
 from kvbench.models.rope import inv_freq_by_layer
 
+_ALL = slice(None)
+"""All tokens that are fed."""
+
 
 @dataclass
 class PolicySession:
@@ -43,6 +46,7 @@ class PolicySession:
         ahead: number of tokens after those read whose queries the policy has seen as well.
         compresses_context: whether entries are removed at the end of the context; otherwise only after it.
         removals: how often entries have been removed.
+        is_kept_whole: whether the text being read is never removed, so that its queries need not be kept.
     """
 
     model: nn.Module
@@ -59,6 +63,7 @@ class PolicySession:
     ahead: int = 0
     compresses_context: bool = True
     removals: int = 0
+    is_kept_whole: bool = False
 
     def __post_init__(self) -> None:
         needs_inv_freq = self.policy.rerotated or self.policy.needs.moments
@@ -98,7 +103,10 @@ class PolicySession:
             self.chunk = None
             yield from self._read(ids)
         elif ids.shape[1]:
-            yield Scored(0, ids.shape[1], self.feed(ids))
+            self.is_kept_whole = True
+            logits = self.feed(ids)
+            self.is_kept_whole = False
+            yield Scored(0, ids.shape[1], logits)
 
     def expand(self, copies: int) -> None:
         self.cache.batch_repeat_interleave(copies)
@@ -188,7 +196,7 @@ class PolicySession:
     def is_due(self) -> bool:
         return self.policy.is_due(self.read, self.since)
 
-    def feed(self, ids: Tensor, wanted: slice = slice(None)) -> Tensor:
+    def feed(self, ids: Tensor, wanted: slice = _ALL) -> Tensor:
         """Feed text ``[batch, m]`` and return logits ``[batch, wanted, vocabulary]``; nothing is removed."""
         m = ids.shape[1]
         self.begin(m)
@@ -199,7 +207,7 @@ class PolicySession:
                 out = self.model(
                     input_ids=ids, attention_mask=torch.ones(1, 1, m, 1, dtype=torch.bool, device=ids.device),
                     position_ids=places[None], use_cache=True, past_key_values=self.cache,
-                    logits_to_keep=torch.arange(m, device=ids.device)[wanted],
+                    logits_to_keep=0 if wanted == _ALL else torch.arange(m, device=ids.device)[wanted],
                 )
         finally:
             OBSERVER.reset(token)
@@ -284,7 +292,7 @@ class PolicySession:
         """Collect queries; they are processed together, once there are many or before entries are removed."""
         policy, stored = self.policy, self.cache.layers[layer]
         stored.scaling = scaling
-        if policy.observes:
+        if policy.observes and not self.is_kept_whole:
             stored.pending.append(query)
             if sum(pending.shape[2] for pending in stored.pending) >= QUERIES_AT_ONCE:
                 with self.overhead():
