@@ -23,7 +23,9 @@ def run_plan(plan: Plan, command: list[str], console: Console, fresh: bool) -> R
     from kvbench.store.folder import RunFolder
 
     def measure() -> None:
-        execute([plan], plan.folder, plan.content, command, console, ExecutionOptions(fresh=fresh))
+        # A method that cannot be used on one of several tasks is left out of it, with a note.
+        choices = ExecutionOptions(fresh=fresh, skip_infeasible=len({cell.task for cell in plan.cells}) > 1)
+        execute([plan], plan.folder, plan.content, command, console, choices)
         measure_similarity(RunFolder(plan.folder), console)
 
     request = plan.request

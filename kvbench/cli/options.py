@@ -38,7 +38,8 @@ EqualBytes = Annotated[bool, typer.Option(
     "--equal-bytes", help="Ratios are of bytes: kivi takes the bits that meet them, scales and windows counted.",
     rich_help_panel="What to run")]
 Task = Annotated[list[str] | None, typer.Option(
-    help="Task, or a task file of your own; repeatable. \\[default: minidocs, recall and minidocs-gen]",
+    help="Task, a group of tasks such as ruler, or a task file of your own; repeatable. \\[default: minidocs, recall "
+    "and minidocs-gen]",
     rich_help_panel="What to run", show_default=False)]
 Data = Annotated[Path | None, typer.Option(
     parser=path,

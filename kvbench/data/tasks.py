@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Literal, Self
 
@@ -12,6 +13,9 @@ from kvbench.config import read_toml
 from kvbench.data.samples.registry import RECIPES
 from kvbench.data.samples.sample import Recipe
 from kvbench.errors import unknown
+
+GROUPS = ("ruler", "babi")
+"""Names that stand for all tasks whose names begin with them."""
 
 
 class CorpusSpec(BaseModel):
@@ -201,6 +205,16 @@ def tasks_folder() -> Path:
 
 def task_names() -> list[str]:
     return sorted(path.stem for path in tasks_folder().glob("*.toml"))
+
+
+def expanded(names: Iterable[str]) -> list[str]:
+    """Task names, with those of groups in place of their groups."""
+    known = task_names()
+    found = [
+        one for name in names
+        for one in ([task for task in known if task.startswith(f"{name}-")] if name in GROUPS else [name])
+    ]
+    return list(dict.fromkeys(found))
 
 
 def load_task(name: str) -> Task:

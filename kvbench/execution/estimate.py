@@ -1,26 +1,39 @@
-"""Estimates how long the cells of a plan take, for the dry run: from records on disk, or from the model's size."""
+"""Estimates what a plan takes, for the dry run: time from records on disk or from the model's size, and memory."""
 
 from __future__ import annotations
 
 import os
 import time
 from functools import cache
+from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
 from kvbench.data.documents import Document
+from kvbench.models.sizes import sizes_of
 from kvbench.parsing import parse_json
 from kvbench.planning.quality import Plan
 from kvbench.store.folder import RECORDS, RunFolder
-from kvbench.store.records import Cell
+from kvbench.store.records import HUMAN, Cell
 
 BYTES_PER_TOKEN = 4
+USUAL_ANSWER = 24
+"""Tokens of an answer on average, which mostly ends before it must."""
+TOGETHER = 16
+"""Documents that are continued together, at most: their tokens share forward passes."""
+PROCESS = 700 << 20
+"""Bytes of a process with PyTorch and transformers, before it has loaded a model."""
 LONGEST = 1280
 """Maximum number of tokens assumed per document, unless the protocol reads all of it (``block``, ``stream``)."""
-WRITING = 3.0
-"""Assumed cost of a generated text relative to one that is read, since its tokens are computed one by one."""
-OVERHEAD = 3.0
-"""Assumed time relative to arithmetic alone. Both are rough: a sweep estimated at 2 min took 3."""
+CHUNK = 64
+"""Tokens that are fed at a time."""
+ARITHMETIC = 1.6
+"""Assumed time of reading relative to that of matrix products of its size."""
+CALL = 4e-4
+"""Assumed seconds that a layer costs for every forward pass, however few tokens it is given."""
+BANDWIDTH = 6e9
+"""Assumed bytes of weights per second, which bound a forward pass of a single token."""
 
 
 def estimate_seconds(plan: Plan, folder: RunFolder) -> dict[str, float | None]:
@@ -31,14 +44,45 @@ def estimate_seconds(plan: Plan, folder: RunFolder) -> dict[str, float | None]:
         mine = [cell for cell in plan.cells if cell.workload == workload]
         documents = plan.corpora[mine[0].task].documents
         documents = documents[: plan.request.limit or len(documents)]
-        known = [s for cell in mine if (s := per_document[cell.key]) is not None and cell.method != "human"]
-        guess = float(np.mean(known)) if known else _by_arithmetic(plan, mine[0], documents)
+        known = [s for cell in mine if (s := per_document[cell.key]) is not None and cell.method != HUMAN]
+        guess = float(np.mean(known)) if known else _by_arithmetic(plan, mine[-1], documents)
         for cell in mine:
-            left = len(documents) - len(folder.documents(cell))
+            left = expected(plan, cell) - len(folder.documents(cell))
             each = per_document[cell.key]
             cost = guess if each is None else each
+            if cell.method == HUMAN:
+                cost = cost if each is not None else 0.0 if cost is not None else None
             found[cell.key] = None if cost is None else max(0, left) * cost / _at_a_time(plan)
     return found
+
+
+def expected(plan: Plan, cell: Cell) -> int:
+    """Number of documents of a cell, as far as it is known before they are cut; samples are made from all texts."""
+    count = int(cell.options["samples"]) if cell.answers else len(plan.corpora[cell.task].documents)
+    return min(plan.request.limit or count, count)
+
+
+def estimate_memory(plan: Plan) -> Memory | None:
+    """Estimated bytes of one process; None if the sizes of the model are unknown."""
+    sizes = sizes_of(Path(plan.model.location)) if plan.model.is_folder else None
+    if sizes is None:
+        return None
+    width = 2 if plan.request.dtype in ("bfloat16", "float16") else 4
+    longest = max(_tokens(plan, cell)[1] for cell in plan.cells)
+    weights, cache = plan.model.weight_bytes * width // 4, longest * sizes.entry_bytes * width // 4
+    scored = any(not cell.answers and not cell.writes for cell in plan.cells)
+    logits = (3 if scored else 1) * min(longest, LONGEST) * sizes.vocabulary * 4
+    return Memory(weights, cache, weights + cache + logits + PROCESS, _at_a_time(plan))
+
+
+class Memory(NamedTuple):
+    """Bytes of the weights, of the full cache of the longest text, and of one process at its largest; and how many
+    processes there are."""
+
+    weights: int
+    cache: int
+    peak: int
+    processes: int
 
 
 def _at_a_time(plan: Plan) -> int:
@@ -62,22 +106,49 @@ def _measured(folder: RunFolder, cell: Cell) -> float | None:
 
 
 def _by_arithmetic(plan: Plan, cell: Cell, documents: tuple[Document, ...]) -> float | None:
-    """Estimated seconds per document: two operations per weight and token, at the speed of a matrix product."""
-    if plan.model.weight_bytes <= 0 or plan.request.device.startswith("cuda") or not documents:
+    """Estimated seconds per document, from the time of matrix products and of calls."""
+    sizes = sizes_of(Path(plan.model.location)) if plan.model.is_folder else None
+    if sizes is None or plan.request.device.startswith("cuda") or not documents:
         return None
-    weights = plan.model.weight_bytes / 4
-    cap = None if cell.protocol in ("block", "stream") else LONGEST
-    lengths = [min(len(d.text.encode()) // BYTES_PER_TOKEN, cap or 1 << 40) for d in documents]
-    factor = OVERHEAD * (WRITING if cell.writes else 1.0)
-    return factor * 2 * weights * float(np.mean(lengths)) / _speed()
+    weights, calls = plan.model.weight_bytes / 4, sizes.layers * CALL
+    read, _, written = _tokens(plan, cell)
+    reading = ARITHMETIC * read * 2 * weights / _speed() + read / CHUNK * calls
+    return reading + written * (max(plan.model.weight_bytes / BANDWIDTH, 2 * weights / _speed()) + calls)
+
+
+class Tokens(NamedTuple):
+    """Tokens of a document on average and at most, and those that are generated for it."""
+
+    read: float
+    longest: int
+    written: float
+
+
+def _tokens(plan: Plan, cell: Cell) -> Tokens:
+    if cell.answers:
+        given = cell.options["length"]
+        length = 1024 if given == "auto" else int(given)
+        return Tokens(length, length, USUAL_ANSWER)
+    documents = plan.corpora[cell.task].documents
+    documents = documents[: plan.request.limit or len(documents)]
+    cap = 1 << 40 if cell.protocol in ("block", "stream") else LONGEST
+    lengths = [min(len(document.text.encode()) // BYTES_PER_TOKEN, cap) for document in documents]
+    block = cell.options.get("block", "")
+    longest = 512 if cell.protocol == "block" and not block.isdecimal() else int(block or max(lengths))
+    if not cell.writes:
+        return Tokens(float(np.mean(lengths)), longest, 0.0)
+    new = cell.options.get("new_tokens", "")
+    return Tokens(256.0, 512, (int(new) if new.isdecimal() else 64) / min(len(documents), TOGETHER))
 
 
 @cache
 def _speed() -> float:
-    """Operations per second of a matrix product, divided by the number of cores."""
-    a = np.ones((512, 512), np.float32)
-    a @ a
+    """Operations per second of matrix products of the usual shapes, by PyTorch on the threads that it would take."""
+    import torch
+
+    a, b = torch.ones(CHUNK, 1024), torch.ones(1024, 1024)
+    torch.mm(a, b)
     started = time.perf_counter()
-    for _ in range(8):
-        a @ a
-    return 8 * 2 * 512**3 / (time.perf_counter() - started) / (os.cpu_count() or 1)
+    for _ in range(32):
+        torch.mm(a, b)
+    return 32 * 2 * CHUNK * 1024**2 / (time.perf_counter() - started)

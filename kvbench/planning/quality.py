@@ -12,7 +12,7 @@ from typing import Any
 
 from kvbench.data.documents import Corpus, load_corpus
 from kvbench.data.rows import TEXT
-from kvbench.data.tasks import Task, load_task
+from kvbench.data.tasks import Task, expanded, load_task
 from kvbench.errors import UserError, unknown
 from kvbench.judges.choice import ENCODER, NOTHING, SENTENCES, JudgeChoice
 from kvbench.methods import Method, parse_ratio, ratio_text
@@ -111,7 +111,7 @@ def build_plan(request: Request, skip_infeasible: bool = False) -> Plan:
         raise unknown("protocol", request.protocol, NAMES)
     asked = [parse_choice(text) for text in dict.fromkeys(request.methods)]
     ratios = [parse_ratio(text) for text in request.ratios]
-    tasks = {name: load_task(name) for name in dict.fromkeys(request.tasks)}
+    tasks = {name: load_task(name) for name in expanded(request.tasks)}
     _check_tasks(request, tasks)
     protocols = {name: chosen_protocol(task, request.protocol) for name, task in tasks.items()}
     wanted = {
