@@ -4,7 +4,7 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 
-.PHONY: run real test pytest test-heavy lint figures bench gpu clean
+.PHONY: run real test-real test pytest test-heavy lint figures bench gpu clean
 
 run: $(STAMP)
 	$(BIN)/kvbench run --method sentinel --ratio 0.7
@@ -13,6 +13,9 @@ run: $(STAMP)
 real: $(STAMP)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[real]"
 	$(BIN)/kvbench fetch smollm2-135m
+
+test-real: real
+	$(BIN)/python -m pytest -m real tests/real
 
 # Lint and tests side by side: one of them alone leaves a core idle at times.
 test: $(STAMP)
