@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from kvbench import metrics
+from kvbench.analysis.answers import answer_rows
 from kvbench.analysis.curves import is_of_curve
 from kvbench.analysis.results import scored_rows
 from kvbench.analysis.texts import decoded_rows
@@ -205,6 +206,11 @@ def _compared(first: Side, second: Side, a: Cell, b: Cell, info: TaskInfo) -> Pa
         _complete(info, records[standing.key], first, a)
         _complete(info, records[b.key], second, b)
         rows = decoded_rows([standing, b], records, people, info)
+    elif info.kind == "answer":
+        answers = first.folder.answers(a), second.folder.answers(b)
+        _complete(info, answers[0], first, a)
+        _complete(info, answers[1], second, b)
+        rows = answer_rows([(standing, answers[0]), (b, answers[1])], info)
     else:
         mine, theirs = first.folder.records(a), second.folder.records(b)
         _complete(info, mine, first, a)

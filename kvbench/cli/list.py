@@ -136,6 +136,8 @@ def _metrics() -> list[dict[str, str]]:
     known = {m.name: m.signature for m in (*metrics.LM_METRICS, *metrics.RECALL_METRICS, *metrics.TEXT_METRICS)}
     known["recovery"] = metrics.RECOVERY_SIGNATURE
     of = dict.fromkeys(known, "language modelling")
+    of |= {m.name: "answers" for m in metrics.ANSWERED}
+    known |= {m.name: m.signature for m in metrics.ANSWERED}
     of |= dict.fromkeys((m.name for m in metrics.RECALL_METRICS), "recall")
     of |= dict.fromkeys((m.name for m in metrics.MEMORY), "all")
     of |= dict.fromkeys(metrics.GENERATION_NAMES, "written text")

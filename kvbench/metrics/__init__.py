@@ -39,7 +39,7 @@ SHOWN: dict[str, Shown] = {
 NEED_SCORER, NEED_ENCODER = ("gen_ppl",), ("semantic", "prefix_coherence")
 
 __all__ = [
-    "AGREEMENT", "ANSWER_METRICS", "GENERATION_NAMES", "KL_BINS", "LM_METRICS", "MEMORY", "METRIC_NAMES",
+    "AGREEMENT", "ANSWERED", "ANSWER_METRICS", "GENERATION_NAMES", "KL_BINS", "LM_METRICS", "MEMORY", "METRIC_NAMES",
     "NEED_ENCODER", "NEED_SCORER", "PREFIX_MATCH", "RECALL_METRICS", "RECOVERY_SIGNATURE", "SHOWN", "TEXT_METRICS",
     "Metric", "Shown", "TextMetric", "Totals", "recovery",
 ]

@@ -160,6 +160,25 @@ def test_more_samples_only_add(measured: RunFolder, called: Call) -> None:
     assert "does not solve the task" in found.out
 
 
+def test_runs_are_reported_and_compared(measured: RunFolder, called: Call, tmp_path: Path) -> None:
+    found = called(["report", measured.path, "--out", tmp_path / "report"])
+    assert found.code == 0, found.err
+    assert (tmp_path / "report" / "figures" / "evidence_survival-removal.png").is_file()
+    table = (tmp_path / "report" / "tables" / "kv-retrieval.md").read_text()
+    assert "accuracy" in table
+    assert "evidence" in table
+    pair = called(["compare", f"{measured.path}:knorm", f"{measured.path}:sinks", "--json"])
+    assert pair.code == 0, pair.err
+    rows = [row for row in pair.document["rows"] if row["metric"] == "answer_accuracy" and not row["params"]["bin"]]
+    cells = {cell.method: cell for cell in measured.cells() if "question" not in cell.options}
+    mean = {
+        name: sum(sum(answer.score for answer in record.answers) / 4 for record in records.values()) / len(records)
+        for name in ("knorm", "sinks") for records in [measured.answers(cells[name])]
+    }
+    [hidden] = [row["delta"] for row in rows if row["params"].get("question") != "known"]
+    assert hidden == pytest.approx(mean["sinks"] - mean["knorm"])
+
+
 CHATML = "{% for m in messages %}<|{{ m.role }}|>\n{{ m.content }}\n{% endfor %}{{ '<|assistant|>\\n' }}"
 
 

@@ -151,22 +151,30 @@ def removal_figure(rows: list[Row], metric: str, folder: Path, metric_label: str
     """Draw a metric against the mean fraction of entries removed.
 
     Methods that fill their budget differently see different fractions of the text at the same requested
-    ratio, so the x-axis is ``ratio_mean``: 1 - entries visible / text tokens before.
+    ratio, so the x-axis is ``ratio_mean``: 1 - entries visible / text tokens before. Answers have no scored queries:
+    theirs is the ratio when the context has been read.
     """
     chosen = [r for r in rows if r.metric == metric and r.params.get("bin") is None and r.value is not None]
+    is_answer = any(r.protocol == "answer" for r in chosen)
+
+    def removed(row: Row) -> float:
+        return (row.ratio_realised if is_answer else row.ratio_mean) or 0.0
 
     def panel(place: Axes, mine: list[Row]) -> None:
         for method in methods_of(mine, _LINES):
-            points = sorted((r for r in mine if r.name == method), key=lambda r: r.ratio_mean or 0.0)
-            curve(place, method, [r.ratio_mean or 0.0 for r in points], points)
+            points = sorted((r for r in mine if r.name == method), key=removed)
+            curve(place, method, [removed(r) for r in points], points)
         for name in _LINES:
             line = {k: v for k, v in style_of(name).items() if k in ("color", "linestyle")}
             for row in (r for r in mine if r.name == name):
                 place.axhline(row.value or 0.0, linewidth=1, label=name, **line)
-        if metric != "accuracy":
+        if metric != "accuracy" and not is_answer:
             log_scale(place, [r.value for r in mine])
-        place.set_xlabel("share of cache entries removed (mean over queries)")
+        when = "when the context has been read" if is_answer else "mean over queries"
+        place.set_xlabel(f"share of cache entries removed ({when})")
         place.set_ylabel(metric_label)
-        place.set_xlim(min(0, *(r.ratio_mean or 0 for r in mine)), 1)
+        place.set_xlim(min(0, *map(removed, mine)), 1)
+        if is_answer:
+            place.set_ylim(-0.02, 1.02)
 
     return draw(chosen, panel, folder, f"{metric}-removal")

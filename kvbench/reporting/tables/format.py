@@ -21,6 +21,10 @@ _ROLE_ORDER = ("human", "full", "adapted", "none")
 Key = tuple[str, float | None]
 """Name of a method as shown, and requested ratio."""
 
+UNDER_FLOOR = (
+    "The full cache itself answers less than half: this model does not solve the task; methods are not ranked by it."
+)
+
 
 def name_of(row: Row) -> str:
     return named(row.method, row.params)

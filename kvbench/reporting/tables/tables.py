@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from kvbench.metrics import SHOWN
 from kvbench.metrics.base import ANSWERS, GREEDY, LM, TEXTS, TIMING
 from kvbench.parsing import bytes_of
-from kvbench.reporting.tables.format import by_setting, cells_of, number_of, reading_note
+from kvbench.reporting.tables.format import UNDER_FLOOR, by_setting, cells_of, number_of, reading_note
 from kvbench.statistics import SIGNIFICANT
 from kvbench.store.faults import faults_in
 from kvbench.store.rows import Row
@@ -66,7 +66,8 @@ def tables_of(rows: Sequence[Row]) -> list[Table]:
             continue
         whole = [r for r in mine if r.params.get("bin") is None]
         present = {row.metric for row in whole}
-        kinds = columns_of(ANSWERS if "answer_nll" in present else TEXTS if protocol == "generate" else LM)
+        asks = bool(present & {"answer_nll", "answer_accuracy"})
+        kinds = columns_of(ANSWERS if asks else TEXTS if protocol == "generate" else LM)
         if "answer_nll" not in present and "accuracy" in present:
             kinds += ("accuracy",)
         found.append(_table(whole, task, f"{protocol}", kinds, title=title))
@@ -83,11 +84,12 @@ def _table(
     keys = list(dict.fromkeys(tuple(row.params.get(key) for key in by) for row in rows))
     by = tuple(key for i, key in enumerate(by) if any(k[i] is not None for k in keys))
     lines: list[tuple[TableCell, ...]] = []
+    is_under = any(row.params.get("under_floor") for row in rows)
     for key in dict.fromkeys(tuple(row.params.get(k) for k in by) for row in rows):
         mine = [row for row in rows if tuple(row.params.get(k) for k in by) == key]
         lead = tuple(TableCell("" if k is None else str(k), k) for k in key)
         cells = cells_of(mine)
-        best = {metric: _best(cells, metric) for metric in shown}
+        best = {metric: set() if is_under else _best(cells, metric) for metric in shown}
         for (method, ratio), metrics in cells.items():
             first = next(iter(metrics.values()))
             values = tuple(
@@ -114,7 +116,8 @@ def _table(
     reading = reading_note(rows)
     notes = (
         f"* differs from full (paired, Holm-adjusted p < {SIGNIFICANT}). Bold: best of its ratio, and its interval "
-        "does not meet that of the next.", *([reading] if reading else ()), one.signature.partition(":")[2],
+        "does not meet that of the next.", *([UNDER_FLOOR] if is_under else ()), *([reading] if reading else ()),
+        one.signature.partition(":")[2],
         *faults,
     )
     return Table(

@@ -13,6 +13,7 @@ from rich.text import Text
 from kvbench.metrics import SHOWN
 from kvbench.parsing import bytes_of
 from kvbench.reporting.tables.format import (
+    UNDER_FLOOR,
     WIDTH,
     asked_of,
     by_setting,
@@ -117,10 +118,6 @@ def _answer_table(rows: list[Row]) -> Table:
 
 _TABLES: dict[str, Callable[[list[Row]], Table]] = {"answer_nll": _recall_table, "answer_accuracy": _answer_table}
 """Tables of tasks that ask questions, by a metric that only they have."""
-UNDER_FLOOR = (
-    "The full cache itself answers less than half: this model does not solve the task; methods are not ranked by it."
-)
-
 
 def _bin_table(rows: list[Row], what: str) -> Table:
     """Table of a metric by distance in tokens, or by time step."""
