@@ -10,8 +10,9 @@ import numpy as np
 from kvbench import metrics
 from kvbench.analysis.estimates import CellSums, bin_rows
 from kvbench.metrics.answers import ANSWERED, FLOOR, RIGHT
+from kvbench.store.answer_records import AnswerRecord
 from kvbench.store.manifest import TaskInfo
-from kvbench.store.records import AnswerRecord, Cell
+from kvbench.store.records import Cell
 from kvbench.store.rows import Row
 
 Records = dict[str, AnswerRecord]

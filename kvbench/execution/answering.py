@@ -15,15 +15,14 @@ from kvbench.data.documents import Document
 from kvbench.data.samples.sample import EVIDENCE
 from kvbench.data.samples.scoring import SCORING
 from kvbench.execution.channel import Advanced, At
-from kvbench.inference.opening import Text, open_session, prepared
+from kvbench.inference.opening import ONEPASS, Text, open_session, prepared
 from kvbench.inference.session import CacheBytes, Session
 from kvbench.inference.shared_context import SharedContext
 from kvbench.models.loading import Loaded, end_tokens
 from kvbench.protocols.answer import LINE, AnswerProtocol
 from kvbench.protocols.pieces import Cut, Piece
-from kvbench.store.records import Answer, AnswerRecord, Cell
-
-STREAMED = "streamed"
+from kvbench.store.answer_records import Answer, AnswerRecord
+from kvbench.store.records import Cell
 
 if TYPE_CHECKING:
     from kvbench.execution.worker import PreparedCell, Worker
@@ -75,12 +74,12 @@ class Contexts:
         """A session that has read a context and compressed it; the model is prepared for it."""
         session = self._opened(context, prepared_cell)
         ids = torch.tensor([context], device=session.device)
-        if prepared_cell.adapter is not None or prepared_cell.cell.execution != STREAMED:
+        if not _can_share(prepared_cell):
             for _ in session.prefill(ids, len(context)):
                 pass
             return session
         if context not in self.shared:
-            alike = [one for one in self.prepared_cells if one.adapter is None and one.cell.execution == STREAMED]
+            alike = [one for one in self.prepared_cells if _can_share(one)]
             self.shared[context] = SharedContext(self.model, ids, [self._opened(context, one) for one in alike])
         self.shared[context].read_into(session)
         return session
@@ -92,6 +91,11 @@ class Contexts:
             adapter=prepared_cell.adapter, seed=cell.seed, execution=cell.execution, chunk=self.protocol.chunk,
             at_once=True,
         )
+
+
+def _can_share(prepared_cell: PreparedCell) -> bool:
+    """Whether a cell reads with the base model, entries removed; its session says the rest."""
+    return prepared_cell.adapter is None and prepared_cell.cell.execution != ONEPASS
 
 
 class Ends:

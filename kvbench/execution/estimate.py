@@ -14,6 +14,7 @@ from kvbench.data.documents import Document
 from kvbench.models.sizes import sizes_of
 from kvbench.parsing import parse_json
 from kvbench.planning.quality import Plan
+from kvbench.protocols.answer import LENGTHS, usual_length
 from kvbench.store.folder import RECORDS, RunFolder
 from kvbench.store.records import HUMAN, Cell
 
@@ -127,7 +128,8 @@ class Tokens(NamedTuple):
 def _tokens(plan: Plan, cell: Cell) -> Tokens:
     if cell.answers:
         given = cell.options["length"]
-        length = 1024 if given == "auto" else int(given)
+        sizes = sizes_of(Path(plan.model.location)) if plan.model.is_folder else None
+        length = usual_length(sizes.context if sizes else min(LENGTHS)) if given == "auto" else int(given)
         return Tokens(length, length, USUAL_ANSWER)
     documents = plan.corpora[cell.task].documents
     documents = documents[: plan.request.limit or len(documents)]

@@ -55,7 +55,8 @@ from kvbench.protocols.base import Protocol
 from kvbench.protocols.generate import Generate
 from kvbench.protocols.pieces import Cut, Piece
 from kvbench.protocols.scoring import BatchScore, Reference, score_pieces, text_of
-from kvbench.store.records import HUMAN, AnswerRecord, Cell, DocumentRecord, Failure, GenerationRecord
+from kvbench.store.answer_records import AnswerRecord
+from kvbench.store.records import HUMAN, Cell, DocumentRecord, Failure, GenerationRecord
 
 WINDOW = 64
 """Number of documents that are batched together; if the process is killed, at most their unfinished ones are lost."""

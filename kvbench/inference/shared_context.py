@@ -47,7 +47,11 @@ class SharedContext:
         readers = list(self.readers.values())
         if not readers[0].read:
             self.passes += 1
-            _Reading(readers).feed(self.model, self.ids)
+            try:
+                _Reading(readers).feed(self.model, self.ids)
+            except BaseException:  # what has been seen of the queries must not be counted twice by another try
+                self.readers = {key: _reader(reader) for key, reader in self.readers.items()}
+                raise
         session.take_over(self.readers[_key(session.policy)])
         session.remove()
 

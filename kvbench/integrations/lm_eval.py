@@ -11,7 +11,7 @@ import logging
 import re
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -115,11 +115,9 @@ class KVBenchLM(HFLM):  # type: ignore[misc]
                 method or "full", split,
             )  # said once it is known that the model can be compressed
 
-    @contextmanager
-    def _compressed(self) -> Iterator[CompressedModel]:
+    def _compressed(self) -> AbstractContextManager[CompressedModel]:
         """Compress the model within the block."""
-        with compress(self.model, **self.asked) as run:
-            yield run
+        return compress(self.model, **self.asked)
 
     def set_cache_hook(self, cache_hook: Any) -> None:
         """Refuse the request cache, which would give the answers of one method to another.
@@ -287,6 +285,7 @@ class KVBenchLM(HFLM):  # type: ignore[misc]
 
 
 NO_CACHE = "Leave out use_cache (--use_cache)."
+"""What to do about the request cache."""
 
 
 def _check_arguments(others: Mapping[str, Any]) -> None:

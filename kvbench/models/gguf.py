@@ -8,15 +8,12 @@ when it was written.
 from __future__ import annotations
 
 import json
-import os
-import shutil
 import sys
 from pathlib import Path
-from uuid import uuid4
 
 from kvbench.errors import MissingPackageError, UserError
 from kvbench.models.fingerprint import DEQUANTISED, contents_hash
-from kvbench.store.cached import cache_folder
+from kvbench.store.cached import cache_folder, filled_once
 from kvbench.store.hashes import file_hashes
 
 CONVERSION = 1
@@ -38,21 +35,16 @@ def dequantised(path: Path, name: str = "") -> Path:
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror}.") from error
     folder = cache_folder() / "models" / f"{name or path.stem}-{digest[:16]}.{CONVERSION}"
-    if folder.is_dir():
-        return folder
-    part = folder.with_name(f"{folder.name}.{uuid4().hex[:12]}.part")
-    try:
-        part.mkdir(parents=True)
+
+    def fill(part: Path) -> None:
         _convert(path, part)
         card = {"gguf": digest, "conversion": CONVERSION, "contents": contents_hash(part)}
         (part / DEQUANTISED).write_text(json.dumps(card) + "\n", encoding="utf-8")
-        os.replace(part, folder)
+
+    try:
+        return filled_once(folder, fill)
     except OSError as error:
-        if not folder.is_dir():  # unless another process was faster
-            raise UserError(f"{path} cannot be converted into {folder}: {error}.") from error
-    finally:
-        shutil.rmtree(part, ignore_errors=True)
-    return folder
+        raise UserError(f"{path} cannot be converted into {folder}: {error}.") from error
 
 
 def _convert(path: Path, folder: Path) -> None:

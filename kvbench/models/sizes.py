@@ -14,11 +14,13 @@ class Sizes:
 
     Attributes:
         layers: number of layers; ``vocabulary`` number of token ids.
+        context: number of tokens that it reads at most.
         entry_bytes: bytes of one cache entry over all layers and KV heads, in float32.
     """
 
     layers: int
     vocabulary: int
+    context: int
     entry_bytes: int
 
 
@@ -31,7 +33,8 @@ def sizes_of(folder: Path) -> Sizes | None:
         heads = int(_first(config, "num_attention_heads", "n_head"))
         width = int(config.get("head_dim") or int(_first(config, "hidden_size", "n_embd")) // heads)
         kept = int(config.get("num_key_value_heads") or heads)
-        return Sizes(layers, int(config["vocab_size"]), layers * kept * width * 2 * 4)
+        context = int(_first(config, "max_position_embeddings", "n_positions"))
+        return Sizes(layers, int(config["vocab_size"]), context, layers * kept * width * 2 * 4)
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return None
 

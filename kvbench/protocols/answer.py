@@ -25,6 +25,11 @@ LENGTHS = (4096, 2048, 1024)
 LINE, END = "line", "end"
 
 
+def usual_length(context: int) -> int:
+    """The default length of samples for a model with that context length."""
+    return next((length for length in LENGTHS if length <= context), context)
+
+
 @dataclass(frozen=True)
 class AnswerProtocol(Protocol):
     """Samples of ``length`` tokens, prompt and answer together.
@@ -59,8 +64,7 @@ class AnswerProtocol(Protocol):
     def resolve(cls, task: Task, options: Mapping[str, str], context: int, model: str) -> Self:
         assert task.answer is not None, "the task is of this kind"
         given = options["length"]
-        fitting = [length for length in LENGTHS if length <= context] or [context]
-        length = fitting[0] if given == "auto" else int(given)
+        length = usual_length(context) if given == "auto" else int(given)
         check_length(length, context, model, f"--set length={context}")
         return cls(
             int(options["chunk"]), options["bos"], task.answer.made().prepare(length), task.answer.signature(),

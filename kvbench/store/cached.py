@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 from kvbench.store.folder import write_atomic
 
@@ -21,6 +24,27 @@ def cache_folder() -> Path:
     if own:
         return Path(own).expanduser()
     return (Path(shared) if shared else Path.home() / ".cache") / "kvbench"
+
+
+def filled_once(folder: Path, fill: Callable[[Path], None]) -> Path:
+    """A folder of the cache, filled at the first call, whole or not at all; another process may be faster.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    if folder.is_dir():
+        return folder
+    part = folder.with_name(f"{folder.name}.{uuid4().hex[:12]}.part")
+    try:
+        part.mkdir(parents=True)
+        fill(part)
+        os.replace(part, folder)
+    except OSError:
+        if not folder.is_dir():
+            raise
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
+    return folder
 
 
 def read_cache(name: str) -> dict[str, Any]:

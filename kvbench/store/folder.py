@@ -18,9 +18,10 @@ from filelock import FileLock
 
 from kvbench.errors import UserError
 from kvbench.parsing import parse_json
+from kvbench.store.answer_records import AnswerRecord
 from kvbench.store.manifest import Manifest
 from kvbench.store.profile_records import ProfileRecord, load_profile_record
-from kvbench.store.records import AnswerRecord, Cell, DocumentRecord, Failure, GenerationRecord
+from kvbench.store.records import Cell, DocumentRecord, Failure, GenerationRecord
 
 Record = DocumentRecord | GenerationRecord | AnswerRecord | ProfileRecord
 

@@ -329,12 +329,10 @@ def test_scores_behind_a_context_are_those_of_one_token_after_the_other(llama: A
         whole = torch.cat([texts[:1], answer], 1)
         assert bool(run.score(whole, after=context).is_best[0, 19:-1].all())
         assert float(found.log_likelihood[0, -1]) == 0
-    alone = run.compression
     with block(llama, "snapkv") as other, pytest.raises(UserError, match="not made inside this block"):
         other.score(texts, after=context)
     with block(llama, "knorm", during="both") as run, pytest.raises(UserError, match="during='prefill'"):
         run.score(texts)
-    assert alone.during == "prefill"
 
 
 def test_texts_scored_alone_are_those_of_the_protocol_block(llama: Any) -> None:

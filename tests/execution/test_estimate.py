@@ -12,7 +12,7 @@ import pytest
 from kvbench.cache.shape import cache_shape
 from kvbench.models.sizes import sizes_of
 from tests.helpers.command import Call
-from tests.helpers.models import FAMILIES, small_model
+from tests.helpers.models import CONTEXT, FAMILIES, small_model
 
 ASKED = ["run", "--method", "sinks", "--ratio", "0.5", "--dry-run", "--threads", "1"]
 
@@ -25,6 +25,7 @@ def test_sizes_are_those_of_the_model(kind: str, tmp_path: Path) -> None:
     assert found is not None
     assert found.layers == len(cache_shape(model).layers)
     assert found.entry_bytes == sum(4 * one.heads * (one.keys + one.values) for one in cache_shape(model).layers)
+    assert found.context == CONTEXT
     assert found.vocabulary == model.config.vocab_size
     (tmp_path / "config.json").write_text("[]")
     assert sizes_of(tmp_path) is None

@@ -37,6 +37,25 @@ def opened(model: nn.Module, method: Method) -> Session:
 
 
 @torch.inference_mode()
+def test_a_pass_that_fails_is_not_counted_twice(llama: nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:
+    ids = torch.randint(1, VOCABULARY, (1, N), generator=torch.Generator().manual_seed(2))
+    method = make_method("h2o", Fraction(1, 2), {})
+    with prepared(llama, None, N):
+        shared = SharedContext(llama, ids, [opened(llama, method)])
+        with monkeypatch.context() as broken:
+            broken.setattr(llama.lm_head, "forward", lambda *_: 1 / 0)
+            with pytest.raises(ZeroDivisionError):
+                shared.read_into(opened(llama, method))
+        together, alone = opened(llama, method), opened(llama, method)
+        shared.read_into(together)
+        for _ in alone.prefill(ids, N):
+            pass
+    for mine, other in zip(together.cache.layers, alone.cache.layers, strict=True):  # type: ignore[attr-defined]
+        assert torch.equal(mine.positions, other.positions)
+        assert torch.allclose(mine.sums, other.sums)
+
+
+@torch.inference_mode()
 @pytest.mark.parametrize("family", FAMILIES)
 def test_sharing_changes_no_number(family: str) -> None:
     model = small_model(family)

@@ -11,8 +11,6 @@ from dataclasses import dataclass, replace
 from itertools import pairwise
 from random import Random
 
-from scipy.special import zeta
-
 from kvbench.data.samples.needles import NOISE
 from kvbench.data.samples.sample import EVIDENCE, Filler, Question, Recipe, Sample, Span, joined
 from kvbench.data.samples.words import list_words
@@ -146,10 +144,12 @@ class FrequentWords(Recipe):
         known: dict[str, None] = {}
         while len(known) < self.vocabulary:
             known["".join(random.choices(string.ascii_lowercase, k=6))] = None
-        words = ["...", *list(known)[1:]]
+        from scipy.special import zeta  # listing tasks needs no scipy
+
+        words, total = ["...", *list(known)[1:]], float(zeta(self.alpha))
         text = [
             word for rank, word in enumerate(words, 1)
-            for _ in range(int(units * rank**-self.alpha / float(zeta(self.alpha))))
+            for _ in range(int(units * rank**-self.alpha / total))
         ]
         random.shuffle(text)
         return Sample(

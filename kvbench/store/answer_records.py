@@ -1,0 +1,74 @@
+"""The records of tasks that ask questions."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from kvbench.store.records import SCHEMA
+
+
+@dataclass(frozen=True)
+class Answer:
+    """The answer to one question.
+
+    Attributes:
+        ids: the generated tokens, without the end token; ``text``: the text that they decode to.
+        score: from 0 to 1.
+        ended: whether the model ended it, or the line, before the maximum length.
+    """
+
+    ids: tuple[int, ...]
+    text: str
+    score: float
+    ended: bool
+
+
+@dataclass(frozen=True)
+class AnswerRecord:
+    """The answers to the questions about one context under one cell.
+
+    Attributes:
+        group: unit that the bootstrap resamples (see ``DocumentRecord``).
+        answers: in the order of the questions.
+        contexts: number of contexts that were read: one, or one for each question if questions are known.
+        raw: text tokens of the contexts; ``held``: entries held after they were read; both summed over them.
+        peak: the most entries ever held.
+        kv_logical, kv_physical, kv_full: bytes of the caches after the contexts were read (see ``DocumentRecord``),
+            likewise.
+        survival: for each layer and KV head the share of the entries of the evidence that are held; None if the method
+            has no entries of single tokens, or the tokenizer does not say where tokens are.
+        spans: name of a kind of text -> number of its tokens, and how many of them have entries (mean over heads).
+        bin: what results are also reported by.
+        seconds: time of all questions.
+    """
+
+    document: str
+    group: str
+    answers: tuple[Answer, ...]
+    contexts: int
+    raw: int
+    held: int
+    peak: int
+    kv_logical: float
+    kv_physical: float
+    kv_full: float
+    survival: tuple[tuple[float, ...], ...] | None = None
+    spans: dict[str, tuple[int, float]] | None = None
+    bin: str | None = None
+    seconds: float = 0.0
+    schema: int = SCHEMA
+
+    @property
+    def key(self) -> str:
+        return self.document
+
+    @classmethod
+    def load(cls, raw: dict[str, Any]) -> AnswerRecord:
+        """Restore a record from the output of ``dataclasses.asdict``.
+
+        Raises:
+            TypeError, KeyError: a field is missing or unknown.
+        """
+        answers = tuple(Answer(**{**answer, "ids": tuple(answer["ids"])}) for answer in raw["answers"])
+        return cls(**{**raw, "answers": answers})
