@@ -16,7 +16,7 @@ from kvbench.inference.layout_session import LayoutSession, MaskedSession
 from kvbench.inference.policy_session import PolicySession
 from kvbench.inference.reader import Reader
 from kvbench.inference.session import Session
-from kvbench.inference.together import Together
+from kvbench.inference.together import Together, can_join
 from kvbench.methods import RUNNING, Layout, LayoutMethod, Method, TextStructure, make_layout
 from kvbench.methods.policies.policy import CachePolicy
 from kvbench.models.adapter import Adapter
@@ -94,10 +94,7 @@ def prepared(model: nn.Module, adapter: Adapter | None, length: int) -> Iterator
 
 def joined(groups: Sequence[tuple[Tensor, Session]]) -> Together | None:
     """One forward pass for the next token of several sessions, with their rows; None if each must be fed by itself."""
-    members = [
-        (rows, session) for rows, session in groups
-        if isinstance(session, PolicySession) and not session.policy.keeps_all
-    ]
+    members = [(rows, session) for rows, session in groups if can_join(session)]
     return Together(members) if len(members) == len(groups) > 1 else None
 
 

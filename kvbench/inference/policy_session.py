@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 
 import torch
@@ -97,16 +97,23 @@ class PolicySession:
         A policy that attends to a part of the entries (RefreshKV) goes on renewing its choice among those of the
         context.
         """
+        with self.kept_whole():
+            if self.policy.keeps_all:
+                self.chunk = None
+                yield from self._read(ids)
+            elif ids.shape[1]:
+                yield Scored(0, ids.shape[1], self.feed(ids))
+
+    @contextmanager
+    def kept_whole(self) -> Iterator[None]:
+        """Within the block, text after the context is read: no entries of it will be removed."""
         if self.context is None:
             self.context = self.read
-        if self.policy.keeps_all:
-            self.chunk = None
-            yield from self._read(ids)
-        elif ids.shape[1]:
-            self.is_kept_whole = True
-            logits = self.feed(ids)
+        self.is_kept_whole = not self.policy.keeps_all
+        try:
+            yield
+        finally:
             self.is_kept_whole = False
-            yield Scored(0, ids.shape[1], logits)
 
     def expand(self, copies: int) -> None:
         self.cache.batch_repeat_interleave(copies)

@@ -8,6 +8,7 @@ do the ratios of one policy. Each session then goes on with a copy.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TypeGuard
 
 import torch
 from torch import Tensor, nn
@@ -34,12 +35,12 @@ class SharedContext:
         self.model, self.ids, self.passes = model, ids, 0
         self.readers: dict[Key, PolicySession] = {}
         for session in sessions:
-            if isinstance(session, PolicySession) and can_share(session):
+            if can_share(session):
                 self.readers.setdefault(_key(session.policy), _reader(session))
 
     def read_into(self, session: Session) -> None:
         """Read the context for a session that has just been opened, and let it compress; alone if it must be."""
-        if not (isinstance(session, PolicySession) and can_share(session)):
+        if not can_share(session):
             self.passes += 1
             for _ in session.prefill(self.ids, self.ids.shape[1]):
                 pass
@@ -56,10 +57,11 @@ class SharedContext:
         session.remove()
 
 
-def can_share(session: PolicySession) -> bool:
+def can_share(session: Session) -> TypeGuard[PolicySession]:
     """Whether a session compresses a context once, at its end, and leaves the model as it is."""
-    policy = session.policy
-    return session.chunk is not None and session.compresses_context and type(policy).patched is CachePolicy.patched
+    if not isinstance(session, PolicySession) or session.chunk is None or not session.compresses_context:
+        return False
+    return type(session.policy).patched is CachePolicy.patched
 
 
 def _key(policy: CachePolicy) -> Key:

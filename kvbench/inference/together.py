@@ -7,15 +7,22 @@ of its own rows.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from contextlib import ExitStack
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor, nn
 from transformers.cache_utils import Cache
 
 from kvbench.inference.policy_session import PolicySession
+from kvbench.inference.session import Session
 from kvbench.models.attention import masked_attention
 from kvbench.models.attention_hooks import OBSERVER
+
+
+def can_join(session: Session) -> TypeGuard[PolicySession]:
+    """Whether the next tokens of a session can be fed together with those of others that change the model alike."""
+    return isinstance(session, PolicySession) and not session.policy.keeps_all
 
 
 class Together(Cache):  # type: ignore[misc]
@@ -30,8 +37,15 @@ class Together(Cache):  # type: ignore[misc]
         self.members = members
         self.attended: dict[int, list[tuple[Tensor, Tensor]]] = {}
 
+    def extend(self, model: nn.Module, ids: Tensor) -> Tensor:
+        """Read text ``[batch, m]`` after the contexts without compressing it; logits ``[batch, 1, vocabulary]``."""
+        with ExitStack() as stack:
+            for _, session in self.members:
+                stack.enter_context(session.kept_whole())
+            return self.feed(model, ids, removes=False)
+
     def feed(self, model: nn.Module, ids: Tensor, removes: bool) -> Tensor:
-        """Read the next tokens ``[batch, m]`` of all rows and return logits ``[batch, m, vocabulary]``.
+        """Read the next tokens ``[batch, m]`` of all rows and return the logits after them, ``[batch, 1, vocabulary]``.
 
         Args:
             removes: let the policy remove entries afterwards where that is due.
@@ -45,7 +59,7 @@ class Together(Cache):  # type: ignore[misc]
             with self.members[0][1].policy.patched(model):
                 out = model(
                     input_ids=ids, attention_mask=torch.ones(1, 1, count, 1, dtype=torch.bool, device=ids.device),
-                    position_ids=positions, use_cache=True, past_key_values=self,
+                    position_ids=positions, use_cache=True, past_key_values=self, logits_to_keep=1,
                 )
         finally:
             OBSERVER.reset(token)

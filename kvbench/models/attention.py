@@ -59,6 +59,8 @@ def attention(
                 module, query.float(), key.float(), value.float(), attention_mask, **extra
             )
         return out, None
+    if attention_mask is None and _is_folded(query, key):
+        return _folded(query, key, value, extra.get("scaling")).transpose(1, 2).contiguous(), None
     q, k = query.shape[2], key.shape[2]
     is_dense = attention_mask is not None and attention_mask.dtype == torch.bool
     if is_dense and 1 < q < SHORTEST and query.device.type == "cpu":
@@ -145,10 +147,26 @@ def masked_attention(mask: Tensor | None, query: Tensor, key: Tensor, value: Ten
     """
     if mask is not None and mask.dim() == 4 and mask.shape[1] not in (1, query.shape[1]):
         mask = mask.repeat_interleave(query.shape[1] // mask.shape[1], dim=1)
+    if mask is None and _is_folded(query, key):
+        return _folded(query, key, value, scaling)
     return functional.scaled_dot_product_attention(
         query, key, value, attn_mask=mask, scale=scaling, enable_gqa=query.shape[1] != key.shape[1],
         is_causal=mask is None and query.shape[2] > 1,
     )
+
+
+def _is_folded(query: Tensor, key: Tensor) -> bool:
+    """Whether this is a single token on a CPU in half precision, whose kernel takes several queries at a time: it is
+    three to four times faster if the query heads of a group are its queries."""
+    is_half = query.device.type == "cpu" and query.dtype in (torch.bfloat16, torch.float16)
+    return is_half and query.shape[2] == 1 and query.shape[1] > key.shape[1]
+
+
+def _folded(query: Tensor, key: Tensor, value: Tensor, scaling: float | None) -> Tensor:
+    """Attention of one token ``[batch, query heads, 1, width]`` with the heads of a group as queries of their head."""
+    grouped = query.reshape(len(query), key.shape[1], -1, query.shape[-1])
+    out = functional.scaled_dot_product_attention(grouped, key, value, scale=scaling)
+    return out.reshape(*query.shape[:2], 1, value.shape[-1])
 
 
 def register() -> str:

@@ -1,0 +1,88 @@
+"""The contexts of a sample, read under many cells."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import torch
+
+from kvbench.cache.shape import cache_shape
+from kvbench.inference.opening import ONEPASS, Text, open_session
+from kvbench.inference.session import Session
+from kvbench.inference.shared_context import SharedContext, can_share
+from kvbench.inference.together import can_join
+from kvbench.protocols.answer import AnswerProtocol
+from kvbench.protocols.pieces import Cut, Piece
+
+if TYPE_CHECKING:
+    from kvbench.execution.worker import PreparedCell, Worker
+
+ROWS = 64
+"""Number of cells that answer together, at most."""
+BYTES = 2 << 30
+"""Bytes that their full caches may take together, at most."""
+
+
+class Contexts:
+    """The contexts of a sample: each is read once for all policies that can share it.
+
+    Attributes:
+        pieces: the questions, by context and in their order.
+        sharing: cells that share the forward pass over a context.
+        joining: those of them that also write their answers together.
+    """
+
+    def __init__(
+        self, worker: Worker, protocol: AnswerProtocol, cut: Cut, prepared_cells: Sequence[PreparedCell]
+    ) -> None:
+        self.model, self.protocol, self.cut = worker.loaded.model, protocol, cut
+        self.pieces: dict[tuple[int, ...], list[Piece]] = {}
+        for piece in cut.pieces:
+            self.pieces.setdefault(piece.ids[: piece.context], []).append(piece)
+        self.shared: dict[tuple[int, ...], SharedContext] = {}
+        first = next(iter(self.pieces))
+        opened = [(one, self._opened(first, one)) for one in prepared_cells if _removes_at_end(one)]
+        self.sharing = [one for one, session in opened if can_share(session)]
+        self.joining = [one for one, session in opened if can_share(session) and can_join(session)]
+
+    def groups(self, prepared_cells: Sequence[PreparedCell]) -> list[list[PreparedCell]]:
+        """Cells that read and answer together: those that share, as many as memory has room for; others alone."""
+        entry_bytes = cache_shape(self.model).entry_bytes
+        longest = max(map(self.length, self.pieces))
+        size = max(1, min(ROWS, BYTES // (longest * entry_bytes)))
+        together = [one for one in prepared_cells if one in self.joining]
+        alone = [[one] for one in prepared_cells if one not in self.joining]
+        return [*alone, *(together[start : start + size] for start in range(0, len(together), size))]
+
+    def length(self, context: tuple[int, ...]) -> int:
+        """Tokens of a context with its longest question and answer."""
+        return max(
+            len(piece.ids) + piece.asked.new_tokens for piece in self.pieces[context] if piece.asked is not None
+        )
+
+    def read(self, context: tuple[int, ...], prepared_cell: PreparedCell) -> Session:
+        """A session that has read a context and compressed it; the model is prepared for it."""
+        session = self._opened(context, prepared_cell)
+        ids = torch.tensor([context], device=session.device)
+        if prepared_cell not in self.sharing:
+            for _ in session.prefill(ids, len(context)):
+                pass
+            return session
+        if context not in self.shared:
+            self.shared[context] = SharedContext(self.model, ids, [self._opened(context, one) for one in self.sharing])
+        self.shared[context].read_into(session)
+        return session
+
+    def _opened(self, context: tuple[int, ...], prepared_cell: PreparedCell) -> Session:
+        cell = prepared_cell.cell
+        return open_session(
+            self.model, prepared_cell.method, Text(len(context), len(context), (self.cut.pieces[0].layout,), True),
+            adapter=prepared_cell.adapter, seed=cell.seed, execution=cell.execution, chunk=self.protocol.chunk,
+            at_once=True,
+        )
+
+
+def _removes_at_end(prepared_cell: PreparedCell) -> bool:
+    """Whether a cell reads with the base model, and removes entries; its session says when."""
+    return prepared_cell.adapter is None and prepared_cell.cell.execution != ONEPASS
