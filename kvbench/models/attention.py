@@ -59,14 +59,11 @@ def attention(
                 module, query.float(), key.float(), value.float(), attention_mask, **extra
             )
         return out, None
-    if attention_mask is None and _is_folded(query, key):
-        return _folded(query, key, value, extra.get("scaling")).transpose(1, 2).contiguous(), None
     q, k = query.shape[2], key.shape[2]
     is_dense = attention_mask is not None and attention_mask.dtype == torch.bool
-    if is_dense and 1 < q < SHORTEST and query.device.type == "cpu":
-        grouped = functional.scaled_dot_product_attention(
-            query, key, value, attn_mask=attention_mask, scale=extra.get("scaling"), enable_gqa=True
-        )
+    is_short = is_dense and 1 < q < SHORTEST and query.device.type == "cpu"
+    if is_short or (attention_mask is None and _is_folded(query, key)):
+        grouped = masked_attention(attention_mask, query, key, value, extra.get("scaling"))
         return grouped.transpose(1, 2).contiguous(), None
     if attention_mask is None or not is_dense or q != k or q < SHORTEST:
         out, _ = sdpa_attention_forward(module, query, key, value, attention_mask, **extra)
