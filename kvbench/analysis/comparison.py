@@ -206,7 +206,7 @@ def _compared(first: Side, second: Side, a: Cell, b: Cell, info: TaskInfo) -> Pa
         _complete(info, records[standing.key], first, a)
         _complete(info, records[b.key], second, b)
         rows = decoded_rows([standing, b], records, people, info)
-    elif info.kind == "answer":
+    elif info.asks:
         answers = first.folder.answers(a), second.folder.answers(b)
         _complete(info, answers[0], first, a)
         _complete(info, answers[1], second, b)

@@ -72,7 +72,7 @@ def compute_results(folder: RunFolder, only: Sequence[str] = ()) -> Results:
                 ))
         if info.kind == "generation":
             found = [row for row in generation_rows(folder, complete, info) if _is_shown(row.metric, only)]
-        elif info.kind == "answer":
+        elif info.asks:
             found = answer_rows([(cell, folder.answers(cell)) for cell in complete], info)
         else:
             records = {cell.key: folder.records(cell) for cell in complete}

@@ -5,17 +5,20 @@ from __future__ import annotations
 import hashlib
 import re
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.resources import files
 from itertools import chain, count, zip_longest
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from kvbench.data.dialogues import SYNTHETIC, read_turns
-from kvbench.data.rows import TEXT, Row, hub_rows, read_rows
+from kvbench.data.files import read_records
+from kvbench.data.rows import TEXT, Row, hub_records, hub_rows, id_of, read_rows
+from kvbench.data.samples.sample import Sample
 from kvbench.errors import UserError
 
 if TYPE_CHECKING:
+    from kvbench.data.question_rows import QuestionRowsSpec
     from kvbench.data.tasks import CorpusSpec, Task
 
 _TITLE = re.compile(r"^ = [^=].*[^=] = $")
@@ -29,12 +32,14 @@ class Document:
         id: unique within the corpus.
         group: unit of resampling: the book, the article, or the document itself.
         turns: turns of a dialogue, the answer last; empty for running text.
+        sample: a context with questions about it, of which ``text`` is the context; None for text alone.
     """
 
     id: str
     group: str
     text: str
     turns: tuple[str, ...] = ()
+    sample: Sample | None = None
 
 
 @dataclass(frozen=True)
@@ -56,14 +61,17 @@ def load_corpus(task: Task, data: Path | None, column: str = TEXT) -> Corpus:
         UserError: the source cannot be read or holds no text, or a column was named for a source without columns.
     """
     spec = task.corpus
-    if column != TEXT and (spec.cut == "turns" or (data is None and spec.hub is None)):
-        what = "turns and an answer" if spec.cut == "turns" else "what is embedded"
+    columns = {"turns": "turns and an answer", "questions": "the columns that its file names"}
+    if column != TEXT and (spec.cut in columns or (data is None and spec.hub is None)):
+        what = columns.get(spec.cut, "what is embedded")
         raise UserError(
             f"--column names the text in --data or in a data set on the hub, and task {task.name!r} reads {what}.",
             "Leave it out, or give --data and one --task.",
         )
     if spec.cut == "turns":
         return _load_turns(task, data)
+    if task.questions is not None:
+        return _load_questions(task, task.questions, data)
     if data is not None:
         rows, source = read_rows(data, column), str(data)
     elif spec.embedded is not None:
@@ -99,10 +107,30 @@ def _load_turns(task: Task, data: Path | None) -> Corpus:
     return Corpus(documents, _digest(task, documents), source)
 
 
+def _load_questions(task: Task, rules: QuestionRowsSpec, data: Path | None) -> Corpus:
+    spec = task.corpus
+    path = Path(str(files("kvbench").joinpath("assets", spec.embedded))) if spec.embedded and data is None else data
+    records = hub_records(spec) if path is None else read_records(path, rules.columns)
+    found = ((record, rules.sample(record)) for record in records)
+    samples = [
+        (id_of(record, number), sample) for number, (record, sample) in enumerate(found) if sample is not None
+    ]
+    source = f"hub {spec.hub}" if path is None else str(data or f"embedded {spec.embedded}")
+    first: dict[str, str] = {}  # rows about one context are resampled together
+    documents = tuple(_unique(
+        Document(name, first.setdefault(sample.context, name), sample.context, sample=sample)
+        for name, sample in samples
+    ))
+    if not documents:
+        raise UserError(f"{source} holds no question for task {task.name!r}.", "Give a file with at least one row.")
+    return Corpus(documents, _digest(task, documents), source)
+
+
 def _digest(task: Task, documents: tuple[Document, ...]) -> str:
     digest = hashlib.sha256(task.model_dump_json(exclude_defaults=True).encode())
     for document in documents:
-        parts = (document.id, document.text, *document.turns)
+        questions = document.sample.questions if document.sample is not None else ()
+        parts = (document.id, document.text, *document.turns, *map(repr, questions))
         digest.update("".join(f"{part}\0" for part in parts).encode())
         if any("\0" in part for part in parts):  # a part contains the separator, so hash lengths as well
             digest.update(f"{[len(part) for part in parts]}\0".encode())
@@ -166,7 +194,7 @@ def _unique(documents: Iterable[Document]) -> Iterable[Document]:
             yield document
             continue
         name = next(name for n in numbers[document.id] if (name := f"{document.id}~{n}") not in taken)
-        yield Document(name, name, document.text, document.turns)
+        yield replace(document, id=name, group=name if document.group == document.id else document.group)
 
 
 _CUTS = {"document": _documents, "wikitext-articles": _articles, "passages": _passages}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypedDict
 
@@ -42,11 +43,31 @@ def read_rows(path: Path, column: str = TEXT) -> list[Row]:
 
 
 def hub_rows(spec: CorpusSpec, column: str = TEXT) -> list[Row]:
-    """Read the rows of a data set on the hub; ids are row numbers.
+    """Read the texts of a data set on the hub; ids are row numbers.
 
     Raises:
         UserError: the data set cannot be loaded, or has no texts in that column.
     """
+    dataset = _hub_dataset(spec)
+    if column not in dataset.column_names:
+        raise UserError(
+            f'{spec.hub} has no column "{column}" (it has: {", ".join(dataset.column_names)}).',
+            "Name the column that holds the text with --column.",
+        )
+    records = (Record(f"{spec.hub}, row {i}", row) for i, row in enumerate(dataset.select_columns([column])))
+    return [{"id": f"{i:05d}", "text": text_of(record, column)} for i, record in enumerate(records)]
+
+
+def hub_records(spec: CorpusSpec) -> Iterator[Record]:
+    """Read the rows of a data set on the hub, with all their columns.
+
+    Raises:
+        UserError: the data set cannot be loaded.
+    """
+    return (Record(f"{spec.hub}, row {i}", dict(row)) for i, row in enumerate(_hub_dataset(spec)))
+
+
+def _hub_dataset(spec: CorpusSpec) -> Any:
     from datasets import load_dataset
     from huggingface_hub.utils import logging
 
@@ -60,13 +81,7 @@ def hub_rows(spec: CorpusSpec, column: str = TEXT) -> list[Row]:
             f"Cannot load {spec.hub} from the Hugging Face hub ({type(error).__name__}: {reason}).",
             "Check the network, or give a local copy with --data.",
         ) from error
-    if column not in dataset.column_names:
-        raise UserError(
-            f'{spec.hub} has no column "{column}" (it has: {", ".join(dataset.column_names)}).',
-            "Name the column that holds the text with --column.",
-        )
-    records = (Record(f"{spec.hub}, row {i}", row) for i, row in enumerate(dataset.select_columns([column])))
-    return [{"id": f"{i:05d}", "text": text_of(record, column)} for i, record in enumerate(records)]
+    return dataset
 
 
 def text_of(record: Record, column: str) -> str:

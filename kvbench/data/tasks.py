@@ -10,12 +10,21 @@ from typing import Literal, Self
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from kvbench.config import read_toml
+from kvbench.data.question_rows import QuestionRowsSpec
 from kvbench.data.samples.registry import RECIPES
 from kvbench.data.samples.sample import Recipe
 from kvbench.errors import unknown
 
-GROUPS = ("ruler", "babi")
-"""Names that stand for all tasks whose names begin with them."""
+GROUPS = ("ruler", "babi", "longbench", "scbench", "babilong", "infinitebench")
+"""Names that stand for all tasks whose names begin with them, but those that stand apart."""
+APART = ("ruler-qa", "longbench-v2")
+"""The only one of its group that needs the hub, and another benchmark."""
+
+
+_OWN_PROTOCOL = {
+    "recall": "prefix", "generation": "generate", "online": "online", "answer": "answer", "questions": "answer",
+}
+"""The only protocol of tasks of a kind."""
 
 
 class CorpusSpec(BaseModel):
@@ -26,7 +35,7 @@ class CorpusSpec(BaseModel):
         hub: id of a data set on the Hugging Face hub, with its ``config`` and ``split``, or one of its ``files``.
         synthetic: generated set of dialogues, ``profiles`` or ``demonstrations``.
         cut: ``document`` (each row), ``wikitext-articles`` (at title rows), ``passages``, or ``turns``
-            (each row has turns and an answer).
+            (each row has turns and an answer), or ``questions`` (each row has a context and questions about it).
         passage_chars: minimum number of characters of a passage, for ``cut = "passages"``.
     """
 
@@ -37,7 +46,7 @@ class CorpusSpec(BaseModel):
     files: str | None = None
     split: str = "test"
     synthetic: Literal["profiles", "demonstrations"] | None = None
-    cut: Literal["document", "wikitext-articles", "passages", "turns"] = "document"
+    cut: Literal["document", "wikitext-articles", "passages", "turns", "questions"] = "document"
     passage_chars: int = Field(default=8000, ge=200)
 
 
@@ -108,7 +117,7 @@ class GenerationSpec(BaseModel):
 
 
 class AnswerSpec(BaseModel):
-    """How samples of a long-context task are made.
+    """How samples of a long-context task are made by rule.
 
     Attributes:
         recipe: name of the recipe (:mod:`kvbench.data.samples`), and its ``options``.
@@ -154,13 +163,14 @@ class Task(BaseModel):
     name: str
     version: int
     summary: str
-    kind: Literal["lm", "recall", "online", "generation", "answer"]
+    kind: Literal["lm", "recall", "online", "generation", "answer", "questions"]
     protocols: tuple[str, ...] = Field(min_length=1)
     corpus: CorpusSpec
     recall: RecallSpec | None = None
     online: OnlineSpec | None = None
     generation: GenerationSpec | None = None
     answer: AnswerSpec | None = None
+    questions: QuestionRowsSpec | None = None
 
     @property
     def has_answers(self) -> bool:
@@ -169,22 +179,26 @@ class Task(BaseModel):
 
     @model_validator(mode="after")
     def _complete(self) -> Self:
-        if (self.kind == "recall") != (self.recall is not None):
-            raise ValueError("a task of kind 'recall' has a table [recall], and no other has one")
-        if self.kind == "recall" and self.protocols != ("prefix",):
-            raise ValueError("a task of kind 'recall' has protocols = [\"prefix\"]")
-        if (self.kind == "generation") != (self.generation is not None):
-            raise ValueError("a task of kind 'generation' has a table [generation], and no other has one")
-        if (self.kind == "generation") != (self.protocols == ("generate",)):
-            raise ValueError("a task of kind 'generation', and no other, has protocols = [\"generate\"]")
-        if (self.kind == "online") != (self.online is not None):
-            raise ValueError("a task of kind 'online' has a table [online], and no other has one")
-        if (self.kind == "online") != (self.protocols == ("online",)):
-            raise ValueError("a task of kind 'online', and no other, has protocols = [\"online\"]")
-        if (self.kind == "answer") != (self.answer is not None) or (self.kind == "answer") != (
-            self.protocols == ("answer",)
-        ):
-            raise ValueError("a task of kind 'answer', and no other, has a table [answer] and protocols = [\"answer\"]")
+        tables = {
+            "recall": self.recall, "generation": self.generation, "online": self.online, "answer": self.answer,
+        }
+        for kind, table in tables.items():
+            if (self.kind == kind) != (table is not None):
+                raise ValueError(f"a task of kind {kind!r} has a table [{kind}], and no other has one")
+        if self.questions is None if self.kind == "questions" else self.questions is not None and self.answer is None:
+            raise ValueError("a task of kind 'questions' has a table [questions]; of others 'answer' may have one")
+        own = _OWN_PROTOCOL.get(self.kind)
+        if own is not None and self.protocols != (own,):
+            raise ValueError(f"a task of kind {self.kind!r} has protocols = [\"{own}\"]")
+        taken = sorted(({*_OWN_PROTOCOL.values()} - {"prefix"}) & {*self.protocols}) if own is None else []
+        if taken:
+            raise ValueError(f"a task of kind {self.kind!r} is not measured with protocol {taken[0]!r}")
+        self._check_corpus()
+        return self
+
+    def _check_corpus(self) -> None:
+        if (self.questions is not None) != (self.corpus.cut == "questions"):
+            raise ValueError("cut = \"questions\" goes with a table [questions]")
         sources = (self.corpus.embedded, self.corpus.hub, self.corpus.synthetic)
         if sum(source is not None for source in sources) != 1:
             raise ValueError("the corpus has one of 'embedded', 'hub' and 'synthetic'")
@@ -193,7 +207,6 @@ class Task(BaseModel):
             raise ValueError("cut = \"turns\" goes with [online] query = \"next\" or \"last\"")
         if (self.corpus.synthetic is not None and not in_turns) or (self.corpus.hub is not None and in_turns):
             raise ValueError("turns are 'embedded' or 'synthetic', and running text is not 'synthetic'")
-        return self
 
 
 def tasks_folder() -> Path:
@@ -212,7 +225,9 @@ def expanded(names: Iterable[str]) -> list[str]:
     known = task_names()
     found = [
         one for name in names
-        for one in ([task for task in known if task.startswith(f"{name}-")] if name in GROUPS else [name])
+        for one in (
+            [task for task in known if task.startswith(f"{name}-") and task not in APART] if name in GROUPS else [name]
+        )
     ]
     return list(dict.fromkeys(found))
 

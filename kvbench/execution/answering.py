@@ -18,10 +18,10 @@ from kvbench.data.documents import Document
 from kvbench.execution.channel import CELL_ERRORS, Advanced, At
 from kvbench.execution.contexts import Contexts
 from kvbench.execution.evidence import Spans, Survival, kept_of
-from kvbench.execution.writing import Ends, write_answers
+from kvbench.execution.writing import Ends, Written, write_answers
 from kvbench.inference.opening import prepared
 from kvbench.inference.session import Session
-from kvbench.protocols.answer import LINE, AnswerProtocol
+from kvbench.protocols.answer import LINE, TOGETHER, AnswerProtocol
 from kvbench.protocols.pieces import Cut, Piece
 from kvbench.store.answer_records import Answer, AnswerRecord
 from kvbench.store.records import Cell
@@ -40,10 +40,11 @@ def answer_window(
         todo = [
             cell for cell in cells if document.id not in done.get(cell.key, ()) and cell.key not in worker.failed
         ]
-        reading = Contexts(worker, protocol, cut, [worker.prepared_cells[cell.key] for cell in todo])
+        prepared_cells = [worker.prepared_cells[cell.key] for cell in todo]
+        reading = Contexts(worker.loaded.model, protocol, document.group, cut, prepared_cells)
         tokens = sum(len(piece.ids) for piece in cut.pieces)
         worker.say(Advanced(tokens * (len(cells) - len(todo))))
-        for group in reading.groups([worker.prepared_cells[cell.key] for cell in todo]):
+        for group in reading.groups(prepared_cells):
             worker.say(At(group[0].cell.key))
             _answer_group(worker, reading, group, ends)
             worker.say(Advanced(tokens * len(group)))
@@ -80,9 +81,9 @@ class _Cell:
         self.peak, self.logical = max(self.peak, session.peak), self.logical + size.logical
         self.physical, self.full = self.physical + size.physical, self.full + size.full
 
-    def record(self, first: Piece, seconds: float) -> AnswerRecord:
+    def record(self, first: Piece, group: str, seconds: float) -> AnswerRecord:
         return AnswerRecord(
-            first.document, first.document, tuple(answer for _, answer in sorted(self.answers.items())),
+            first.document, group, tuple(answer for _, answer in sorted(self.answers.items())),
             self.contexts, self.raw, self.held, self.peak, self.logical, self.physical, self.full,
             self.survival, self.spans, first.bin, round(seconds, 4),
         )
@@ -91,20 +92,24 @@ class _Cell:
 def _answered(reading: Contexts, group: Sequence[PreparedCell], ends: Ends) -> list[AnswerRecord]:
     """Compress every context of a sample for a group of cells, and answer the questions behind it."""
     started, pieces = time.perf_counter(), reading.cut.pieces
+    is_session = reading.protocol.turns == TOGETHER
     found = [_Cell() for _ in group]
     for context, asked in reading.pieces.items():
         with torch.inference_mode(), prepared(reading.model, group[0].adapter, reading.length(context)):
             sessions = [reading.read(context, prepared_cell) for prepared_cell in group]
             for cell, session in zip(found, sessions, strict=True):
                 cell.add(session, asked[0])
+            before: list[Written] = []
             for number, piece in enumerate(pieces):
                 if piece in asked:
-                    copies = sessions if piece is asked[-1] else [_copied(session) for session in sessions]
-                    answers = write_answers(reading.model, copies, piece, ends)
-                    for cell, answer in zip(found, answers, strict=True):
-                        cell.answers[number] = answer
+                    is_last = piece is asked[-1]
+                    copies = sessions if is_session or is_last else [_copied(session) for session in sessions]
+                    written = write_answers(reading.model, copies, piece, ends, before)
+                    before = written if is_session else []
+                    for cell, one in zip(found, written, strict=True):
+                        cell.answers[number] = one.answer
     seconds = (time.perf_counter() - started) / len(group)
-    return [cell.record(pieces[0], seconds) for cell in found]
+    return [cell.record(pieces[0], reading.group, seconds) for cell in found]
 
 
 def _copied(session: Session) -> Session:

@@ -6,17 +6,18 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import torch
+from torch import nn
 
 from kvbench.cache.shape import cache_shape
 from kvbench.inference.opening import ONEPASS, Text, open_session
 from kvbench.inference.session import Session
 from kvbench.inference.shared_context import SharedContext, can_share
 from kvbench.inference.together import can_join
-from kvbench.protocols.answer import AnswerProtocol
+from kvbench.protocols.answer import TOGETHER, AnswerProtocol, needed
 from kvbench.protocols.pieces import Cut, Piece
 
 if TYPE_CHECKING:
-    from kvbench.execution.worker import PreparedCell, Worker
+    from kvbench.execution.worker import PreparedCell
 
 ROWS = 64
 """Number of cells that answer together, at most."""
@@ -28,15 +29,16 @@ class Contexts:
     """The contexts of a sample: each is read once for all policies that can share it.
 
     Attributes:
+        group: unit that the bootstrap resamples.
         pieces: the questions, by context and in their order.
         sharing: cells that share the forward pass over a context.
         joining: those of them that also write their answers together.
     """
 
     def __init__(
-        self, worker: Worker, protocol: AnswerProtocol, cut: Cut, prepared_cells: Sequence[PreparedCell]
+        self, model: nn.Module, protocol: AnswerProtocol, group: str, cut: Cut, prepared_cells: Sequence[PreparedCell]
     ) -> None:
-        self.model, self.protocol, self.cut = worker.loaded.model, protocol, cut
+        self.model, self.protocol, self.group, self.cut = model, protocol, group, cut
         self.pieces: dict[tuple[int, ...], list[Piece]] = {}
         for piece in cut.pieces:
             self.pieces.setdefault(piece.ids[: piece.context], []).append(piece)
@@ -44,7 +46,10 @@ class Contexts:
         first = next(iter(self.pieces))
         opened = [(one, self._opened(first, one)) for one in prepared_cells if _removes_at_end(one)]
         self.sharing = [one for one, session in opened if can_share(session)]
-        self.joining = [one for one, session in opened if can_share(session) and can_join(session)]
+        self.joining = [
+            one for one, session in opened
+            if can_share(session) and can_join(session) and protocol.turns != TOGETHER  # answers differ in length
+        ]
 
     def groups(self, prepared_cells: Sequence[PreparedCell]) -> list[list[PreparedCell]]:
         """Cells that read and answer together: those that share, as many as memory has room for; others alone."""
@@ -56,10 +61,8 @@ class Contexts:
         return [*alone, *(together[start : start + size] for start in range(0, len(together), size))]
 
     def length(self, context: tuple[int, ...]) -> int:
-        """Tokens of a context with its longest question and answer."""
-        return max(
-            len(piece.ids) + piece.asked.new_tokens for piece in self.pieces[context] if piece.asked is not None
-        )
+        """Tokens of a context with its longest question and answer, or with all of them if they are asked in turns."""
+        return needed(self.pieces[context])
 
     def read(self, context: tuple[int, ...], prepared_cell: PreparedCell) -> Session:
         """A session that has read a context and compressed it; the model is prepared for it."""

@@ -59,7 +59,7 @@ def estimate_seconds(plan: Plan, folder: RunFolder) -> dict[str, float | None]:
 
 def expected(plan: Plan, cell: Cell) -> int:
     """Number of documents of a cell, as far as it is known before they are cut; samples are made from all texts."""
-    count = int(cell.options["samples"]) if cell.answers else len(plan.corpora[cell.task].documents)
+    count = int(cell.options.get("samples", len(plan.corpora[cell.task].documents)))
     return min(plan.request.limit or count, count)
 
 
@@ -129,10 +129,17 @@ def _tokens(plan: Plan, cell: Cell) -> Tokens:
     if cell.answers:
         given = cell.options["length"]
         sizes = sizes_of(Path(plan.model.location)) if plan.model.is_folder else None
-        length = usual_length(sizes.context if sizes else min(LENGTHS)) if given == "auto" else int(given)
-        return Tokens(length, length, USUAL_ANSWER)
+        context = sizes.context if sizes else min(LENGTHS)
+        is_made = "samples" in cell.options
+        length = int(given) if given != "auto" else usual_length(context) if is_made else context
+        if is_made:
+            return Tokens(length, length, USUAL_ANSWER)
     documents = plan.corpora[cell.task].documents
     documents = documents[: plan.request.limit or len(documents)]
+    if cell.answers:
+        asked = [len(document.sample.questions) for document in documents if document.sample is not None]
+        lengths = [min(len(document.text.encode()) // BYTES_PER_TOKEN, length) for document in documents]
+        return Tokens(float(np.mean(lengths)), max(lengths), USUAL_ANSWER * float(np.mean(asked)))
     cap = 1 << 40 if cell.protocol in ("block", "stream") else LONGEST
     lengths = [min(len(document.text.encode()) // BYTES_PER_TOKEN, cap) for document in documents]
     block = cell.options.get("block", "")

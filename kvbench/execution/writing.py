@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import cached_property
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -12,7 +13,7 @@ from kvbench.data.samples.scoring import SCORING
 from kvbench.inference.opening import joined
 from kvbench.inference.session import Session
 from kvbench.models.loading import Loaded, end_tokens
-from kvbench.protocols.pieces import Piece
+from kvbench.protocols.pieces import Asked, Piece
 from kvbench.store.answer_records import Answer
 
 
@@ -41,31 +42,49 @@ class Ends:
         return self.with_line and ids[-1] in self.line_tokens and bool(self.text(ids).strip())
 
 
-def write_answers(model: nn.Module, sessions: Sequence[Session], piece: Piece, ends: Ends) -> list[Answer]:
-    """Read the question behind every context, and answer it; the caches grow by what is read and written."""
+class Written(NamedTuple):
+    """An answer, and its last token if the session has not read it; an end token never is."""
+
+    answer: Answer
+    unread: tuple[int, ...]
+
+
+def write_answers(
+    model: nn.Module, sessions: Sequence[Session], piece: Piece, ends: Ends, before: Sequence[Written] = ()
+) -> list[Written]:
+    """Read the question behind every context, and answer it; the caches grow by what is read and written.
+
+    Args:
+        before: the answers to the question before, if this one follows them in the same sessions.
+    """
     assert piece.asked is not None, "pieces of this protocol ask"
-    logits = _extended(model, sessions, [list(piece.ids[piece.context :])] * len(sessions))
-    written: list[list[int]] = [[] for _ in sessions]
+    question = piece.ids[piece.context :]
+    asked = [question] * len(sessions)
+    if before:
+        assert piece.asked.follow is not None, "the protocol asks in turns"
+        asked = [(*written.unread, *piece.asked.follow) for written in before]
+    logits = _extended(model, sessions, asked)
+    ids: list[list[int]] = [[] for _ in sessions]
     going = list(range(len(sessions)))
     while going:
         for row, token in zip(going, logits.argmax(-1).tolist(), strict=True):
-            written[row].append(token)
-        going = [
-            row for row in going
-            if not ends.are_reached(written[row]) and len(written[row]) < piece.asked.new_tokens
-        ]
+            ids[row].append(token)
+        going = [row for row in going if not ends.are_reached(ids[row]) and len(ids[row]) < piece.asked.new_tokens]
         if going:
-            logits = _extended(model, [sessions[row] for row in going], [written[row][-1:] for row in going])
-    score = SCORING[piece.asked.scoring]
-    answers = []
-    for ids in written:
-        kept = ids[:-1] if ids[-1] in ends.ends else ids
-        text = ends.text(kept)
-        answers.append(Answer(tuple(kept), text, score(text, piece.asked.references), ends.are_reached(ids)))
-    return answers
+            logits = _extended(model, [sessions[row] for row in going], [ids[row][-1:] for row in going])
+    return [_written(tokens, piece.asked, ends) for tokens in ids]
 
 
-def _extended(model: nn.Module, sessions: Sequence[Session], ids: Sequence[list[int]]) -> Tensor:
+def _written(ids: Sequence[int], asked: Asked, ends: Ends) -> Written:
+    is_ended = ids[-1] in ends.ends
+    kept = tuple(ids[:-1] if is_ended else ids)
+    text = ends.text(kept)
+    scored = text.lstrip("\n").split("\n", 1)[0] if asked.first_line else text
+    score = SCORING[asked.scoring](scored, asked.references)
+    return Written(Answer(kept, text, score, ends.are_reached(ids)), () if is_ended else kept[-1:])
+
+
+def _extended(model: nn.Module, sessions: Sequence[Session], ids: Sequence[Sequence[int]]) -> Tensor:
     """Logits ``[sessions, vocabulary]`` after more text in each of them."""
     tokens = torch.tensor(ids, device=sessions[0].device)
     together = joined([(torch.tensor([row]), session) for row, session in enumerate(sessions)])

@@ -23,6 +23,37 @@ from kvbench.protocols.recall import HIDDEN, KNOWN
 LENGTHS = (4096, 2048, 1024)
 """Default lengths: the largest that the model's context has room for."""
 LINE, END = "line", "end"
+APART, TOGETHER = "apart", "together"
+"""Whether each question is read behind a copy of the context, or behind the questions and answers before it."""
+TURNS = Setting(APART, (APART, TOGETHER), unwritten=True)
+
+
+MARK = "\u2042"
+"""Stands for an answer, where the text around it is looked for."""
+
+
+def checked_turns(options: Mapping[str, str]) -> str:
+    """The option ``turns``.
+
+    Raises:
+        UserError: questions in turns are asked for, and are known.
+    """
+    turns = options.get("turns", APART)
+    if turns == TOGETHER and options.get("question", HIDDEN) == KNOWN:
+        raise UserError(
+            "With --set turns=together questions follow answers, which are not known when a context is compressed.",
+            "Add --set question=hidden.",
+        )
+    return turns
+
+
+def needed(pieces: Sequence[Piece]) -> int:
+    """Tokens of the longest session about a context: of its longest question and answer, or of all in turns."""
+    asked = [piece.asked for piece in pieces if piece.asked is not None]
+    if asked[0].follow is None:
+        return max(len(piece.ids) + one.new_tokens for piece, one in zip(pieces, asked, strict=True))
+    later = sum(len(one.follow or ()) for one in asked[1:])
+    return len(pieces[0].ids) + later + sum(one.new_tokens for one in asked)
 
 
 def usual_length(context: int) -> int:
@@ -40,6 +71,7 @@ class AnswerProtocol(Protocol):
         samples: how many are made.
         has_template: whether prompts of models with a chat template are put into it.
         stop: where an answer ends: at the ``end`` token, or also with its first ``line``.
+        turns: whether the questions about a context are asked ``apart``, or ``together`` in one session.
     """
 
     name = "answer"
@@ -47,18 +79,19 @@ class AnswerProtocol(Protocol):
     settings = {
         "length": Setting("auto", least=256), "samples": Setting("20"),
         "question": Setting("both", ("both", HIDDEN, KNOWN)), "template": Setting("auto", ("auto", "none")),
-        "stop": Setting("auto", (END, LINE)), "chunk": CHUNK, "bos": BOS,
+        "stop": Setting("auto", (END, LINE)), "turns": TURNS, "chunk": CHUNK, "bos": BOS,
     }
     length_option = "length"
     longer = "Use another --set length=."
 
-    recipe: Recipe
     made: str
     known: bool
     length: int
-    samples: int
     has_template: bool
     stop: str
+    turns: str
+    recipe: Recipe | None = None
+    samples: int = 0
 
     @classmethod
     def resolve(cls, task: Task, options: Mapping[str, str], context: int, model: str) -> Self:
@@ -67,28 +100,34 @@ class AnswerProtocol(Protocol):
         length = usual_length(context) if given == "auto" else int(given)
         check_length(length, context, model, f"--set length={context}")
         return cls(
-            int(options["chunk"]), options["bos"], task.answer.made().prepare(length), task.answer.signature(),
-            options.get("question", HIDDEN) == KNOWN, length, int(options["samples"]), options["template"] != "none",
-            options["stop"],
+            int(options["chunk"]), options["bos"], task.answer.signature(), options.get("question", HIDDEN) == KNOWN,
+            length, options["template"] != "none", options["stop"], checked_turns(options),
+            task.answer.made().prepare(length), int(options["samples"]),
         )
 
     def pieces(
         self, documents: Sequence[Document], tokenizer: Tokenizer, seed: int, with_words: bool
     ) -> Iterator[tuple[Document, Cut]]:
-        filler = Filler([document.text for document in documents])
+        assert self.recipe is not None, "samples of this kind are made by rule"
+        filler = Filler(
+            [document.text for document in documents],
+            [document.sample for document in documents if document.sample is not None],
+        )
 
         def count(sample: Sample) -> int:
+            if self.turns == TOGETHER:
+                return needed(self.cut("", sample, tokenizer).pieces)
             return max(
-                len(tokenizer.lead()) + len(tokenizer.encode("".join(self._parts(sample, question, tokenizer)))[0])
+                len(tokenizer.lead()) + len(tokenizer.encode("".join(self.parts(sample, question, tokenizer)))[0])
                 + question.new_tokens for question in sample.questions
             )
 
         for index in range(self.samples):
             sample = make_sample(self.recipe, filler, self.length, seed, index, count)
             name = f"{self.recipe.name}-{seed}-{index:03d}"
-            yield Document(name, name, ""), self._cut(name, sample, tokenizer)
+            yield Document(name, name, ""), self.cut(name, sample, tokenizer)
 
-    def _parts(self, sample: Sample, question: Question, tokenizer: Tokenizer) -> tuple[str, str, str]:
+    def parts(self, sample: Sample, question: Question, tokenizer: Tokenizer) -> tuple[str, str, str]:
         """The prompt in parts: what stands before the context, the context, and all that follows it.
 
         Raises:
@@ -107,24 +146,38 @@ class AnswerProtocol(Protocol):
         context = sample.context.lstrip()
         return before, context, whole[place + len(context) :] + question.prefix.lstrip()
 
-    def _cut(self, name: str, sample: Sample, tokenizer: Tokenizer) -> Cut:
-        return Cut(tuple(
-            self._piece(name, sample, question, number, tokenizer) for number, question in enumerate(sample.questions)
-        ), 0)
+    def cut(self, name: str, sample: Sample, tokenizer: Tokenizer) -> Cut:
+        """The questions about a sample, each with its context."""
+        return Cut(tuple(self._piece(name, sample, question, tokenizer) for question in sample.questions), 0)
 
-    def _piece(self, name: str, sample: Sample, question: Question, number: int, tokenizer: Tokenizer) -> Piece:
-        before, context, after = self._parts(sample, question, tokenizer)
+    def _piece(self, name: str, sample: Sample, question: Question, tokenizer: Tokenizer) -> Piece:
+        before, context, after = self.parts(sample, question, tokenizer)
         lead, parts = tokenizer.lead(), tokenizer.split((before + context, after))
         ids = (*lead, *parts[0].ids, *parts[1].ids)
         read = len(lead) + len(parts[0].ids)
         asked = Asked(
             question.references, question.scoring, question.new_tokens,
-            self._spans(sample, before, context, after, tokenizer),
+            self._spans(sample, before, context, after, tokenizer), read, question.first_line,
+            self._follow(question, tokenizer) if self.turns == TOGETHER else None,
         )
         return Piece(
             name, ids, len(ids) - 1 if self.known else read, len(ids), 0, layout_id(name, 0),
             bin=sample.bin or None, asked=asked,
         )
+
+    def _follow(self, question: Question, tokenizer: Tokenizer) -> tuple[int, ...]:
+        """The tokens of a question as it follows the answer to another: in a new turn of the chat, or of the text."""
+        said = question.text.strip()
+        if not (self.has_template and getattr(tokenizer.hf, "chat_template", None)):
+            return tuple(tokenizer.encode(f"\n\n{said}{question.prefix}")[0])
+        turns = [("user", "."), ("assistant", MARK), ("user", said)]
+        whole = tokenizer.hf.apply_chat_template(
+            [{"role": role, "content": content} for role, content in turns], tokenize=False, add_generation_prompt=True
+        )
+        _, mark, after = whole.partition(MARK)
+        if not mark or said not in after:
+            raise UserError("The chat template changes what is said.", "Use --set template=none.")
+        return tuple(tokenizer.encode(after + question.prefix.lstrip())[0])
 
     @staticmethod
     def _spans(
@@ -146,7 +199,8 @@ class AnswerProtocol(Protocol):
     def lengths(self) -> str:
         template = "auto" if self.has_template else "none"
         question = KNOWN if self.known else HIDDEN
-        return f"L:{self.length}|{self.made}|question:{question}|template:{template}|stop:{self.stop}"
+        turns = f"|turns:{self.turns}" if self.turns != APART else ""
+        return f"L:{self.length}|{self.made}|question:{question}|template:{template}|stop:{self.stop}{turns}"
 
     def limited(self, documents: Sequence[Document], limit: int | None) -> tuple[Sequence[Document], int | None]:
         """All documents are filler; samples are limited."""

@@ -28,12 +28,14 @@ class Setting:
         choices: allowed values, the first of which ``auto`` stands for; empty for a number.
         least: smallest allowed integer.
         share: bounds of a decimal number, for an option that takes one: above the first and up to the second.
+        unwritten: whether the default is left out of the options of cells, since older cells had no such option.
     """
 
     default: str
     choices: tuple[str, ...] = ()
     least: int = 1
     share: tuple[float, float] | None = None
+    unwritten: bool = False
 
     def checked(self, name: str, value: str, protocol: str) -> str:
         """Check a value and return its canonical spelling.
@@ -170,9 +172,13 @@ def settings_of(protocol: type[Protocol], given: Mapping[str, str]) -> dict[str,
     Raises:
         UserError: a value is not allowed.
     """
-    return {
+    found = {
         name: setting.checked(name, given.get(name, setting.default), protocol.name)
         for name, setting in protocol.settings.items()
+    }
+    return {
+        name: value for name, value in found.items()
+        if not (protocol.settings[name].unwritten and value == protocol.settings[name].default)
     }
 
 

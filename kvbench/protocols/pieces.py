@@ -25,6 +25,9 @@ class Asked:
     Attributes:
         references, scoring: what the answer is compared with, and how.
         new_tokens: that may be generated.
+        asked_at: index of the first token of the question.
+        first_line: whether only the first line of the answer is scored.
+        follow: token ids of the question as it follows the answer to the one before; None if it never does.
         spans: name, first token and end of every part of the context that is more than filler; None if the tokenizer
             does not say where tokens are.
     """
@@ -33,6 +36,9 @@ class Asked:
     scoring: str
     new_tokens: int
     spans: tuple[tuple[str, int, int], ...] | None
+    asked_at: int
+    first_line: bool = False
+    follow: tuple[int, ...] | None = None
 
 
 @dataclass(frozen=True)

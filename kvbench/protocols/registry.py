@@ -10,10 +10,11 @@ from kvbench.protocols.block import Block
 from kvbench.protocols.generate import Generate
 from kvbench.protocols.online import Online
 from kvbench.protocols.prefix import Prefix
+from kvbench.protocols.question_rows import QuestionRows
 from kvbench.protocols.recall import Recall
 from kvbench.protocols.stream import Stream
 
-PROTOCOLS: tuple[type[Protocol], ...] = (Block, Stream, Prefix, Recall, Online, Generate, AnswerProtocol)
+PROTOCOLS: tuple[type[Protocol], ...] = (Block, Stream, Prefix, Recall, Online, Generate, AnswerProtocol, QuestionRows)
 NAMES = tuple(dict.fromkeys(protocol.name for protocol in PROTOCOLS))
 
 

@@ -20,7 +20,7 @@ class TaskInfo:
     """A task after its documents were cut into token sequences for one model.
 
     Attributes:
-        kind: ``lm``, ``recall``, ``online``, ``generation`` or ``answer``.
+        kind: ``lm``, ``recall``, ``online``, ``generation``, ``answer`` or ``questions``.
         answers: whether its targets are answers, for which accuracy is reported.
         version: version of the task.
         signature: how its documents were cut and read.
@@ -41,6 +41,11 @@ class TaskInfo:
     skipped_documents: int = 0
     dropped_tokens: int = 0
     tokens: int = 0
+
+    @property
+    def asks(self) -> bool:
+        """Whether questions about contexts are answered."""
+        return self.kind in ("answer", "questions")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -11,7 +11,8 @@ from typing import Any
 
 import pytest
 
-from kvbench.data.documents import embedded_documents
+from kvbench.data.documents import embedded_documents, load_corpus
+from kvbench.data.samples.documents import DocumentQuestion
 from kvbench.data.samples.lists import CommonWords, FrequentWords, VariableTracking
 from kvbench.data.samples.lookup import KeyValues, PassKey
 from kvbench.data.samples.needles import NeedleGrid, Needles
@@ -20,6 +21,7 @@ from kvbench.data.samples.sample import EVIDENCE, Filler, Recipe, Sample, make_s
 from kvbench.data.samples.scoring import SCORING, followed
 from kvbench.data.samples.stories import GIVERS, OBJECTS, PEOPLE, ROOMS, Story
 from kvbench.data.samples.sums import Arithmetic
+from kvbench.data.tasks import load_task
 from kvbench.errors import UserError
 
 RECIPES: dict[str, Recipe] = {
@@ -28,6 +30,7 @@ RECIPES: dict[str, Recipe] = {
     "multivalue": Needles(values=4), "multiquery": Needles(asked=4), "grid": NeedleGrid(), "vt": VariableTracking(),
     "vt2": VariableTracking(chains=2), "cwe": CommonWords(), "fwe": FrequentWords(), "passkey": PassKey(),
     "kv": KeyValues(), "instructions": Instructions(), "arithmetic": Arithmetic(),
+    "docqa": DocumentQuestion(),
     **{f"babi_{task}": Story(task=task) for task in (1, 2, 3, 4, 5)},  # type: ignore[arg-type]
 }
 LENGTH = 1400
@@ -36,7 +39,11 @@ Make = Callable[..., Sample]
 
 @pytest.fixture(scope="module")
 def filler() -> Filler:
-    return Filler([document.text for document in embedded_documents()])
+    asked = load_corpus(load_task("docqa"), None).documents
+    return Filler(
+        [document.text for document in embedded_documents()],
+        [document.sample for document in asked if document.sample is not None],
+    )
 
 
 @pytest.fixture(scope="module")
@@ -62,17 +69,18 @@ def make(filler: Filler, count: Callable[[Sample], int]) -> Make:
 def test_lengths_are_met_and_answers_are_in_the_prompt(
     make: Make, count: Callable[[Sample], int], name: str
 ) -> None:
-    units = {"kv": 110, "multikey_3": 110, "fwe": 60, "cwe": 40, "arithmetic": 60}  # tokens of one unit, at most
+    # Tokens of one unit, at most.
+    units = {"docqa": 260, "kv": 110, "multikey_3": 110, "fwe": 60, "cwe": 40, "arithmetic": 60}
     for index in range(4):
         sample = make(name, index)
         assert LENGTH - units.get(name, 50) < count(sample) <= LENGTH
         for question in sample.questions:
             whole = sample.context + question.text
-            right = question.references[:1] if question.scoring == "label" else question.references
+            right = question.references[:1] if question.scoring in ("label", "contains_any") else question.references
             if question.scoring == "instructions":
                 right = tuple(one.partition(":")[2] for one in right)
             if name != "arithmetic":
-                assert all(reference in whole for reference in right)
+                assert all(reference.lower() in whole.lower() for reference in right)
             best = " ".join(right)
             if question.scoring != "instructions":
                 assert SCORING[question.scoring](best, question.references) == 1
@@ -94,11 +102,12 @@ def test_samples_are_the_same_on_every_machine(filler: Filler) -> None:
     def words(sample: Sample) -> int:
         return max(len((sample.context + one.text).split()) for one in sample.questions)
 
+    samples = [make_sample(recipe.prepare(500), filler, 500, 0, 1, words) for recipe in RECIPES.values()]
     content = "\n".join(
-        str((made.context, made.questions, made.spans)) for name, recipe in RECIPES.items()
-        for made in (make_sample(recipe.prepare(500), filler, 500, 0, 1, words),)
+        str((made.context, [(one.text, one.prefix, one.references) for one in made.questions], made.spans))
+        for made in samples
     )
-    assert hashlib.sha256(content.encode()).hexdigest()[:16] == "b614ff94963c45ab"
+    assert hashlib.sha256(content.encode()).hexdigest()[:16] == "4249cf245cc69941"
 
 
 @pytest.mark.parametrize("name", [name for name, recipe in RECIPES.items() if isinstance(recipe, Needles)])
@@ -286,3 +295,24 @@ def test_scoring_by_worked_examples() -> None:
 def test_a_length_that_is_too_short_is_a_sentence(make: Make) -> None:
     with pytest.raises(UserError, match="too few for a sample"):
         make("single_1", length=200)
+
+
+def test_documents_are_those_of_the_set_each_once_and_the_right_one_is_among_them(make: Make, filler: Filler) -> None:
+    contexts = {sample.context: sample.questions[0] for sample in filler.samples}
+    asked = set()
+    for index in range(30):
+        sample = make("docqa", index)
+        found = re.split(r"Document \d+:\n", sample.context)[1:]
+        texts = [text.strip() for text in found]
+        assert set(texts) <= set(contexts)
+        assert len(set(texts)) == len(texts) > 3
+        [(name, start, stop)] = sample.spans
+        evidence = sample.context[start:stop].split(":\n", 1)[1].strip()
+        right = contexts[evidence]
+        assert name == EVIDENCE
+        assert right.text in sample.questions[0].text
+        assert right.references == sample.questions[0].references
+        others = [text for text in texts if text != evidence]
+        assert not any(answer.lower() in text.lower() for answer in right.references for text in others)
+        asked.add(right.text)
+    assert len(asked) == 30  # no question twice while there are others

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from kvbench.api.compress import compress
+from kvbench.data.documents import load_corpus
 from kvbench.data.samples.needles import Needles
 from kvbench.data.samples.scoring import contains_all
 from kvbench.data.tasks import load_task
@@ -52,8 +53,6 @@ def pieces_of(loaded: Any, known: bool) -> dict[str, tuple[Piece, ...]]:
     options = {**OPTIONS, **({"question": "known"} if known else {})}
     task = load_task("kv-retrieval")
     protocol = AnswerProtocol.resolve(task, options, 1024, "kvbench-tiny")
-    from kvbench.data.documents import load_corpus
-
     found = protocol.pieces(load_corpus(task, None).documents, make_tokenizer(loaded.tokenizer, "auto"), 0, False)
     return {document.id: cut.pieces for document, cut in (next(found), next(found))}
 
@@ -188,7 +187,9 @@ def test_prompts_are_the_parts_of_the_sample(
     tiny_tokenizer: Any, monkeypatch: pytest.MonkeyPatch, template: str | None, known: bool
 ) -> None:
     monkeypatch.setattr(tiny_tokenizer, "chat_template", template)
-    protocol = AnswerProtocol(64, "auto", Needles("noise"), "needles", known, 700, 3, True, "end")
+    protocol = AnswerProtocol(
+        64, "auto", "needles", known, 700, True, "end", "apart", recipe=Needles("noise"), samples=3
+    )
     document, cut = next(protocol.pieces([load_document()], make_tokenizer(tiny_tokenizer, "auto"), 5, False))
     [piece] = cut.pieces
     assert piece.asked is not None
@@ -217,10 +218,10 @@ def test_every_task_is_made_for_a_model(loaded: Any) -> None:
     tokenizer = make_tokenizer(loaded.tokenizer, "auto")
     for path in sorted((Path(__file__).parents[2] / "tasks").glob("*.toml")):
         task = load_task(path.stem)
-        if task.kind != "answer":
+        if task.kind != "answer" or task.corpus.hub is not None:
             continue
         protocol = AnswerProtocol.resolve(task, {**OPTIONS, "length": "1024"}, 1024, "kvbench-tiny")
-        _, cut = next(protocol.pieces([load_document()], tokenizer, 0, False))
+        _, cut = next(protocol.pieces(load_corpus(task, None).documents, tokenizer, 0, False))
         assert all(len(piece.ids) <= 1024 for piece in cut.pieces)
         assert protocol.made.partition(",")[0] == task.answer.recipe  # type: ignore[union-attr]
 

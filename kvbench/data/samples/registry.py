@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from kvbench.data.samples.documents import DocumentQuestion
 from kvbench.data.samples.lists import CommonWords, FrequentWords, VariableTracking
 from kvbench.data.samples.lookup import KeyValues, PassKey
 from kvbench.data.samples.needles import NeedleGrid, Needles
@@ -13,6 +14,6 @@ from kvbench.data.samples.sums import Arithmetic
 RECIPES: dict[str, type[Recipe]] = {
     recipe.name: recipe for recipe in (
         Needles, NeedleGrid, VariableTracking, CommonWords, FrequentWords, PassKey, KeyValues, Story, Instructions,
-        Arithmetic,
+        Arithmetic, DocumentQuestion,
     )
 }

@@ -35,6 +35,7 @@ class Question:
         references: what the answer is compared with.
         scoring: how, by a name in :mod:`kvbench.data.samples.scoring`.
         new_tokens: tokens that the model may generate.
+        first_line: whether only the first line of the answer is scored.
     """
 
     text: str
@@ -42,6 +43,7 @@ class Question:
     references: tuple[str, ...]
     scoring: str
     new_tokens: int
+    first_line: bool = False
 
 
 @dataclass(frozen=True)
@@ -78,15 +80,24 @@ class Recipe(ABC):
             index: of the sample within the task.
         """
 
+    def most(self, filler: Filler) -> int | None:
+        """The most units of filler that there are; None if it can be repeated."""
+        return None
+
     def prepare(self, length: int) -> Recipe:
         """The recipe for samples of so many tokens."""
         return self
 
 
 class Filler:
-    """A running text that needles are hidden in, repeated where it is too short."""
+    """A running text that needles are hidden in, repeated where it is too short.
 
-    def __init__(self, texts: Sequence[str]) -> None:
+    Attributes:
+        samples: the texts with the questions that are known about them.
+    """
+
+    def __init__(self, texts: Sequence[str], samples: Sequence[Sample] = ()) -> None:
+        self.samples = tuple(samples)
         self.words = [word for text in texts for word in text.split()]
         if not self.words:
             raise UserError("The filler holds no text.", "Give --data with running text.")
@@ -144,11 +155,13 @@ def make_sample(
     def made(units: int) -> Sample:
         return recipe.sample(units, Random(f"{recipe.name} {seed} {index}"), filler, index)
 
-    least = recipe.step
+    least, most = recipe.step, recipe.most(filler)
     if count(made(least)) > length:
         raise UserError(f"{recipe.name}: {length} tokens are too few for a sample.", "Use a larger --set length=.")
-    low, high = least, least * 2
-    while count(made(high)) <= length:
+    if most is not None and count(made(most)) <= length:
+        return made(most)
+    low, high = least, least * 2 if most is None else most
+    while most is None and count(made(high)) <= length:
         low, high = high, high * 2
     while high - low > 1:
         middle = (low + high) // 2

@@ -5,6 +5,8 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Sequence
 
+from kvbench.data.samples.qa_scoring import QA_SCORING
+
 Scoring = Callable[[str, Sequence[str]], float]
 
 
@@ -70,6 +72,6 @@ def followed(answer: str, instruction: str) -> bool:
 
 SCORING: dict[str, Scoring] = {
     rule.__name__: rule for rule in (
-        contains_all, contains_any, first_number, label, label_published, instructions
+        contains_all, contains_any, first_number, label, label_published, instructions, *QA_SCORING
     )
 }

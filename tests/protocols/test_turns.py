@@ -1,0 +1,86 @@
+"""Questions in turns: one session goes on from answer to answer, as a loop over transformers' own cache does."""
+
+from __future__ import annotations
+
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import DynamicCache
+
+from kvbench.data.documents import load_corpus
+from kvbench.data.tasks import load_task
+from kvbench.methods import kept
+from kvbench.models.loading import load_model
+from kvbench.models.references import resolve_model
+from kvbench.protocols.answer import AnswerProtocol
+from kvbench.protocols.pieces import make_tokenizer
+from kvbench.store.folder import RunFolder
+from tests.helpers.command import Call, kvbench, refused
+
+RUN = [
+    "run", "--task", "kv-retrieval", "--limit", "2", "--set", "length=1000", "--set", "turns=together",
+    "--no-baselines", "--threads", "1", "--set", "question=hidden", "--method", "knorm", "--ratio", "0.5",
+]
+OPTIONS = {
+    "length": "1000", "samples": "2", "template": "auto", "stop": "end", "turns": "together", "chunk": "64",
+    "bos": "auto",
+}
+
+
+@torch.inference_mode()
+def in_turns(model: Any, pieces: Any, ratio: Fraction | None) -> list[list[int]]:
+    """Greedy answers of the model to all questions in one conversation, the context compressed by the norm of keys."""
+    cache, first = DynamicCache(), pieces[0]
+    model(torch.tensor([first.ids[: first.context]]), past_key_values=cache)
+    if ratio is not None:
+        keep = kept(first.context, ratio)
+        for layer in cache.layers:
+            lowest = layer.keys.norm(dim=-1).topk(keep, largest=False).indices.sort(-1).values[..., None]
+            layer.keys = layer.keys.gather(-2, lowest.expand(-1, -1, -1, layer.keys.shape[-1]))
+            layer.values = layer.values.gather(-2, lowest.expand(-1, -1, -1, layer.values.shape[-1]))
+    place, answers = first.context, []
+    end = model.generation_config.eos_token_id or model.config.eos_token_id
+    unread: list[int] = []
+    for number, piece in enumerate(pieces):
+        question = list(piece.ids[piece.context :] if number == 0 else piece.asked.follow)
+        ids, answer = [*unread, *question], []
+        while len(answer) < piece.asked.new_tokens and (not answer or answer[-1] != end):
+            out = model(
+                torch.tensor([ids]), past_key_values=cache,
+                position_ids=torch.arange(place, place + len(ids))[None],
+            )
+            place += len(ids)
+            answer.append(int(out.logits[0, -1].argmax()))
+            ids = answer[-1:]
+        unread = [] if answer[-1] == end else answer[-1:]
+        answers.append(answer[:-1] if answer[-1] == end else answer)
+    return answers
+
+
+@pytest.mark.parametrize("template", ["none", "auto"])
+def test_one_session_goes_on_from_answer_to_answer(template: str, tmp_path: Path) -> None:
+    found = kvbench(*RUN, "--set", f"template={template}", "--out", tmp_path / "run", cwd=tmp_path)
+    assert found.code == 0, found.err
+    folder = RunFolder(tmp_path / "run")
+    loaded = load_model(resolve_model("kvbench-tiny"), "cpu", "float32")
+    task = load_task("kv-retrieval")
+    protocol = AnswerProtocol.resolve(task, {**OPTIONS, "template": template}, 1024, "kvbench-tiny")
+    tokenizer = make_tokenizer(loaded.tokenizer, "auto")
+    for document, cut in protocol.pieces(load_corpus(task, None).documents, tokenizer, 0, False):
+        said = [loaded.tokenizer.decode(piece.asked.follow) for piece in cut.pieces if piece.asked is not None]
+        assert all(piece.asked.references[0] not in text for piece, text in zip(cut.pieces, said, strict=True))  # type: ignore[union-attr]
+        whole = len(cut.pieces[0].ids) + sum(len(p.asked.follow) for p in cut.pieces[1:])  # type: ignore[union-attr, arg-type]
+        assert whole + 4 * 50 <= 1000
+        for cell in folder.cells():
+            record = folder.answers(cell)[document.id]
+            ratio = Fraction(1, 2) if cell.method == "knorm" else None
+            assert [list(answer.ids) for answer in record.answers] == in_turns(loaded.model, cut.pieces, ratio)
+
+
+def test_known_questions_cannot_follow_answers(called: Call) -> None:
+    asked = [part for part in RUN if part != "question=hidden"]
+    asked.insert(asked.index("--method"), "question=both")
+    refused(called, asked, "Add --set question=hidden")
