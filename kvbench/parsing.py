@@ -53,6 +53,19 @@ def duration_of(seconds: float) -> str:
     return f"{seconds / 60:.0f} min" if seconds < 90 * 60 else f"{seconds / 3600:.1f} h"
 
 
+def parse_duration(text: str, option: str) -> float:
+    """Parse a duration such as ``90s``, ``30m`` or ``1.5h`` into seconds; a number alone is seconds.
+
+    Raises:
+        UserError: it is not a duration above 0.
+    """
+    found = re.fullmatch(r"\s*([0-9]+(?:\.[0-9]+)?)\s*([smh]?)\s*", text)
+    seconds = float(found[1]) * {"": 1, "s": 1, "m": 60, "h": 3600}[found[2]] if found else 0.0
+    if not 0 < seconds < float("inf"):
+        raise UserError(f"{option} {text}: not a duration above 0.", "Write 90s, 30m or 2h.")
+    return seconds
+
+
 def parse_json(text: str | bytes) -> Any:
     """Parse a JSON text.
 

@@ -4,28 +4,36 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from kvbench.execution.parent import ExecutionOptions
     from kvbench.planning.profile import ProfilePlan
     from kvbench.planning.quality import Plan
     from kvbench.store.manifest import Manifest
     from kvbench.store.rows import Results
 
 
-def run_plan(plan: Plan, command: list[str], console: Console, fresh: bool) -> Results:
-    """Measure the quality that a plan asks for; see :func:`measure_folder`."""
-    from kvbench.execution.parent import ExecutionOptions, execute
+def run_plan(
+    plan: Plan, command: list[str], console: Console, fresh: bool, seconds: float | None = None
+) -> Results:
+    """Measure the quality that a plan asks for; see :func:`measure_folder`.
+
+    Args:
+        seconds: measure as many documents as fit into this time; None for all.
+    """
+    from kvbench.execution.parent import ExecutionOptions
     from kvbench.judges.mauve import measure_similarity
     from kvbench.store.folder import RunFolder
 
     def measure() -> None:
         # A method that cannot be used on one of several tasks is left out of it, with a note.
         choices = ExecutionOptions(fresh=fresh, skip_infeasible=len({cell.task for cell in plan.cells}) > 1)
-        execute([plan], plan.folder, plan.content, command, console, choices)
+        measure_plans([plan], plan.folder, plan.content, command, console, choices, seconds)
         measure_similarity(RunFolder(plan.folder), console)
 
     request = plan.request
@@ -33,6 +41,28 @@ def run_plan(plan: Plan, command: list[str], console: Console, fresh: bool) -> R
         plan.folder, plan.content, request.limit, fresh, console, measure, request.metrics,
         cells=[cell.key for cell in plan.cells],
     )
+
+
+def measure_plans(
+    plans: Sequence[Plan], path: Path, content: str, command: list[str], console: Console, choices: ExecutionOptions,
+    seconds: float | None,
+) -> None:
+    """Measure plans into a folder, on all of their documents or on as many as fit into a time."""
+    from kvbench.execution.parent import execute
+    from kvbench.execution.time_limit import measure_within
+    from kvbench.store.folder import RunFolder
+
+    rounds = 0
+
+    def measure(some: Sequence[Plan]) -> None:
+        nonlocal rounds  # only the first round begins anew
+        execute(some, path, content, command, console, replace(choices, fresh=choices.fresh and rounds == 0))
+        rounds += 1
+
+    if seconds is None:
+        measure(plans)
+    else:
+        measure_within(plans, RunFolder(path), seconds, measure, console)
 
 
 def profile_plan(plan: ProfilePlan, command: list[str], console: Console, fresh: bool) -> Results:

@@ -57,6 +57,10 @@ Execution = Annotated[str, typer.Option(
     help="streamed (entries really removed) or onepass (masked, nothing freed).", rich_help_panel="How to run")]
 Limit = Annotated[int | None, typer.Option(
     help="Documents per task. \\[default: all]", show_default=False, rich_help_panel="How to run")]
+TimeLimit = Annotated[str | None, typer.Option(
+    metavar="DURATION",
+    help="Measure as many documents per task as fit, such as 30m or 2h; the same command again adds more. "
+    "\\[default: none]", show_default=False, rich_help_panel="How to run")]
 Baselines = Annotated[bool, typer.Option(
     "--baselines/--no-baselines", help="Add none, local, scattered and sinks beside full.",
     rich_help_panel="How to run")]
@@ -104,6 +108,12 @@ def checked_limit(given: int | None, default: int) -> int:
     if given is not None and given < 1:
         raise UserError(f"--limit {given} is below 1.", "It is the number of documents per task.")
     return default if given is None else given
+
+
+def checked_time_limit(given: str | None) -> float | None:
+    from kvbench.parsing import parse_duration
+
+    return None if given is None else parse_duration(given, "--time-limit")
 
 
 def checked_seed(given: int | None, default: int) -> int:

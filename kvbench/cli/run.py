@@ -38,6 +38,7 @@ def run(
     device: options.Device = None,
     dtype: options.Dtype = None,
     threads: options.Threads = None,
+    time_limit: options.TimeLimit = None,
     baselines: options.Baselines = True,
     out: Annotated[Path | None, typer.Option(
         parser=options.path, help="Run folder: missing, empty, or one of the same run. \\[default: reports/...]",
@@ -77,6 +78,7 @@ def run(
 
     console = Console(stderr=True)
     settings = load_settings(config).run
+    seconds = options.checked_time_limit(time_limit)
     request = quality_request(
         context.params, settings, model or settings.model, options.checked_seed(seed, settings.seed)
     )
@@ -86,7 +88,7 @@ def run(
         print_plans([plan], plan.folder, json_)
         return
     with interruptible():
-        results = run_plan(plan, sys.argv, console, fresh)
+        results = run_plan(plan, sys.argv, console, fresh, seconds)
     if json_:
         sys.stdout.write(results.to_json() + "\n")
     else:

@@ -54,6 +54,7 @@ def sweep(
     device: options.Device = None,
     dtype: options.Dtype = None,
     threads: options.Threads = None,
+    time_limit: options.TimeLimit = None,
     baselines: options.Baselines = True,
     executor: Annotated[str | None, typer.Option(
         help="local, ray or slurm: where the workers run. Elsewhere they must see the run folder. \\[default: local]",
@@ -128,6 +129,9 @@ def sweep(
         raise UserError(f"--timeout {timeout:g} is not above 0.", "It is a number of seconds.")
     if executor_option and name == "local":
         raise UserError("--executor-option is for --executor ray or slurm.", "Name one of them, or leave it out.")
+    seconds = options.checked_time_limit(time_limit)
+    if seconds is not None and name != "local":
+        raise UserError(f"--time-limit is for what is measured here, not for --executor {name}.", "Use --limit.")
     request = quality_request(context.params, settings, models[0], seeds[0])
     found = build_sweep(request, models, seeds)
     if dry_run:
@@ -140,7 +144,7 @@ def sweep(
     def measure() -> None:
         _measure(found, console, name, workers if workers is not None else settings.workers, fresh,
                  not (settings.keep_going if keep_going is None else keep_going), timeout or settings.timeout,
-                 parse_options(executor_option or []))
+                 parse_options(executor_option or []), seconds)
 
     with interruptible():
         results = measure_folder(
@@ -157,16 +161,17 @@ def sweep(
 
 def _measure(
     found: Sweep, console: Console, executor: str, workers: int, fresh: bool, fail_fast: bool, timeout: float,
-    settings: dict[str, str],
+    settings: dict[str, str], seconds: float | None,
 ) -> None:
+    from kvbench.api.measure import measure_plans
     from kvbench.execution.cluster import start_workers
-    from kvbench.execution.parent import ExecutionOptions, execute
+    from kvbench.execution.parent import ExecutionOptions
     from kvbench.judges.mauve import measure_similarity
     from kvbench.store.folder import RunFolder
 
     if executor == "local":
         choices = ExecutionOptions(fresh, fail_fast, timeout, workers, skip_infeasible=True)
-        execute(found.plans, found.folder, found.content, sys.argv, console, choices)
+        measure_plans(found.plans, found.folder, found.content, sys.argv, console, choices, seconds)
     else:
         start_workers(found, executor, workers or 2, settings, fresh, console)
     measure_similarity(RunFolder(found.folder), console)

@@ -1,0 +1,46 @@
+"""As many documents as fit into a time: rounds grow by what documents have taken, and another call adds more."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from kvbench.errors import UserError
+from kvbench.parsing import parse_duration
+from kvbench.store.folder import RunFolder
+from tests.helpers.command import Call, kvbench, refused
+
+RUN = ["run", "--method", "knorm", "--ratio", "0.5", "--task", "passkey", "--set", "length=300", "--set",
+       "question=hidden", "--no-baselines", "--threads", "1", "--limit", "5"]
+
+
+def documents(path: Path) -> set[int]:
+    folder = RunFolder(path)
+    return {len(folder.documents(cell)) for cell in folder.cells()}
+
+
+def test_one_document_more_with_every_call_that_has_no_time(tmp_path: Path) -> None:
+    for count in (1, 2):
+        found = kvbench(*RUN, "--time-limit", "0.001s", "--out", tmp_path / "run", cwd=tmp_path)
+        assert found.code == 0, found.err
+        assert f"{count} of 5 documents per task" in found.err
+        assert documents(tmp_path / "run") == {count}
+    found = kvbench(*RUN, "--time-limit", "2h", "--out", tmp_path / "run", cwd=tmp_path)
+    assert "All 5 documents per task fitted" in found.err
+    assert documents(tmp_path / "run") == {5}
+    found = kvbench(*RUN, "--out", tmp_path / "run", cwd=tmp_path)
+    assert "Already measured" in found.err
+
+
+@pytest.mark.parametrize(("text", "seconds"), [("90s", 90), ("30m", 1800), ("1.5h", 5400), ("7", 7)])
+def test_durations(text: str, seconds: float) -> None:
+    assert parse_duration(text, "--time-limit") == seconds
+
+
+@pytest.mark.parametrize("text", ["0", "-3m", "5d", "", "h", "1e3s", "9" * 400])
+def test_bad_durations_are_sentences(text: str, called: Call) -> None:
+    with pytest.raises(UserError, match="not a duration"):
+        parse_duration(text, "--time-limit")
+    if text == "5d":
+        refused(called, [*RUN, "--time-limit", text], "--time-limit 5d: not a duration above 0")
