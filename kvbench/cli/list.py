@@ -94,7 +94,7 @@ def _tasks() -> list[dict[str, str]]:
     found = [load_task(path.stem) for path in sorted(tasks_folder().glob("*.toml"))]
     return [
         {
-            "name": task.name, "measures": task.summary, "protocols": " ".join(task.protocols),
+            "name": task.name, "measures": task.summary, "protocols": " ".join(task.measurable),
             "needs": _source(task.corpus.embedded, task.corpus.hub, task.corpus.synthetic),
         }
         for task in found

@@ -173,6 +173,11 @@ class Task(BaseModel):
     questions: QuestionRowsSpec | None = None
 
     @property
+    def measurable(self) -> tuple[str, ...]:
+        """The protocols that it can be measured with: every text that is written can be compressed meanwhile."""
+        return (*self.protocols, "decode") if self.kind == "generation" else self.protocols
+
+    @property
     def has_answers(self) -> bool:
         """Whether the target is an answer, which is right or wrong."""
         return self.kind == "recall" or (self.online is not None and self.online.query == "last")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Sequence
 from itertools import groupby
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
@@ -97,9 +97,9 @@ def _continued(
     worker: Worker, prepared_cell: PreparedCell, protocol: Generate, pieces: list[Piece], groups: dict[str, str]
 ) -> list[GenerationRecord]:
     loaded, started = worker.loaded, time.perf_counter()
-    texts, kept, peak, sizes, before = written_ids(loaded, prepared_cell, protocol, pieces)
-    seconds = (time.perf_counter() - started) / len(pieces)
-    visible, queries = _visibility(before, texts)
+    written = write_texts(loaded, prepared_cell, protocol, pieces)
+    sizes, seconds = written.sizes, (time.perf_counter() - started) / len(pieces)
+    visible, queries = _visibility(written.shares, written.ids)
     names = [
         (kind, protocol.decodings[:place].count(kind)) for place, kind in enumerate(protocol.decodings)
     ]
@@ -108,14 +108,14 @@ def _continued(
         _output(
             loaded.tokenizer, piece.ids[: piece.context], kind, draw, ids, len(ids) < len(piece.ids) - piece.context
         )
-        for piece, rows in zip(pieces, texts, strict=True)
+        for piece, rows in zip(pieces, written.ids, strict=True)
         for (kind, draw), ids in zip(names, rows, strict=True)
     ]
     judged = worker.judges.judged([prefix for prefix in prefixes for _ in names], outputs)
     return [
         GenerationRecord(
             piece.document, groups[piece.document], tuple(judged[i * len(names) : (i + 1) * len(names)]),
-            piece.context, kept, visible[i], queries[i], peak,
+            written.read, written.kept, visible[i], queries[i], written.peak,
             kv_logical=sizes.logical / len(pieces), kv_physical=sizes.physical / len(pieces),
             kv_full=sizes.full / len(pieces),
             seconds=round(seconds, 4),
@@ -124,36 +124,53 @@ def _continued(
     ]
 
 
-def written_ids(
-    loaded: Loaded, prepared_cell: PreparedCell, protocol: Generate, pieces: list[Piece]
-) -> tuple[list[list[tuple[int, ...]]], int, int, CacheBytes, Tensor]:
-    """Generate the continuations of the pieces' prefixes.
+class WrittenTexts(NamedTuple):
+    """Continuations of a batch of prefixes, and what the cache held.
 
-    Returns:
-        Ids by piece and output, without the end token; entries kept after the prefix was read; the most entries ever
-        held; bytes of the cache after the prefix was read; and, for every position that can be generated, entries
-        visible / text tokens before, for the query that predicts it.
+    Attributes:
+        ids: by piece and output, without the end token.
+        read: tokens of the prefix, or of all that was read, if entries are removed while text is written; ``kept``:
+            entries held then, and ``sizes`` their bytes, over all rows.
+        peak: the most entries ever held.
+        shares: for every position that can be generated, entries visible / text tokens before, for the query that
+            predicts it.
     """
+
+    ids: list[list[tuple[int, ...]]]
+    read: int
+    kept: int
+    peak: int
+    sizes: CacheBytes
+    shares: Tensor
+
+
+def write_texts(
+    loaded: Loaded, prepared_cell: PreparedCell, protocol: Generate, pieces: list[Piece]
+) -> WrittenTexts:
+    """Generate the continuations of the pieces' prefixes."""
     first, model, cell = pieces[0], loaded.model, prepared_cell.cell
     drawn = torch.stack([torch.from_numpy(uniforms(piece, protocol, cell.seed)) for piece in pieces])
     ends = end_tokens(loaded)
     with torch.inference_mode(), prepared(model, prepared_cell.adapter, len(first.ids)):
         session = open_session(
             model, prepared_cell.method, text_of(pieces), adapter=prepared_cell.adapter, seed=cell.seed,
-            execution=cell.execution, chunk=protocol.chunk,
+            execution=cell.execution, chunk=protocol.chunk, is_late=protocol.compresses_late,
         )
         prefix = torch.tensor([piece.ids[: piece.context] for piece in pieces], device=session.device)
         logits = read_prompt(session, prefix)
         kept, sizes = session.kept, session.bytes()
         steps = generate(session, logits, drawn, Sampling(protocol.top_p, protocol.temperature), ends)
         ids = torch.stack(list(steps), dim=1).cpu()
+        read = first.context
+        if protocol.compresses_late:
+            read = first.context + ids.shape[1] - 1
+            kept, sizes = session.kept, session.bytes()
+            sizes = sizes._replace(full=sizes.full * read // first.context)
     found = [tuple(i for i in row if i >= 0 and i not in ends) for row in ids.tolist()]
     outputs = len(protocol.decodings)
     queries = torch.arange(max(1, first.context - 1), len(first.ids) - 1)
-    return (
-        [found[i : i + outputs] for i in range(0, len(found), outputs)], kept, session.peak, sizes,
-        session.visible(queries) / queries,
-    )
+    texts = [found[i : i + outputs] for i in range(0, len(found), outputs)]
+    return WrittenTexts(texts, read, kept, session.peak, sizes, session.visible(queries) / queries)
 
 
 def _visibility(shares: Tensor, texts: list[list[tuple[int, ...]]]) -> tuple[list[float], list[int]]:

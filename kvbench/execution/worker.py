@@ -40,7 +40,7 @@ from kvbench.execution.channel import (
 from kvbench.execution.generation import write_window
 from kvbench.execution.job import Job, Order
 from kvbench.execution.workload import TaskWork, batches, cut_task
-from kvbench.inference.opening import check_method, places_needed, rows_together
+from kvbench.inference.opening import check_method, held_at_end, places_needed, rows_together
 from kvbench.judges.loading import check_mauve, load_judges
 from kvbench.methods import Method, make_method
 from kvbench.methods.layouts.mask_example import Mask
@@ -52,6 +52,7 @@ from kvbench.models.rope import has_rotary
 from kvbench.probe.cached import apart_at, probed
 from kvbench.protocols.answer import AnswerProtocol
 from kvbench.protocols.base import Protocol
+from kvbench.protocols.decode import Decode
 from kvbench.protocols.generate import Generate
 from kvbench.protocols.pieces import Cut, Piece
 from kvbench.protocols.scoring import BatchScore, Reference, score_pieces, text_of
@@ -144,6 +145,9 @@ class Worker:
             method.with_budget_for(context, shape).check(context, protocol.in_chunks)
         for piece in pieces:
             self._check_positions(cell, method, piece, protocol)
+            if isinstance(protocol, Decode) and method.compresses():
+                held = held_at_end(method, self.loaded.model, text_of([replace(piece, layout=0)]), cell.seed)
+                protocol.check_held(cell.method, held, len(piece.ids))
 
     def _check_at_length(self, cell: Cell) -> None:
         """Check, on a text of the greatest length, that the model predicts the same with stored entries as in one pass.

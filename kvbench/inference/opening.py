@@ -54,7 +54,7 @@ class Text:
 def open_session(
     model: nn.Module, method: Method, text: Text, *, adapter: Adapter | None = None, seed: int = 0,
     execution: str = "streamed", chunk: int = 64, at_once: bool = False, compresses_context: bool = True,
-    overhead: Callable[[], AbstractContextManager[object]] = nullcontext,
+    is_late: bool = False, overhead: Callable[[], AbstractContextManager[object]] = nullcontext,
 ) -> Session:
     """Open a session of a method; use it while the model is :func:`prepared` for the adapter and the length.
 
@@ -63,6 +63,7 @@ def open_session(
         chunk: number of tokens that are fed at a time.
         at_once: feed the whole context in one forward pass if the method allows it, which is fastest.
         compresses_context: remove entries at the end of the context; otherwise only while tokens are generated.
+        is_late: the same for policies; layouts hold what they hold from the start.
         overhead: context manager entered around all work outside the model's own forward pass, so that it can be timed.
 
     Raises:
@@ -74,7 +75,7 @@ def open_session(
         once = (text.has_continuation or text.is_written) and method.prefill == "once"
         return PolicySession(
             model, method, text.context, text.row_seeds, seed, (text.context if at_once else chunk) if once else None,
-            overhead=overhead, compresses_context=compresses_context,
+            overhead=overhead, compresses_context=compresses_context and not is_late,
         )
     if not compresses_context:
         raise UserError(f"{method.name} plans context and generated tokens together.", "Use it for both.")
@@ -143,6 +144,15 @@ def places_needed(method: Method, model: nn.Module, text: Text, seed: int) -> in
     if isinstance(method, CachePolicy):
         return text.planned
     return int(_planned(method, text, seed).position.max()) + 1
+
+
+def held_at_end(method: Method, model: nn.Module, text: Text, seed: int) -> int:
+    """Number of entries that are held when a text has been read and written."""
+    method = method.with_budget_for(text.context, cache_shape(model))
+    if isinstance(method, CachePolicy):
+        return text.planned if method.packs or method.keeps_all else method.budget(text.planned, text.planned, 0, 1)
+    layout = _planned(method, text, seed)
+    return len(layout.held_after(len(layout)))
 
 
 class PeakSize(NamedTuple):

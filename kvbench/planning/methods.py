@@ -124,12 +124,13 @@ def parse_choice(text: str) -> Choice:
 
 
 def entries_of(
-    asked: Sequence[Choice], ratios: Sequence[Fraction], budget: Budget, options: dict[str, str], baselines: bool,
-    in_chunks: bool,
+    asked: Sequence[Choice], ratios: Sequence[Fraction], budget: Budget, options: dict[str, str],
+    baselines: Sequence[str], in_chunks: bool,
 ) -> list[Entry]:
     """Expand methods into entries: controls, baselines, then the requested ones, once per ratio or at the budget.
 
     Args:
+        baselines: names of methods that others are compared with.
         in_chunks: whether the text comes in chunks of its own, such as the turns of a dialogue.
 
     Raises:
@@ -142,7 +143,7 @@ def entries_of(
     if "none" in names or (baselines and not in_chunks):
         wanted += [(Choice("none"), "control")]
     if baselines and not in_chunks and any(METHODS[name].compresses() for name in names):
-        wanted += [(Choice(name), "baseline") for name in BASELINES if name not in names]
+        wanted += [(Choice(name), "baseline") for name in baselines if name not in names]
     wanted += [(choice, "method") for choice in asked if choice.name not in CONTROLS]
     found = [
         Entry(method, role, variant=choice.variant(options)) for choice, role in wanted

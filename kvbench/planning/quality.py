@@ -20,9 +20,10 @@ from kvbench.metrics import GENERATION_NAMES, NEED_ENCODER, NEED_SCORER
 from kvbench.models.fingerprint import fingerprint
 from kvbench.models.references import ModelReference, resolve_model
 from kvbench.planning.adapters import Adapters
-from kvbench.planning.methods import NO_BUDGET, Budget, entries_of, feasible, parse_choice
+from kvbench.planning.methods import BASELINES, NO_BUDGET, Budget, entries_of, feasible, parse_choice
 from kvbench.planning.request import MeasurementRequest
-from kvbench.protocols.base import settings_of
+from kvbench.protocols.base import Protocol, settings_of
+from kvbench.protocols.decode import Decode
 from kvbench.protocols.recall import HIDDEN, KNOWN
 from kvbench.protocols.registry import NAMES, chosen_protocol
 from kvbench.store.records import HUMAN, ITSELF, Cell
@@ -114,9 +115,11 @@ def build_plan(request: Request, skip_infeasible: bool = False) -> Plan:
     tasks = {name: load_task(name) for name in expanded(request.tasks)}
     _check_tasks(request, tasks)
     protocols = {name: chosen_protocol(task, request.protocol) for name, task in tasks.items()}
+    kept = {name: _kept(protocol, request) for name, protocol in protocols.items()}
     wanted = {
         name: entries_of(
-            asked, ratios, request.budget, request.options, request.baselines, protocols[name].in_chunks
+            asked, ratios, *kept[name], _baselines(protocols[name]) if request.baselines else (),
+            protocols[name].in_chunks,
         )
         for name in tasks
     }
@@ -127,7 +130,7 @@ def build_plan(request: Request, skip_infeasible: bool = False) -> Plan:
     omitted: list[str] = []
     for name, entries in wanted.items():
         in_chunks = protocols[name].in_chunks
-        wanted[name] = feasible(entries, request.budget, in_chunks, omitted if skip_infeasible else None)
+        wanted[name] = feasible(entries, kept[name][0], in_chunks, omitted if skip_infeasible else None)
     _check_execution(request, [entry.method for entries in wanted.values() for entry in entries])
     model = resolve_model(request.model, request.revision)
     corpora = {name: load_corpus(task, request.data, request.column) for name, task in tasks.items()}
@@ -153,7 +156,7 @@ def build_plan(request: Request, skip_infeasible: bool = False) -> Plan:
                 options=options, adapter=None, adapter_hash=None, **measured,
             ))
         for method, role, adapter, variant in adapters.given_to(wanted[name]):
-            with_ratio = not request.budget.is_constant and method.uses_ratio(protocols[name].in_chunks)
+            with_ratio = not kept[name][0].is_constant and method.uses_ratio(protocols[name].in_chunks)
             cells.append(Cell(
                 method=method.name, ratio_asked=ratio_text(method.ratio) if with_ratio else None, role=role,
                 options={**options, **method.resolved, **method.budget_given},
@@ -172,6 +175,29 @@ def build_plan(request: Request, skip_infeasible: bool = False) -> Plan:
     )
 
 
+def _kept(protocol: type[Protocol], request: Request) -> tuple[Budget, dict[str, str]]:
+    """How much is kept with a protocol, and the options of methods: ``decode`` decides both.
+
+    Raises:
+        UserError: the request says otherwise.
+    """
+    if not issubclass(protocol, Decode):
+        return request.budget, request.options
+    if request.budget != NO_BUDGET or "step" in request.options:
+        said = f"--set step={request.options['step']}" if "step" in request.options else "a budget"
+        raise UserError(
+            f"With --protocol decode, {said} is given otherwise.",
+            "Use --set entries= for what is kept, and --set every= for how often.",
+        )
+    given = settings_of(protocol, request.options)
+    return Budget(tokens=int(given["entries"])), {**request.options, "step": given["every"]}
+
+
+def _baselines(protocol: type[Protocol]) -> tuple[str, ...]:
+    """What methods are compared with: with ``decode`` only what holds a constant number of entries."""
+    return ("sinks",) if issubclass(protocol, Decode) else BASELINES
+
+
 def _check_tasks(request: Request, tasks: Mapping[str, Task]) -> None:
     """Check that the tasks can be measured together, and that the requested protocol suits one of them.
 
@@ -186,8 +212,8 @@ def _check_tasks(request: Request, tasks: Mapping[str, Task]) -> None:
         )
     if len({task.name for task in tasks.values()}) < len(tasks):
         raise UserError("Two of the tasks have the same name.", "Give each task file a name of its own.")
-    if request.protocol is not None and not any(request.protocol in task.protocols for task in tasks.values()):
-        allowed = dict.fromkeys(p for task in tasks.values() for p in task.protocols)
+    if request.protocol is not None and not any(request.protocol in task.measurable for task in tasks.values()):
+        allowed = dict.fromkeys(p for task in tasks.values() for p in task.measurable)
         raise UserError(
             f"{'Task' if len(tasks) == 1 else 'None of the tasks'} {', '.join(map(repr, tasks))} is"
             f"{' not' if len(tasks) == 1 else ''} measured with protocol {request.protocol!r}.",

@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Self
+from typing import ClassVar, Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -37,6 +37,7 @@ class Generate(Protocol):
         prefix, new_tokens: tokens of the prefix and of the continuation; words if ``in_words``.
         decodings: how each document is continued: ``nucleus`` once per draw, ``greedy`` once.
         batch: documents generated at a time; 0 leaves the choice to kvbench.
+        compresses_late: whether policies remove entries only while text is written.
     """
 
     name = "generate"
@@ -47,6 +48,7 @@ class Generate(Protocol):
         "top_p": Setting("0.9", share=(0.0, 1.0)), "temperature": Setting("1", share=(0.0, 100.0)),
         "batch": Setting("auto"), "chunk": CHUNK, "bos": BOS,
     }
+    compresses_late: ClassVar[bool] = False
     length_option = "prefix"
     longer = "Give longer documents, or smaller --set prefix= and --set new_tokens=."
 
@@ -118,7 +120,7 @@ class Generate(Protocol):
         step = "evicted" if execution == "streamed" else "masked"
         preset = "|preset:paper(recalled, not verified)" if self.preset == "paper" else ""
         return (
-            f"generate|{self.lengths}|{draws}|p:{self.top_p:g}|T:{self.temperature:g}"
+            f"{self.name}|{self.lengths}|{draws}|p:{self.top_p:g}|T:{self.temperature:g}"
             f"|{step}|bos:{'per_piece' if has_bos else 'none'}|tok:{tokenizer}{preset}|v:{version}"
         )
 

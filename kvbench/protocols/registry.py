@@ -7,6 +7,7 @@ from kvbench.errors import unknown
 from kvbench.protocols.answer import AnswerProtocol
 from kvbench.protocols.base import Protocol
 from kvbench.protocols.block import Block
+from kvbench.protocols.decode import Decode
 from kvbench.protocols.generate import Generate
 from kvbench.protocols.online import Online
 from kvbench.protocols.prefix import Prefix
@@ -14,7 +15,9 @@ from kvbench.protocols.question_rows import QuestionRows
 from kvbench.protocols.recall import Recall
 from kvbench.protocols.stream import Stream
 
-PROTOCOLS: tuple[type[Protocol], ...] = (Block, Stream, Prefix, Recall, Online, Generate, AnswerProtocol, QuestionRows)
+PROTOCOLS: tuple[type[Protocol], ...] = (
+    Block, Stream, Prefix, Recall, Online, Generate, Decode, AnswerProtocol, QuestionRows,
+)
 NAMES = tuple(dict.fromkeys(protocol.name for protocol in PROTOCOLS))
 
 
@@ -36,5 +39,5 @@ def chosen_protocol(task: Task, asked: str | None) -> type[Protocol]:
     Raises:
         UserError: the task names a protocol that does not exist.
     """
-    known = {name: protocol_of(task, name) for name in task.protocols}
+    known = {name: protocol_of(task, name) for name in task.measurable}
     return known[asked if asked in known else task.protocols[0]]

@@ -101,7 +101,7 @@ class Cell:
     @property
     def writes(self) -> bool:
         """Whether its records are generated texts."""
-        return self.protocol == "generate"
+        return self.protocol in ("generate", "decode")
 
     @property
     def answers(self) -> bool:
@@ -223,7 +223,8 @@ class GenerationRecord:
     Attributes:
         group: unit that the bootstrap resamples (see ``DocumentRecord``).
         outputs: the texts.
-        raw: text tokens of the prefix; ``held``: entries held after it was read.
+        raw: text tokens of the prefix; ``held``: entries held after it was read. With the protocol ``decode``, of all
+            that was read or written, as are the bytes.
         visible: sum of entries visible / text tokens before, over queries that chose a token (``queries``).
         peak: the most entries ever held.
         kv_logical, kv_physical, kv_full: bytes of the cache after the prefix was read (see ``DocumentRecord``).
