@@ -1,4 +1,5 @@
-"""Confidence intervals, paired tests and Holm's correction. The unit of resampling is the group of documents."""
+"""Confidence intervals, paired tests, Holm's correction and rank correlations. The unit of resampling is the group of
+documents."""
 
 from __future__ import annotations
 
@@ -46,7 +47,7 @@ def _weights(groups: int, seed: int) -> Array:
 
 
 def bootstrap_intervals(
-    tables: Sequence[GroupSums], values: Callable[[Sequence[Array]], Array], seed: int
+    tables: Sequence[GroupSums], values: Callable[[Sequence[Array]], Array], seed: int, may_lack: float = 0.0
 ) -> Array:
     """Percentile bootstrap intervals of many statistics, all from the same resampling of groups.
 
@@ -54,9 +55,10 @@ def bootstrap_intervals(
         tables: all with the same groups in the same order.
         values: function from the resampled totals, ``[resamples, columns]`` per table, to ``[statistics, resamples]``.
         seed: seed of the resampling; the same seed gives the same interval.
+        may_lack: largest share of the resamples in which a statistic may be undefined (NaN); these are left out.
 
     Returns:
-        ``[statistics, 2]``, low and high ends; NaN if there are fewer than two groups.
+        ``[statistics, 2]``, low and high ends; NaN if there are fewer than two groups, or too many undefined resamples.
     """
     groups = tables[0].sums.shape[0]
     if groups < 2:
@@ -69,7 +71,12 @@ def bootstrap_intervals(
     with np.errstate(divide="ignore", invalid="ignore"):
         found = values([table.totals(seed, weights) for table in tables])
     tail = (1 - LEVEL) / 2
-    interval: Array = np.percentile(found, [100 * tail, 100 * (1 - tail)], axis=-1)
+    ends = [100 * tail, 100 * (1 - tail)]
+    if may_lack:
+        lacking = np.isnan(found).mean(-1)
+        kept = [np.nan if share > may_lack else row[~np.isnan(row)] for row, share in zip(found, lacking, strict=True)]
+        return np.array([np.percentile(row, ends) for row in kept])
+    interval: Array = np.percentile(found, ends, axis=-1)
     return interval.T
 
 
@@ -100,10 +107,28 @@ def paired_p_value(differences: Array, seed: int) -> float | None:
     return float(min(1.0, 2 * (side + 1) / (len(null) + 1)))
 
 
+def smallest_p_value(groups: int, differing: int) -> float:
+    """The smallest p-value that :func:`paired_p_value` can give, which is that of differences of one sign.
+
+    Args:
+        groups: number of groups; ``differing``: of those among them whose difference is not 0. The others change
+            nothing when their sign is flipped.
+    """
+    if groups < 2 or not differing:
+        return 1.0
+    least = 2.0 ** (1 - differing)
+    return least if 2**groups <= EXCHANGES else max(least, 2 / (_number_of_flips(groups) + 1))
+
+
+def _number_of_flips(groups: int) -> int:
+    """As many flips as memory allows, from 9999 to 199,999."""
+    return max(EXCHANGES, min(MOST_FLIPS, FLIPS_BYTES // (8 * groups)))
+
+
 @lru_cache(maxsize=1)
 def _flips(groups: int, seed: int) -> Array:
-    """Random signs, ``[flips, groups]``: as many flips as memory allows, from 9999 to 199,999."""
-    count = max(EXCHANGES, min(MOST_FLIPS, FLIPS_BYTES // (8 * groups)))
+    """Random signs, ``[flips, groups]``."""
+    count = _number_of_flips(groups)
     signs = np.random.default_rng(seed).integers(0, 2, (count, groups), dtype=np.int8).astype(np.float64)
     return 2 * signs - 1
 
@@ -147,6 +172,33 @@ def holm(p_values: Sequence[float | None]) -> list[float | None]:
         highest = max(highest, min(1.0, (len(present) - rank) * p))
         adjusted[i] = highest
     return adjusted
+
+
+def rank_correlations(x: Array, y: Array, weights: Array) -> Array:
+    """Spearman's correlation of points that occur several times or not at all, as in resamples.
+
+    Args:
+        x, y: ``[points]``; ``weights``: how often each of them occurs, ``[resamples, points]``.
+
+    Returns:
+        ``[resamples]``; NaN where x or y is constant. It is scipy.stats.spearmanr of the points written out, which
+        would rank them one resample after the other.
+    """
+    total = weights.sum(-1)
+    a, b = (_mid_ranks(values, weights) - (total[:, None] + 1) / 2 for values in (x, y))
+    spread = np.sqrt((weights * a * a).sum(-1) * (weights * b * b).sum(-1))
+    with np.errstate(divide="ignore", invalid="ignore"):
+        # Ranks are multiples of one half: what is smaller is a rounding error.
+        found: Array = np.where(spread > 1e-6, (weights * a * b).sum(-1) / spread, np.nan)
+    return found
+
+
+def _mid_ranks(values: Array, weights: Array) -> Array:
+    """Ranks from 1 of points that occur ``weights`` times, equal ones with their mean: ``[resamples, points]``."""
+    _, place = np.unique(values, return_inverse=True)
+    counts = weights @ np.eye(place.max() + 1)[place]
+    ranks: Array = (np.cumsum(counts, -1) - counts / 2 + 0.5)[:, place]
+    return ranks
 
 
 def repeat_interval(values: Array) -> tuple[float, float]:

@@ -18,8 +18,8 @@ from kvbench.analysis.rows import (
     Difference,
     Estimate,
     Interval,
-    remarks,
     row,
+    settings,
 )
 from kvbench.metrics import Metric
 from kvbench.statistics import GroupSums, bootstrap_intervals, exchanged_p_values, paired_p_value
@@ -184,12 +184,10 @@ def row_of(
     """Create a row of a cell from its summed records."""
     cell, totals = part.cell, {k: float(v.sum()) for k, v in part.sums.items()}
     step = bin_name.removeprefix("step=") if bin_name else ""
-    asked = {"question": "hidden"} if info.kind == "recall" else {}
     params: dict[str, Any] = {
-        **asked, **cell.options, "seq_len": info.seq_len, "batch_size": None, "new_tokens": info.new_tokens,
-        "step": int(step) if step.isdecimal() else None, "bin": bin_name,
+        **settings(cell, info, bin_name), "step": int(step) if step.isdecimal() else None,
         "entries_peak_mean": part.mean_peak or None,
-        "entry_bytes": totals["kv_full"] / totals["raw"] if totals["raw"] else None, **remarks(cell),
+        "entry_bytes": totals["kv_full"] / totals["raw"] if totals["raw"] else None,
     }
     compression = Compression(
         1 - totals["held"] / totals["raw"] if totals["raw"] else None,

@@ -13,6 +13,7 @@ from kvbench import metrics
 from kvbench.analysis.answers import answer_rows
 from kvbench.analysis.curves import curve_rows
 from kvbench.analysis.estimates import CellSums, bin_rows
+from kvbench.analysis.largest_ratio import Records, largest_ratio_rows
 from kvbench.analysis.profile import profile_results
 from kvbench.analysis.texts import generation_rows
 from kvbench.errors import UserError
@@ -70,15 +71,26 @@ def compute_results(folder: RunFolder, only: Sequence[str] = ()) -> Results:
                     cell.key, f"{cell.label}: {len(present)} of {len(chosen)} documents are done.",
                     "Run the same command again to continue.",
                 ))
-        if info.kind == "generation":
-            found = [row for row in generation_rows(folder, complete, info) if _is_shown(row.metric, only)]
-        elif info.asks:
-            found = answer_rows([(cell, folder.answers(cell)) for cell in complete], info)
-        else:
-            records = {cell.key: folder.records(cell) for cell in complete}
-            found = scored_rows([(c, [records[c.key][name] for name in chosen]) for c in complete], info)
-        rows += _adjusted(found)
+        rows += _task_rows(folder, complete, info, only)
     return Results(str(folder.path), all(f.left_out for f in failures), tuple(failures), tuple(rows))
+
+
+def _task_rows(folder: RunFolder, cells: Sequence[Cell], info: TaskInfo, only: Sequence[str]) -> list[Row]:
+    """Rows of a task from its complete cells, with adjusted p-values."""
+    if info.kind == "generation":
+        return _adjusted([row for row in generation_rows(folder, cells, info) if _is_shown(row.metric, only)])
+    measured: list[tuple[Cell, Records]]
+    if info.kind == "answer":
+        answers = [(cell, folder.answers(cell)) for cell in cells]
+        found = answer_rows(answers, info)
+        measured = [(cell, [records[name] for name in info.documents]) for cell, records in answers]
+    else:
+        texts = [(cell, folder.records(cell)) for cell in cells]
+        scored = [(cell, [records[name] for name in info.documents]) for cell, records in texts]
+        found = scored_rows(scored, info)
+        measured = [*scored]
+    adjusted = _adjusted(found)
+    return adjusted + largest_ratio_rows(found, adjusted, measured, info)
 
 
 def _not_begun(cells: Sequence[Cell], failures: Sequence[Failure]) -> list[Failure]:

@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import math
+import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from kvbench.store.faults import remarks_of
+from kvbench.store.manifest import TaskInfo
 from kvbench.store.records import Cell
 from kvbench.store.rows import Row
 
 Interval = tuple[float | None, float | None]
 NO_INTERVAL: Interval = (None, None)
+RATIOS = "ratios"
+"""Name of the bins of rows that are made of several ratios."""
 
 
 @dataclass(frozen=True)
@@ -81,6 +86,32 @@ def row(
         delta_ci_high=difference.estimate.high, p_value=difference.p_value, baseline=difference.baseline,
         seed=cell.seed, signature=f"{metric}:{signature}",
     )
+
+
+def settings(cell: Cell, info: TaskInfo, bin_name: str | None) -> dict[str, Any]:
+    """Parameters of a row of a task: its options, its lengths, its bin, and remarks on its method."""
+    asked = {"question": "hidden"} if info.kind == "recall" else {}
+    length = {"context_length": context_length(info)} if info.kind == "answer" else {}
+    return {
+        **asked, **cell.options, **length, "seq_len": info.seq_len, "batch_size": None, "new_tokens": info.new_tokens,
+        "step": None, "bin": bin_name, **remarks(cell),
+    }
+
+
+def context_length(info: TaskInfo) -> int | None:
+    """Tokens of prompt and answer in a task of questions; read from the signature, as the option may be ``auto``."""
+    found = re.search(r"\|L:(\d+)", info.signature)
+    return int(found.group(1)) if found else None
+
+
+def over_ratios(ratios: Sequence[float]) -> str:
+    """The bin of rows that are made of several ratios: ``ratios=0.3+0.5``."""
+    return f"{RATIOS}={'+'.join(f'{ratio:g}' for ratio in ratios)}"
+
+
+def is_over_ratios(row: Row) -> bool:
+    """Whether a row is made of several ratios."""
+    return str(row.params.get("bin")).startswith(f"{RATIOS}=")
 
 
 def remarks(cell: Cell) -> dict[str, Any]:

@@ -131,13 +131,16 @@ def _models() -> list[dict[str, str]]:
 
 def _metrics() -> list[dict[str, str]]:
     from kvbench import metrics
+    from kvbench.metrics.answers import CORRELATION
+    from kvbench.metrics.largest_ratio import LARGEST_RATIO
     from kvbench.metrics.profile import PROFILE_METRICS
 
     known = {m.name: m.signature for m in (*metrics.LM_METRICS, *metrics.RECALL_METRICS, *metrics.TEXT_METRICS)}
     known["recovery"] = metrics.RECOVERY_SIGNATURE
     of = dict.fromkeys(known, "language modelling")
     of |= {m.name: "answers" for m in metrics.ANSWERED}
-    known |= {m.name: m.signature for m in metrics.ANSWERED}
+    known |= {m.name: m.signature for m in metrics.ANSWERED} | metrics.OVER_CELLS
+    of |= {CORRELATION: "answers", LARGEST_RATIO: "all but written text"}
     of |= dict.fromkeys((m.name for m in metrics.RECALL_METRICS), "recall")
     of |= dict.fromkeys((m.name for m in metrics.MEMORY), "all")
     of |= dict.fromkeys(metrics.GENERATION_NAMES, "written text")

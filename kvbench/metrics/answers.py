@@ -43,3 +43,8 @@ ANSWERED = (
         shown=Shown("length", 2, None, (ANSWERS,), "length against full"),
     ),
 )
+
+CORRELATION = "survival_correlation"
+CORRELATION_SIGNATURE = "Spearman over samples of the share of evidence held and the score|v:1"
+CORRELATION_SHOWN = Shown("evidence held and score", 2, None)
+"""The correlation of two columns of a cell, which is no function of their sums."""

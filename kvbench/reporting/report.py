@@ -12,6 +12,7 @@ from kvbench.errors import UserError
 from kvbench.metrics import SHOWN
 from kvbench.reporting.figures.base import removal_figure
 from kvbench.reporting.figures.masks import mask_figure
+from kvbench.reporting.figures.needles import needle_figures
 from kvbench.reporting.figures.profile import profile_figures
 from kvbench.reporting.figures.quality import (
     asked_figures,
@@ -20,6 +21,7 @@ from kvbench.reporting.figures.quality import (
     pareto_figure,
     position_figure,
 )
+from kvbench.reporting.figures.questions import question_figures
 from kvbench.reporting.figures.recall import recall_figure
 from kvbench.reporting.page import write_page
 from kvbench.reporting.parallel import in_parallel
@@ -108,7 +110,7 @@ def write_figures(
         *(partial(removal_figure, rows, name, out, SHOWN[name].axis) for name in metrics or DRAWN),
         *(partial(draw, rows, out) for draw in (
             pareto_figure, asked_figures, position_figure, distance_figure, recall_figure, memory_figure,
-            profile_figures,
+            profile_figures, needle_figures, question_figures,
         )),
         partial(mask_figure, masks, _to_show(list(masks)), out),
     ]

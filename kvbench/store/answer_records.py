@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from statistics import fmean
 from typing import Any
 
 from kvbench.store.records import SCHEMA
@@ -62,6 +63,16 @@ class AnswerRecord:
     @property
     def key(self) -> str:
         return self.document
+
+    @property
+    def score(self) -> float:
+        """Mean score of the answers."""
+        return sum(answer.score for answer in self.answers) / len(self.answers)
+
+    @property
+    def evidence(self) -> float | None:
+        """Share of the evidence's entries that are held, mean over layers and KV heads; None if not known."""
+        return None if self.survival is None else fmean(share for layer in self.survival for share in layer)
 
     @classmethod
     def load(cls, raw: dict[str, Any]) -> AnswerRecord:

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from kvbench.store.answer_records import Answer, AnswerRecord
 from kvbench.store.folder import RUN, RunFolder
 from kvbench.store.records import Cell, DocumentRecord
 
@@ -48,5 +49,36 @@ def made(path: Path, cells: Sequence[tuple[Cell, float]], **info: Any) -> Path:
             replace(record(name), nll=float(b + more + 0.1 * s))
             for name, b, s in zip(task["documents"], base, shaken, strict=False)
         ]
+        folder.append(cell, records)
+    return path
+
+
+ASKED = replace(CELL, task="needles", protocol="answer", options={"length": "auto"})
+"""A cell of a task that asks questions; ``FULL_ASKED`` its full cache."""
+FULL_ASKED = replace(ASKED, method="full", ratio_asked=None, role="control")
+
+
+def sample(
+    name: str, scores: Sequence[float], survival: Sequence[Sequence[float]] | None = None, bin: str | None = None
+) -> AnswerRecord:
+    """The answers about one context, with these scores."""
+    answers = tuple(Answer((1, 2), "text", score, True) for score in scores)
+    shares = None if survival is None else tuple(map(tuple, survival))
+    return AnswerRecord(name, name, answers, 1, 100, 50, 100, 5.0, 5.0, 10.0, shares, None, bin)
+
+
+def asked(path: Path, cells: Sequence[tuple[Cell, Sequence[AnswerRecord]]], length: int = 512) -> Path:
+    """A run of tasks that ask questions; all cells have records of the same samples."""
+    folder = RunFolder(path)
+    path.mkdir()
+    (path / RUN).write_text(json.dumps({
+        "content": "c", "cells": [dataclasses.asdict(cell) for cell, _ in cells],
+        "tasks": {cell.setting: {
+            "kind": "answer", "version": 1, "signature": f"answer|L:{length}|needle-grid", "seq_len": None,
+            "documents": [record.document for record in records],
+        } for cell, records in cells},
+    }))
+    for cell, records in cells:
+        folder.open_cell(cell)
         folder.append(cell, records)
     return path

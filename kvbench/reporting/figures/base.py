@@ -78,11 +78,11 @@ def draw(rows: Sequence[Row], panel: Panel, folder: Path, name: str) -> list[Pat
             place.set_title(f"{task} ({about}{f', seed {seed}' if several else ''})", fontsize=9)
         for place in places[len(settings) :]:
             place.set_axis_off()
-        _legend(figure, places[: len(settings)])
+        add_legend(figure, places[: len(settings)])
         return save(figure, folder, name)
 
 
-def _legend(figure: Figure, places: Sequence[Axes]) -> None:
+def add_legend(figure: Figure, places: Sequence[Axes]) -> None:
     """Add a legend to every panel, or one below all of them if there are too many lines."""
     found: dict[str, Any] = {}
     most = 0
@@ -114,6 +114,15 @@ def save(figure: Figure, folder: Path, name: str) -> list[Path]:
         with_palette = drawn.convert("RGB").quantize(256, dither=Image.Dither.NONE)
     with_palette.save(picture, optimize=True)
     return [picture, page]
+
+
+def free_name(name: str, taken: set[str]) -> str:
+    """File name of the next figure of that name, with a number if others have it already; it is added to ``taken``."""
+    found, number = name, 2
+    while found in taken:
+        found, number = f"{name}-{number}", number + 1
+    taken.add(found)
+    return found
 
 
 def curve(

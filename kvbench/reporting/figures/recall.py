@@ -8,7 +8,7 @@ from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from kvbench.reporting.figures.base import SETTINGS, save
+from kvbench.reporting.figures.base import SETTINGS, free_name, save
 from kvbench.reporting.tables.format import Key, by_setting
 from kvbench.store.rows import Row
 
@@ -34,17 +34,9 @@ def recall_figure(rows: list[Row], folder: Path) -> list[Path]:
             for place, (group, title) in zip(places, groups, strict=True):
                 _panel(place, group, title)
             figure.suptitle(name, fontsize=9)
-            paths += save(figure, folder, _free("-known" if mine[0].params.get("question") == "known" else "", taken))
+            known = "-known" if mine[0].params.get("question") == "known" else ""
+            paths += save(figure, folder, free_name(f"recall-distance{known}", taken))
     return paths
-
-
-def _free(which: str, taken: set[str]) -> str:
-    """File name of the next figure of a question, unique among ``taken``."""
-    name, number = f"recall-distance{which}", 2
-    while name in taken:
-        name, number = f"recall-distance{which}-{number}", number + 1
-    taken.add(name)
-    return name
 
 
 def _panel(place: Axes, rows: list[Row], title: str) -> None:

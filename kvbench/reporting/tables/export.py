@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pandas as pd
 
-from kvbench.reporting.tables.tables import Table, renamed, tables_of
+from kvbench.reporting.tables.plain import Table
+from kvbench.reporting.tables.tables import renamed, tables_of
 from kvbench.store.folder import write_atomic
 from kvbench.store.rows import Row
 

@@ -9,6 +9,9 @@ from rich.table import Table
 
 from kvbench.metrics import SHOWN
 from kvbench.parsing import bytes_of
+from kvbench.reporting.tables.plain import Table as Plain
+from kvbench.reporting.tables.plain import TableCell
+from kvbench.statistics import SIGNIFICANT
 from kvbench.store.faults import named
 from kvbench.store.rows import Row
 
@@ -39,9 +42,17 @@ def by_setting(rows: Sequence[Row]) -> dict[tuple[str, str, str, int], list[Row]
 
 
 def task_of(row: Row) -> str:
-    """The task, with the question if the task has two: ``recall, question known``."""
-    question = row.params.get("question")
-    return row.task if question is None else f"{row.task}, question {question}"
+    """The task, with the length of its contexts and the question if it has them: ``needles, length 1024``, or ``recall,
+    question known``."""
+    length, question = length_of(row), row.params.get("question")
+    task = row.task if length is None else f"{row.task}, length {length}"
+    return task if question is None else f"{task}, question {question}"
+
+
+def length_of(row: Row) -> int | None:
+    """Tokens of the contexts of a task that asks questions; None for other tasks."""
+    length: int | None = row.params.get("context_length")
+    return length
 
 
 def reading_note(rows: Sequence[Row]) -> str:
@@ -83,6 +94,16 @@ def new_table(row: Row, what: str, removed: tuple[str, ...] = ("asked", "realise
     return table
 
 
+def as_rich(table: Plain) -> Table:
+    """A table for the terminal, without its notes; intervals stand below their values."""
+    found = Table(title=table.title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
+    for place, column in enumerate(table.columns):
+        found.add_column(column, justify="right" if place else "left", no_wrap=not place)
+    for row in table.rows:
+        found.add_row(*(cell.text.replace(" [", "\n[") for cell in row), style=style_of(row[0].text))
+    return found
+
+
 def style_of(method: str) -> str:
     return "dim" if method in _ROLE_ORDER else ""
 
@@ -109,6 +130,19 @@ def delta_of(row: Row, more: int = 0) -> str:
     if row.delta_ci_low is None or row.delta_ci_high is None:
         return f"{row.delta:+.{digits}f}"
     return f"{row.delta:+.{digits}f}\n[{row.delta_ci_low:+.{digits}f}, {row.delta_ci_high:+.{digits}f}]"
+
+
+def entry_of(row: Row | None, is_best: bool = False) -> TableCell:
+    """A cell with a value, its interval, and a star where it differs significantly from the baseline."""
+    if row is None or row.value is None:
+        return TableCell("-")
+    scale, digits = SHOWN[row.metric].scale, SHOWN[row.metric].digits
+    value = scale * row.value
+    mark = "*" if row.p_value is not None and row.p_value < SIGNIFICANT else ""
+    text = f"{value:.{digits}f}{mark}"
+    if row.ci_low is not None and row.ci_high is not None:
+        text += f" [{scale * row.ci_low:.{digits}f}, {scale * row.ci_high:.{digits}f}]"
+    return TableCell(text, value, is_best)
 
 
 def p_of(row: Row) -> str:

@@ -3,47 +3,29 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 from kvbench.metrics import SHOWN
 from kvbench.metrics.base import ANSWERS, GREEDY, LM, TEXTS, TIMING
 from kvbench.parsing import bytes_of
-from kvbench.reporting.tables.format import UNDER_FLOOR, by_setting, cells_of, number_of, reading_note
+from kvbench.reporting.tables.bins import bin_tables
+from kvbench.reporting.tables.format import (
+    UNDER_FLOOR,
+    by_setting,
+    cells_of,
+    entry_of,
+    length_of,
+    number_of,
+    reading_note,
+)
+from kvbench.reporting.tables.largest_ratio import largest_ratio_tables
+from kvbench.reporting.tables.plain import Table, TableCell
+from kvbench.reporting.tables.survival import survival_tables
 from kvbench.statistics import SIGNIFICANT
 from kvbench.store.faults import faults_in
 from kvbench.store.rows import Row
 
 _CONTROLS = ("human", "full", "full-again", "full-dynamic", "adapted", "none")
-
-
-@dataclass(frozen=True)
-class TableCell:
-    """One cell of a table.
-
-    Attributes:
-        sort: key to sort by; None sorts last.
-        is_best: whether it is the best at its ratio, with an interval that does not overlap the next one.
-    """
-
-    text: str
-    sort: float | str | None = None
-    is_best: bool = False
-
-
-@dataclass(frozen=True)
-class Table:
-    """A table with its title, its notes, and a name for files.
-
-    Attributes:
-        columns: headings.
-        rows: one cell per column each.
-    """
-
-    name: str
-    title: str
-    columns: tuple[str, ...]
-    rows: tuple[tuple[TableCell, ...], ...]
-    notes: tuple[str, ...]
 
 
 _MEMORY = "kv_bytes_physical"
@@ -56,10 +38,11 @@ def columns_of(table: str) -> tuple[str, ...]:
 
 
 def tables_of(rows: Sequence[Row]) -> list[Table]:
-    """Create one table for each task, protocol, model and seed, and one for its greedy texts."""
+    """Create one table for each task, protocol, model and seed, one for its greedy texts, and those of what its rows
+    say beside."""
     found: list[Table] = []
-    for (title, protocol, _, _), mine in by_setting(rows).items():
-        task = mine[0].task + ("-known" if mine[0].params.get("question") == "known" else "")
+    for (title, protocol, model, seed), mine in by_setting(rows).items():
+        task = _file_name(mine[0], rows)
         if protocol == "profile":
             timed = [r for r in mine if r.params["batch_size"] and r.params["seq_len"]]
             found.append(_table(timed, task, TIMING, columns_of(TIMING), ("seq_len", "batch_size", "bin")))
@@ -74,7 +57,17 @@ def tables_of(rows: Sequence[Row]) -> list[Table]:
         greedy = [r for r in mine if r.params.get("bin") == "decode=greedy"]
         if greedy:
             found.append(_table(greedy, f"{task}-greedy", GREEDY, columns_of(TEXTS)))
+        lead = f"{title} ({model}, {protocol}, seed {seed}): "
+        found += bin_tables(mine, task, lead) if protocol == "answer" else []
+        found += survival_tables(mine, task, lead) + largest_ratio_tables(mine, task, lead)
     return [table for table in found if table.rows]
+
+
+def _file_name(row: Row, rows: Sequence[Row]) -> str:
+    """The task as part of file names, with the length of its contexts if it was measured at several."""
+    several = len({length_of(other) for other in rows if other.task == row.task}) > 1
+    known = "-known" if row.params.get("question") == "known" else ""
+    return f"{row.task}{f'-{length_of(row)}' if several else ''}{known}"
 
 
 def _table(
@@ -93,7 +86,7 @@ def _table(
         for (method, ratio), metrics in cells.items():
             first = next(iter(metrics.values()))
             values = tuple(
-                _entry(metrics.get(metric), (method, ratio) in best[metric]) for metric in shown
+                entry_of(metrics.get(metric), (method, ratio) in best[metric]) for metric in shown
             )
             lines.append((
                 *lead, TableCell(method, method), TableCell(number_of(ratio, None), ratio),
@@ -148,18 +141,6 @@ def _best(cells: dict[tuple[str, float | None], dict[str, Row]], metric: str) ->
 def _apart(best: Row, next_: Row, better: str) -> bool:
     ends = (best.ci_high, next_.ci_low) if better == "low" else (next_.ci_high, best.ci_low)
     return ends[0] is not None and ends[1] is not None and ends[0] < ends[1]
-
-
-def _entry(row: Row | None, is_best: bool) -> TableCell:
-    if row is None or row.value is None:
-        return TableCell("-")
-    scale, digits = SHOWN[row.metric].scale, SHOWN[row.metric].digits
-    value = scale * row.value
-    mark = "*" if row.p_value is not None and row.p_value < SIGNIFICANT else ""
-    text = f"{value:.{digits}f}{mark}"
-    if row.ci_low is not None and row.ci_high is not None:
-        text += f" [{scale * row.ci_low:.{digits}f}, {scale * row.ci_high:.{digits}f}]"
-    return TableCell(text, value, is_best)
 
 
 def _held(metrics: dict[str, Row]) -> TableCell:

@@ -5,21 +5,21 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
-from rich import box
 from rich.console import Console, Group
 from rich.table import Table
 from rich.text import Text
 
 from kvbench.metrics import SHOWN
 from kvbench.parsing import bytes_of
+from kvbench.reporting.tables.bins import bin_tables
 from kvbench.reporting.tables.format import (
     UNDER_FLOOR,
     WIDTH,
+    as_rich,
     asked_of,
     by_setting,
     cells_of,
     delta_of,
-    name_of,
     new_table,
     number_of,
     p_of,
@@ -27,14 +27,12 @@ from kvbench.reporting.tables.format import (
     style_of,
     value_of,
 )
+from kvbench.reporting.tables.largest_ratio import largest_ratio_tables
 from kvbench.reporting.tables.profile import profile_tables
+from kvbench.reporting.tables.survival import survival_tables
 from kvbench.reporting.tables.texts import text_tables
 from kvbench.store.faults import faults_in
 from kvbench.store.rows import Results, Row
-
-_BINS = {
-    "distance": "distance in tokens", "step": "time step (chunks in memory)", "depth": "depth of the needle in percent",
-}
 
 
 def print_results(results: Results, console: Console, folder: Path | None = None) -> None:
@@ -53,7 +51,7 @@ def print_results(results: Results, console: Console, folder: Path | None = None
 
 
 def task_tables(rows: list[Row]) -> Group:
-    """The main table of a task, and one by distance or time step if there are bins."""
+    """The main table of a task, and those of bins, of evidence, and of ratios without loss that there are rows of."""
     if rows[0].protocol == "profile":
         return Group(*profile_tables(rows))
     whole = [r for r in rows if r.params.get("bin") is None]
@@ -64,10 +62,9 @@ def task_tables(rows: list[Row]) -> Group:
     parts: list[Table | Text] = [table, Text(_caption(whole), style="dim")]
     if whole and whole[0].params.get("under_floor"):
         parts.append(Text(UNDER_FLOOR, style="yellow"))
-    for metric, label in (("ppl", "perplexity"), ("accuracy", "accuracy"), ("answer_accuracy", "accuracy")):
-        binned = [r for r in rows if r.metric == metric and r.params.get("bin")]
-        if binned:
-            parts.append(_bin_table(binned, label))
+    parts += map(as_rich, bin_tables(rows, ""))
+    for noted in (*survival_tables(rows, ""), *largest_ratio_tables(rows, "")):
+        parts += [as_rich(noted), Text("\n".join(noted.notes), style="dim")]
     return Group(*parts, Text(""))
 
 
@@ -119,25 +116,6 @@ def _answer_table(rows: list[Row]) -> Table:
 _TABLES: dict[str, Callable[[list[Row]], Table]] = {"answer_nll": _recall_table, "answer_accuracy": _answer_table}
 """Tables of tasks that ask questions, by a metric that only they have."""
 
-def _bin_table(rows: list[Row], what: str) -> Table:
-    """Table of a metric by distance in tokens, or by time step."""
-    bins = list(dict.fromkeys(str(r.params["bin"]) for r in rows if r.params.get("bin")))
-    label = bins[0].partition("=")[0]
-    table = Table(
-        title=f"{what} by {_BINS.get(label, label)} [95 % CI]", title_justify="left", box=box.SIMPLE_HEAD,
-        pad_edge=False,
-    )
-    table.add_column("method", no_wrap=True)
-    table.add_column("asked", justify="right")
-    for name in bins:
-        table.add_column(name.partition("=")[2], justify="right")
-    for (method, ratio), _ in cells_of(rows).items():
-        mine = {r.params["bin"]: r for r in rows if (name_of(r), r.ratio_asked) == (method, ratio)}
-        cells = [value_of(mine[name]) if name in mine else "-" for name in bins]
-        table.add_row(method, number_of(ratio, None), *cells, style=style_of(method))
-    return table
-
-
 def _memory_columns(table: Table) -> None:
     for name in ("peak\nentries", "KV held\n(of full)", "removal"):
         table.add_column(name, justify="right")
@@ -166,5 +144,3 @@ def _caption(rows: list[Row]) -> str:
 
 def _plain(row: Row | None) -> str:
     return "-" if row is None else number_of(row.value, SHOWN[row.metric].digits)
-
-
