@@ -8,7 +8,14 @@ from dataclasses import dataclass, replace
 from kvbench.metrics import SHOWN
 from kvbench.metrics.base import ANSWERS, GREEDY, LM, TEXTS, TIMING
 from kvbench.parsing import bytes_of
-from kvbench.reporting.tables.format import UNDER_FLOOR, by_setting, cells_of, number_of, reading_note
+from kvbench.reporting.tables.format import (
+    UNDER_FLOOR,
+    by_setting,
+    cells_of,
+    number_of,
+    reading_note,
+    removal_note,
+)
 from kvbench.statistics import SIGNIFICANT
 from kvbench.store.faults import faults_in
 from kvbench.store.rows import Row
@@ -113,10 +120,10 @@ def _table(
             name, f"{name}: {what} ({one.model}, {one.n} requests in {one.groups} processes)",
             (*head, *_HEAD, *(SHOWN[metric].heading for metric in shown), "KV held"), tuple(lines), notes,
         )
-    reading = reading_note(rows)
+    remarks = [note for note in (reading_note(rows), removal_note(rows)) if note]
     notes = (
         f"* differs from full (paired, Holm-adjusted p < {SIGNIFICANT}). Bold: best of its ratio, and its interval "
-        "does not meet that of the next.", *([UNDER_FLOOR] if is_under else ()), *([reading] if reading else ()),
+        "does not meet that of the next.", *([UNDER_FLOOR] if is_under else ()), *remarks,
         one.signature.partition(":")[2],
         *faults,
     )

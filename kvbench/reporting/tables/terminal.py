@@ -24,6 +24,7 @@ from kvbench.reporting.tables.format import (
     number_of,
     p_of,
     reading_note,
+    removal_note,
     style_of,
     value_of,
 )
@@ -35,6 +36,8 @@ from kvbench.store.rows import Results, Row
 _BINS = {
     "distance": "distance in tokens", "step": "time step (chunks in memory)", "depth": "depth of the needle in percent",
 }
+_MOST_BINS, _FEW_BINS = 10, 6
+"""Columns that a table by bins has at most, and at most if there is more than one."""
 
 
 def print_results(results: Results, console: Console, folder: Path | None = None) -> None:
@@ -67,7 +70,7 @@ def task_tables(rows: list[Row]) -> Group:
     for metric, label in (("ppl", "perplexity"), ("accuracy", "accuracy"), ("answer_accuracy", "accuracy")):
         binned = [r for r in rows if r.metric == metric and r.params.get("bin")]
         if binned:
-            parts.append(_bin_table(binned, label))
+            parts += _bin_tables(binned, label)
     return Group(*parts, Text(""))
 
 
@@ -102,7 +105,9 @@ def _recall_table(rows: list[Row]) -> Table:
 
 def _answer_table(rows: list[Row]) -> Table:
     table = new_table(rows[0], "accuracy of the answers")
-    for name in ("accuracy\n[95 % CI]", "diff to full\n[95 % CI]", "p", "lost\n[95 % CI]", "evidence\nheld", "length"):
+    more = {"evidence_survival": "evidence\nheld", "answer_length": "length"}
+    more = {name: heading for name, heading in more.items() if any(row.metric == name for row in rows)}
+    for name in ("accuracy\n[95 % CI]", "diff to full\n[95 % CI]", "p", "lost\n[95 % CI]", *more.values()):
         table.add_column(name, justify="right")
     _memory_columns(table)
     for (method, _), metrics in cells_of(rows).items():
@@ -110,8 +115,7 @@ def _answer_table(rows: list[Row]) -> Table:
         table.add_row(
             *_head(method, accuracy), value_of(accuracy), delta_of(accuracy), p_of(accuracy),
             "-" if lost is None else value_of(lost),
-            *(_plain(metrics.get(name)) for name in ("evidence_survival", "answer_length")), *_memory(metrics),
-            style=style_of(method),
+            *(_plain(metrics.get(name)) for name in more), *_memory(metrics), style=style_of(method),
         )
     return table
 
@@ -119,9 +123,15 @@ def _answer_table(rows: list[Row]) -> Table:
 _TABLES: dict[str, Callable[[list[Row]], Table]] = {"answer_nll": _recall_table, "answer_accuracy": _answer_table}
 """Tables of tasks that ask questions, by a metric that only they have."""
 
-def _bin_table(rows: list[Row], what: str) -> Table:
-    """Table of a metric by distance in tokens, or by time step."""
+def _bin_tables(rows: list[Row], what: str) -> list[Table]:
+    """Tables of a metric by distance in tokens, by time step, or by what else bins are; several if they are many."""
     bins = list(dict.fromkeys(str(r.params["bin"]) for r in rows if r.params.get("bin")))
+    parts = 1 if len(bins) <= _MOST_BINS else -(-len(bins) // _FEW_BINS)
+    size = -(-len(bins) // parts)
+    return [_bin_table(rows, bins[start : start + size], what) for start in range(0, len(bins), size)]
+
+
+def _bin_table(rows: list[Row], bins: list[str], what: str) -> Table:
     label = bins[0].partition("=")[0]
     table = Table(
         title=f"{what} by {_BINS.get(label, label)} [95 % CI]", title_justify="left", box=box.SIMPLE_HEAD,
@@ -148,6 +158,8 @@ def _head(method: str, row: Row) -> tuple[str, str, str, str]:
 
 
 def _memory(metrics: dict[str, Row]) -> tuple[str, str, str]:
+    if "kv_bytes_physical" not in metrics:
+        return "-", "-", next(iter(metrics.values())).removal
     physical, full = metrics["kv_bytes_physical"], metrics["kv_bytes_full"]
     held = bytes_of(physical.value)
     if physical.value is not None and full.value:
@@ -156,7 +168,7 @@ def _memory(metrics: dict[str, Row]) -> tuple[str, str, str]:
 
 
 def _caption(rows: list[Row]) -> str:
-    note = reading_note(rows)
+    note = "\n".join(note for note in (reading_note(rows), removal_note(rows)) if note)
     return (
         "removed: asked; realised when a sequence has been read; mean over the scored queries. "
         "KV held: distinct storages alive then.\np: paired sign-flip test against full, Holm-adjusted. "
