@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+import string
+from collections import Counter
 from collections.abc import Callable, Sequence
 
 Scoring = Callable[[str, Sequence[str]], float]
@@ -44,6 +46,56 @@ def label_published(answer: str, references: Sequence[str]) -> float:
     return float(named == {references[0]})
 
 
+def first_digits(answer: str, references: Sequence[str]) -> float:
+    """Whether the first run of digits is the reference, digit by digit (InfiniteBench's pass keys and numbers)."""
+    found = re.search(r"\d+", answer)
+    return float(found is not None and found[0] == references[0])
+
+
+def word(answer: str, references: Sequence[str]) -> float:
+    """Whether the reference is one of the words, which blanks, quotes, braces, and marks of sentences end
+    (InfiniteBench's key-value retrieval)."""
+    return float(references[0] in re.split(r"[\s:\"'.,?!{}]+", answer))
+
+
+def token_f1(answer: str, references: Sequence[str]) -> float:
+    """F1 of the words shared with the nearest reference, without case, punctuation and articles (SQuAD, LongBench)."""
+    return max(_shared(_plain_words(answer), _plain_words(reference)) for reference in references)
+
+
+def _plain_words(text: str) -> list[str]:
+    bare = text.lower().translate(str.maketrans("", "", string.punctuation))
+    return re.sub(r"\b(a|an|the)\b", " ", bare).split()
+
+
+def _shared(mine: list[str], theirs: list[str]) -> float:
+    return 2 * (Counter(mine) & Counter(theirs)).total() / (len(mine) + len(theirs)) if mine or theirs else 0.0
+
+
+def share_of_numbers(answer: str, references: Sequence[str]) -> float:
+    """Share of the numbers in the answer that are the reference's (LongBench's passages)."""
+    right = re.findall(r"\d+", references[0])[:1]
+    found = re.findall(r"\d+", answer)
+    return sum([number] == right for number in found) / len(found) if found else 0.0
+
+
+def choice(answer: str, references: Sequence[str]) -> float:
+    """Whether the answer says that the correct answer is the reference, a letter (LongBench v2)."""
+    plain = answer.replace("*", "")
+    said = (f"The correct answer is ({references[0]})", f"The correct answer is {references[0]}")
+    return float(any(sentence in plain for sentence in said))
+
+
+def first_boxed(answer: str, references: Sequence[str]) -> float:
+    """Whether what the first ``boxed{...}`` holds, up to the first brace, is the reference (kvpress' MATH-500)."""
+    return float([part.split("}")[0] for part in answer.split("boxed{")[1:2]] == [references[0]])
+
+
+def last_boxed(answer: str, references: Sequence[str]) -> float:
+    """The same of the last ``boxed{...}``, or of the whole answer if it has none (kvpress' AIME)."""
+    return float(answer.rpartition("boxed{")[2].partition("}")[0] == references[0])
+
+
 def instructions(answer: str, references: Sequence[str]) -> float:
     """Share of instructions that the answer follows; each is ``rule:argument``."""
     return sum(followed(answer, reference) for reference in references) / len(references)
@@ -70,6 +122,7 @@ def followed(answer: str, instruction: str) -> bool:
 
 SCORING: dict[str, Scoring] = {
     rule.__name__: rule for rule in (
-        contains_all, contains_any, first_number, label, label_published, instructions
+        contains_all, contains_any, first_number, label, label_published, instructions, first_digits, word, token_f1,
+        share_of_numbers, choice, first_boxed, last_boxed,
     )
 }
