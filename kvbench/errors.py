@@ -5,6 +5,9 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable
 
+_MOST_NAMES = 100
+"""Allowed names that a message lists at most; of more, it lists the first."""
+
 
 class UserError(Exception):
     """The request cannot be carried out as given.
@@ -39,4 +42,6 @@ def unknown(what: str, given: str, allowed: Iterable[str]) -> UserError:
     names = sorted(allowed)
     near = difflib.get_close_matches(given.lower(), names, n=1, cutoff=0.5)
     guess = f"Did you mean {near[0]!r}? " if near else ""
+    if len(names) > _MOST_NAMES:
+        names = [*names[: _MOST_NAMES // 5], f"and {len(names) - _MOST_NAMES // 5} more"]
     return UserError(f"Unknown {what} {given!r}.", f"{guess}Allowed: {', '.join(names)}.")

@@ -81,7 +81,7 @@ def _summed(cell: Cell, records: Sequence[AnswerRecord], full: Records | None) -
     for record in records:
         at, held = place[record.group], record.evidence
         for name in _MEMORY:
-            sums[name][at] += getattr(record, name)
+            sums[name][at] += getattr(record, name) or 0
         sums["pieces"][at] += record.contexts
         sums["score"][at] += record.score
         sums["questions"][at] += 1
@@ -93,16 +93,19 @@ def _summed(cell: Cell, records: Sequence[AnswerRecord], full: Records | None) -
             is_right = other.score > RIGHT
             sums["full_right"][at] += is_right
             sums["negative"][at] += is_right and mine.score <= RIGHT
-            sums["written"][at] += len(mine.ids)
-            sums["full_written"][at] += len(other.ids)
+            sums["written"][at] += len(mine.ids or ())
+            sums["full_written"][at] += len(other.ids or ())
     missing = set()
+    if any(record.kv_physical is None for record in records):
+        missing |= {metric.name for metric in metrics.MEMORY}
     if sums["survivals"].sum() < len(records):
         missing.add("evidence_survival")
     if not sums["full_right"].sum() or cell.name == "full":
         missing.add("negative_share")
-    if not sums["full_written"].sum() or cell.name == "full":
+    is_counted = all(answer.ids is not None for record in records for answer in record.answers)
+    if not sums["full_written"].sum() or not is_counted or cell.name == "full":
         missing.add("answer_length")
-    peaks = [record.peak for record in records]
+    peaks = [record.peak or 0 for record in records]
     return CellSums(
         cell, len(records), tuple(groups), sums, max(peaks), sum(peaks) / len(peaks), frozenset(missing)
     )

@@ -43,7 +43,7 @@ class _Points:
         """The points of records that all say what of the evidence is held."""
         return cls(
             tuple(r.group for r in records), np.array([r.evidence for r in records], dtype=np.float64),
-            np.array([r.score for r in records]), sum(r.raw for r in records), sum(r.held for r in records),
+            np.array([r.score for r in records]), sum(r.raw or 0 for r in records), sum(r.held or 0 for r in records),
         )
 
     def estimate(self, seed: int) -> Estimate:

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from kvbench import __version__
-from kvbench.cli import ask, compare, doctor, fetch, lm_eval, profile, report, run, show, sweep, train
+from kvbench.cli import ask, compare, doctor, fetch, import_, lm_eval, profile, report, run, show, sweep, train
 from kvbench.cli import list as list_command
 from kvbench.cli.streams import outlets
 
@@ -29,6 +29,7 @@ app.command("show")(show.show)
 app.command("ask")(ask.ask)
 app.command("fetch")(fetch.fetch)
 app.command("lm-eval", context_settings=lm_eval.PASS_ON)(lm_eval.lm_eval)
+app.add_typer(import_.app, name="import")
 app.add_typer(train.app, name="train")
 
 

@@ -1,4 +1,4 @@
-"""``kvbench show``: the texts generated after one document's prefix, side by side."""
+"""``kvbench show``: the texts generated after one document's prefix, or the answers about a context, side by side."""
 
 from __future__ import annotations
 
@@ -16,9 +16,11 @@ def show(
     document: Annotated[str | None, typer.Option(
         help="Id of the document. \\[default: the first one]", show_default=False)] = None,
     task: Annotated[str | None, typer.Option(
-        help="Task of the run. \\[default: the first that writes text]", show_default=False)] = None,
+        help="Task of the run; with :known for the question known. \\[default: the first that writes text or answers]",
+        show_default=False)] = None,
 ) -> None:
-    """Print a prefix and what people, the full cache and each method wrote after it.
+    """Print a prefix and what people, the full cache and each method wrote after it, or the answers to
+    the questions about a context.
 
     Greedy texts are marked where they first differ from the full cache's. Needs neither the model
     nor PyTorch.
@@ -28,15 +30,16 @@ def show(
     from rich.console import Console
 
     from kvbench.errors import UserError, unknown
+    from kvbench.reporting.tables.answers import answers_side_by_side
     from kvbench.reporting.tables.side_by_side import side_by_side
     from kvbench.store.folder import RunFolder
 
     folder = RunFolder(run)
     infos = folder.manifest().tasks
-    writing = [cell for cell in folder.cells() if cell.writes and cell.setting in infos]
-    tasks = {cell.task: cell.setting for cell in reversed(writing)}  # the first of several models or seeds
+    writing = [cell for cell in folder.cells() if (cell.writes or cell.answers) and cell.setting in infos]
+    tasks = {cell.workload: cell.setting for cell in reversed(writing)}  # the first of several models or seeds
     if not tasks:
-        raise UserError(f"No task of {run} writes text.", "Run one with --task minidocs-gen.")
+        raise UserError(f"No task of {run} writes text or answers.", "Run one with --task minidocs-gen.")
     if task is not None and task not in tasks:
         raise unknown("task of this run", task, tasks)
     chosen = task or next(iter(reversed(tasks)))
@@ -46,4 +49,5 @@ def show(
     console = Console()
     if not console.is_terminal:
         console = Console(file=console.file, width=140)
-    console.print(side_by_side(folder, tasks[chosen], document or documents[0]))
+    show_one = answers_side_by_side if infos[tasks[chosen]].kind == "answer" else side_by_side
+    console.print(show_one(folder, tasks[chosen], document or documents[0]))

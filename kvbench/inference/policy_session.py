@@ -74,6 +74,8 @@ class PolicySession:
     def prefill(self, ids: Tensor, first: int = 0, ahead: Tensor | None = None) -> Iterator[Scored]:
         """Feed the context, and remove entries whenever the policy says so and at the end."""
         yield from self._read(ids, first, ahead, self.compresses_context)
+        if not self.compresses_context:
+            self.since = 0  # what is written is counted from its own beginning
 
     def _read(
         self, ids: Tensor, first: int = 0, ahead: Tensor | None = None, removes_at_end: bool = False

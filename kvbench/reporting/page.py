@@ -94,9 +94,11 @@ def _rows_and_recipes(results: Results) -> tuple[list[str], list[str]]:
 def _about(manifest: Manifest) -> str:
     environment = manifest.environment
     code = environment.get("code") or {}
+    elsewhere = environment.get("imported_from")
     parts = [
-        f"measured {manifest.started}", environment.get("processor") or "",
-        f"torch {environment.get('packages', {}).get('torch', '')}",
+        f"imported from {elsewhere} {manifest.started}" if elsewhere else f"measured {manifest.started}",
+        environment.get("processor") or "",
+        "" if elsewhere else f"torch {environment.get('packages', {}).get('torch', '')}",
         f"kvbench {environment.get('packages', {}).get('kvbench', '')}"
         + (f" at {code['commit'][:10]}{' with changes' if code.get('dirty') else ''}" if code.get("commit") else ""),
     ]

@@ -17,12 +17,28 @@ class Answer:
         ids: the generated tokens, without the end token; ``text``: the text that they decode to.
         score: from 0 to 1.
         ended: whether the model ended it, or the line, before the maximum length.
+        question, references: what was asked, and what counts as right; only in imported answers, since a run makes
+            them again from its task.
+
+    ``ids`` and ``ended`` are None in imported answers whose text is all that is known.
     """
 
-    ids: tuple[int, ...]
+    ids: tuple[int, ...] | None
     text: str
     score: float
-    ended: bool
+    ended: bool | None
+    question: str | None = None
+    references: tuple[str, ...] = ()
+
+    @classmethod
+    def load(cls, raw: dict[str, Any]) -> Answer:
+        """Restore an answer from the output of ``dataclasses.asdict``.
+
+        Raises:
+            TypeError, KeyError: a field is missing or unknown.
+        """
+        ids = None if raw["ids"] is None else tuple(raw["ids"])
+        return cls(**{**raw, "ids": ids, "references": tuple(raw.get("references", ()))})
 
 
 @dataclass(frozen=True)
@@ -42,22 +58,24 @@ class AnswerRecord:
         spans: name of a kind of text -> number of its tokens, and how many of them have entries (mean over heads).
         bin: what results are also reported by.
         seconds: time of all questions.
+
+    ``raw``, ``held``, ``peak``, bytes and ``seconds`` are None where another program answered, and nobody counted.
     """
 
     document: str
     group: str
     answers: tuple[Answer, ...]
     contexts: int
-    raw: int
-    held: int
-    peak: int
-    kv_logical: float
-    kv_physical: float
-    kv_full: float
+    raw: int | None
+    held: int | None
+    peak: int | None
+    kv_logical: float | None
+    kv_physical: float | None
+    kv_full: float | None
     survival: tuple[tuple[float, ...], ...] | None = None
     spans: dict[str, tuple[int, float]] | None = None
     bin: str | None = None
-    seconds: float = 0.0
+    seconds: float | None = 0.0
     schema: int = SCHEMA
 
     @property
@@ -81,5 +99,4 @@ class AnswerRecord:
         Raises:
             TypeError, KeyError: a field is missing or unknown.
         """
-        answers = tuple(Answer(**{**answer, "ids": tuple(answer["ids"])}) for answer in raw["answers"])
-        return cls(**{**raw, "answers": answers})
+        return cls(**{**raw, "answers": tuple(map(Answer.load, raw["answers"]))})

@@ -7,7 +7,7 @@ from functools import cache
 from importlib.metadata import entry_points
 from typing import Any
 
-from kvbench.store.records import Cell
+from kvbench.store.records import IMPORTED, Cell
 
 GROUP = "kvbench.methods"
 """Entry point group through which other packages add methods."""
@@ -28,7 +28,9 @@ OUTDATED = "outdated"
 
 
 def fault_of(cell: Cell) -> str | None:
-    """Why a cell is outdated; None if it was measured by the current version of its method."""
+    """Why a cell is outdated; None if it was measured by the current version of its method, or elsewhere."""
+    if cell.execution == IMPORTED:
+        return None
     known = FAULTS.get((cell.method, cell.version)) if ONLY_WITH.get(cell.method, "") in ("", *cell.options) else None
     if known is not None or cell.version >= _version_elsewhere(cell.method):
         return known

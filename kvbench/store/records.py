@@ -15,6 +15,13 @@ HUMAN = "human"
 """Method name of the cell whose texts are the authors' own, to compare generated ones with."""
 ITSELF = "itself"
 """Name of the scorer if the model that generated the texts scores them itself, uncompressed."""
+IMPORTED = "imported"
+"""Execution of cells that another program measured."""
+_REMOVAL = {"streamed": "real", IMPORTED: "unverified"}
+
+
+WRITING = ("generate", "decode")
+"""Protocols whose records are generated texts."""
 
 
 @dataclass(frozen=True)
@@ -23,7 +30,8 @@ class Cell:
 
     Attributes:
         ratio_asked: requested ratio as text, such as ``0.7``; None for methods without one.
-        execution: ``streamed`` (entries leave the cache while a text is read), or one pass in which a mask hides them.
+        execution: ``streamed`` (entries leave the cache while a text is read), one pass in which a mask hides them, or
+            ``imported``: by another program.
         position_rule: ``absolute``, or ``shared`` where a sentinel repeats its predecessor's position.
         role: ``method``, ``baseline``, ``control``, or ``reference`` (compared with, but not shown).
         options: resolved options of method and protocol.
@@ -79,8 +87,9 @@ class Cell:
 
     @property
     def removal(self) -> str:
-        """``real``, ``masked`` where entries are only hidden, or ``none`` for methods that remove nothing."""
-        return ("real" if self.execution == "streamed" else "masked") if self.removes else "none"
+        """``real``, ``masked`` where entries are only hidden, ``none`` for methods that remove nothing, or
+        ``unverified`` where another program says that it removed them."""
+        return _REMOVAL.get(self.execution, "masked") if self.removes else "none"
 
     @property
     def name(self) -> str:
@@ -101,7 +110,7 @@ class Cell:
     @property
     def writes(self) -> bool:
         """Whether its records are generated texts."""
-        return self.protocol in ("generate", "decode")
+        return self.protocol in WRITING
 
     @property
     def answers(self) -> bool:

@@ -65,13 +65,19 @@ def test_shipped_adapters_are_of_equal_training() -> None:
 
 
 def test_tasks_are_valid_and_fixed() -> None:
-    assert task_names() == [
-        "arithmetic", *(f"babi-{task}" for task in range(1, 6)), "books", "books-gen", "c4-gen", "instructions",
+    sets = ("babilong-", "infinitebench-", "longbench-", "scbench-")
+    from_hub = [name for name in task_names() if name.startswith(sets)]
+    assert {name: sum(one.startswith(name) for one in from_hub) for name in sets} == {
+        "babilong-": 9, "infinitebench-": 5, "longbench-": 17, "scbench-": 7,
+    }
+    assert [name for name in task_names() if name not in from_hub] == [
+        "arithmetic", *(f"babi-{task}" for task in range(1, 6)), "books", "books-gen", "c4-gen", "docqa",
+        "instructions",
         "kv-retrieval", "minidocs", "minidocs-gen", "needles", "online", "online-demonstrations", "online-profiles",
         "online-text", "passkey", "recall", "ruler-cwe", "ruler-fwe", *(
             f"ruler-niah-{kind}" for kind in ("multikey-1", "multikey-2", "multikey-3", "multiquery", "multivalue",
                                               "single-1", "single-2", "single-3")
-        ), "ruler-vt", "wikitext2",
+        ), "ruler-qa", "ruler-vt", "wikitext2",
     ]
     for name in task_names():
         assert load_task(name).name == name

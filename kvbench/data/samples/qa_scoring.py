@@ -94,8 +94,9 @@ def code_similarity(answer: str, references: Sequence[str]) -> float:
 
 def choice_sentence(answer: str, references: Sequence[str]) -> float:
     """Whether the answer says ``The correct answer is (X)`` with the right letter (LongBench v2)."""
-    found = re.search(r"The correct answer is (?:\(([A-D])\)|([A-D]))", answer.replace("*", ""))
-    return float(found is not None and (found[1] or found[2]) in references)
+    plain, said = answer.replace("*", ""), "The correct answer is "
+    found = re.search(rf"{said}\(([A-D])\)", plain) or re.search(f"{said}([A-D])", plain)
+    return float(found is not None and found[1] in references)
 
 
 def choice_letter(answer: str, references: Sequence[str]) -> float:
@@ -130,7 +131,29 @@ def last_number(answer: str, references: Sequence[str]) -> float:
     return float(bool(words) and words[-1].lstrip("-").isdecimal() and int(words[-1]) == int(references[0]))
 
 
+def first_digits(answer: str, references: Sequence[str]) -> float:
+    """Whether the first run of digits is the reference, digit by digit (InfiniteBench's pass keys and numbers)."""
+    found = re.search(r"\d+", answer)
+    return float(found is not None and found[0] == references[0])
+
+
+def word(answer: str, references: Sequence[str]) -> float:
+    """Whether the reference is one of the words, which blanks, quotes, braces, and marks of sentences end
+    (InfiniteBench's key-value retrieval)."""
+    return float(references[0] in re.split(r"[\s:\"'.,?!{}]+", answer))
+
+
+def first_boxed(answer: str, references: Sequence[str]) -> float:
+    """Whether what the first ``boxed{...}`` holds, up to the first brace, is the reference (kvpress' MATH-500)."""
+    return float([part.split("}")[0] for part in answer.split("boxed{")[1:2]] == [references[0]])
+
+
+def last_boxed(answer: str, references: Sequence[str]) -> float:
+    """The same of the last ``boxed{...}``, or of the whole answer if it has none (kvpress' AIME)."""
+    return float(answer.rpartition("boxed{")[2].partition("}")[0] == references[0])
+
+
 QA_SCORING = (
     qa_f1, rouge_l, rouge_lsum, classification, number_share, code_similarity, choice_sentence, choice_letter,
-    first_value, last_number,
+    first_value, last_number, first_digits, word, first_boxed, last_boxed,
 )

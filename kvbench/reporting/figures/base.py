@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, ScalarFormatter
 from PIL import Image
 
-from kvbench.reporting.tables.format import by_setting
+from kvbench.reporting.tables.format import UNVERIFIED, by_setting
 from kvbench.store.rows import Row
 
 _STYLES = {
@@ -161,13 +161,18 @@ def removal_figure(rows: list[Row], metric: str, folder: Path, metric_label: str
 
     Methods that fill their budget differently see different fractions of the text at the same requested
     ratio, so the x-axis is ``ratio_mean``: 1 - entries visible / text tokens before. Answers have no scored queries:
-    theirs is the ratio when the context has been read.
+    theirs is the ratio when the context has been read, or what was asked where nobody measured it. What has neither is
+    left out.
     """
-    chosen = [r for r in rows if r.metric == metric and r.params.get("bin") is None and r.value is not None]
+    chosen = [
+        r for r in rows if r.metric == metric and r.params.get("bin") is None and r.value is not None
+        and not (r.removal == UNVERIFIED and r.ratio_asked is None and r.name not in _LINES)
+    ]
     is_answer = any(r.protocol == "answer" for r in chosen)
 
     def removed(row: Row) -> float:
-        return (row.ratio_realised if is_answer else row.ratio_mean) or 0.0
+        measured = row.ratio_realised if is_answer else row.ratio_mean
+        return (row.ratio_asked if measured is None and row.removal == UNVERIFIED else measured) or 0.0
 
     def panel(place: Axes, mine: list[Row]) -> None:
         for method in methods_of(mine, _LINES):
@@ -180,6 +185,8 @@ def removal_figure(rows: list[Row], metric: str, folder: Path, metric_label: str
         if metric != "accuracy" and not is_answer:
             log_scale(place, [r.value for r in mine])
         when = "when the context has been read" if is_answer else "mean over queries"
+        if any(r.removal == UNVERIFIED for r in mine):
+            when = "asked, not verified"
         place.set_xlabel(f"share of cache entries removed ({when})")
         place.set_ylabel(metric_label)
         place.set_xlim(min(0, *map(removed, mine)), 1)

@@ -24,6 +24,8 @@ _ROLE_ORDER = ("human", "full", "adapted", "none")
 Key = tuple[str, float | None]
 """Name of a method as shown, and requested ratio."""
 
+UNVERIFIED = "unverified"
+"""``removal`` of rows whose removal nobody has measured."""
 UNDER_FLOOR = (
     "The full cache itself answers less than half: this model does not solve the task; methods are not ranked by it."
 )
@@ -64,6 +66,16 @@ def reading_note(rows: Sequence[Row]) -> str:
     layouts, policies = (", ".join(sorted(names)) for names in (masked, once))
     return (
         f"Layouts ({layouts}) read the prefix under their mask; policies ({policies}) read it whole and are cut once."
+    )
+
+
+def removal_note(rows: Sequence[Row]) -> str:
+    """Note on cells that another program measured; empty if there are none."""
+    if all(row.removal != UNVERIFIED for row in rows):
+        return ""
+    return (
+        f"{UNVERIFIED}: answered by another program; the ratio is what was asked of it. What it removed, and bytes, "
+        "were not measured."
     )
 
 

@@ -17,12 +17,14 @@ from kvbench.reporting.tables.format import (
     length_of,
     number_of,
     reading_note,
+    removal_note,
 )
 from kvbench.reporting.tables.largest_ratio import largest_ratio_tables
 from kvbench.reporting.tables.plain import Table, TableCell
 from kvbench.reporting.tables.survival import survival_tables
 from kvbench.statistics import SIGNIFICANT
 from kvbench.store.faults import faults_in
+from kvbench.store.records import WRITING
 from kvbench.store.rows import Row
 
 _CONTROLS = ("human", "full", "full-again", "full-dynamic", "adapted", "none")
@@ -50,7 +52,7 @@ def tables_of(rows: Sequence[Row]) -> list[Table]:
         whole = [r for r in mine if r.params.get("bin") is None]
         present = {row.metric for row in whole}
         asks = bool(present & {"answer_nll", "answer_accuracy"})
-        kinds = columns_of(ANSWERS if asks else TEXTS if protocol == "generate" else LM)
+        kinds = columns_of(ANSWERS if asks else TEXTS if protocol in WRITING else LM)
         if "answer_nll" not in present and "accuracy" in present:
             kinds += ("accuracy",)
         found.append(_table(whole, task, f"{protocol}", kinds, title=title))
@@ -106,10 +108,10 @@ def _table(
             name, f"{name}: {what} ({one.model}, {one.n} requests in {one.groups} processes)",
             (*head, *_HEAD, *(SHOWN[metric].heading for metric in shown), "KV held"), tuple(lines), notes,
         )
-    reading = reading_note(rows)
+    remarks = [note for note in (reading_note(rows), removal_note(rows)) if note]
     notes = (
         f"* differs from full (paired, Holm-adjusted p < {SIGNIFICANT}). Bold: best of its ratio, and its interval "
-        "does not meet that of the next.", *([UNDER_FLOOR] if is_under else ()), *([reading] if reading else ()),
+        "does not meet that of the next.", *([UNDER_FLOOR] if is_under else ()), *remarks,
         one.signature.partition(":")[2],
         *faults,
     )

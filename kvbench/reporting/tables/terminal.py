@@ -24,6 +24,7 @@ from kvbench.reporting.tables.format import (
     number_of,
     p_of,
     reading_note,
+    removal_note,
     style_of,
     value_of,
 )
@@ -32,6 +33,7 @@ from kvbench.reporting.tables.profile import profile_tables
 from kvbench.reporting.tables.survival import survival_tables
 from kvbench.reporting.tables.texts import text_tables
 from kvbench.store.faults import faults_in
+from kvbench.store.records import WRITING
 from kvbench.store.rows import Results, Row
 
 
@@ -55,7 +57,7 @@ def task_tables(rows: list[Row]) -> Group:
     if rows[0].protocol == "profile":
         return Group(*profile_tables(rows))
     whole = [r for r in rows if r.params.get("bin") is None]
-    if whole and whole[0].protocol == "generate":
+    if whole and whole[0].protocol in WRITING:
         return Group(*text_tables(rows), Text(""))
     names = {r.metric for r in whole}
     table = next((make(whole) for metric, make in _TABLES.items() if metric in names), None) or _lm_table(whole)
@@ -99,7 +101,9 @@ def _recall_table(rows: list[Row]) -> Table:
 
 def _answer_table(rows: list[Row]) -> Table:
     table = new_table(rows[0], "accuracy of the answers")
-    for name in ("accuracy\n[95 % CI]", "diff to full\n[95 % CI]", "p", "lost\n[95 % CI]", "evidence\nheld", "length"):
+    more = {"evidence_survival": "evidence\nheld", "answer_length": "length"}
+    more = {name: heading for name, heading in more.items() if any(row.metric == name for row in rows)}
+    for name in ("accuracy\n[95 % CI]", "diff to full\n[95 % CI]", "p", "lost\n[95 % CI]", *more.values()):
         table.add_column(name, justify="right")
     _memory_columns(table)
     for (method, _), metrics in cells_of(rows).items():
@@ -107,8 +111,7 @@ def _answer_table(rows: list[Row]) -> Table:
         table.add_row(
             *_head(method, accuracy), value_of(accuracy), delta_of(accuracy), p_of(accuracy),
             "-" if lost is None else value_of(lost),
-            *(_plain(metrics.get(name)) for name in ("evidence_survival", "answer_length")), *_memory(metrics),
-            style=style_of(method),
+            *(_plain(metrics.get(name)) for name in more), *_memory(metrics), style=style_of(method),
         )
     return table
 
@@ -126,6 +129,8 @@ def _head(method: str, row: Row) -> tuple[str, str, str, str]:
 
 
 def _memory(metrics: dict[str, Row]) -> tuple[str, str, str]:
+    if "kv_bytes_physical" not in metrics:
+        return "-", "-", next(iter(metrics.values())).removal
     physical, full = metrics["kv_bytes_physical"], metrics["kv_bytes_full"]
     held = bytes_of(physical.value)
     if physical.value is not None and full.value:
@@ -134,7 +139,7 @@ def _memory(metrics: dict[str, Row]) -> tuple[str, str, str]:
 
 
 def _caption(rows: list[Row]) -> str:
-    note = reading_note(rows)
+    note = "\n".join(note for note in (reading_note(rows), removal_note(rows)) if note)
     return (
         "removed: asked; realised when a sequence has been read; mean over the scored queries. "
         "KV held: distinct storages alive then.\np: paired sign-flip test against full, Holm-adjusted. "

@@ -1,0 +1,1 @@
+"""Prediction files of NVIDIA's kvpress, made into a run folder."""
