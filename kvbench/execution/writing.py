@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from functools import cached_property
 from typing import NamedTuple
@@ -17,8 +18,11 @@ from kvbench.protocols.pieces import Asked, Piece
 from kvbench.store.answer_records import Answer
 
 
+_WORD = re.compile(r"\w")
+
+
 class Ends:
-    """Where answers end: at an end token, and with the first line if so asked."""
+    """Where answers end: at an end token, and if so asked with the first line that has a letter or a digit."""
 
     def __init__(self, loaded: Loaded, with_line: bool) -> None:
         self.loaded, self.with_line, self.ends = loaded, with_line, set(end_tokens(loaded))
@@ -31,15 +35,22 @@ class Ends:
         return {number for number, text in enumerate(texts) if "\n" in text}
 
     def text(self, ids: Sequence[int]) -> str:
-        """The text of an answer; its first line if answers end there."""
+        """The text of an answer; up to its first line, without empty lines before it, if answers end there."""
         whole: str = self.loaded.tokenizer.decode(list(ids), skip_special_tokens=True)
-        return whole.lstrip("\n").split("\n", 1)[0] if self.with_line else whole
+        return _first_line(whole) if self.with_line else whole
 
     def are_reached(self, ids: Sequence[int]) -> bool:
         """Whether an answer ends with its last token."""
         if ids[-1] in self.ends:
             return True
-        return self.with_line and ids[-1] in self.line_tokens and bool(self.text(ids).strip())
+        return self.with_line and ids[-1] in self.line_tokens and _WORD.search(self.text(ids)) is not None
+
+
+def _first_line(text: str) -> str:
+    """A text up to the end of the first line that has a letter or a digit."""
+    found = _WORD.search(text)
+    end = -1 if found is None else text.find("\n", found.start())
+    return (text if end < 0 else text[:end]).lstrip("\n")
 
 
 class Written(NamedTuple):
