@@ -17,7 +17,6 @@ from kvbench.models.loading import Loaded, end_tokens
 from kvbench.protocols.pieces import Asked, Piece
 from kvbench.store.answer_records import Answer
 
-
 _WORD = re.compile(r"\w")
 
 
