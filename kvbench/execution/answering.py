@@ -44,22 +44,22 @@ def answer_window(
         reading = Contexts(worker.loaded.model, protocol, document.group, cut, prepared_cells)
         tokens = sum(len(piece.ids) for piece in cut.pieces)
         worker.say(Advanced(tokens * (len(cells) - len(todo))))
-        for group in reading.groups(prepared_cells):
+        for group in reading.groups():
             worker.say(At(group[0].cell.key))
-            _answer_group(worker, reading, group, ends)
+            _record_group(worker, reading, group, ends)
             worker.say(Advanced(tokens * len(group)))
 
 
-def _answer_group(worker: Worker, reading: Contexts, group: Sequence[PreparedCell], ends: Ends) -> None:
+def _record_group(worker: Worker, reading: Contexts, group: Sequence[PreparedCell], ends: Ends) -> None:
     """Answer for a group of cells; if that fails for one of them, for each alone."""
     if len(group) > 1:
         with suppress(*CELL_ERRORS):
-            for prepared_cell, record in zip(group, _answered(reading, group, ends), strict=True):
+            for prepared_cell, record in zip(group, answer_group(reading, group, ends), strict=True):
                 worker.record(prepared_cell.cell, [record])
             return
     for prepared_cell in group:
         with worker.guarded(prepared_cell.cell):
-            worker.record(prepared_cell.cell, _answered(reading, [prepared_cell], ends))
+            worker.record(prepared_cell.cell, answer_group(reading, [prepared_cell], ends))
 
 
 class _Cell:
@@ -89,7 +89,7 @@ class _Cell:
         )
 
 
-def _answered(reading: Contexts, group: Sequence[PreparedCell], ends: Ends) -> list[AnswerRecord]:
+def answer_group(reading: Contexts, group: Sequence[PreparedCell], ends: Ends) -> list[AnswerRecord]:
     """Compress every context of a sample for a group of cells, and answer the questions behind it."""
     started, pieces = time.perf_counter(), reading.cut.pieces
     is_session = reading.protocol.turns == TOGETHER

@@ -30,6 +30,7 @@ class Contexts:
 
     Attributes:
         group: unit that the bootstrap resamples.
+        cells: all that read them.
         pieces: the questions, by context and in their order.
         sharing: cells that share the forward pass over a context.
         joining: those of them that also write their answers together.
@@ -43,7 +44,7 @@ class Contexts:
         for piece in cut.pieces:
             self.pieces.setdefault(piece.ids[: piece.context], []).append(piece)
         self.shared: dict[tuple[int, ...], SharedContext] = {}
-        first = next(iter(self.pieces))
+        self.cells, first = list(prepared_cells), next(iter(self.pieces))
         opened = [(one, self._opened(first, one)) for one in prepared_cells if _removes_at_end(one)]
         self.sharing = [one for one, session in opened if can_share(session)]
         self.joining = [
@@ -51,13 +52,13 @@ class Contexts:
             if can_share(session) and can_join(session) and protocol.turns != TOGETHER  # answers differ in length
         ]
 
-    def groups(self, prepared_cells: Sequence[PreparedCell]) -> list[list[PreparedCell]]:
+    def groups(self) -> list[list[PreparedCell]]:
         """Cells that read and answer together: those that share, as many as memory has room for; others alone."""
         entry_bytes = cache_shape(self.model).entry_bytes
         longest = max(map(self.length, self.pieces))
         size = max(1, min(ROWS, BYTES // (longest * entry_bytes)))
-        together = [one for one in prepared_cells if one in self.joining]
-        alone = [[one] for one in prepared_cells if one not in self.joining]
+        together = [one for one in self.cells if one in self.joining]
+        alone = [[one] for one in self.cells if one not in self.joining]
         return [*alone, *(together[start : start + size] for start in range(0, len(together), size))]
 
     def length(self, context: tuple[int, ...]) -> int:
