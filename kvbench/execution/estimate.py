@@ -16,6 +16,7 @@ from kvbench.parsing import parse_json
 from kvbench.planning.quality import Plan
 from kvbench.protocols.answer import LENGTHS, usual_length
 from kvbench.store.folder import RECORDS, RunFolder
+from kvbench.store.packed import stored, unpacked
 from kvbench.store.records import HUMAN, Cell
 
 BYTES_PER_TOKEN = 4
@@ -96,9 +97,9 @@ def _at_a_time(plan: Plan) -> int:
 
 def _measured(folder: RunFolder, cell: Cell) -> float | None:
     """Mean seconds per document on disk; damaged lines are ignored, and None is returned if there are no others."""
-    path = folder.cell_folder(cell) / RECORDS
+    path = stored(folder.cell_folder(cell) / RECORDS)
     seconds = []
-    for line in path.read_bytes().splitlines() if path.exists() else ():
+    for line in unpacked(path).splitlines() if path.exists() else ():
         try:
             seconds.append(float(parse_json(line)["seconds"]))
         except (ValueError, KeyError, TypeError):

@@ -20,6 +20,7 @@ from kvbench.errors import UserError
 from kvbench.parsing import parse_json
 from kvbench.store.answer_records import AnswerRecord
 from kvbench.store.manifest import Manifest
+from kvbench.store.packed import stored, unpacked
 from kvbench.store.profile_records import ProfileRecord, load_profile_record
 from kvbench.store.records import Cell, DocumentRecord, Failure, GenerationRecord
 
@@ -196,7 +197,7 @@ class RunFolder:
         with self.lock("append"):
             (folder / FAILURE).unlink(missing_ok=True)
             write_atomic(folder / CELL, json.dumps(dataclasses.asdict(cell), indent=1) + "\n")
-            records = folder / RECORDS
+            records = self._unpacked(cell)
             if signature:
                 path = folder / SIGNATURE
                 made = path.read_text(encoding="utf-8", errors="replace") if path.exists() else earlier
@@ -250,15 +251,25 @@ class RunFolder:
         lines = "".join(
             json.dumps(dataclasses.asdict(r), allow_nan=False, ensure_ascii=False) + "\n" for r in records
         )
-        with self.lock("append"), (self.cell_folder(cell) / RECORDS).open("a+b") as file:
+        with self.lock("append"), self._unpacked(cell).open("a+b") as file:
             _repair(file)
             file.write(lines.encode())
             file.flush()
             os.fsync(file.fileno())
 
+    def _unpacked(self, cell: Cell) -> Path:
+        """The file of a cell's records, which are added to: if it is packed, it is unpacked first."""
+        path = self.cell_folder(cell) / RECORDS
+        packed = stored(path)
+        if packed != path:
+            self.documents(cell)  # a damaged file is refused, and stays
+            write_atomic(path, unpacked(packed))
+            packed.unlink()
+        return path
+
     def forget(self, cell: Cell, prefix: str) -> None:
         """Remove the records whose keys start with ``prefix``, before they are measured again."""
-        path = self.cell_folder(cell) / RECORDS
+        path = self._unpacked(cell)
         if path.exists():
             found = self.measurements(cell)
             kept = (record for key, record in found.items() if not key.startswith(prefix))
@@ -287,7 +298,7 @@ class RunFolder:
         return set(self.texts(cell) if cell.writes else self.records(cell))
 
     def _read(self, cell: Cell, load: Callable[[dict[str, Any]], R]) -> dict[str, R]:
-        path = self.cell_folder(cell) / RECORDS
+        path = stored(self.cell_folder(cell) / RECORDS)
         if not path.exists():
             return {}
         state = (path.stat().st_size, path.stat().st_mtime_ns)
@@ -295,10 +306,10 @@ class RunFolder:
             return dict(self._read_before[path][1])
         found: dict[str, R] = {}
         try:
-            lines = path.read_bytes().split(b"\n")
+            lines = unpacked(path).split(b"\n")
         except OSError as error:
             raise UserError(
-                f"{path} cannot be read: {error.strerror}.", "Make it readable, or run again with --fresh."
+                f"{path} cannot be read: {error.strerror or error}.", "Make it readable, or run again with --fresh."
             ) from error
         for number, line in enumerate(lines, start=1):
             if not line:

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 
 from kvbench.parsing import parse_json
 from kvbench.store.folder import RECORDS, RunFolder
+from kvbench.store.packed import stored
 from kvbench.store.records import Cell
 
 
@@ -34,6 +35,8 @@ class RunProgress:
         """
         seen = self.seen.setdefault(cell.key, _Seen())
         path = self.folder.cell_folder(cell) / RECORDS
+        if stored(path) != path:
+            return self.folder.documents(cell)
         state = path.stat() if path.exists() else None
         size, file = (state.st_size, state.st_ino) if state else (0, seen.file)
         if size < seen.read or (seen.read and file != seen.file):  # rewritten without incomparable records

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import gzip
 import json
 import os
 import shutil
@@ -21,6 +22,7 @@ from kvbench.errors import UserError
 from kvbench.models.adapter import WEIGHTS
 from kvbench.models.references import assets
 from kvbench.store.folder import RUN, RunFolder
+from kvbench.store.progress import RunProgress
 from kvbench.store.records import Failure
 from kvbench.store.rows import Results
 from tests.helpers.command import Outcome, kvbench
@@ -49,6 +51,34 @@ def test_a_torn_last_line_is_ignored_and_repaired(folder: RunFolder) -> None:
     folder.open_cell(CELL)
     folder.append(CELL, [record("c")])
     assert list(folder.records(CELL)) == ["a", "b", "c"]
+
+
+def test_packed_records_are_read_and_added_to(folder: RunFolder) -> None:
+    path = folder.cell_folder(CELL) / "records.jsonl"
+    packed = path.with_suffix(".jsonl.gz")
+    packed.write_bytes(gzip.compress(path.read_bytes()))
+    path.unlink()
+    fresh = RunFolder(folder.path)
+    assert list(fresh.records(CELL)) == ["a", "b"]
+    assert RunProgress(fresh).documents(CELL) == {"a", "b"}
+    assert not path.exists()
+    fresh.open_cell(CELL)
+    fresh.append(CELL, [record("c")])
+    assert list(RunFolder(folder.path).records(CELL)) == ["a", "b", "c"]
+    assert not packed.exists()
+
+
+def test_damaged_packed_records_are_named_and_stay(folder: RunFolder) -> None:
+    path = folder.cell_folder(CELL) / "records.jsonl"
+    packed = path.with_suffix(".jsonl.gz")
+    whole = gzip.compress(path.read_bytes())
+    path.unlink()
+    for raw in (whole[:-9], b"no gzip", whole[:12] + b"x" + whole[13:]):
+        packed.write_bytes(raw)
+        for use in (folder.records, folder.open_cell):
+            with pytest.raises(UserError, match=r"records\.jsonl\.gz"):
+                use(CELL)
+        assert packed.read_bytes() == raw
 
 
 def test_damage_in_the_middle_is_named(folder: RunFolder) -> None:
