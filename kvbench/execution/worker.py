@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import dataclasses
 import sys
-import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -23,12 +22,9 @@ import torch
 from kvbench.cache.shape import cache_shape
 from kvbench.data.documents import Document
 from kvbench.errors import UserError
-from kvbench.execution.accumulator import DocumentAccumulator
 from kvbench.execution.answering import answer_window
 from kvbench.execution.channel import (
     CELL_ERRORS,
-    Advanced,
-    At,
     Channel,
     End,
     Failed,
@@ -39,8 +35,9 @@ from kvbench.execution.channel import (
 )
 from kvbench.execution.generation import write_window
 from kvbench.execution.job import Job, Order
-from kvbench.execution.workload import TaskWork, batches, cut_task
-from kvbench.inference.opening import check_method, held_at_end, places_needed, rows_together
+from kvbench.execution.scoring import score_window
+from kvbench.execution.workload import TaskWork, cut_task
+from kvbench.inference.opening import check_method, held_at_end, places_needed
 from kvbench.judges.loading import check_mauve, load_judges
 from kvbench.methods import Method, make_method
 from kvbench.methods.layouts.mask_example import Mask
@@ -55,7 +52,7 @@ from kvbench.protocols.base import Protocol
 from kvbench.protocols.decode import Decode
 from kvbench.protocols.generate import Generate
 from kvbench.protocols.pieces import Cut, Piece
-from kvbench.protocols.scoring import BatchScore, Reference, score_pieces, text_of
+from kvbench.protocols.scoring import text_of
 from kvbench.store.answer_records import AnswerRecord
 from kvbench.store.records import HUMAN, Cell, DocumentRecord, Failure, GenerationRecord
 
@@ -218,45 +215,7 @@ class Worker:
         if isinstance(work.protocol, AnswerProtocol):
             answer_window(self, work.cells, work.protocol, documents, done)
             return
-        pending = {
-            (cell.key, document.id): DocumentAccumulator(document, cut)
-            for cell in work.cells for document, cut in documents
-            if document.id not in done.get(cell.key, ())
-        }
-        for batch in batches(documents, self.loaded.vocabulary):
-            todo = [c for c in work.cells if any((c.key, p.document) in pending for p in batch)]
-            needs_full = any(cell.method != "full" for cell in todo)
-            tokens, reference = sum(len(p.ids) for p in batch), None
-            for cell in work.cells:
-                wanted = cell in todo or (cell.method == "full" and needs_full)
-                if wanted and cell.key not in self.failed:
-                    self.say(At(cell.key))
-                    kept = self._measure(cell, batch, reference, pending)
-                    reference = reference or kept
-                self.say(Advanced(tokens))
-
-    def _measure(
-        self, cell: Cell, batch: list[Piece], reference: Reference | None,
-        pending: dict[tuple[str, str], DocumentAccumulator],
-    ) -> Reference | None:
-        """Score a batch under one cell and send the complete records; an error affects only this cell.
-
-        Returns:
-            The full cache's predictions, to compare the other methods with; None for other methods.
-        """
-        prepared_cell = self.prepared_cells[cell.key]
-        is_full, kept = cell.method == "full", None
-        with self.guarded(cell):
-            for rows in rows_together(prepared_cell.method, [piece.layout for piece in batch]):
-                pieces = [batch[row] for row in rows]
-                started = time.perf_counter()
-                theirs, chunk = reference.rows(rows) if reference else None, int(cell.options["chunk"])
-                score, kept = score_pieces(
-                    self.loaded.model, prepared_cell.method, pieces, theirs, adapter=prepared_cell.adapter,
-                    execution=cell.execution, chunk=chunk, seed=cell.seed, keep_reference=is_full,
-                )
-                self._store(cell, pieces, score, pending, time.perf_counter() - started)
-        return kept
+        score_window(self, work.cells, documents, done)
 
     @contextmanager
     def guarded(self, cell: Cell) -> Iterator[None]:
@@ -266,21 +225,6 @@ class Worker:
         except CELL_ERRORS as error:
             self.failed.add(cell.key)
             self.say(Failed(failure_of(cell.key, cell.label, error)))
-
-    def _store(
-        self, cell: Cell, batch: list[Piece], score: BatchScore,
-        pending: dict[tuple[str, str], DocumentAccumulator], seconds: float,
-    ) -> None:
-        finished = []
-        for row, piece in enumerate(batch):
-            entry = pending.get((cell.key, piece.document))
-            if entry is None:
-                continue
-            entry.add(piece, score, row, len(batch), seconds)
-            if entry.complete:
-                finished.append(entry.record())
-                del pending[cell.key, piece.document]
-        self.record(cell, finished)
 
     def record(self, cell: Cell, records: Sequence[DocumentRecord | GenerationRecord | AnswerRecord]) -> None:
         """Send finished records to the parent."""

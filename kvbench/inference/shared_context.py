@@ -28,33 +28,44 @@ class SharedContext:
     """The entries of a context ``[batch, n]`` as all policies of a set see them, read when they are first wanted.
 
     Attributes:
-        passes: forward passes over the context so far.
+        chunk: number of tokens that are fed at a time.
+        passes: times that the context was read so far.
     """
 
-    def __init__(self, model: nn.Module, ids: Tensor, sessions: Sequence[Session]) -> None:
-        self.model, self.ids, self.passes = model, ids, 0
+    def __init__(self, model: nn.Module, ids: Tensor, sessions: Sequence[Session], chunk: int | None = None) -> None:
+        self.model, self.ids, self.passes, self.chunk = model, ids, 0, chunk or ids.shape[1]
         self.readers: dict[Key, PolicySession] = {}
+        self.logits = torch.empty(0)
         for session in sessions:
             if can_share(session):
                 self.readers.setdefault(_key(session.policy), _reader(session))
 
-    def read_into(self, session: Session) -> None:
-        """Read the context for a session that has just been opened, and let it compress; alone if it must be."""
+    def read_into(self, session: Session) -> Tensor:
+        """Read the context for a session that has just been opened, and let it compress; alone if it must be.
+
+        Returns:
+            Logits ``[batch, 1, vocabulary]`` after the context.
+        """
         if not can_share(session):
             self.passes += 1
-            for _ in session.prefill(self.ids, self.ids.shape[1]):
-                pass
-            return
-        readers = list(self.readers.values())
-        if not readers[0].read:
+            *_, part = session.prefill(self.ids, self.ids.shape[1] - 1)
+            return part.logits[:, -1:]
+        if not self.logits.numel():
             self.passes += 1
             try:
-                _Reading(readers).feed(self.model, self.ids)
+                self.logits = self._read()
             except BaseException:  # what has been seen of the queries must not be counted twice by another try
                 self.readers = {key: _reader(reader) for key, reader in self.readers.items()}
                 raise
         session.take_over(self.readers[_key(session.policy)])
         session.remove()
+        return self.logits
+
+    def _read(self) -> Tensor:
+        reading = _Reading(list(self.readers.values()))
+        for start in range(0, self.ids.shape[1], self.chunk):
+            logits = reading.feed(self.model, self.ids[:, start : start + self.chunk])
+        return logits
 
 
 def can_share(session: Session) -> TypeGuard[PolicySession]:
@@ -83,40 +94,47 @@ class _Reading(Cache):  # type: ignore[misc]
         super().__init__(layers=[])
         self.readers = readers
 
-    def feed(self, model: nn.Module, ids: Tensor) -> None:
-        count = ids.shape[1]
+    def feed(self, model: nn.Module, ids: Tensor) -> Tensor:
+        """Read the next tokens ``[batch, m]`` and return the logits ``[batch, 1, vocabulary]`` after them."""
+        count, read = ids.shape[1], self.readers[0].read
         for reader in self.readers:
             reader.begin(count)
         token = OBSERVER.set(self)
         try:
-            model(
+            out = model(
                 input_ids=ids, attention_mask=torch.ones(1, 1, count, 1, dtype=torch.bool, device=ids.device),
-                position_ids=torch.arange(count, device=ids.device)[None], use_cache=True, past_key_values=self,
-                logits_to_keep=1,
+                position_ids=torch.arange(read, read + count, device=ids.device)[None], use_cache=True,
+                past_key_values=self, logits_to_keep=1,
             )
         finally:
             OBSERVER.reset(token)
         for reader in self.readers:
             reader.end(count)
+        logits: Tensor = out.logits
+        return logits
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
-        return 0
+        return self.readers[0].read
 
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: object, **kwargs: object
     ) -> tuple[Tensor, Tensor]:
-        if any(t.untyped_storage().nbytes() != t.nbytes for t in (key_states, value_states)):
-            key_states, value_states = key_states.clone(), value_states.clone()  # views of a fused projection
+        first: PolicyLayer | None = None
         for reader in self.readers:  # the same tensors in all of them: nothing is changed in place before it is copied
             layers = reader.cache.layers
             layers += [PolicyLayer() for _ in range(layer_idx + 1 - len(layers))]
-            layers[layer_idx].lazy_initialization(key_states, value_states)
-            layers[layer_idx].replace(key_states, value_states)
-            layers[layer_idx].read = key_states.shape[-2]
-        return key_states, value_states
+            layer = layers[layer_idx]
+            if first is None:
+                first = layer
+                first.extend(key_states, value_states, reader.read)
+            else:
+                layer.lazy_initialization(key_states, value_states)
+                layer.keys, layer.values, layer.read = first.keys, first.values, first.read
+        assert first is not None, "somebody reads"
+        return first.keys, first.values
 
     def mask(self, layer: int, queries: int, keys: int, device: torch.device) -> Tensor | None:
-        return None
+        return self.readers[0].mask(layer, queries, keys, device)
 
     def attend(self, layer: int, query: Tensor, scaling: float | None) -> Tensor | None:
         return None

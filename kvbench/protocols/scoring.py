@@ -13,6 +13,7 @@ from torch.nn import functional
 
 from kvbench.inference.opening import Text, open_session, prepared
 from kvbench.inference.session import CacheBytes, Session
+from kvbench.inference.shared_context import SharedContext, can_share
 from kvbench.methods import Method
 from kvbench.metrics.agreement import KL_BINS, KL_HIGH, KL_LOW
 from kvbench.models.adapter import Adapter
@@ -93,7 +94,7 @@ class BatchScore:
 def score_pieces(
     model: nn.Module, method: Method, pieces: Sequence[Piece], reference: Reference | None = None, *,
     adapter: Adapter | None = None, execution: str = "streamed", chunk: int = 64, seed: int = 0,
-    keep_reference: bool = False,
+    keep_reference: bool = False, shared: SharedContext | None = None,
 ) -> tuple[BatchScore, Reference | None]:
     """Read a batch of pieces under a method, and score their targets.
 
@@ -102,13 +103,14 @@ def score_pieces(
         reference: the full cache's predictions for the batch, to compare with.
         execution, chunk: see :func:`kvbench.inference.opening.open_session`.
         keep_reference: return this batch's predictions, as the reference for other methods.
+        shared: the contexts of the batch, which are read for several methods together; None to read them here.
     """
     first = pieces[0]
     with torch.inference_mode(), prepared(model, adapter, len(first.ids)):
         session = open_session(
             model, method, text_of(pieces), adapter=adapter, seed=seed, execution=execution, chunk=chunk
         )
-        return score(session, pieces, reference, keep_reference)
+        return score(session, pieces, reference, keep_reference, shared)
 
 
 def text_of(pieces: Sequence[Piece]) -> Text:
@@ -121,15 +123,19 @@ def text_of(pieces: Sequence[Piece]) -> Text:
 
 
 def score(
-    session: Session, pieces: Sequence[Piece], reference: Reference | None = None, keep_reference: bool = False
+    session: Session, pieces: Sequence[Piece], reference: Reference | None = None, keep_reference: bool = False,
+    shared: SharedContext | None = None,
 ) -> tuple[BatchScore, Reference | None]:
     """As :func:`score_pieces`, in a session that has just been opened."""
     first = pieces[0]
     ids = torch.tensor([piece.ids for piece in pieces], device=session.device)
     context, behind = ids[:, : first.context], ids[:, first.context :]
     rows = ScoreCollector(ids[:, first.scored :], first.scored, reference, keep_reference)
-    for part in session.prefill(context, first.scored - 1, behind[:, : first.ahead]):
-        rows.add(part.start, part.logits)
+    if shared is not None:
+        rows.add(first.context - 1, shared.read_into(session))
+    else:
+        for part in session.prefill(context, first.scored - 1, behind[:, : first.ahead]):
+            rows.add(part.start, part.logits)
     kept, sizes = session.kept, session.bytes()
     for part in session.extend(behind[:, :-1]):
         rows.add(first.context + part.start, part.logits)
@@ -139,6 +145,28 @@ def score(
     return rows.score(
         session.distance(targets), targets, visible, len(queries), kept, session.peak, sizes
     ), rows.collected()
+
+
+def share_context(
+    model: nn.Module, methods: Sequence[Method], pieces: Sequence[Piece], *, chunk: int, seed: int
+) -> tuple[SharedContext | None, list[Method]]:
+    """The contexts of a batch of pieces for those of the methods that can share them, and these methods.
+
+    Only what is scored behind the context is shared: there the context is compressed at its end.
+    """
+    first = pieces[0]
+    if first.scored != first.context or first.context >= len(first.ids) or first.ahead or first.is_generated:
+        return None, []
+    with torch.inference_mode(), prepared(model, None, len(first.ids)):
+        opened = [
+            (method, open_session(model, method, text_of(pieces), seed=seed, chunk=chunk)) for method in methods
+        ]
+        sharing = [(method, session) for method, session in opened if can_share(session)]
+        if len(sharing) < 2:
+            return None, []
+        ids = torch.tensor([piece.ids[: first.context] for piece in pieces], device=sharing[0][1].device)
+        shared = SharedContext(model, ids, [session for _, session in sharing], chunk)
+    return shared, [method for method, _ in sharing]
 
 
 class ScoreCollector:

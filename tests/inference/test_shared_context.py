@@ -12,6 +12,8 @@ from kvbench.inference.opening import Text, open_session, prepared
 from kvbench.inference.session import Session
 from kvbench.inference.shared_context import SharedContext
 from kvbench.methods import METHODS, CachePolicy, Method, make_method
+from kvbench.protocols.pieces import Piece
+from kvbench.protocols.scoring import score_pieces, share_context
 from tests.helpers.models import FAMILIES, VOCABULARY, small_model
 
 N = 90
@@ -79,3 +81,24 @@ def test_sharing_changes_no_number(family: str) -> None:
     alike = [method for method in tried if method.name not in ALONE and method.prefill == "once"]  # type: ignore[attr-defined]
     assert shared.passes == 1 + len(tried) - len(alike)
     assert len(alike) > 20
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_scores_behind_a_context_that_is_read_in_chunks_for_all_are_those_of_each_alone(family: str) -> None:
+    model = small_model(family)
+    generator = torch.Generator().manual_seed(4)
+    rows = torch.randint(1, VOCABULARY, (3, N + 20), generator=generator).tolist()
+    pieces = [Piece(str(row), tuple(ids), N, N, 1, row) for row, ids in enumerate(rows)]
+    tried = [method for method in methods() if not (family == "gpt2" and getattr(method, "rerotated", 0))]
+    shared, sharing = share_context(model, tried, pieces, chunk=32, seed=1)
+    assert shared is not None
+    assert {method.name for method in tried} - {method.name for method in sharing} <= ALONE
+    for method in sharing:
+        together, _ = score_pieces(model, method, pieces, chunk=32, seed=1, shared=shared)
+        alone, _ = score_pieces(model, method, pieces, chunk=32, seed=1)
+        assert float((together.nll - alone.nll).abs().max()) < 1e-6, method.name
+        assert together.visible == alone.visible
+        for name in ("held", "peak", "logical", "physical", "full"):
+            assert getattr(together, name) == getattr(alone, name), (method.name, name)
+    assert shared.passes == 1
