@@ -4,7 +4,7 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 
-.PHONY: run real test-real test pytest test-heavy lint figures bench gpu clean
+.PHONY: run real test-real test pytest test-heavy lint figures real-figures bench gpu clean
 
 run: $(STAMP)
 	$(BIN)/kvbench run --method sentinel --ratio 0.7
@@ -39,6 +39,11 @@ figures: $(STAMP)
 	$(BIN)/kvbench profile --config reports/gallery.toml --out reports/gallery-profile
 	$(BIN)/kvbench report reports/gallery-sweep reports/gallery-profile --out reports/reference
 
+# The results on SmolLM2-135M, reports/real: some ten hours on two cores. It goes on where it was interrupted.
+real-figures: real
+	reports/real/measure.sh
+	$(BIN)/kvbench report reports/real/runs/* --out reports/real/report
+
 bench: $(STAMP)
 	$(BIN)/python -m benchmarks.throughput
 	$(BIN)/python -m benchmarks.masks
@@ -47,6 +52,7 @@ bench: $(STAMP)
 	$(BIN)/python -m benchmarks.generate
 	$(BIN)/python -m benchmarks.caches
 	$(BIN)/python -m benchmarks.policies
+	$(BIN)/python -m benchmarks.sharing
 
 # What a GPU does, in six minutes at most: under the python3 that is there (torch and transformers), without .venv.
 gpu:

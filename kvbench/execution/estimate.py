@@ -22,6 +22,10 @@ from kvbench.store.records import HUMAN, Cell
 BYTES_PER_TOKEN = 4
 USUAL_ANSWER = 24
 """Tokens of an answer on average, which mostly ends before it must."""
+QUESTION = 40
+"""Tokens of a question, which every cell reads behind its own cache."""
+ROW = 0.25
+"""Assumed time of a token in one row of many, relative to a token alone."""
 TOGETHER = 16
 """Documents that are continued together, at most: their tokens share forward passes."""
 PROCESS = 700 << 20
@@ -47,11 +51,15 @@ def estimate_seconds(plan: Plan, folder: RunFolder) -> dict[str, float | None]:
         documents = plan.corpora[mine[0].task].documents
         documents = documents[: plan.request.limit or len(documents)]
         known = [s for cell in mine if (s := per_document[cell.key]) is not None and cell.method != HUMAN]
-        guess = float(np.mean(known)) if known else _by_arithmetic(plan, mine[-1], documents)
+        sharing = [cell for cell in mine if _shares(cell)]
         for cell in mine:
             left = expected(plan, cell) - len(folder.documents(cell))
+            cost = per_document[cell.key]
+            if cost is None and known:
+                cost = float(np.mean(known))
+            elif cost is None:
+                cost = _by_arithmetic(plan, cell, documents, len(sharing) if cell in sharing else 1)
             each = per_document[cell.key]
-            cost = guess if each is None else each
             if cell.method == HUMAN:
                 cost = cost if each is not None else 0.0 if cost is not None else None
             found[cell.key] = None if cost is None else max(0, left) * cost / _at_a_time(plan)
@@ -107,15 +115,28 @@ def _measured(folder: RunFolder, cell: Cell) -> float | None:
     return float(np.mean(seconds)) if seconds else None
 
 
-def _by_arithmetic(plan: Plan, cell: Cell, documents: tuple[Document, ...]) -> float | None:
-    """Estimated seconds per document, from the time of matrix products and of calls."""
+def _shares(cell: Cell) -> bool:
+    """Whether a cell reads a context together with others: a policy that compresses it at its end."""
+    return cell.options.get("prefill") == "once" and (cell.answers or cell.protocol == "prefix") and not cell.adapter
+
+
+def _by_arithmetic(plan: Plan, cell: Cell, documents: tuple[Document, ...], together: int) -> float | None:
+    """Estimated seconds per document, from the time of matrix products and of calls.
+
+    Args:
+        together: number of cells that share reading a context, and a forward pass for a token of all answers.
+    """
     sizes = sizes_of(Path(plan.model.location)) if plan.model.is_folder else None
     if sizes is None or plan.request.device.startswith("cuda") or not documents:
         return None
     weights, calls = plan.model.weight_bytes / 4, sizes.layers * CALL
     read, _, written = _tokens(plan, cell)
-    reading = ARITHMETIC * read * 2 * weights / _speed() + read / CHUNK * calls
-    return reading + written * (max(plan.model.weight_bytes / BANDWIDTH, 2 * weights / _speed()) + calls)
+    own = 0.0 if together == 1 else QUESTION if cell.answers else read / 4
+    step = max(plan.model.weight_bytes / BANDWIDTH, 2 * weights / _speed()) + calls
+    if together > 1:
+        step *= ROW
+    fed = (read - own) / together + own
+    return ARITHMETIC * fed * 2 * weights / _speed() + fed / CHUNK * calls + written * step
 
 
 class Tokens(NamedTuple):
