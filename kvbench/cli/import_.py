@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 from kvbench.cli import options
+from kvbench.cli.measure import command_line
 
 app = typer.Typer(
     no_args_is_help=True, rich_markup_mode="rich",
@@ -77,7 +78,7 @@ def kvpress(
     given = Settings(
         press_name=method, compression_ratio=ratio, model=model, dataset=name or None, data_dir=part or None
     )
-    summary = import_predictions(predictions, out, given, context or "", sys.argv)
+    summary = import_predictions(predictions, out, given, context or "", command_line())
     for cell, source in summary.added:
         typer.echo(f"{cell.label}: {source}", err=True)
     for source in summary.present:

@@ -1,11 +1,17 @@
-"""Shared by commands that measure: being interrupted has an exit code of its own."""
+"""Shared by commands that measure: the command line, and being interrupted, which has an exit code of its own."""
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 import typer
+
+
+def command_line() -> list[str]:
+    """The command as typed, whatever folder the program lies in."""
+    return ["kvbench", *sys.argv[1:]]
 
 
 @contextmanager

@@ -10,7 +10,7 @@ import typer
 
 from kvbench.cli import options
 from kvbench.cli.dry_run import print_cells_as_json
-from kvbench.cli.measure import interruptible
+from kvbench.cli.measure import command_line, interruptible
 from kvbench.cli.requests import profile_request
 
 if TYPE_CHECKING:
@@ -132,7 +132,7 @@ def profile(
     for warning in doubts(request.threads, psutil.cpu_percent(interval=0.3)):
         console.print(f"[yellow]warning[/] {warning}", highlight=False)
     with interruptible():
-        results = profile_plan(plan, sys.argv, console, fresh)
+        results = profile_plan(plan, command_line(), console, fresh)
     if json_:
         sys.stdout.write(results.to_json() + "\n")
     else:

@@ -10,7 +10,7 @@ import typer
 
 from kvbench.cli import options
 from kvbench.cli.dry_run import print_plans
-from kvbench.cli.measure import interruptible
+from kvbench.cli.measure import command_line, interruptible
 from kvbench.cli.requests import quality_request
 
 
@@ -88,7 +88,7 @@ def run(
         print_plans([plan], plan.folder, json_)
         return
     with interruptible():
-        results = run_plan(plan, sys.argv, console, fresh, seconds)
+        results = run_plan(plan, command_line(), console, fresh, seconds)
     if json_:
         sys.stdout.write(results.to_json() + "\n")
     else:

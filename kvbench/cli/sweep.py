@@ -10,7 +10,7 @@ import typer
 
 from kvbench.cli import options
 from kvbench.cli.dry_run import print_plans
-from kvbench.cli.measure import interruptible
+from kvbench.cli.measure import command_line, interruptible
 from kvbench.cli.requests import quality_request
 
 if TYPE_CHECKING:
@@ -171,7 +171,7 @@ def _measure(
 
     if executor == "local":
         choices = ExecutionOptions(fresh, fail_fast, timeout, workers, skip_infeasible=True)
-        measure_plans(found.plans, found.folder, found.content, sys.argv, console, choices, seconds)
+        measure_plans(found.plans, found.folder, found.content, command_line(), console, choices, seconds)
     else:
         start_workers(found, executor, workers or 2, settings, fresh, console)
     measure_similarity(RunFolder(found.folder), console)
