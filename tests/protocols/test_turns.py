@@ -21,11 +21,11 @@ from kvbench.store.folder import RunFolder
 from tests.helpers.command import Call, kvbench, refused
 
 RUN = [
-    "run", "--task", "kv-retrieval", "--limit", "2", "--set", "length=1000", "--set", "turns=together",
+    "run", "--task", "kv-retrieval", "--limit", "1", "--set", "length=1000", "--set", "turns=together",
     "--no-baselines", "--threads", "1", "--set", "question=hidden", "--method", "knorm", "--ratio", "0.5",
 ]
 OPTIONS = {
-    "length": "1000", "samples": "2", "template": "auto", "stop": "end", "turns": "together", "chunk": "64",
+    "length": "1000", "samples": "1", "template": "auto", "stop": "end", "turns": "together", "chunk": "64",
     "bos": "auto",
 }
 
@@ -60,14 +60,13 @@ def in_turns(model: Any, pieces: Any, ratio: Fraction | None) -> list[list[int]]
     return answers
 
 
-@pytest.mark.parametrize("template", ["none", "auto"])
-def test_one_session_goes_on_from_answer_to_answer(template: str, tmp_path: Path) -> None:
-    found = kvbench(*RUN, "--set", f"template={template}", "--out", tmp_path / "run", cwd=tmp_path)
+def test_one_session_goes_on_from_answer_to_answer(tmp_path: Path) -> None:
+    found = kvbench(*RUN, "--out", tmp_path / "run", cwd=tmp_path)
     assert found.code == 0, found.err
     folder = RunFolder(tmp_path / "run")
     loaded = load_model(resolve_model("kvbench-tiny"), "cpu", "float32")
     task = load_task("kv-retrieval")
-    protocol = AnswerProtocol.resolve(task, {**OPTIONS, "template": template}, 1024, "kvbench-tiny")
+    protocol = AnswerProtocol.resolve(task, OPTIONS, 1024, "kvbench-tiny")
     tokenizer = make_tokenizer(loaded.tokenizer, "auto")
     for document, cut in protocol.pieces(load_corpus(task, None).documents, tokenizer, 0, False):
         said = [loaded.tokenizer.decode(piece.asked.follow) for piece in cut.pieces if piece.asked is not None]
@@ -78,6 +77,20 @@ def test_one_session_goes_on_from_answer_to_answer(template: str, tmp_path: Path
             record = folder.answers(cell)[document.id]
             ratio = Fraction(1, 2) if cell.method == "knorm" else None
             assert [list(answer.ids) for answer in record.answers] == in_turns(loaded.model, cut.pieces, ratio)
+
+
+def test_a_question_follows_in_a_turn_of_the_chat(tiny_tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    template = "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}<|end|>{% endfor %}{{ '<|assistant|>' }}"
+    monkeypatch.setattr(tiny_tokenizer, "chat_template", template)
+    protocol = AnswerProtocol.resolve(load_task("kv-retrieval"), OPTIONS, 1024, "kvbench-tiny")
+    documents = load_corpus(load_task("kv-retrieval"), None).documents
+    _, cut = next(protocol.pieces(documents, make_tokenizer(tiny_tokenizer, "auto"), 0, False))
+    for piece in cut.pieces:
+        assert piece.asked is not None
+        assert piece.asked.follow is not None
+        question = tiny_tokenizer.decode(piece.ids[piece.asked.asked_at :]).strip()
+        said, end, prefix = question.partition("<|end|><|assistant|>")
+        assert tiny_tokenizer.decode(piece.asked.follow) == f"<|end|><|user|>{said.strip()}{end}{prefix}"
 
 
 def test_known_questions_cannot_follow_answers(called: Call) -> None:
