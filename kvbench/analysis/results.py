@@ -80,7 +80,7 @@ def _task_rows(folder: RunFolder, cells: Sequence[Cell], info: TaskInfo, only: S
     if info.kind == "generation":
         return _adjusted([row for row in generation_rows(folder, cells, info) if _is_shown(row.metric, only)])
     measured: list[tuple[Cell, Records]]
-    if info.kind == "answer":
+    if info.asks:
         answers = [(cell, folder.answers(cell)) for cell in cells]
         found = answer_rows(answers, info)
         measured = [(cell, [records[name] for name in info.documents]) for cell, records in answers]

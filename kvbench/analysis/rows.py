@@ -91,7 +91,7 @@ def row(
 def settings(cell: Cell, info: TaskInfo, bin_name: str | None) -> dict[str, Any]:
     """Parameters of a row of a task: its options, its lengths, its bin, and remarks on its method."""
     asked = {"question": "hidden"} if info.kind == "recall" else {}
-    length = {"context_length": context_length(info)} if info.kind == "answer" else {}
+    length = {"context_length": context_length(info)} if info.asks else {}
     return {
         **asked, **cell.options, **length, "seq_len": info.seq_len, "batch_size": None, "new_tokens": info.new_tokens,
         "step": None, "bin": bin_name, **remarks(cell),

@@ -62,7 +62,9 @@ def measure_plans(
     if seconds is None:
         measure(plans)
     else:
-        measure_within(plans, RunFolder(path), seconds, measure, console)
+        measure_within(
+            plans, RunFolder(path), seconds, measure, console, fresh=choices.fresh, fail_fast=choices.fail_fast
+        )
 
 
 def profile_plan(plan: ProfilePlan, command: list[str], console: Console, fresh: bool) -> Results:

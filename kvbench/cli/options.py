@@ -52,7 +52,8 @@ Adapter = Annotated[list[str] | None, typer.Option(
     parser=text, help="Adapter folder of a trained method; repeatable. \\[default: those shipped for kvbench-tiny]",
     show_default=False, rich_help_panel="What to run")]
 Protocol = Annotated[str | None, typer.Option(
-    help="block, stream, prefix, online or generate. \\[default: the task's own]", rich_help_panel="How to run")]
+    help="block, stream, prefix, online, generate, decode or answer. \\[default: the task's own]",
+    rich_help_panel="How to run")]
 Execution = Annotated[str, typer.Option(
     help="streamed (entries really removed) or onepass (masked, nothing freed).", rich_help_panel="How to run")]
 Limit = Annotated[int | None, typer.Option(

@@ -25,10 +25,13 @@ def quality_request(
     Raises:
         UserError: a parameter is out of its range.
     """
+    from kvbench.errors import UserError
     from kvbench.planning.methods import parse_budget
     from kvbench.planning.quality import Request
 
     ratio = given["ratio"] or ()
+    if ratio and given["protocol"] == "decode":
+        raise UserError("--ratio has no meaning with --protocol decode.", "Use --set entries= for what is kept.")
     return Request(
         **_shared(given, settings, model, seed), tasks=tuple(given["task"] or settings.task), data=given["data"],
         column=given["column"], protocol=given["protocol"], execution=given["execution"],

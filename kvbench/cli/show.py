@@ -49,5 +49,5 @@ def show(
     console = Console()
     if not console.is_terminal:
         console = Console(file=console.file, width=140)
-    show_one = answers_side_by_side if infos[tasks[chosen]].kind == "answer" else side_by_side
+    show_one = answers_side_by_side if infos[tasks[chosen]].asks else side_by_side
     console.print(show_one(folder, tasks[chosen], document or documents[0]))

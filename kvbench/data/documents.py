@@ -110,6 +110,11 @@ def _load_turns(task: Task, data: Path | None) -> Corpus:
 def _load_questions(task: Task, rules: QuestionRowsSpec, data: Path | None) -> Corpus:
     spec = task.corpus
     path = Path(str(files("kvbench").joinpath("assets", spec.embedded))) if spec.embedded and data is None else data
+    if path is not None and (path.is_dir() or ".txt" in path.suffixes):
+        raise UserError(
+            f"{path} is plain text, and task {task.name!r} needs rows with columns "
+            f"({', '.join(sorted(rules.columns))}).", "Give a .jsonl, .json, .csv or .parquet.",
+        )
     records = hub_records(spec) if path is None else read_records(path, rules.columns)
     found = ((record, rules.sample(record)) for record in records)
     samples = [

@@ -11,10 +11,13 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from kvbench.data.files import Record
 from kvbench.data.rows import checked_text
+from kvbench.data.samples.qa_scoring import NUMBERS
 from kvbench.data.samples.sample import Question, Sample
 from kvbench.data.samples.scoring import SCORING
 from kvbench.errors import UserError
 
+IN_QUESTION = ("label", "label_published")
+"""Rules by which labels that stand in the question do not count."""
 _FIELD = re.compile(r"(\w+)(?:\[(\d+)\])?")
 """A column, or one element of a column that holds a list."""
 
@@ -31,8 +34,8 @@ class QuestionRowsSpec(BaseModel):
             ``answers.text``.
         options: column of the options of a choice, whose letters (A, B, ...) are right answers as well.
         needs_answer: whether rows without an answer are left out; otherwise they are refused.
-        labels: all labels, or the column that holds them, for scorings that look for others than the right one; those
-            in the question do not count.
+        labels: all labels, or the column that holds them, for scorings that look for others than the right one. For
+            stories those in the question do not count.
         turns: column of a list of questions about the same context, each with columns of its own; empty for one
             question per row.
         scoring: rule of :mod:`kvbench.data.samples.scoring`; ``new_tokens``: that may be generated.
@@ -103,21 +106,39 @@ class QuestionRowsSpec(BaseModel):
         return Sample(context, questions, bin=self._bin(row, record.where))
 
     def _question(self, row: Mapping[str, Any], where: str) -> Question:
-        references = _texts(_value(row, self.references, where))
-        if not references:
-            raise _wrong(where, self.references, "a text, a number, or a list of at least one")
-        if self.options:
-            options = _texts(_value(row, self.options, where))
-            letters = (ascii_uppercase[options.index(one)] for one in references if one in options)
-            references = tuple(dict.fromkeys((*references, *letters)))
-        text = _filled(self.question, row, where)
+        text, references = _filled(self.question, row, where), self._references(row, where)
         if self.labels:
             labels = _texts(_value(row, self.labels, where)) if isinstance(self.labels, str) else self.labels
-            others = [label for label in labels if label != references[0] and label.lower() not in text.lower()]
+            if not labels:
+                raise _wrong(where, str(self.labels), "a list of all labels")
+            others = [label for label in labels if label != references[0]]
+            if self.scoring in IN_QUESTION:
+                others = [label for label in others if label.lower() not in text.lower()]
             references = (references[0], *others)
         return Question(
             text, _filled(self.prefix, row, where), references, self.scoring, self.new_tokens, self.first_line,
         )
+
+    def _references(self, row: Mapping[str, Any], where: str) -> tuple[str, ...]:
+        """The right answers of a question, checked."""
+        found = _texts(_value(row, self.references, where))
+        if not found:
+            raise _wrong(where, self.references, "a text, a number, or a list of at least one, none of them empty")
+        if found[0].startswith("[") and found[0].endswith("]"):
+            raise _wrong(where, self.references, "an answer, but the text of a list: use .jsonl, .json or .parquet")
+        number = NUMBERS.get(self.scoring)
+        try:
+            if number is not None:
+                number(found[0])
+        except ValueError:
+            raise _wrong(where, self.references, "a number, which the scoring needs") from None
+        if self.options:
+            options = _texts(_value(row, self.options, where))
+            chosen = [options.index(one) for one in found if one in options]
+            if len(options) > len(ascii_uppercase) or not (chosen or set(found) & set(ascii_uppercase[: len(options)])):
+                raise _wrong(where, self.references, f'one of the "{self.options}", which are 26 at most')
+            found = tuple(dict.fromkeys((*found, *(ascii_uppercase[place] for place in chosen))))
+        return found
 
     def _bin(self, row: Mapping[str, Any], where: str) -> str:
         return f"{self.group}={_value(row, self.group, where)}" if self.group else ""
@@ -140,9 +161,9 @@ def _wrong(where: str, column: str, wanted: str) -> UserError:
 
 
 def _texts(value: Any) -> tuple[str, ...]:
-    """The texts of a value that is a text, a number, or a list of them; empty if it is something else."""
+    """The texts of a value that is a text, a number, or a list of them; none if one is empty, or something else."""
     values = value if isinstance(value, list) else [value]
-    if not all(isinstance(one, str | int | float) for one in values):
+    if not all(isinstance(one, str | int | float) and str(one).strip() for one in values):
         return ()
     return tuple(str(one) for one in values)
 

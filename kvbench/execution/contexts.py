@@ -41,11 +41,15 @@ class Contexts:
     ) -> None:
         self.model, self.protocol, self.group, self.cut = model, protocol, group, cut
         self.pieces: dict[tuple[int, ...], list[Piece]] = {}
+        first = cut.pieces[0]
         for piece in cut.pieces:
-            self.pieces.setdefault(piece.ids[: piece.context], []).append(piece)
+            # In turns only the context of the first question is read, though tokens may reach into another question.
+            asked = first if protocol.turns == TOGETHER else piece
+            self.pieces.setdefault(asked.ids[: asked.context], []).append(piece)
         self.shared: dict[tuple[int, ...], SharedContext] = {}
-        self.cells, first = list(prepared_cells), next(iter(self.pieces))
-        opened = [(one, self._opened(first, one)) for one in prepared_cells if _removes_at_end(one)]
+        self.cells = list(prepared_cells)
+        context = first.ids[: first.context]
+        opened = [(one, self._opened(context, one)) for one in prepared_cells if _removes_at_end(one)]
         self.sharing = [one for one, session in opened if can_share(session)]
         self.joining = [
             one for one, session in opened

@@ -166,6 +166,7 @@ def write_texts(
             read = first.context + ids.shape[1] - 1
             kept, sizes = session.kept, session.bytes()
             sizes = sizes._replace(full=sizes.full * read // first.context)
+            sizes = CacheBytes(*(size // len(protocol.decodings) for size in sizes))  # of one text for each prefix
     found = [tuple(i for i in row if i >= 0 and i not in ends) for row in ids.tolist()]
     outputs = len(protocol.decodings)
     queries = torch.arange(max(1, first.context - 1), len(first.ids) - 1)

@@ -21,7 +21,7 @@ RESERVE = 0.85
 
 def measure_within(
     plans: Sequence[Plan], folder: RunFolder, seconds: float, measure: Callable[[Sequence[Plan]], None],
-    console: Console,
+    console: Console, fresh: bool, fail_fast: bool,
 ) -> int:
     """Measure the plans on more and more documents per task, in rounds, until the next would take too long.
 
@@ -31,13 +31,14 @@ def measure_within(
     Args:
         seconds: for all rounds together.
         measure: measures plans; documents that are on disk are not measured again.
+        fresh: whether the first round measures again what is on disk; ``fail_fast``: whether it ends at a failure.
 
     Returns:
         Documents per task.
     """
     started = time.monotonic()
     most = max(expected(plan, cell) for plan in plans for cell in plan.cells)
-    count = _on_disk(plans, folder, most)
+    count = 0 if fresh else _on_disk(plans, folder, most)
     wanted = min(most, count + 1)
     while True:
         begun, known = time.monotonic(), count > 0
@@ -45,6 +46,8 @@ def measure_within(
         predicted = new * _seconds_each(plans, folder, count) if new and known else 0.0
         measure([_limited(plan, wanted) for plan in plans])
         took, count = time.monotonic() - begun, wanted
+        if fail_fast and any(folder.failure(cell) for plan in plans for cell in plan.cells):
+            return _on_disk(plans, folder, most)
         each = _seconds_each(plans, folder, count)
         # What a round takes besides documents, such as loading the model.
         overhead = max(0.0, took - (predicted if known else new * each))
@@ -66,11 +69,10 @@ def _limited(plan: Plan, count: int) -> Plan:
 
 
 def _on_disk(plans: Sequence[Plan], folder: RunFolder, most: int) -> int:
-    """Number of documents per task that all cells have records of."""
-    return min(
-        (most if len(done) >= expected(plan, cell) else len(done))
-        for plan in plans for cell in plan.cells for done in (folder.documents(cell),)
-    )
+    """Number of documents per task that all cells have records of, but those that have failed."""
+    cells = [(plan, cell) for plan in plans for cell in plan.cells if folder.failure(cell) is None]
+    done = ((plan, cell, len(folder.documents(cell))) for plan, cell in cells)
+    return min((most if count >= expected(plan, cell) else count for plan, cell, count in done), default=0)
 
 
 def _seconds_each(plans: Sequence[Plan], folder: RunFolder, count: int) -> float:

@@ -231,6 +231,6 @@ class MaskedSession(LayoutSession):
         yield Scored(first, self.context, logits)
 
     def extend(self, ids: Tensor) -> Iterator[Scored]:
-        if ids.shape[1]:
+        if ids.shape[1] and self.read == self.context:
             self.cache.keep(self.layout.held_after(len(self.layout)).to(ids.device))
         yield from super().extend(ids)

@@ -20,8 +20,9 @@ from kvbench.inference.session import Session
 from kvbench.methods.policies.policy import CachePolicy, Needs
 from kvbench.models.attention_hooks import OBSERVER
 
-Key = tuple[Needs, int, int]
-"""What a policy needs: statistics, last queries, and how many of the first keys are rotated again."""
+Key = tuple[Needs, int, int, int]
+"""What a policy needs: statistics, last queries, how many of the first keys are rotated again, and how many of the
+first queries are left out of the statistics."""
 
 
 class SharedContext:
@@ -76,7 +77,7 @@ def can_share(session: Session) -> TypeGuard[PolicySession]:
 
 
 def _key(policy: CachePolicy) -> Key:
-    return policy.needs, policy.window, policy.rerotated
+    return policy.needs, policy.window, policy.rerotated, policy.sinks if policy.needs.moments else 0
 
 
 def _reader(session: PolicySession) -> PolicySession:

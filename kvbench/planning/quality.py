@@ -7,6 +7,7 @@ import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +20,10 @@ from kvbench.methods import Method, parse_ratio, ratio_text
 from kvbench.metrics import GENERATION_NAMES, NEED_ENCODER, NEED_SCORER
 from kvbench.models.fingerprint import fingerprint
 from kvbench.models.references import ModelReference, resolve_model
-from kvbench.planning.adapters import Adapters
-from kvbench.planning.methods import BASELINES, NO_BUDGET, Budget, entries_of, feasible, parse_choice
+from kvbench.planning.adapters import Adapters, Entry
+from kvbench.planning.methods import BASELINES, NO_BUDGET, Budget, Choice, entries_of, feasible, parse_choice
 from kvbench.planning.request import MeasurementRequest
+from kvbench.protocols.answer import TOGETHER
 from kvbench.protocols.base import Protocol, settings_of
 from kvbench.protocols.decode import Decode
 from kvbench.protocols.recall import HIDDEN, KNOWN
@@ -117,11 +119,7 @@ def build_plan(request: Request, skip_infeasible: bool = False) -> Plan:
     protocols = {name: chosen_protocol(task, request.protocol) for name, task in tasks.items()}
     kept = {name: _kept(protocol, request) for name, protocol in protocols.items()}
     wanted = {
-        name: entries_of(
-            asked, ratios, *kept[name], _baselines(protocols[name]) if request.baselines else (),
-            protocols[name].in_chunks,
-        )
-        for name in tasks
+        name: _entries(protocols[name], asked, ratios, kept[name], request.baselines) for name in tasks
     }
     request.check_options(
         (entry.method for entries in wanted.values() for entry in entries),
@@ -139,7 +137,7 @@ def build_plan(request: Request, skip_infeasible: bool = False) -> Plan:
     cells = []
     variants = [
         (name, of_task) for name, protocol in protocols.items()
-        for of_task in _variants(settings_of(protocol, request.options))
+        for of_task in _variants(settings_of(protocol, _asked(request.options)))
     ]
     for name, of_task in variants:
         task, options = tasks[name], of_task
@@ -193,9 +191,26 @@ def _kept(protocol: type[Protocol], request: Request) -> tuple[Budget, dict[str,
     return Budget(tokens=int(given["entries"])), {**request.options, "step": given["every"]}
 
 
-def _baselines(protocol: type[Protocol]) -> tuple[str, ...]:
-    """What methods are compared with: with ``decode`` only what holds a constant number of entries."""
-    return ("sinks",) if issubclass(protocol, Decode) else BASELINES
+def _entries(
+    protocol: type[Protocol], asked: Sequence[Choice], ratios: Sequence[Fraction],
+    kept: tuple[Budget, dict[str, str]], with_baselines: bool,
+) -> list[Entry]:
+    """The methods of a task; with ``decode`` they are compared only with what holds a constant number of entries."""
+    is_decode = issubclass(protocol, Decode)
+    baselines = () if not with_baselines else ("sinks",) if is_decode else BASELINES
+    try:
+        return entries_of(asked, ratios, *kept, baselines, protocol.in_chunks)
+    except UserError as error:
+        if not is_decode:
+            raise
+        raise UserError(
+            f"With --protocol decode every method holds a constant number of entries: {error.message}", "Leave it out."
+        ) from error
+
+
+def _asked(options: dict[str, str]) -> dict[str, str]:
+    """Options of protocols: questions in turns are hidden, unless something else is said."""
+    return {"question": HIDDEN, **options} if options.get("turns") == TOGETHER else options
 
 
 def _check_tasks(request: Request, tasks: Mapping[str, Task]) -> None:

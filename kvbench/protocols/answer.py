@@ -47,6 +47,12 @@ def checked_turns(options: Mapping[str, str]) -> str:
     return turns
 
 
+def _with_lead(ids: Sequence[int], tokenizer: Tokenizer) -> tuple[int, ...]:
+    """Token ids with a BOS before them, unless a chat template has written it."""
+    lead = tokenizer.lead()
+    return tuple(ids) if lead and tuple(ids[:1]) == lead else (*lead, *ids)
+
+
 def needed(pieces: Sequence[Piece]) -> int:
     """Tokens of the longest session about a context: of its longest question and answer, or of all in turns."""
     asked = [piece.asked for piece in pieces if piece.asked is not None]
@@ -118,7 +124,7 @@ class AnswerProtocol(Protocol):
             if self.turns == TOGETHER:
                 return needed(self.cut("", sample, tokenizer).pieces)
             return max(
-                len(tokenizer.lead()) + len(tokenizer.encode("".join(self.parts(sample, question, tokenizer)))[0])
+                len(_with_lead(tokenizer.encode("".join(self.parts(sample, question, tokenizer)))[0], tokenizer))
                 + question.new_tokens for question in sample.questions
             )
 
@@ -152,12 +158,12 @@ class AnswerProtocol(Protocol):
 
     def _piece(self, name: str, sample: Sample, question: Question, tokenizer: Tokenizer) -> Piece:
         before, context, after = self.parts(sample, question, tokenizer)
-        lead, parts = tokenizer.lead(), tokenizer.split((before + context, after))
-        ids = (*lead, *parts[0].ids, *parts[1].ids)
-        read = len(lead) + len(parts[0].ids)
+        parts = tokenizer.split((before + context, after))
+        first = _with_lead(parts[0].ids, tokenizer)
+        ids, read = (*first, *parts[1].ids), len(first)
         asked = Asked(
             question.references, question.scoring, question.new_tokens,
-            self._spans(sample, before, context, after, tokenizer), read, question.first_line,
+            self._spans(sample, before, context, after, tokenizer, read - len(parts[0].ids)), read, question.first_line,
             self._follow(question, tokenizer) if self.turns == TOGETHER else None,
         )
         return Piece(
@@ -181,13 +187,13 @@ class AnswerProtocol(Protocol):
 
     @staticmethod
     def _spans(
-        sample: Sample, before: str, context: str, after: str, tokenizer: Tokenizer
+        sample: Sample, before: str, context: str, after: str, tokenizer: Tokenizer, lead: int
     ) -> tuple[tuple[str, int, int], ...] | None:
         """The spans of a sample in tokens, those included that are only in part inside."""
         _, ends = tokenizer.encode(before + context + after)
         if ends is None:
             return None
-        shift, lead = len(before) - (len(sample.context) - len(context)), len(tokenizer.lead())
+        shift = len(before) - (len(sample.context) - len(context))
         found = []
         for name, start, stop in sample.spans:
             first = next((i for i, end in enumerate(ends) if end > start + shift), len(ends))

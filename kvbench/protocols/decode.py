@@ -46,7 +46,14 @@ class Decode(Generate):
             prefix = spec.prefix if options["prefix"] == "auto" else int(options["prefix"])
             new = str(max(1, min(NEW_TOKENS, context - prefix)))
         made = super().of(spec, {**options, "new_tokens": new, "preset": "task"}, context, model)
-        return replace(made, entries=int(options["entries"]), every=int(options["every"]))
+        entries, every = int(options["entries"]), int(options["every"])
+        if made.new_tokens <= every or made.prefix + made.new_tokens <= entries:
+            raise UserError(
+                f"With a prefix of {made.prefix} tokens, {made.new_tokens} to write, entries={entries} and "
+                f"every={every} nothing would ever be removed.",
+                "Use smaller --set entries= and --set every=, or a longer text.",
+            )
+        return replace(made, entries=entries, every=every)
 
     def check_held(self, method: str, held: int, tokens: int) -> None:
         """Check that a method holds a constant number of entries.

@@ -26,7 +26,7 @@ from kvbench.reporting.figures.recall import recall_figure
 from kvbench.reporting.page import write_page
 from kvbench.reporting.parallel import in_parallel
 from kvbench.reporting.tables.export import write_tables
-from kvbench.reporting.tables.format import name_of
+from kvbench.reporting.tables.format import name_of, task_of
 from kvbench.store.folder import RESULTS, RunFolder, write_atomic
 from kvbench.store.rows import Results, Row
 
@@ -57,6 +57,7 @@ def write_report(runs: Sequence[Path], out: Path, metrics: Sequence[str] = ()) -
     found = [compute_results(folder) for folder in folders]
     rows = _told_apart(folders, found)
     _check_budgets(rows)
+    _check_signatures(rows)
     failures = tuple(failure for results in found for failure in results.failures)
     results = Results(str(out), all(each.ok for each in found), failures, tuple(rows))
     try:
@@ -98,6 +99,29 @@ def _check_budgets(rows: Sequence[Row]) -> None:
             f"These runs were measured at {len(budgets)} budgets ({shown}), and a table holds one.",
             "Report them one by one.",
         )
+
+
+def _check_signatures(rows: Sequence[Row]) -> None:
+    """Check that rows of one table were taken alike: with other settings, one would stand for the other.
+
+    Raises:
+        UserError: they were not.
+    """
+    found: dict[tuple[object, ...], str] = {}
+    for row in rows:
+        where = (task_of(row), row.protocol, row.model, row.seed, row.metric, row.params.get("bin"))
+        key = (*where, name_of(row), row.ratio_asked)
+        mine = row.signature
+        other = found.setdefault(key, mine)
+        if other != mine and row.protocol != "profile":
+            differing = " against ".join(
+                "|".join(part for part in one.split("|") if part not in two.split("|"))
+                for one, two in ((other, mine), (mine, other))
+            )
+            raise UserError(
+                f"These runs of {task_of(row)} were taken in different ways ({differing}), and a table holds one.",
+                "Report them one by one.",
+            )
 
 
 def write_figures(

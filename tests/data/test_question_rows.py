@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from kvbench.models.loading import load_model
 from kvbench.models.references import resolve_model
 from kvbench.protocols.pieces import Tokenizer, make_tokenizer
 from kvbench.protocols.question_rows import QuestionRows
+from tests.helpers.command import Call
 
 SETS = [name for name in task_names() if load_task(name).kind == "questions"]
 OPTIONS = {"length": "400", "template": "auto", "stop": "end", "chunk": "64", "bos": "auto"}
@@ -120,6 +122,9 @@ def test_several_questions_about_a_cut_context_see_the_same(tmp_path: Path, toke
     ({"input": None}, 'line 2: the "input" is not a text'),
     ({"answers": []}, 'line 2: the "answers" is not a text, a number, or a list'),
     ({"answers": [{"a": 1}]}, 'line 2: the "answers" is not'),
+    ({"answers": ""}, 'line 2: the "answers" is not'),
+    ({"answers": '["a", "b"]'}, 'line 2: the "answers" is not an answer, but the text of a list'),
+    ({"all_classes": None}, 'line 2: the "all_classes" is not a list of all labels'),
     ({"context": 7.5, "input": ["x"]}, 'line 2: the "input" is not a text'),
     ({"context": "half \ud800"}, "line 2"),
 ])
@@ -136,11 +141,23 @@ def test_missing_columns_and_turns_are_refused(tmp_path: Path) -> None:
     for bad, said in (
         ({"context": TEXT}, 'line 2: the row has no "multi_turns"'),
         ({**good, "multi_turns": []}, 'line 2: the "multi_turns" is not a list of questions'),
-        ({**good, "multi_turns": [{"input": "x"}]}, 'line 2: the row has no "answer"'),
-        ({**good, "multi_turns": [{"input": "x", "answer": "B", "options": ["y"]}]}, 'the "options" is not a list of'),
+        ({**good, "multi_turns": [{"input": "x", "options": ["y"] * 4}]}, 'line 2: the row has no "answer"'),
+        ({**good, "multi_turns": [{"input": "x", "answer": "A", "options": ["y"]}]}, 'the "options" is not a list of'),
+        ({**good, "multi_turns": [{"input": "x", "answer": "n", "options": ["y"] * 4}]}, 'the "answer" is not one of'),
+        (
+            {**good, "multi_turns": [{"input": "x", "answer": "29", "options": [str(n) for n in range(30)]}]},
+            'the "answer" is not one of the "options", which are 26 at most',
+        ),
     ):
         with pytest.raises(UserError, match=said):
             load_corpus(task, written(tmp_path / "rows.jsonl", [good, bad]))
+    number = load_task("infinitebench-math-find")
+    with pytest.raises(UserError, match='line 1: the "answer" is not a number'):
+        load_corpus(number, written(tmp_path / "rows.jsonl", [{"context": "x", "input": "y", "answer": ["abc"]}]))
+    (tmp_path / "plain.txt").write_text("a text")
+    for plain in (tmp_path / "plain.txt", tmp_path):
+        with pytest.raises(UserError, match="is plain text"):
+            load_corpus(number, plain)
     with pytest.raises(UserError, match="holds no question"):
         load_corpus(load_task("ruler-qa"), written(tmp_path / "none.jsonl", [
             {"context": TEXT, "question": "Who?", "answers": {"text": [], "answer_start": []}}
@@ -168,6 +185,10 @@ def test_missing_columns_and_turns_are_refused(tmp_path: Path) -> None:
     ("first_value", "12", ("12.0",), 1.0),
     ("last_number", "The value is: -42.", ("-42",), 1.0),
     ("last_number", "42 it is", ("42",), 0.0),
+    ("last_number", "it is --5", ("5",), 0.0),
+    ("last_number", "it is +5", ("5",), 1.0),
+    ("contains_exactly", "Abc", ("abc",), 0.0),
+    ("label_published", "Animal C) <example> kitchen", ("kitchen", "garden"), 0.0),
     ("contains_any", "ABC-1", ("abc-1", "x"), 1.0),
 ])
 def test_scoring_by_worked_examples(rule: str, answer: str, references: tuple[str, ...], score: float) -> None:
@@ -214,3 +235,41 @@ def test_rows_of_the_hub_are_read_alike(monkeypatch: pytest.MonkeyPatch, tmp_pat
     assert asked == [(("Xnhyacinth/LongBench", "trec"), "test")]
     assert ours.documents == theirs.documents
     assert ours.hash == theirs.hash
+
+
+def test_classes_in_the_question_count(tmp_path: Path) -> None:
+    rows = [{**row(load_task("longbench-trec"), 0), "input": "Which Place?", "answers": ["Person"]}]
+    corpus = load_corpus(load_task("longbench-trec"), written(tmp_path / "rows.jsonl", rows))
+    sample = corpus.documents[0].sample
+    assert sample is not None
+    assert SCORING["classification"]("Place Person", sample.questions[0].references) == 0.5
+
+
+def test_a_template_that_writes_the_bos_gets_no_other(tiny_tokenizer: Any, tmp_path: Path) -> None:
+    task = load_task("longbench-hotpotqa")
+    path = written(tmp_path / "rows.jsonl", [row(task, 0)])
+    hf = copy.deepcopy(tiny_tokenizer)
+    bos = 0
+    hf.chat_template = hf.decode([bos]) + "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}{% endfor %}<|a|>"
+    for template, known in (("auto", "hidden"), ("auto", "known"), ("none", "hidden")):
+        protocol = QuestionRows.resolve(task, {**OPTIONS, "template": template, "question": known}, 1024, "tiny")
+        [(_, one)] = protocol.pieces(load_corpus(task, path).documents, Tokenizer(hf, bos), 0, False)
+        assert one.pieces[0].ids[0] == bos
+        assert one.pieces[0].ids[1] != bos
+
+
+def test_results_shown_and_reported(tmp_path: Path, called: Call) -> None:
+    task = load_task("longbench-hotpotqa")
+    path = written(tmp_path / "rows.jsonl", [row(task, number) for number in range(2)])
+    for length in (300, 400):
+        asked = ["run", "--task", task.name, "--data", path, "--method", "knorm", "--ratio", "0.5", "--no-baselines",
+                 "--set", "question=hidden", "--set", f"length={length}", "--out", tmp_path / str(length), "--json"]
+        found = called(asked)
+        assert found.code == 0, found.err
+        rows = json.loads(found.out)["rows"]
+        assert {r["params"]["context_length"] for r in rows} == {length}
+    assert called(["show", tmp_path / "300"]).code == 0
+    found = called(["report", tmp_path / "300", tmp_path / "400", "--out", tmp_path / "report"])
+    assert found.code == 0, found.err
+    assert "length 300" in found.out
+    assert "length 400" in found.out

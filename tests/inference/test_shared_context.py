@@ -31,6 +31,7 @@ def methods() -> list[Method]:
             options = {key: value for key, value in given.items() if key in known}
             ratios = ("0.2", "0.3") if name == "think" else ("0.4", "0.7")
             found += [make_method(name, Fraction(ratio), options) for ratio in ratios]
+    found.append(make_method("expected-attention", Fraction("0.4"), {"sinks": "20"}))  # other queries are left out
     return found
 
 

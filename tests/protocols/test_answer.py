@@ -238,3 +238,17 @@ def test_bad_requests_are_sentences(called: Call, tmp_path: Path) -> None:
     (tmp_path / "own.toml").write_text(own + 'options = { depth = 3 }\n')
     refused(called, [*asked[:-1], tmp_path / "own.toml"], "no option 'depth'")
     refused(called, [*asked[:-1], "ruler-cwe", "--set", "length=300"], "too few for a sample")
+
+
+def test_masked_reading_answers_as_removal_does(tmp_path: Path, called: Call) -> None:
+    texts = []
+    for execution in ("streamed", "onepass"):
+        found = called([
+            "run", "--task", "passkey", "--limit", "1", "--set", "length=300", "--set", "question=hidden",
+            "--no-baselines", "--method", "local", "--ratio", "0.5", "--execution", execution, "--out",
+            tmp_path / execution,
+        ])
+        assert found.code == 0, found.err
+        folder = RunFolder(tmp_path / execution)
+        texts.append([[r.answers[0].ids for r in folder.answers(cell).values()] for cell in folder.cells()])
+    assert texts[0] == texts[1]

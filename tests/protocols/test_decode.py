@@ -104,7 +104,10 @@ def test_caches_do_not_grow(measured: RunFolder) -> None:
 
 
 def test_what_cannot_be_had_is_refused(called: Call) -> None:
-    refused(called, [*RUN, "--method", "kivi"], "cannot be given a budget in tokens")
+    refused(called, [*RUN, "--method", "kivi"], "holds a constant number of entries", "Leave it out")
+    refused(called, [*RUN, "--method", "knorm", "--ratio", "0.5"], "--ratio has no meaning")
+    refused(called, [*RUN, "--method", "knorm", "--set", "every=64"], "nothing would ever be removed")
+    refused(called, [*RUN, "--method", "knorm", "--set", "entries=160"], "nothing would ever be removed")
     refused(called, [*RUN, "--method", "local"], "local holds", "keeps 48")
     refused(called, [*RUN, "--method", "knorm", "--budget-tokens", "64"], "Use --set entries=")
     refused(called, [*RUN, "--method", "knorm", "--set", "step=8"], "--set every=")

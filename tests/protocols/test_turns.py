@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -91,6 +92,34 @@ def test_a_question_follows_in_a_turn_of_the_chat(tiny_tokenizer: Any, monkeypat
         question = tiny_tokenizer.decode(piece.ids[piece.asked.asked_at :]).strip()
         said, end, prefix = question.partition("<|end|><|assistant|>")
         assert tiny_tokenizer.decode(piece.asked.follow) == f"<|end|><|user|>{said.strip()}{end}{prefix}"
+
+
+def test_turns_are_one_session_though_a_question_shares_a_token_with_the_context(tmp_path: Path, called: Call) -> None:
+    turns = [{"q": "re was a dog?", "a": "dog"}, {"q": " cat, was it?", "a": "cat"}]
+    (tmp_path / "rows.jsonl").write_text(json.dumps({"t": "It was dark in the forest, and the" * 9, "turns": turns}))
+    (tmp_path / "mine.toml").write_text(
+        'name = "mine"\nversion = 1\nsummary = "x"\nkind = "questions"\nprotocols = ["answer"]\n[corpus]\nhub = "a/b"\n'
+        'cut = "questions"\n[questions]\ncontext = "{t}"\nquestion = "{q}"\nreferences = "a"\nturns = "turns"\n'
+        'scoring = "contains_any"\nnew_tokens = 4\n'
+    )
+    found = called([
+        "run", "--task", tmp_path / "mine.toml", "--data", tmp_path / "rows.jsonl", "--method", "knorm", "--ratio",
+        "0.5", "--set", "turns=together", "--no-baselines", "--out", tmp_path / "run",
+    ])
+    assert found.code == 0, found.err
+    folder = RunFolder(tmp_path / "run")
+    for cell in folder.cells():  # questions in turns are hidden
+        [record] = folder.answers(cell).values()
+        assert record.contexts == 1
+        assert len(record.answers) == 2
+
+
+def test_runs_in_turns_and_apart_are_not_mixed(tmp_path: Path, called: Call) -> None:
+    for turns in ("apart", "together"):
+        asked = [part if part != "turns=together" else f"turns={turns}" for part in RUN]
+        assert called([*asked, "--set", "stop=line", "--out", tmp_path / turns]).code == 0
+    asked = ["report", str(tmp_path / "apart"), str(tmp_path / "together"), "--out", str(tmp_path / "report")]
+    refused(called, asked, "taken in different ways", "turns:together")
 
 
 def test_known_questions_cannot_follow_answers(called: Call) -> None:

@@ -128,7 +128,13 @@ def first_value(answer: str, references: Sequence[str]) -> float:
 def last_number(answer: str, references: Sequence[str]) -> float:
     """Whether the last word of the answer is the reference, a whole number (InfiniteBench, results of code)."""
     words = re.sub(r"[\n.`'\":]", " ", answer).split()
-    return float(bool(words) and words[-1].lstrip("-").isdecimal() and int(words[-1]) == int(references[0]))
+    is_number = bool(words) and re.fullmatch(r"[+-]?\d+", words[-1]) is not None
+    return float(is_number and int(words[-1]) == int(references[0]))
+
+
+def contains_exactly(answer: str, references: Sequence[str]) -> float:
+    """Whether the answer contains a reference, in the same case (SCBench, values)."""
+    return float(any(reference in answer for reference in references))
 
 
 def first_digits(answer: str, references: Sequence[str]) -> float:
@@ -155,5 +161,8 @@ def last_boxed(answer: str, references: Sequence[str]) -> float:
 
 QA_SCORING = (
     qa_f1, rouge_l, rouge_lsum, classification, number_share, code_similarity, choice_sentence, choice_letter,
-    first_value, last_number, first_digits, word, first_boxed, last_boxed,
+    first_value, last_number, contains_exactly, first_digits, word, first_boxed, last_boxed,
 )
+
+NUMBERS = {"first_number": int, "last_number": int, "first_value": float}
+"""Rules whose first reference must be a number, and its kind."""
