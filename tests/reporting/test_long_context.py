@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 from rich.console import Console
 
 from kvbench.analysis.results import compute_results
-from kvbench.reporting.figures import needles, questions
+from kvbench.reporting.figures import base, needles, questions
 from kvbench.reporting.tables.tables import tables_of
 from kvbench.reporting.tables.terminal import task_tables
 from kvbench.store.folder import RunFolder
@@ -59,7 +59,7 @@ def drawn(monkeypatch: pytest.MonkeyPatch) -> dict[str, Figure]:
         figures[name] = figure
         return [folder / name]
 
-    for module in (needles, questions):
+    for module in (needles, questions, base):
         monkeypatch.setattr(module, "save", keep)
     return figures
 
@@ -107,6 +107,15 @@ def test_many_methods_at_one_ratio_are_broken_into_lines(tmp_path: Path, drawn: 
     axes = drawn["heatmap-needles"].axes
     assert sum(bool(place.images) for place in axes) == 7
     assert sum(not place.axison for place in axes) == 3  # two lines of five
+
+
+def test_tasks_with_full_only_have_no_panel(rows: list[Row], drawn: dict[str, Figure], tmp_path: Path) -> None:
+    alone = [replace(row, task="unsolved") for row in rows if row.method == "full"]
+    base.removal_figure([*rows, *alone], "answer_accuracy", tmp_path, "accuracy")
+    panels = [place.get_title() for place in drawn["answer_accuracy-removal"].axes if place.get_title()]
+    assert len(panels) == len(LENGTHS)
+    assert not any("unsolved" in title for title in panels)
+    assert base.removal_figure(alone, "answer_accuracy", tmp_path, "accuracy") == []
 
 
 def test_lines_by_question_go_through_the_means(rows: list[Row], drawn: dict[str, Figure], tmp_path: Path) -> None:

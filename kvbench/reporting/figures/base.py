@@ -162,12 +162,15 @@ def removal_figure(rows: list[Row], metric: str, folder: Path, metric_label: str
     Methods that fill their budget differently see different fractions of the text at the same requested
     ratio, so the x-axis is ``ratio_mean``: 1 - entries visible / text tokens before. Answers have no scored queries:
     theirs is the ratio when the context has been read, or what was asked where nobody measured it. What has neither is
-    left out.
+    left out, and so are tasks without a method that removes.
     """
     chosen = [
         r for r in rows if r.metric == metric and r.params.get("bin") is None and r.value is not None
         and not (r.removal == UNVERIFIED and r.ratio_asked is None and r.name not in _LINES)
     ]
+    # A task under the floor has the full cache only: its panel would be one line.
+    panels = [mine for mine in by_setting(chosen).values() if any(r.name not in _LINES for r in mine)]
+    chosen = [row for mine in panels for row in mine]
     is_answer = any(r.protocol == "answer" for r in chosen)
 
     def removed(row: Row) -> float:
