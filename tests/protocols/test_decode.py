@@ -66,6 +66,7 @@ def measured(tmp_path_factory: pytest.TempPathFactory) -> RunFolder:
     found = kvbench(*RUN, *asked, "--out", folder / "run", cwd=folder)
     assert found.code == 0, found.err
     assert f"{ENTRIES} kept" in found.out
+    assert "when the text has been written" in " ".join(found.out.split())
     return RunFolder(folder / "run")
 
 

@@ -65,9 +65,8 @@ def _caption(rows: list[Row]) -> str:
     scorer = rows[0].params.get("scorer")
     scorer = "the uncompressed model itself" if scorer == "itself" else scorer
     present = {(row.name, row.metric) for row in rows}
-    lines = [
-        f"*: differs from full (paired, Holm-adjusted p < {SIGNIFICANT}). Realised: when the prefix has been read."
-    ]
+    when = "when the text has been written" if rows[0].protocol == "decode" else "when the prefix has been read"
+    lines = [f"*: differs from full (paired, Holm-adjusted p < {SIGNIFICANT}). Realised: {when}."]
     if any(metric == "gen_ppl" for _, metric in present):
         lines.append(f"gen ppl: under {scorer}, given the prefix; below the human value is not better.")
     if any(method == "human" for method, _ in present):
