@@ -39,7 +39,7 @@ figures: $(STAMP)
 	$(BIN)/kvbench profile --config reports/gallery.toml --out reports/gallery-profile
 	$(BIN)/kvbench report reports/gallery-sweep reports/gallery-profile --out reports/reference
 
-# The results on SmolLM2-135M, reports/real: some ten hours on two cores. It goes on where it was interrupted.
+# The results on SmolLM2-135M, reports/real: ten to fifteen hours on two cores, as --dry-run estimates. It goes on where it was interrupted.
 real-figures: real
 	reports/real/measure.sh
 	$(BIN)/kvbench report reports/real/runs/* --out reports/real/report

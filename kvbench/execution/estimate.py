@@ -53,15 +53,12 @@ def estimate_seconds(plan: Plan, folder: RunFolder) -> dict[str, float | None]:
         known = [s for cell in mine if (s := per_document[cell.key]) is not None and cell.method != HUMAN]
         sharing = [cell for cell in mine if _shares(cell)]
         for cell in mine:
-            left = expected(plan, cell) - len(folder.documents(cell))
-            cost = per_document[cell.key]
-            if cost is None and known:
-                cost = float(np.mean(known))
-            elif cost is None:
-                cost = _by_arithmetic(plan, cell, documents, len(sharing) if cell in sharing else 1)
-            each = per_document[cell.key]
-            if cell.method == HUMAN:
-                cost = cost if each is not None else 0.0 if cost is not None else None
+            left, cost = expected(plan, cell) - len(folder.documents(cell)), per_document[cell.key]
+            if cost is None:
+                together = len(sharing) if cell in sharing else 1
+                cost = float(np.mean(known)) if known else _by_arithmetic(plan, cell, documents, together)
+                if cell.method == HUMAN and cost is not None:
+                    cost = 0.0  # its texts are there
             found[cell.key] = None if cost is None else max(0, left) * cost / _at_a_time(plan)
     return found
 

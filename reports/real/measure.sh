@@ -1,5 +1,5 @@
 #!/bin/sh
-# What make real-figures measures on SmolLM2-135M: some ten hours on two cores. It goes on where it was interrupted.
+# What make real-figures measures on SmolLM2-135M: ten to fifteen hours on two cores, as --dry-run estimates. It goes on where it was interrupted.
 # A step is named by its run folder under reports/real/runs; give names to do some of them only. DRY=1 estimates.
 # BOOKS and WIKITEXT are local copies of books and of WikiText-2 (--data); without them, the hub's are used.
 set -eu
