@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import tomllib
 from pathlib import Path
-from typing import Literal, TypeVar
+from typing import Literal, TypeVar, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
@@ -166,10 +166,22 @@ def _sentence(path: Path, error: ValidationError) -> str:
 
 def _model_at(title: str, where: tuple[int | str, ...]) -> list[str]:
     """Names of the keys allowed in the table at ``where``."""
-    roots = {kind.__name__: kind for kind in BaseModel.__subclasses__()}
-    model: type[BaseModel] | None = roots.get(title)
+    model = _kinds().get(title)
     for part in where:
-        field = model.model_fields.get(str(part)) if model else None
+        if isinstance(part, int):  # an item of a list of tables
+            continue
+        field = model.model_fields.get(part) if model else None
         annotation = field.annotation if field else None
-        model = annotation if isinstance(annotation, type) and issubclass(annotation, BaseModel) else None
+        inner = (annotation, *get_args(annotation))
+        model = next((kind for kind in inner if isinstance(kind, type) and issubclass(kind, BaseModel)), None)
     return list(model.model_fields) if model else []
+
+
+def _kinds() -> dict[str, type[BaseModel]]:
+    """All kinds of tables, by name."""
+    found, left = {}, [BaseModel]
+    while left:
+        kind = left.pop()
+        found[kind.__name__] = kind
+        left += kind.__subclasses__()
+    return found

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from kvbench.cli import options
 
 if TYPE_CHECKING:
-    from kvbench.training.loop import Progress
-    from kvbench.training.recipes import AdapterRequest
+    from kvbench.training.adapter_recipe import AdapterRequest
+    from kvbench.training.loop import Measure, Progress
 
 app = typer.Typer(invoke_without_command=True, rich_markup_mode="rich", no_args_is_help=True)
 
@@ -55,34 +54,56 @@ def train(
     device: options.Device = None,
     threads: options.Threads = None,
     fresh: Fresh = False,
+    queue: Annotated[Path | None, typer.Option(
+        parser=options.path,
+        help="Train all adapters of a TOML file; only --device and --threads go with it.")] = None,
+    curves: Annotated[bool, typer.Option(
+        "--curves", help="With --queue: print what has been measured so far, and train nothing.")] = False,
+    json_: Annotated[bool, typer.Option("--json", help="With --curves: print one JSON document on stdout.")] = False,
 ) -> None:
-    """Train the adapter of a compression method on a frozen base model.
+    """Train the adapter of a compression method on a frozen base model, or a queue of them.
 
     A gated adapter acts on the method's special tokens only, so that without them the model is the
     base model exactly; adapter=plain is a LoRA on every token, as in the Sentinel paper; adapter=full
     trains every weight. Training is seeded, writes checkpoints, and goes on where it was when the
     same command is run again.
 
+    --queue trains the adapters of a TOML file one after the other, or in turns (slice = 51200, in
+    tokens), so that all of them reach any number of tokens together.
+
     Example: kvbench train --method sentinel --data books.jsonl.gz --out my-adapter
 
     Then: kvbench run --method sentinel --adapter my-adapter
+
+    Example: kvbench train --queue adapters.toml, and at any moment: kvbench train --queue adapters.toml --curves
     """
     if context.invoked_subcommand is not None:
         return
+    if queue is not None:
+        from kvbench.cli.train_queue import run_queue, show_curves
+
+        _check_alone(context, ("queue", "device", "threads", "curves", "json_"))
+        if curves:
+            show_curves(queue, json_)
+        else:
+            run_queue(queue, device or "auto", threads or 0)
+        return
     from kvbench.errors import UserError
     from kvbench.planning.quality import parse_options
-    from kvbench.training.recipes import AdapterRequest, run_adapter_training
+    from kvbench.training.adapter_recipe import AdapterRequest, run_adapter_training
 
+    if curves or json_:
+        raise UserError("--curves and --json are for --queue FILE.")
     if method is None or out is None:
-        raise UserError("Training needs --method and --out.", "See kvbench train --help.")
+        raise UserError("Training needs --method and --out, or --queue.", "See kvbench train --help.")
     request: AdapterRequest = AdapterRequest(
         method=method, data=tuple(data or ()), out=out, model=model or "kvbench-tiny",
         revision=revision, steps=steps, batch=batch_size, length=length, lr=lr, rank=rank,
         held_out=held_out, every=every, seed=seed or 0, options=parse_options(set_ or []),
         device=device or "auto", threads=threads or 0, fresh=fresh, column=column,
     )
-    folder = run_adapter_training(request, _followed)
-    typer.echo(f"adapter: {folder}")
+    run_adapter_training(request, _followed)
+    typer.echo(f"adapter: {out}")
 
 
 @app.command("base")
@@ -113,8 +134,8 @@ def base(
     Then: kvbench run --model my-base --method sinks
     """
     from kvbench.errors import UserError
+    from kvbench.training.base_recipe import run_base_training
     from kvbench.training.base_training import BasePlan
-    from kvbench.training.recipes import run_base_training
 
     if out is None:
         raise UserError("Training needs --out.", "See kvbench train base --help.")
@@ -125,22 +146,33 @@ def base(
     typer.echo(f"model: {folder}")
 
 
-def _followed(
-    training: Iterator[Progress], steps: int, measure: Callable[[int, float], dict[str, Any] | None], every: int
-) -> float:
-    """Run a training and show loss and remaining time; returns the smoothed loss at its end."""
-    loss = float("nan")
+def _check_alone(context: typer.Context, allowed: tuple[str, ...]) -> None:
+    """Check that no other option is given on the command line than those.
+
+    Raises:
+        UserError: there is one.
+    """
+    from kvbench.errors import UserError
+
+    for parameter in context.command.params:
+        name = parameter.name or ""
+        source = context.get_parameter_source(name)
+        if name not in allowed and source is not None and source.name == "COMMANDLINE":
+            raise UserError(
+                f"{parameter.opts[0]} does not go with --queue.", "Write it into the file, for all adapters or for one."
+            )
+
+
+def _followed(training: Iterator[Progress], steps: int, measure: Measure, every: int) -> None:
+    """Run a training and show loss and remaining time."""
     try:
-        return _drawn(training, steps, measure, every, loss)
+        _drawn(training, steps, measure, every)
     except KeyboardInterrupt:
         typer.echo("kvbench: interrupted; the last checkpoint is kept, and the same command goes on.", err=True)
         raise typer.Exit(130) from None
 
 
-def _drawn(
-    training: Iterator[Progress], steps: int, measure: Callable[[int, float], dict[str, Any] | None], every: int,
-    loss: float,
-) -> float:
+def _drawn(training: Iterator[Progress], steps: int, measure: Measure, every: int) -> None:
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
     from rich.progress import Progress as Bar
@@ -149,12 +181,10 @@ def _drawn(
         TextColumn("loss {task.fields[loss]:.4f}"), BarColumn(), MofNCompleteColumn(),
         TextColumn("steps"), TimeRemainingColumn(), console=Console(stderr=True), transient=True,
     ) as bar:
-        shown = bar.add_task("", total=steps, loss=loss)
-        for step, now in training:
-            loss = now if math.isnan(loss) else 0.98 * loss + 0.02 * now
+        shown = bar.add_task("", total=steps, loss=float("nan"))
+        for step, loss in training:
             bar.update(shown, completed=step, loss=loss)
             if step % every == 0 or step == steps:
                 found = measure(step, loss)
                 if found:
                     bar.console.print(f"step {step}: loss {loss:.4f} {found}", highlight=False)
-    return loss

@@ -13,7 +13,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -140,8 +140,13 @@ class Adapter(nn.Module):
         """Set the slots (int64) of the special tokens in the next input; a plain adapter acts on all tokens."""
         self.gate.slots = None if self.card.gate == "plain" else special
 
-    def save(self, folder: Path, target_name: str) -> None:
-        """Write the folder under a temporary name first, so that it is never incomplete."""
+    def save(self, folder: Path, target_name: str, more: Mapping[str, str] | None = None) -> None:
+        """Write the folder under a temporary name first, so that it is never incomplete.
+
+        Args:
+            target_name: name of the base model, for PEFT.
+            more: contents of other text files of the folder, by name.
+        """
         part = folder.with_name(folder.name + ".part")
         shutil.rmtree(part, ignore_errors=True)
         part.mkdir(parents=True)
@@ -152,6 +157,8 @@ class Adapter(nn.Module):
         save_file({"rows": self.rows.detach().float()}, part / ROWS)
         card = json.dumps(dataclasses.asdict(self.card), indent=2, ensure_ascii=False)
         (part / CARD).write_text(card + "\n", encoding="utf-8")
+        for name, text in (more or {}).items():
+            (part / name).write_text(text, encoding="utf-8")
         if folder.exists():
             shutil.rmtree(folder)
         os.replace(part, folder)

@@ -8,6 +8,7 @@ language-model loss (``text``, as published), or the KL divergence from the unco
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,7 +23,14 @@ from kvbench.methods import METHODS
 from kvbench.methods.layouts.layout import Layout, plain_tokens, sees_everything
 from kvbench.models.adapter import Adapter
 from kvbench.models.rope import fixed_rotations
-from kvbench.training.loop import Progress, Stateful, rate_factor, restore_checkpoint, save_checkpoint
+from kvbench.training.loop import (
+    Progress,
+    Running,
+    Stateful,
+    rate_factor,
+    restore_checkpoint,
+    save_checkpoint,
+)
 from kvbench.training.mixture import Mixture
 from kvbench.training.team import Team
 
@@ -101,12 +109,16 @@ def step_loss(plan: AdapterPlan, model: nn.Module, reader: Reader, ids: Tensor, 
 
 def train_adapter(
     plan: AdapterPlan, model: nn.Module, adapter: Adapter, data: Mixture, out: Path,
-    checkpoint_every: int, team: Team = ALONE,
+    checkpoint_every: int, team: Team = ALONE, until: int | None = None, running: Running | None = None,
 ) -> Iterator[Progress]:
     """Train ``adapter`` in place; yields after every step.
 
     A checkpoint in ``out`` is resumed exactly: the weights are those of an uninterrupted training on the same machine
-    with the same number of threads.
+    with the same number of threads. Its own step is yielded first, as it may not have been measured yet.
+
+    Args:
+        until: step after which training pauses, with a checkpoint; None to go on to the end.
+        running: where loss and time are added up.
 
     Raises:
         UserError: ``out`` holds the checkpoint of another plan.
@@ -116,11 +128,15 @@ def train_adapter(
     optimiser = torch.optim.AdamW(
         adapter.parameters(), lr=plan.lr, betas=(0.9, 0.95), weight_decay=0.0
     )
-    parts: dict[str, Stateful] = {"adapter": adapter, "optimiser": optimiser}
-    first = restore_checkpoint(out, plan, parts)
+    running = running or Running()
+    parts: dict[str, Stateful] = {"adapter": adapter, "optimiser": optimiser, "running": running}
+    first, last = restore_checkpoint(out, plan, parts), min(until or plan.steps, plan.steps)
+    if first:
+        yield Progress(first, running.loss)
     reader = Reader(model, adapter)
     with reader.ready(), fixed_rotations(model, plan.length):
-        for step in range(first, plan.steps):
+        for step in range(first, last):
+            started = time.perf_counter()
             torch.manual_seed(plan.seed * 1_000_003 + step)  # for dropout
             for group in optimiser.param_groups:
                 group["lr"] = plan.lr * rate_factor(step, plan.steps, plan.warmup, plan.decay_from)
@@ -132,7 +148,8 @@ def train_adapter(
             team.average_gradients(adapter.parameters())
             nn.utils.clip_grad_norm_(adapter.parameters(), 1.0)
             optimiser.step()
-            if (step + 1) % checkpoint_every == 0 and team.leads:
+            running.add(float(loss.detach()), time.perf_counter() - started)
+            if ((step + 1) % checkpoint_every == 0 or step + 1 == last) and team.leads:
                 save_checkpoint(out, plan, step + 1, parts)
-            yield Progress(step + 1, float(loss.detach()))
+            yield Progress(step + 1, running.loss)
     adapter.eval().requires_grad_(False)

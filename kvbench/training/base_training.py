@@ -7,6 +7,7 @@ AdamW's update size, everything else with AdamW.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +17,14 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from kvbench.training.loop import Progress, Stateful, rate_factor, restore_checkpoint, save_checkpoint
+from kvbench.training.loop import (
+    Progress,
+    Running,
+    Stateful,
+    rate_factor,
+    restore_checkpoint,
+    save_checkpoint,
+)
 from kvbench.training.mixture import Mixture
 
 END, UNUSED = "</s>", "<unused>"
@@ -107,8 +115,10 @@ def train_base(
         hidden, lr=plan.lr, momentum=0.95, weight_decay=0.1, adjust_lr_fn="match_rms_adamw"
     )
     adamw = torch.optim.AdamW(others, lr=plan.lr, betas=(0.9, 0.95), weight_decay=0.0)
-    parts: dict[str, Stateful] = {"model": model, "muon": muon, "adamw": adamw}
+    running = Running()
+    parts: dict[str, Stateful] = {"model": model, "muon": muon, "adamw": adamw, "running": running}
     for step in range(restore_checkpoint(out, plan, parts), plan.steps):
+        started = time.perf_counter()
         factor = rate_factor(step, plan.steps, plan.warmup, plan.decay_from)
         for optimiser in (muon, adamw):
             optimiser.zero_grad(set_to_none=True)
@@ -122,7 +132,8 @@ def train_base(
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         muon.step()  # type: ignore[no-untyped-call]
         adamw.step()
+        running.add(float(loss.detach()), time.perf_counter() - started)
         if (step + 1) % checkpoint_every == 0:
             save_checkpoint(out, plan, step + 1, parts)
-        yield Progress(step + 1, float(loss.detach()))
+        yield Progress(step + 1, running.loss)
     model.eval()

@@ -14,6 +14,7 @@ import numpy as np
 from kvbench.data.files import KNOWN, files_of
 from kvbench.data.rows import TEXT, read_rows
 from kvbench.errors import UserError
+from kvbench.protocols.pieces import Tokenizer
 
 STREAM_TOKENS = 24_000_000
 """Maximum number of tokens that are read; batches are sampled from anywhere in them."""
@@ -66,6 +67,11 @@ def load_stream(paths: Sequence[Path], tokenizer: Any, least: int, column: str =
             f"The training text has {count} tokens; at least {least} are needed.", "Give more --data."
         )
     return Stream(np.concatenate(parts), tuple(sources))
+
+
+def encode_in_context(tokenizer: Any, text: str) -> list[int]:
+    """The token ids of a text within another text, without what some tokenizers prepend to a text."""
+    return list(Tokenizer(tokenizer, None).split(("a", text))[1].ids)
 
 
 def _hash_of(path: Path) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
@@ -21,6 +22,7 @@ from kvbench.protocols.recall import recall_trials
 from kvbench.protocols.scoring import score_pieces
 
 RATIOS = ("0.3", "0.5", "0.7", "0.8", "0.9")
+DOCUMENTS = 24
 _WHOLE = 1 << 16
 """Tokens that are fed at a time: more than any text has."""
 _TRIALS = RecallSpec(distances=(30, 120, 240, 400), trials=10, context=32)
@@ -39,8 +41,13 @@ class HeldOut:
     trials: tuple[Piece, ...]
 
     @classmethod
-    def from_file(cls, path: Path, hf_tokenizer: Any, length: int, most: int = 24, column: str = TEXT) -> HeldOut:
+    def from_file(
+        cls, path: Path, hf_tokenizer: Any, length: int, most: int = DOCUMENTS, column: str = TEXT, recall: bool = True,
+    ) -> HeldOut:
         """One block from the middle of each of the first ``most`` documents.
+
+        Args:
+            recall: whether to make recall trials as well.
 
         Raises:
             UserError: the file cannot be read.
@@ -53,10 +60,10 @@ class HeldOut:
             if len(ids) >= MIN_TOKENS:
                 blocks.append(tuple(ids))
                 documents.append(Document(row["id"], row["id"], text))
-        try:
-            trials = [c.pieces[0] for _, c in recall_trials(tuple(documents), tokenizer, _TRIALS, 0)]
-        except UserError:  # texts too short to hide a fact in: only perplexity is measured
-            trials = []
+        trials = []
+        if recall:
+            with suppress(UserError):  # texts too short to hide a fact in: only perplexity is measured
+                trials = [c.pieces[0] for _, c in recall_trials(tuple(documents), tokenizer, _TRIALS, 0)]
         if not blocks:
             raise UserError(f"{path} has no text of {MIN_TOKENS} tokens to measure on.")
         return cls(tuple(blocks), tuple(trials))
@@ -76,6 +83,7 @@ class HeldOut:
             kind = make_method(method, Fraction(ratio), options)
             try:
                 kind.check(min(map(len, self.blocks)), in_chunks=False)
+                kind.check_kept(min(map(len, self.blocks)))
             except UserError:  # a ratio that this method cannot reach
                 continue
             scored, answered = (

@@ -1,10 +1,11 @@
-"""What both trainings share: the learning-rate schedule, and checkpoints that resume exactly."""
+"""What both trainings share: the learning-rate schedule, the running loss, and checkpoints that resume exactly."""
 
 from __future__ import annotations
 
 import dataclasses
+import math
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
@@ -17,11 +18,20 @@ FLOOR = 0.03
 """Final learning rate as a fraction of the peak."""
 
 
+SMOOTHING = 0.98
+
+
 class Progress(NamedTuple):
-    """State of a training after a step; the loss is that of the step, in nats."""
+    """State of a training after a step; the loss is a running mean, in nats per token."""
 
     step: int
     loss: float
+
+
+Measure = Callable[[int, float], Mapping[str, Mapping[str, float]] | None]
+"""Measures on held-out text, given the step and the loss; None if there is no such text."""
+Follow = Callable[[Iterator[Progress], int, Measure, int], None]
+"""Runs a training of so many steps to its end, shows its progress, and calls the measurement every so many steps."""
 
 
 class Stateful(Protocol):
@@ -32,6 +42,25 @@ class Stateful(Protocol):
     def load_state_dict(self, state: dict[str, Any], /) -> Any: ...
 
 
+class Running:
+    """The loss as an exponential mean over steps, and the time that they took; it is part of the checkpoint."""
+
+    def __init__(self) -> None:
+        self.loss = math.nan
+        self.seconds = 0.0
+
+    def add(self, loss: float, seconds: float) -> None:
+        """Take in a step."""
+        self.loss = loss if math.isnan(self.loss) else SMOOTHING * self.loss + (1 - SMOOTHING) * loss
+        self.seconds += seconds
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"loss": self.loss, "seconds": self.seconds}
+
+    def load_state_dict(self, state: dict[str, Any], /) -> None:
+        self.loss, self.seconds = state["loss"], state["seconds"]
+
+
 def rate_factor(step: int, steps: int, warmup: int, decay_from: float) -> float:
     """Linear warm-up, constant, then linear down to 3 % of the peak."""
     if step < warmup:
@@ -40,6 +69,14 @@ def rate_factor(step: int, steps: int, warmup: int, decay_from: float) -> float:
     if step < start:
         return 1.0
     return 1.0 - (1.0 - FLOOR) * (step - start) / max(1.0, steps - start)
+
+
+def checkpoint_step(out: Path) -> int:
+    """Steps done by the checkpoint in a folder; 0 if there is none that can be read."""
+    try:
+        return int(torch.load(out / CHECKPOINT, map_location="meta", weights_only=True, mmap=True)["step"])
+    except Exception:  # the unpickler raises many types
+        return 0
 
 
 def save_checkpoint(out: Path, plan: Any, step: int, parts: Mapping[str, Stateful]) -> None:
@@ -69,11 +106,21 @@ def restore_checkpoint(out: Path, plan: Any, parts: Mapping[str, Stateful]) -> i
     except Exception as error:  # the unpickler raises many types
         raise UserError(f"{path} is damaged: {error}.", "Pass --fresh to start anew.") from error
     known = {name: value for name, value in state["plan"].items() if value != ""}
-    if known != {name: value for name, value in dataclasses.asdict(plan).items() if name in known}:
+    now = dataclasses.asdict(plan)
+    changed = sorted(name for name, value in known.items() if now.get(name) != value)
+    if "data" in changed:
         raise UserError(
-            f"{path} is the checkpoint of a training with other settings.",
+            f"{path} is the checkpoint of a training on other texts: a --data file has changed, or is another.",
+            "Bring the former texts back to continue it, choose another --out, or pass --fresh.",
+        )
+    if changed:
+        raise UserError(
+            f"{path} is the checkpoint of a training with other settings: {', '.join(changed)}.",
             "Repeat those settings to continue it, choose another --out, or pass --fresh.",
         )
+    missing = sorted(set(parts) - set(state))
+    if missing:
+        raise UserError(f"{path} has no {', '.join(missing)}: another kvbench wrote it.", "Pass --fresh to start anew.")
     for name, thing in parts.items():
         thing.load_state_dict(state[name])
     return int(state["step"])

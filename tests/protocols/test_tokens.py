@@ -26,7 +26,7 @@ from kvbench.protocols.online import online_trials
 from kvbench.protocols.pieces import Piece, Tokenizer, make_tokenizer
 from kvbench.protocols.recall import recall_trials
 from kvbench.protocols.scoring import score_pieces
-from kvbench.training.recipes import encode_in_context
+from kvbench.training.data import encode_in_context
 from tests.helpers.models import small_model
 
 LETTERS = "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789.,;:'\"!?()-\n\u2581"

@@ -3,11 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import signal
-import subprocess
-import sys
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from fractions import Fraction
@@ -18,14 +13,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file
 from torch import nn
 
 from kvbench.data.facts import FACT_LOW, NAMES, fact
 from kvbench.errors import UserError
 from kvbench.inference.reader import Reader
 from kvbench.methods import make_layout, make_method
-from kvbench.models.adapter import WEIGHTS, Adapter, AdapterCard, read_card
+from kvbench.models.adapter import Adapter, AdapterCard, read_card
 from kvbench.training.adapter_training import AdapterPlan, step_layout, step_loss, text_loss, train_adapter
 from kvbench.training.base_training import BasePlan, new_model, train_base, train_tokenizer
 from kvbench.training.loop import CHECKPOINT, rate_factor, restore_checkpoint, save_checkpoint
@@ -107,7 +101,7 @@ def test_broken_off_and_continued_gives_the_same_weights(tmp_path: Path) -> None
 
 def test_checkpoint_of_another_plan_is_refused(tmp_path: Path) -> None:
     trained(PLAN, tmp_path, stop_after=3)
-    with pytest.raises(UserError, match="other settings"):
+    with pytest.raises(UserError, match=r"other settings: lr\."):
         trained(replace(PLAN, lr=5e-3), tmp_path)
     (tmp_path / CHECKPOINT).write_bytes(b"not a checkpoint")
     with pytest.raises(UserError, match="damaged"):
@@ -121,7 +115,7 @@ def test_a_checkpoint_is_continued_with_the_same_model_and_texts_only(tmp_path: 
     save_checkpoint(tmp_path, made, 2, {})
     assert restore_checkpoint(tmp_path, made, {}) == 2
     for name in known:
-        with pytest.raises(UserError, match="other settings"):
+        with pytest.raises(UserError, match="has changed" if name == "data" else f"other settings: {name}"):
             restore_checkpoint(tmp_path, replace(made, **{name: "b"}), {})
     state = torch.load(tmp_path / CHECKPOINT, weights_only=True)
     del state["plan"]["data"]  # as an older version wrote it
@@ -238,27 +232,3 @@ def test_train_command_writes_an_adapter_that_run_uses(
                   "--data", "doc.txt", "--set", "block=128", "--no-baselines", "--json"])
     assert run.code == 0, run.err
     assert {row["method"] for row in run.document["rows"]} == {"full", "sentinel"}
-
-
-@pytest.mark.heavy
-def test_killed_training_continues_to_the_same_weights(text_file: Path, tmp_path: Path) -> None:
-    """Kill -9 in the middle of a training, run again: the weights of an uninterrupted one."""
-
-    def command(out: str) -> list[str]:
-        return [sys.executable, "-m", "kvbench", "train", "--method", "sentinel", "--data", str(text_file),
-                "--out", out, "--steps", "30", "--batch-size", "2", "--length", "64", "--rank", "4",
-                "--every", "3", "--threads", "1"]
-
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
-    subprocess.run(command("whole"), cwd=tmp_path, check=True, capture_output=True, env=environment)
-    victim = subprocess.Popen(command("killed"), cwd=tmp_path, env=environment,
-                              stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    deadline = time.monotonic() + 120
-    while not (tmp_path / "killed" / CHECKPOINT).exists() and time.monotonic() < deadline:
-        time.sleep(0.02)
-    victim.send_signal(signal.SIGKILL)
-    victim.wait()
-    assert not (tmp_path / "killed" / WEIGHTS).exists()
-    subprocess.run(command("killed"), cwd=tmp_path, check=True, capture_output=True, env=environment)
-    whole, killed = (load_file(tmp_path / name / WEIGHTS) for name in ("whole", "killed"))
-    assert all(torch.equal(whole[name], killed[name]) for name in whole)

@@ -1,0 +1,222 @@
+"""A queue of adapters: turns, curves, files that are refused, and a kill in the middle of a turn."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from kvbench.models.adapter import WEIGHTS, read_card
+from kvbench.training.adapter_recipe import AdapterRequest, Materials, run_adapter_training
+from kvbench.training.curve import Point, read_curve, write_curve
+from kvbench.training.loop import CHECKPOINT, Measure, Progress, checkpoint_step
+from kvbench.training.queue import Queue
+from tests.helpers.command import Outcome
+
+Call = Callable[[Sequence[str | Path]], Outcome]
+
+QUEUE = """
+out = "adapters"
+about = "Which of the two comes first?"
+data = ["text.txt"]
+held_out = "text.txt"
+tokens = 384
+every = 128
+length = 64
+rank = 4
+slice = 128
+ratios = ["0.5"]
+documents = 2
+recall = false
+beside = ["full", "local"]
+
+[[adapter]]
+method = "sentinel"
+
+[[adapter]]
+method = "local-tuned"
+name = "window"
+tokens = 256
+lr = 1e-3
+"""
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    words = np.random.default_rng(1).choice(["river", "stone", "bridge", "mill", "the", "of", "and"], 4000)
+    (tmp_path / "text.txt").write_text(" ".join(words))
+    (tmp_path / "queue.toml").write_text(QUEUE)
+    return tmp_path
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    found: dict[str, torch.Tensor] = load_file(folder / WEIGHTS)
+    return found
+
+
+class BrokenOffError(Exception):
+    """Stands for whatever ends a training early."""
+
+
+def test_turns_give_the_weights_of_an_uninterrupted_training(folder: Path) -> None:
+    """Turns of one step each, broken off in the middle; beside it, each adapter trained by itself in one go."""
+    order: list[str] = []
+
+    def follow_of(breaks: int) -> Callable[..., Callable[..., None]]:
+        def follow(one: object) -> Callable[..., None]:
+            order.append(one.name)  # type: ignore[attr-defined]
+
+            def followed(training: Iterator[Progress], steps: int, measure: Measure, every: int) -> None:
+                for step, loss in training:
+                    if len(order) == breaks:
+                        raise BrokenOffError
+                    measure(step, loss)
+
+            return followed
+
+        return follow
+
+    with pytest.raises(BrokenOffError):
+        Queue(folder / "queue.toml", threads=1).run(follow_of(4))
+    assert order == ["sentinel", "window", "sentinel", "window"]
+    Queue(folder / "queue.toml", threads=1).run(follow_of(0))
+    assert order[4:] == ["window", "sentinel"]
+    assert [len(read_curve(folder / "adapters" / name)) for name in ("sentinel", "window")] == [3, 2]
+
+    def through(training: Iterator[Progress], steps: int, measure: Measure, every: int) -> None:
+        assert [progress.step for progress in training] == list(range(1, steps + 1))
+
+    materials = Materials()
+    for one in Queue(folder / "queue.toml", threads=1).queued:
+        whole = folder / f"{one.name}-whole"
+        request = AdapterRequest(**{**vars(one.request), "out": whole, "held_out": None})
+        assert run_adapter_training(request, through, materials=materials)
+        ours, theirs = weights(one.request.out), weights(whole)
+        assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+        cards = read_card(one.request.out).training, read_card(whole).training
+        assert cards[0]["loss"] == cards[1]["loss"]
+
+
+def test_command_and_curves(called: Call, folder: Path) -> None:
+    done = called(["train", "--queue", "queue.toml", "--threads", "1"])
+    assert done.code == 0, done.err
+    shown = called(["train", "--queue", "queue.toml", "--curves", "--json"])
+    rows = shown.document["rows"]
+    assert shown.document["about"] == "Which of the two comes first?"
+    assert [(row["name"], row["tokens"]) for row in rows] == [
+        ("full", 0), ("local", 0), ("sentinel", 128), ("sentinel", 256), ("sentinel", 384), ("window", 128),
+        ("window", 256),
+    ]
+    assert all(list(row["held_out"]) == ["0.5"] for row in rows[1:])
+    card = read_card(folder / "adapters" / "window")
+    assert (card.method, card.training["lr"], card.training["tokens"]) == ("local-tuned", 1e-3, 256)
+    assert card.held_out == rows[-1]["held_out"]
+    assert f"{rows[-1]['held_out']['0.5']['nll']:.4f}" in done.out
+    before = (folder / "adapters" / "beside.json").read_bytes()
+    assert called(["train", "--queue", "queue.toml"]).code == 0  # nothing is left to do
+    assert (folder / "adapters" / "beside.json").read_bytes() == before
+    (folder / "queue.toml").write_text(QUEUE.replace("lr = 1e-3", "lr = 1e-4"))
+    changed = called(["train", "--queue", "queue.toml"])
+    assert changed.code == 2
+    assert "window was trained with other settings: lr." in changed.err
+
+
+@pytest.mark.parametrize(("old", "new", "said"), [
+    ("recall = false", "recal = false", "unknown key 'recal'. Allowed keys here: about, adapter, batch_size"),
+    ("lr = 1e-3", "lrr = 1e-3", "unknown key 'adapter.1.lrr'. Allowed keys here: batch_size"),
+    ('method = "local-tuned"\nname = "window"', 'method = "sentinel"', "two adapters have the folder sentinel"),
+    ('"local-tuned"\nname = "window"\ntokens = 256\nlr = 1e-3', '"sentinel"\nname = "b"',
+     "b is trained in the same way as sentinel"),
+    ('"local-tuned"', '"snapkv"', "Unknown trained method 'snapkv'"),
+    ('"local-tuned"', '"local-tunde"', "local-tuned"),
+    ('name = "window"', 'name = "../window"', "adapter.1.name"),
+    ('name = "window"', 'set = {adapter = "gated"}', "gated"),
+    ("tokens = 256", "tokens = 0", "adapter.1.tokens"),
+    ('["full", "local"]', '["full", "sentinel"]', "Unknown method without an adapter 'sentinel'"),
+    ('data = ["text.txt"]', 'data = ["missing.txt"]', "missing.txt"),
+    ('ratios = ["0.5"]', 'ratios = ["1.5"]', "1.5"),
+])
+def test_queue_files_that_are_refused(called: Call, folder: Path, old: str, new: str, said: str) -> None:
+    assert old in QUEUE
+    (folder / "queue.toml").write_text(QUEUE.replace(old, new))
+    done = called(["train", "--queue", "queue.toml"])
+    assert done.code == 2
+    assert said in done.err
+    assert "Traceback" not in done.err
+    assert not list((folder / "adapters").glob("*/card.json"))
+
+
+@pytest.mark.parametrize(("more", "said"), [
+    (["--steps", "3"], "--steps does not go with --queue"), (["--method", "gist"], "--method does not go with"),
+])
+def test_options_beside_a_queue(called: Call, folder: Path, more: list[str], said: str) -> None:
+    done = called(["train", "--queue", "queue.toml", *more])
+    assert done.code == 2
+    assert said in done.err
+
+
+def test_text_that_changed_under_a_checkpoint_is_refused(called: Call, folder: Path) -> None:
+    def stops(training: Iterator[Progress], steps: int, measure: Measure, every: int) -> None:
+        list(training)
+
+    queue = Queue(folder / "queue.toml", threads=1)
+    one, until = next(queue.turns())
+    assert not run_adapter_training(one.request, stops, until)
+    assert checkpoint_step(one.request.out) == until == 1
+    with (folder / "text.txt").open("a") as file:
+        file.write(" another ending")
+    done = called(["train", "--queue", "queue.toml"])
+    assert done.code == 2
+    assert "on other texts: a --data file has changed" in done.err
+    assert checkpoint_step(one.request.out) == 1
+
+
+def test_a_torn_line_of_a_curve_is_left_out(tmp_path: Path) -> None:
+    points = [Point(2, 3.5, {"0.5": {"nll": 3.25}}), Point(4, float("nan"), {})]
+    write_curve(tmp_path, points)
+    with (tmp_path / "log.jsonl").open("a") as log:
+        log.write('{"step": 6, "loss": 3.')
+    found = read_curve(tmp_path)
+    assert [point.step for point in found] == [2, 4]
+    assert found[0] == points[0]
+
+
+@pytest.mark.heavy
+def test_killed_queue_continues_to_the_same_weights(folder: Path) -> None:
+    """Kill -9 in the middle of a turn, run again: the weights of an uninterrupted queue."""
+    longer = QUEUE.replace("tokens = 384", "tokens = 3840").replace("tokens = 256", "tokens = 2560")
+    for name in ("whole", "killed"):
+        text = longer.replace('"adapters"', f'"{name}"').replace("slice = 128", "slice = 512")
+        (folder / f"{name}.toml").write_text(text)
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
+
+    def command(name: str) -> list[str]:
+        return [sys.executable, "-m", "kvbench", "train", "--queue", f"{name}.toml", "--threads", "1"]
+
+    subprocess.run(command("whole"), cwd=folder, check=True, capture_output=True, env=environment)
+    victim = subprocess.Popen(
+        command("killed"), cwd=folder, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
+    deadline = time.monotonic() + 120
+    while not (folder / "killed" / "window" / CHECKPOINT).exists() and time.monotonic() < deadline:
+        time.sleep(0.02)
+    victim.send_signal(signal.SIGKILL)
+    victim.wait()
+    assert not (folder / "killed" / "window" / WEIGHTS).exists()
+    subprocess.run(command("killed"), cwd=folder, check=True, capture_output=True, env=environment)
+    for name in ("sentinel", "window"):
+        whole, killed = (weights(folder / made / name) for made in ("whole", "killed"))
+        assert all(torch.equal(whole[key], killed[key]) for key in whole)
+        curves = [read_curve(folder / made / name) for made in ("whole", "killed")]
+        assert curves[0] == curves[1]
+        assert all(b.step - a.step == 1 for a, b in pairwise(curves[0]))
