@@ -33,12 +33,13 @@ def received_attention(query: Tensor, keys: Tensor, scaling: float, positions: T
     for start in range(0, count, QUERIES_AT_ONCE):
         part = grouped[:, :, :, start : start + QUERIES_AT_ONCE]
         own = torch.arange(start, start + part.shape[3], device=keys.device)
-        hidden = (place > own[:, None] + entries - count) | none
-        logits = (part.flatten(2, 3) @ spread).mul_(scaling).view(*part.shape[:4], entries)
+        seen = slice(entries - count + start + part.shape[3])  # later entries are hidden from all of them
+        hidden = (place[seen] > own[:, None] + entries - count) | none[..., seen]
+        logits = (part.flatten(2, 3) @ spread[..., seen]).mul_(scaling).view(*part.shape[:4], -1)
         weights = logits.masked_fill_(hidden, float("-inf")).softmax(-1).sum(2)
         if decay != 1:
             weights *= decay ** (count - 1 - own)[:, None]
-        total += weights.sum(2)
+        total[..., seen] += weights.sum(2)
     return total
 
 

@@ -70,6 +70,7 @@ class PolicySession:
         self.inv_freq = (inv_freq_by_layer(self.model) if needs_inv_freq else None) or ()
         self.cache = PolicyCache(self.policy.rerotated, self.inv_freq)
         self.read = self.since = 0
+        self.known: list[dict[int, Tensor]] = []  # by layer, what other sessions have found out about the same entries
 
     def prefill(self, ids: Tensor, first: int = 0, ahead: Tensor | None = None) -> Iterator[Scored]:
         """Feed the context, and remove entries whenever the policy says so and at the end."""
@@ -247,6 +248,7 @@ class PolicySession:
             chosen: dict[int, Tensor] = {}
             for number in range(len(self.cache.layers)):
                 self.remove_from(number, chosen)
+        self.known = []
 
     def remove_from(self, number: int, chosen: dict[int, Tensor]) -> None:
         """Remove entries of one layer; ``chosen``: by layer, the entries that earlier layers have chosen."""
@@ -283,7 +285,7 @@ class PolicySession:
             layers=len(self.cache.layers), row_seeds=torch.tensor(list(self.row_seeds), device=keys.device),
             seed=self.seed, query_moments=layer.moments,
             inv_freq=self.inv_freq[number] if self.inv_freq else None,
-            carried=layer.carried,
+            carried=layer.carried, known=self.known[number] if self.known else {},
         )
 
     def mask(self, layer: int, queries: int, keys: int, device: torch.device) -> Tensor | None:
@@ -308,12 +310,17 @@ class PolicySession:
                     self._observe(layer, keys)
 
     def take_over(self, source: PolicySession) -> None:
-        """Go on from what another session has read, with a copy of its entries and statistics; nothing is removed."""
+        """Go on from what another session has read, with a copy of its entries and statistics; nothing is removed.
+
+        Nothing may be read before the first removal.
+        """
         for number in range(len(source.cache.layers)):
             source._observe(number, None)
         self.cache.layers = copy.deepcopy(source.cache.layers)
         self.cache.read, self.cache.begin = source.cache.read, source.cache.begin
         self.read, self.since, self.seen, self.peak = source.read, source.since, list(source.seen), source.peak
+        self.known = source.known or [{} for _ in self.cache.layers]
+        source.known = self.known
 
     def _observe(self, number: int, keys: Tensor | None) -> None:
         """Process the collected queries: keep the last of them, add up their attention, or update their moments.

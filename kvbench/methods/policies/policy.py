@@ -42,6 +42,7 @@ class LayerView:
             ``[batch, query heads, width]`` and sum of outer products.
         inv_freq: inverse frequencies of the rotary embedding ``[d / 2]``, if needed and if keys are rotated.
         carried: what :meth:`CachePolicy.merged` returned when entries were last removed from this layer; None before.
+        known: mean attention by number of queries, shared by all policies that choose from the same entries.
     """
 
     keys: Tensor
@@ -58,6 +59,7 @@ class LayerView:
     query_moments: tuple[int, Tensor, Tensor] | None = None
     inv_freq: Tensor | None = None
     carried: Tensor | None = None
+    known: dict[int, Tensor] = field(default_factory=dict)
 
     @property
     def entries(self) -> int:
@@ -75,6 +77,13 @@ class LayerView:
         positions = self.positions[:, :, None, None, :]
         hidden = (positions > places[:, None]) | (positions < 0)
         return logits.masked_fill_(hidden, float("-inf")).softmax(-1)
+
+    def mean_attention(self, last: int) -> Tensor:
+        """Attention weights of the ``last`` queries, the mean over them and over the query heads of each head: float32
+        ``[batch, heads, entries]``; not to be changed in place."""
+        if last not in self.known:
+            self.known[last] = self.attention(last).mean((2, 3))
+        return self.known[last]
 
 
 class Merged(NamedTuple):

@@ -47,6 +47,6 @@ class RefreshKV(CachePolicy):
 
     def scores(self, view: LayerView) -> Tensor:
         kernel = self.kernel
-        worth = view.attention(1)[:, :, :, 0].mean(2)
+        worth = view.mean_attention(1)
         smooth = functional.avg_pool1d(worth, kernel, stride=1, padding=kernel // 2)[..., : view.entries]
         return protect_last(smooth, 1)

@@ -50,7 +50,7 @@ class SnapKV(CachePolicy):
     def _worth(self, view: LayerView) -> Tensor:
         """``[batch, heads, entries]``: smoothed attention to the entries before the window; 0 within it."""
         before = max(0, view.entries - self.window)
-        worth = view.attention(self.window).mean((2, 3))[..., :before]
+        worth = view.mean_attention(self.window)[..., :before]
         kernel, pool = self.kernel, POOLS[self.pool]
         if before:
             worth = pool(worth, kernel, stride=1, padding=kernel // 2)[..., :before]

@@ -24,4 +24,4 @@ class TOVA(CachePolicy):
     window: int = field(default=1, kw_only=True)
 
     def scores(self, view: LayerView) -> Tensor:
-        return view.attention(1)[:, :, :, 0].mean(2)
+        return view.mean_attention(1)
