@@ -33,7 +33,7 @@ WAYS: dict[str, tuple[dict[str, str], ...]] = {
     "meanpool": ({}, {"merge_at": "unrotated"}), "pic": ({}, {"sees": "memory"}),
 }
 """Options that layouts are tried with, where the default alone would leave code unused."""
-IN_CHUNKS = ("ccm-concat", "gist", "meanpool", "pic")
+IN_CHUNKS = ("ccm-concat", "gist", "meanpool", "pic", "prompt")
 """Layouts that compress chunks, which a short text has at few ratios only."""
 
 SHORT = {

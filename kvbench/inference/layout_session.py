@@ -16,7 +16,7 @@ from kvbench.errors import UserError
 from kvbench.inference.filling import random_entries
 from kvbench.inference.reader import Reader, to_device
 from kvbench.inference.session import CacheBytes, Scored
-from kvbench.methods.layouts.layout import OPEN, TEXT, Layout
+from kvbench.methods.layouts.layout import OPEN, Layout
 
 
 @dataclass
@@ -128,15 +128,7 @@ class LayoutSession:
         return torch.where(queries < n, self.layout.visible_before[queries.clamp(max=n - 1)], after)
 
     def distance(self, targets: Tensor) -> Tensor | None:
-        kind = self.layout.tokens.kind
-        boundary = (kind != TEXT) & (kind != OPEN)
-        if not bool(boundary.any()):
-            return None
-        texts = torch.cumsum(kind == TEXT, 0)
-        begin = torch.cummax(torch.where(boundary, texts, -1), 0).values  # text tokens before the last boundary
-        n = self.layout.n_raw
-        last = torch.where(targets < n, begin[self.layout.raw_slots][targets.clamp(max=n - 1)], begin[-1])
-        return torch.where(last < 0, -1, targets - last)
+        return self.layout.since_boundary(targets)
 
     def feed(self, inputs: Tensor, wanted: Tensor) -> Tensor:
         """Feed the next slots of the layout, and remove dead entries afterwards.

@@ -163,8 +163,12 @@ class Method(ABC):
 
     @property
     def resolved(self) -> dict[str, str]:
-        """All options in effect, with their values as text."""
-        return {name: option.text(getattr(self, name)) for name, option in self.options().items()}
+        """All options in effect, with their values as text, but for those that were added later and are not set."""
+        values = {name: option.text(getattr(self, name)) for name, option in self.options().items()}
+        return {
+            name: value for name, value in values.items()
+            if not (self.options()[name].later and value == self.options()[name].default)
+        }
 
     @property
     def rule_version(self) -> int:

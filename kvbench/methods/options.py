@@ -24,6 +24,8 @@ class Option:
         trained: whether an adapter is bound to the value that it was trained with; any other is refused.
         help: what it does, in a few words.
         kind: type of the value.
+        later: whether a release added it to a method that was there before: at its default it is left out of cells, so
+            that results from before it are still found.
     """
 
     default: str
@@ -33,6 +35,7 @@ class Option:
     trained: bool = False
     help: str = ""
     kind: type = str
+    later: bool = False
 
     def value(self, name: str, text: str) -> Any:
         """Parse a value.
@@ -59,7 +62,7 @@ class Option:
 
 def option(
     default: str | int | bool | None, help: str, *, choices: tuple[str | int, ...] = (), least: int = 0,
-    most: int | None = None, trained: bool = False, usual: int | None = None,
+    most: int | None = None, trained: bool = False, usual: int | None = None, later: bool = False,
 ) -> Any:
     """Declare a field of a method that ``--set NAME=VALUE`` sets.
 
@@ -70,13 +73,15 @@ def option(
         least, most: bounds of an integer.
         trained: whether an adapter is bound to the value that it was trained with.
         usual: for a default of None, the number that is printed in its place.
+        later: whether it was added to a method that had been released without it.
     """
     kind = int if default is None else type(default)
     shown = usual if default is None else default
     words = ("true", "false") if kind is bool else tuple(map(str, choices))
     text = str(shown).lower() if kind is bool else str(shown)
     return dataclasses.field(
-        default=default, kw_only=True, metadata={_METADATA: Option(text, words, least, most, trained, help, kind)}
+        default=default, kw_only=True,
+        metadata={_METADATA: Option(text, words, least, most, trained, help, kind, later)},
     )
 
 

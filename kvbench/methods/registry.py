@@ -17,6 +17,7 @@ from kvbench.methods.layouts.gist import Gist
 from kvbench.methods.layouts.meanpool import MeanPool
 from kvbench.methods.layouts.method import LayoutMethod
 from kvbench.methods.layouts.pic import PIC
+from kvbench.methods.layouts.prompt import Prompt
 from kvbench.methods.layouts.scattered import Scattered, ScatteredTuned
 from kvbench.methods.layouts.sentinel import Sentinel
 from kvbench.methods.layouts.windows import Local, LocalTuned, Sinks, SinksTuned, Window
@@ -44,7 +45,7 @@ from kvbench.methods.policies.tova import TOVA
 from kvbench.store.faults import GROUP
 
 _OWN: tuple[type[Method], ...] = (
-    Full, NoContext, Window, Sinks, Local, Scattered, Sentinel, CCMConcat, CCMMerge, Gist, MeanPool, PIC,
+    Full, NoContext, Window, Sinks, Local, Scattered, Sentinel, CCMConcat, CCMMerge, Gist, MeanPool, PIC, Prompt,
     LocalTuned, ScatteredTuned, SinksTuned, Adapted,
     StreamingLLM, Random, KNorm, KeyDiff, LagKV, TOVA, H2O, SnapKV, PyramidKV, ChunkKV, AdaKV, ExpectedAttention,
     Cascading, CaM, D2O, KIVI, FP8, ThinK, RefreshKV,

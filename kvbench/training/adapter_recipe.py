@@ -241,18 +241,14 @@ def make_plan(request: AdapterRequest) -> AdapterPlan:
     if request.method not in trained:
         raise unknown("trained method", request.method, trained)
     given = dict(request.options)
-    try:
-        dropout = float(given.pop("dropout", "0"))
-    except ValueError:
-        dropout = -1.0
-    if not 0 <= dropout < 1:
-        raise UserError(f"--set dropout={request.options['dropout']} is not a number in [0, 1).")
+    dropout = _number(given, "dropout", 0.0, most=1.0)
+    boundary = _number(given, "boundary", 1.0)
     kind = METHODS[request.method]
     bound = [name for name, option in kind.options().items() if option.trained]
     choices = {**_CHOICES, "adapter": kind.adapter_kinds}
     for key, value in given.items():
         if key not in (*choices, *bound):
-            raise unknown("--set key", key, (*choices, "dropout", *bound))
+            raise unknown("--set key", key, (*choices, "dropout", "boundary", *bound))
         if key in choices and value not in choices[key]:
             raise unknown(f"value for --set {key}=", value, choices[key])
     options = make_method(request.method, Fraction(0), given).trained_options
@@ -260,5 +256,23 @@ def make_plan(request: AdapterRequest) -> AdapterPlan:
         method=request.method, adapter=given.get("adapter", kind.adapter_kinds[0]), steps=request.steps,
         batch=request.batch, length=request.length, lr=request.lr, rank=request.rank,
         dropout=dropout, seed=request.seed, autocast=given.get("autocast", "bfloat16"),
-        objective=given.get("objective", "text"), options=options, warmup=min(100, max(1, request.steps // 10)),
+        objective=given.get("objective", "text"), options=options, boundary=boundary,
+        warmup=min(100, max(1, request.steps // 10)),
     )
+
+
+def _number(given: dict[str, str], name: str, default: float, most: float = math.inf) -> float:
+    """Take a number from 0 up to below ``most`` out of what was given.
+
+    Raises:
+        UserError: it is no such number.
+    """
+    text = given.pop(name, str(default))
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not 0 <= value < most:
+        bounds = "of at least 0" if math.isinf(most) else f"in [0, {most:g})"
+        raise UserError(f"--set {name}={text} is not a number {bounds}.")
+    return value

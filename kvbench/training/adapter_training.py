@@ -35,6 +35,8 @@ from kvbench.training.mixture import Mixture
 from kvbench.training.team import Team
 
 ALONE = Team()
+AFTER = 8
+"""Number of tokens behind a compressed piece of text whose loss ``AdapterPlan.boundary`` weights."""
 
 
 @dataclass(frozen=True)
@@ -58,6 +60,7 @@ class AdapterPlan:
         objective: ``distil`` or ``text``.
         base_hash, data: fingerprints of the base model and of the data files.
         options: the method's options that the adapter learns; it is refused with other values.
+        boundary: weight of the loss on the :data:`AFTER` tokens behind a compressed piece of text; 1 elsewhere.
     """
 
     method: str
@@ -76,6 +79,7 @@ class AdapterPlan:
     base_hash: str = ""
     data: str = ""
     options: dict[str, str] = field(default_factory=dict)
+    boundary: float = 1.0
 
 
 def step_layout(plan: AdapterPlan, step: int) -> Layout:
@@ -84,27 +88,49 @@ def step_layout(plan: AdapterPlan, step: int) -> Layout:
     return METHODS[plan.method].training_layout(plan.length, rng, plan.options)
 
 
-def text_loss(logits: Tensor, ids: Tensor) -> Tensor:
-    """Mean negative log-likelihood of all text tokens but the first, which ``logits`` predict, in nats."""
-    return functional.cross_entropy(logits.flatten(0, 1).float(), ids[:, 1:].flatten())
+def text_loss(logits: Tensor, ids: Tensor, weights: Tensor | None = None) -> Tensor:
+    """Mean negative log-likelihood of all text tokens but the first, which ``logits`` predict, in nats.
+
+    Args:
+        weights: ``[predicted tokens]``, of each in the mean; None for equal ones.
+    """
+    every = functional.cross_entropy(logits.flatten(0, 1).float(), ids[:, 1:].flatten(), reduction="none")
+    return _mean(every, weights)
 
 
-def distil_loss(logits: Tensor, teacher: Tensor) -> Tensor:
+def distil_loss(logits: Tensor, teacher: Tensor, weights: Tensor | None = None) -> Tensor:
     """Mean KL(base || compressed) per predicted token, in nats; ``teacher``: logits of the base model."""
     wanted = teacher.flatten(0, 1).float().log_softmax(-1)
     given = logits.flatten(0, 1).float().log_softmax(-1)
-    return functional.kl_div(given, wanted, reduction="batchmean", log_target=True)
+    return _mean(functional.kl_div(given, wanted, reduction="none", log_target=True).sum(-1), weights)
+
+
+def _mean(every: Tensor, weights: Tensor | None) -> Tensor:
+    if weights is None:
+        return every.mean()
+    rows = weights.repeat(len(every) // len(weights))
+    return (every * rows).sum() / rows.sum()
+
+
+def boundary_weights(plan: AdapterPlan, layout: Layout) -> Tensor | None:
+    """The weight of each predicted token of a layout; None if all are equal."""
+    since = None if plan.boundary == 1 else layout.since_boundary(torch.arange(1, plan.length))
+    if since is None:
+        return None
+    return torch.where((since >= 0) & (since < AFTER), plan.boundary, 1.0)
 
 
 def step_loss(plan: AdapterPlan, model: nn.Module, reader: Reader, ids: Tensor, layout: Layout) -> Tensor:
     """The loss of one step under the plan's objective; what the last text token predicts is left out."""
+    weights = boundary_weights(plan, layout)
+    weights = None if weights is None else weights.to(ids.device)
     if plan.objective == "text":
-        return text_loss(reader.one_pass(ids, layout, slice(0, -1)), ids)
+        return text_loss(reader.one_pass(ids, layout, slice(0, -1)), ids, weights)
     with torch.no_grad(), reader.without_adapter():
         # The base model reads the text alone: no special tokens, nothing hidden.
         plain = Layout(plain_tokens(plan.length), torch.arange(plan.length), sees_everything, plan.length)
         teacher = Reader(model).one_pass(ids, plain, slice(0, -1))
-    return distil_loss(reader.one_pass(ids, layout, slice(0, -1)), teacher)
+    return distil_loss(reader.one_pass(ids, layout, slice(0, -1)), teacher, weights)
 
 
 def train_adapter(

@@ -65,7 +65,9 @@ def test_streamed_equals_one_pass(model: nn.Module, case: Case) -> None:
 TURNS = (7, 3, 20, 1, 34, 15)
 
 
-@pytest.mark.parametrize("name", ["none", "full", "local", "ccm-concat", "ccm-merge", "gist", "meanpool", "pic"])
+@pytest.mark.parametrize(
+    "name", ["none", "full", "local", "ccm-concat", "ccm-merge", "gist", "meanpool", "pic", "prompt"]
+)
 @torch.inference_mode()
 def test_turns_of_any_length_and_what_follows(model: nn.Module, name: str) -> None:
     """A dialogue, compressed turn by turn, and what follows it: at once, one by one, and masked."""

@@ -45,6 +45,9 @@ CASES = [
     ),
     *(Case("sentinel", "0.5", {"recent": w}, 48) for w in ("1", "16", "40")),
     Case("sentinel", "0.7", {"predict_from_cr": "true"}, 29), Case("sentinel", "0.7", {"span": "6"}, 29),
+    Case("sentinel", "0.7", {"closing": "3"}, 29), Case("sentinel", "0.7", {"sees": "previous", "sinks": "4"}, 29),
+    Case("sentinel", "0.5", {"closing": "2", "sees": "summaries", "recent": "16"}, 48),
+    Case("sentinel", "0.7", {"closing": "2", "predict_from_cr": "true"}, 29),
     *(
         Case("ccm-concat", ratio, {"n_comp": n}, in_chunks(int(n), chunk))
         for n, ratio, chunk in (("1", "0.9", 10), ("2", "0.8", 10), ("4", "0.5", 8), ("8", "0.5", 16))
@@ -61,6 +64,7 @@ CASES = [
     Case("meanpool", "0.8", {}, in_chunks(2, 10)),
     Case("meanpool", "0.8", {"merge_at": "unrotated", "n_comp": "3"}, in_chunks(3, 15)),
     Case("pic", "0.8", {}, in_chunks(2, 10)), Case("pic", "0.8", {"sees": "memory"}, in_chunks(2, 10)),
+    Case("prompt", "0.8", {}, in_chunks(2, 10)), Case("prompt", "0.5", {"n_comp": "4"}, in_chunks(4, 8)),
     Case("sinks", "0", STREAM, 36),
 ]
 CASES += [  # methods of other packages

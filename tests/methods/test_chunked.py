@@ -23,7 +23,7 @@ from tests.helpers.models import VOCABULARY, adapter_for, small_model
 from tests.helpers.sessions import read_all
 from tests.helpers.zoo import zoo_model
 
-CHUNKED = ("ccm-concat", "ccm-merge", "gist", "meanpool", "pic")
+CHUNKED = ("ccm-concat", "ccm-merge", "gist", "meanpool", "pic", "prompt")
 chunk_lists = st.lists(st.integers(1, 12), min_size=1, max_size=6)
 
 
@@ -43,7 +43,8 @@ def slow_mask(layout: Layout, name: str, recurrent: bool, memory_sees: bool) -> 
             elif kind[q] == TEXT:
                 seen = (own and kind[k] == TEXT) or (memory and (recurrent or segment[q] == after))
             elif kind[q] == COMP:
-                seen = (own and kind[k] in (TEXT, COMP)) or (memory and memory_sees)
+                reads = kind[k] == COMP or (kind[k] == TEXT and name != "prompt")
+                seen = (own and reads) or (memory and memory_sees)
             else:  # an address: sees what it is made of
                 seen = (own and kind[k] in (TEXT, COMP)) or (memory and segment[k] == segment[q] - 1)
             mask[q][k] = seen
@@ -54,7 +55,7 @@ def slow_mask(layout: Layout, name: str, recurrent: bool, memory_sees: bool) -> 
     ("ccm-concat", {}, True, True), ("ccm-concat", {"recurrent": "false"}, False, False),
     ("ccm-merge", {}, True, True), ("ccm-merge", {"recurrent": "false"}, False, False),
     ("gist", {}, True, False), ("pic", {}, True, False), ("pic", {"sees": "memory"}, True, True),
-    ("meanpool", {}, True, False),
+    ("meanpool", {}, True, False), ("prompt", {}, True, True),
 ])
 @given(chunks=chunk_lists, n_comp=st.sampled_from([1, 2, 4, 8]))
 def test_masks_equal_the_pairwise_rule(

@@ -15,7 +15,8 @@ from kvbench.errors import UserError
 from kvbench.methods import METHODS, LayoutMethod, kept, layout_id, make_layout, make_method
 from kvbench.methods.layouts.chunks import Chunked
 from kvbench.methods.layouts.layout import CLOSE, OPEN, TEXT, Layout
-from kvbench.methods.layouts.sentinel import sample_spans, span_layout
+from kvbench.methods.layouts.sentinel import MAX_SPAN, span_layout
+from kvbench.methods.layouts.spans import SpanRule
 
 RATIOS = ("0", "0.1", "0.3", "0.5", "0.7", "0.9")
 ratios = st.integers(0, 96).map(lambda percent: Fraction(percent, 100))
@@ -105,7 +106,7 @@ def test_sentinel_mask_equals_the_pairwise_rule(n: int, ratio: Fraction, seed: i
 
 @given(n=st.integers(32, 1200), ratio=ratios, seed=st.integers(0, 50))
 def test_spans_remove_exactly_what_is_asked(n: int, ratio: Fraction, seed: int) -> None:
-    gaps, lengths = sample_spans(n, ratio, np.random.default_rng(seed))
+    gaps, lengths = SpanRule(MAX_SPAN).sample(n, ratio, np.random.default_rng(seed))
     removed = math.floor(ratio * n)
     assert sum(gaps) + sum(lengths) == n
     assert len(gaps) == len(lengths) + 1
@@ -116,9 +117,35 @@ def test_spans_remove_exactly_what_is_asked(n: int, ratio: Fraction, seed: int) 
         assert len(lengths) >= math.ceil(removed / 24)
 
 
+@given(
+    n=st.integers(32, 600), ratio=ratios, seed=st.integers(0, 50), longest=st.integers(9, 40),
+    summary=st.integers(1, 8), recent=st.integers(0, 20), sinks=st.integers(0, 12),
+)
+def test_spans_of_any_rule(
+    n: int, ratio: Fraction, seed: int, longest: int, summary: int, recent: int, sinks: int
+) -> None:
+    """As many entries as asked are removed outside the first and the last, or it is truly impossible."""
+    rule, removed = SpanRule(longest, summary, recent, sinks), math.floor(ratio * n)
+    room = max(0, n - recent - sinks)
+    most = max((  # the most that k spans can remove, for any k
+        min(room - k * summary, k * (longest - summary)) for k in range(room // (summary + 1) + 1)
+    ), default=0)
+    assert rule.most_removed(n) == most
+    if removed > most:
+        with pytest.raises(UserError, match="cannot remove"):
+            rule.sample(n, ratio, np.random.default_rng(seed))
+        return
+    gaps, lengths = rule.sample(n, ratio, np.random.default_rng(seed))
+    assert sum(gaps) + sum(lengths) == n
+    assert min(gaps) >= 0
+    assert all(summary < length <= longest for length in lengths)
+    assert sum(length - summary for length in lengths) == removed
+    assert not lengths or (gaps[0] >= sinks and gaps[-1] >= recent)
+
+
 def test_spans_beyond_reach_are_refused() -> None:
     with pytest.raises(UserError, match="cannot remove"):
-        sample_spans(100, Fraction(97, 100), np.random.default_rng(0))
+        SpanRule(MAX_SPAN).sample(100, Fraction(97, 100), np.random.default_rng(0))
 
 
 def test_sentinel_positions_repeat_the_token_before() -> None:

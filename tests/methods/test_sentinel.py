@@ -15,7 +15,7 @@ from kvbench.cache.evicting import EvictingCache
 from kvbench.errors import UserError
 from kvbench.inference.reader import Reader
 from kvbench.methods import TextStructure, make_layout, make_method
-from kvbench.methods.layouts.layout import CLOSE, OPEN, TEXT
+from kvbench.methods.layouts.layout import CLOSE, OPEN, OUTSIDE, TEXT
 from kvbench.methods.layouts.sentinel import span_layout
 from kvbench.methods.layouts.sentinel_published import draw_words, word_spans
 from kvbench.protocols.block import word_places
@@ -70,6 +70,42 @@ def test_a_recent_window_that_leaves_too_little_is_refused() -> None:
     assert len(layout.held_after(len(layout))) == 62
 
 
+def test_what_closing_sentinels_see() -> None:
+    """Two spans with two closing sentinels each: O t t C C . O t t C C, pair by pair."""
+    rows = {}
+    for sees in ("span", "previous", "summaries"):
+        layout = span_layout([0, 1, 1, 1], [2, 2, 2], closing=2, sees=sees)
+        assert layout.tokens.kind.tolist() == [OPEN, TEXT, TEXT, CLOSE, CLOSE, TEXT] * 3
+        assert layout.tokens.row.tolist() == [0, -1, -1, 1, 2, -1] * 3
+        assert layout.held_after(len(layout)).tolist() == [3, 4, 5, 9, 10, 11, 15, 16, 17]
+        rows[sees] = [torch.nonzero(layout.mask[slot]).flatten().tolist() for slot in (16, 17)]
+    own = [12, 13, 14, 15, 16]
+    assert rows["span"][0] == own
+    assert rows["previous"][0] == [9, 10, *own]
+    assert rows["summaries"][0] == [3, 4, 9, 10, *own]
+    assert [row[1] for row in rows.values()] == [[3, 4, 5, 9, 10, 11, 15, 16, 17]] * 3
+
+
+def test_sinks_are_in_no_span() -> None:
+    for seed in range(20):
+        layout = make_layout(make_method("sentinel", Fraction(9, 10), {"sinks": "6"}), 200, seed, 0)
+        text = layout.tokens.kind == TEXT
+        assert layout.tokens.segment[text][:6].tolist() == [OUTSIDE] * 6
+        assert len(layout.held_after(len(layout))) == 20
+    free = [make_layout(make_method("sentinel", Fraction(9, 10)), 200, seed, 0) for seed in range(20)]
+    assert any(layout.tokens.segment[layout.tokens.kind == TEXT][0] != OUTSIDE for layout in free)
+
+
+def test_summaries_that_would_save_nothing_are_refused() -> None:
+    with pytest.raises(UserError, match="would save nothing"):
+        make_method("sentinel", Fraction(1, 2), {"closing": "6", "span": "6"}).check(100, False)
+    for options in ({"closing": "2"}, {"sinks": "4"}):
+        with pytest.raises(UserError, match="sampler=published excludes"):
+            make_method("sentinel", Fraction(1, 2), {**options, "sampler": "published"}).check(100, False)
+    with pytest.raises(UserError, match=r"keeps 8 entries.*at most 0.68"):
+        make_layout(make_method("sentinel", Fraction(7, 10), {"closing": "8"}), 100, 0, 0)
+
+
 def test_prediction_from_the_closing_sentinel() -> None:
     plain, moved = (span_layout([3, 2], [4], predict_from_close=flag) for flag in (False, True))
     assert plain.read_slots.tolist() == [0, 1, 2, 4, 5, 6, 7, 9, 10]
@@ -77,7 +113,7 @@ def test_prediction_from_the_closing_sentinel() -> None:
     assert moved.tokens.kind[8] == CLOSE
     seen = [int(moved.mask[slot].sum()) - 1 for slot in moved.read_slots]
     assert moved.visible_before.tolist() == seen
-    with pytest.raises(UserError, match="published exclude each other"):
+    with pytest.raises(UserError, match="sampler=published excludes"):
         make_method("sentinel", Fraction(1, 2), {"recent": "4", "sampler": "published"}).check(100, False)
     with pytest.raises(UserError, match="exclude each other"):
         make_method("sentinel", Fraction(1, 2), {"recent": "4", "predict_from_cr": "true"}).check(100, False)

@@ -316,9 +316,9 @@ def test_the_stock_cache_and_ours_write_the_same(model: nn.Module) -> None:
 
 TIMED = [
     (name, "0.6") for name, kind in METHODS.items()
-    if name not in ("ccm-merge", "pic", "gist", "meanpool", "ccm-concat") and issubclass(kind, LayoutMethod)
+    if name not in ("ccm-merge", "pic", "gist", "meanpool", "prompt", "ccm-concat") and issubclass(kind, LayoutMethod)
 ]
-TIMED += [(name, "0.8") for name in ("pic", "gist", "meanpool", "ccm-concat", "ccm-merge")]
+TIMED += [(name, "0.8") for name in ("pic", "gist", "meanpool", "prompt", "ccm-concat", "ccm-merge")]
 
 
 @pytest.mark.parametrize(("name", "ratio"), TIMED)

@@ -19,6 +19,7 @@ from kvbench.data.facts import FACT_LOW, NAMES, fact
 from kvbench.errors import UserError
 from kvbench.inference.reader import Reader
 from kvbench.methods import make_layout, make_method
+from kvbench.methods.layouts.sentinel import span_layout
 from kvbench.models.adapter import Adapter, AdapterCard, read_card
 from kvbench.training.adapter_training import AdapterPlan, step_layout, step_loss, text_loss, train_adapter
 from kvbench.training.base_training import BasePlan, new_model, train_base, train_tokenizer
@@ -78,6 +79,33 @@ def test_text_loss_at_ratio_zero_is_that_of_transformers(model: nn.Module) -> No
     layout = make_layout(make_method("full", Fraction(0)), 48, 0, 0)
     ours = text_loss(Reader(model).one_pass(ids, layout, slice(0, -1)), ids)
     assert float(ours) == pytest.approx(float(model(input_ids=ids, labels=ids).loss), abs=1e-6)
+
+
+@pytest.mark.parametrize("objective", ["text", "distil"])
+def test_the_loss_behind_a_span_weighs_more(llama: nn.Module, objective: str) -> None:
+    """Against a loop over the targets of a layout with two spans."""
+    plan = replace(PLAN, objective=objective, boundary=3.0, length=48)
+    torch.manual_seed(0)
+    adapter = Adapter.fresh(AdapterCard("sentinel", "plain", 4, 4.0, 2, "small", "hash"), llama)
+    with torch.no_grad():
+        for pair in adapter.pairs:
+            pair.b.normal_(std=0.2)
+    layout = span_layout([5, 20, 8], [6, 9])  # text tokens 11 and 40 are the first behind a span
+    behind = {*range(11, 19), *range(40, 48)}
+    ids, reader = torch.from_numpy(mixture().batch(0, 2)), Reader(llama, adapter)
+    with torch.no_grad(), reader.ready():
+        found = step_loss(plan, llama, reader, ids, layout)
+        logits = reader.one_pass(ids, layout).log_softmax(-1)
+        with reader.without_adapter():
+            base = llama(input_ids=ids).logits.log_softmax(-1)
+    total = weight = 0.0
+    for row in range(2):
+        for target in range(1, 48):
+            share, given = 3.0 if target in behind else 1.0, logits[row, target - 1]
+            wanted = base[row, target - 1]
+            lost = -given[ids[row, target]] if objective == "text" else (wanted.exp() * (wanted - given)).sum()
+            total, weight = total + share * float(lost), weight + share
+    assert float(found) == pytest.approx(total / weight, abs=1e-5)
 
 
 def test_distillation_of_nothing_is_zero(llama: nn.Module) -> None:

@@ -30,6 +30,7 @@ class ChunkVisibility:
         memory: whether the COMP tokens do.
         latest: whether only the latest chunk's entries are memory, standing for all chunks before.
         kind: token kind of memory entries.
+        reads: whether COMP tokens attend to the text of their chunk.
     """
 
     chunks: int
@@ -37,6 +38,7 @@ class ChunkVisibility:
     memory: bool
     latest: bool
     kind: int
+    reads: bool = True
 
     def __call__(self, queries: Tokens, keys: Tokens) -> Tensor:
         own = keys.segment == queries.segment
@@ -45,7 +47,8 @@ class ChunkVisibility:
         after = queries.segment == self.chunks
         is_text, is_sum = queries.kind == TEXT, queries.kind == SUM
         sees = after | (is_text & self.text) | ((queries.kind == COMP) & self.memory) | (is_sum & before)
-        own_kinds = (keys.kind == TEXT) | ((keys.kind == COMP) & ~is_text)
+        own_text = (keys.kind == TEXT) & (self.reads | (queries.kind != COMP))
+        own_kinds = own_text | ((keys.kind == COMP) & ~is_text)
         return (own & own_kinds) | (memory & sees)
 
 

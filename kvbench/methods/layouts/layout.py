@@ -211,6 +211,20 @@ class Layout:
         """int64: the slots that are in the cache after the first ``fed`` slots have been fed."""
         return torch.nonzero(self.last_query[:fed] >= fed).flatten()
 
+    def since_boundary(self, targets: Tensor) -> Tensor | None:
+        """How many text tokens each of ``targets`` (int64, text tokens) lies behind the last compressed piece of text.
+
+        It is -1 before the first; None if the layout has none.
+        """
+        kind = self.tokens.kind
+        boundary = (kind != TEXT) & (kind != OPEN)
+        if not bool(boundary.any()):
+            return None
+        texts = torch.cumsum(kind == TEXT, 0)
+        begin = torch.cummax(torch.where(boundary, texts, -1), 0).values  # text tokens before the last boundary
+        last = torch.where(targets < self.n_raw, begin[self.raw_slots][targets.clamp(max=self.n_raw - 1)], begin[-1])
+        return torch.where(last < 0, -1, targets - last)
+
     @cached_property
     def visible_before(self) -> Tensor:
         """int64 ``[n_raw]``: how many earlier entries the query sees that predicts the token after each text token, its
