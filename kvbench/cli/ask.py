@@ -58,15 +58,18 @@ def ask(
 
     Exit codes: 0 done; 2 the request was wrong.
     """
+    from fractions import Fraction
+
     import torch
 
     from kvbench.api.ask import Answerer, Chat
     from kvbench.api.ask import ask as asked
     from kvbench.config import load_settings
     from kvbench.errors import UserError
-    from kvbench.methods import METHODS
+    from kvbench.methods import METHODS, make_method
     from kvbench.models.loading import load_model
-    from kvbench.models.references import find_adapter, resolve_model
+    from kvbench.models.references import resolve_model
+    from kvbench.planning.adapters import known_adapter
     from kvbench.planning.methods import parse_choice
 
     settings = load_settings(None).run
@@ -86,7 +89,9 @@ def ask(
         torch.set_num_threads(count)
     reference = resolve_model(model or settings.model, revision)
     kind = METHODS[choice.name]
-    folder = adapter or (str(find_adapter(choice.name, reference, {})) if kind.adapter_kinds else None)
+    folder = adapter
+    if folder is None and kind.adapter_kinds:
+        folder = str(known_adapter(make_method(choice.name, Fraction(0), dict(choice.given)), reference))
     loaded = load_model(
         reference, options.checked_device(device or settings.device), options.checked_dtype(dtype or settings.dtype)
     )

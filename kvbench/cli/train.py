@@ -11,8 +11,8 @@ import typer
 from kvbench.cli import options
 
 if TYPE_CHECKING:
-    from kvbench.training.adapter_recipe import AdapterRequest
     from kvbench.training.loop import Measure, Progress
+    from kvbench.training.request import AdapterRequest
 
 app = typer.Typer(invoke_without_command=True, rich_markup_mode="rich", no_args_is_help=True)
 
@@ -91,7 +91,8 @@ def train(
         return
     from kvbench.errors import UserError
     from kvbench.planning.quality import parse_options
-    from kvbench.training.adapter_recipe import AdapterRequest, run_adapter_training
+    from kvbench.training.adapter_recipe import run_adapter_training
+    from kvbench.training.request import AdapterRequest
 
     if curves or json_:
         raise UserError("--curves and --json are for --queue FILE.")

@@ -29,8 +29,9 @@ from kvbench.integrations.request_log import RequestLog
 from kvbench.integrations.split import SplitRule
 from kvbench.methods import METHODS
 from kvbench.models.device import pick_device
-from kvbench.models.references import find_adapter, resolve_model
+from kvbench.models.references import resolve_model
 from kvbench.models.rope import dynamic_rotary
+from kvbench.planning.adapters import known_adapter
 from kvbench.planning.methods import parse_choice
 
 try:
@@ -95,7 +96,7 @@ class KVBenchLM(HFLM):  # type: ignore[misc]
             pretrained = reference.location
             others.setdefault("device", str(pick_device("auto")))
             if adapter is None and METHODS[choice.name].adapter_kinds:
-                adapter = find_adapter(choice.name, reference, {})
+                adapter = known_adapter(self.method, reference)
         try:
             super().__init__(pretrained, **others)
         except (OSError, TypeError, ValueError) as error:

@@ -140,12 +140,15 @@ class Adapter(nn.Module):
         """Set the slots (int64) of the special tokens in the next input; a plain adapter acts on all tokens."""
         self.gate.slots = None if self.card.gate == "plain" else special
 
-    def save(self, folder: Path, target_name: str, more: Mapping[str, str] | None = None) -> None:
+    def save(
+        self, folder: Path, target_name: str, more: Mapping[str, str] | None = None, dtype: torch.dtype = torch.float32
+    ) -> None:
         """Write the folder under a temporary name first, so that it is never incomplete.
 
         Args:
             target_name: name of the base model, for PEFT.
             more: contents of other text files of the folder, by name.
+            dtype: of low-rank pairs in the file.
         """
         part = folder.with_name(folder.name + ".part")
         shutil.rmtree(part, ignore_errors=True)
@@ -153,7 +156,7 @@ class Adapter(nn.Module):
         if self.whole:
             save_file({name: p.detach().contiguous() for name, p in self.whole.items()}, part / WHOLE)
         else:
-            self._save_pairs(part, target_name)
+            self._save_pairs(part, target_name, dtype)
         save_file({"rows": self.rows.detach().float()}, part / ROWS)
         card = json.dumps(dataclasses.asdict(self.card), indent=2, ensure_ascii=False)
         (part / CARD).write_text(card + "\n", encoding="utf-8")
@@ -163,13 +166,13 @@ class Adapter(nn.Module):
             shutil.rmtree(folder)
         os.replace(part, folder)
 
-    def _save_pairs(self, folder: Path, target_name: str) -> None:
+    def _save_pairs(self, folder: Path, target_name: str, dtype: torch.dtype) -> None:
         from peft import LoraConfig
 
         weights: dict[str, Tensor] = {}
         for path, pair in self.by_path.items():
-            weights[f"{_PEFT_PREFIX}{path}.lora_A.weight"] = pair.a.detach().float().contiguous()
-            weights[f"{_PEFT_PREFIX}{path}.lora_B.weight"] = pair.b.detach().float().contiguous()
+            weights[f"{_PEFT_PREFIX}{path}.lora_A.weight"] = pair.a.detach().to(dtype).contiguous()
+            weights[f"{_PEFT_PREFIX}{path}.lora_B.weight"] = pair.b.detach().to(dtype).contiguous()
         save_file(weights, folder / WEIGHTS, metadata={"format": "pt"})
         config = LoraConfig(
             task_type="CAUSAL_LM", r=self.card.rank, lora_alpha=self.card.alpha,

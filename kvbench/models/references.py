@@ -11,10 +11,12 @@ from functools import cached_property
 from importlib.resources import files
 from pathlib import Path
 
+import kvbench
 from kvbench.errors import UserError
 from kvbench.models.fingerprint import check_snapshot, check_unchanged, fingerprint, former_fingerprint
 from kvbench.models.gguf import dequantised
 from kvbench.models.packaged import PACKAGED
+from kvbench.store.cached import cache_folder
 
 DEFAULT_MODEL = "kvbench-tiny"
 """The model that is part of the package."""
@@ -182,13 +184,13 @@ def _commit_with(name: str, file: str, revision: str | None) -> str | None:
 
 
 def given_adapter(name: str) -> Path:
-    """The adapter folder that the user named: a path, or the name of a shipped adapter.
+    """The adapter folder that the user named: a path, or the name of one in :func:`adapter_folders`.
 
     Raises:
         UserError: there is no such folder.
     """
-    shipped = assets() / "adapters" / name
-    folder = shipped if "/" not in name and shipped.is_dir() else expand_home(name)
+    shipped = [place / name for place in adapter_folders() if "/" not in name and (place / name).is_dir()]
+    folder = shipped[0] if shipped else expand_home(name)
     if not folder.is_dir():
         raise UserError(
             f"There is no adapter folder {name}.", "Give the folder that 'kvbench train --method METHOD' wrote."
@@ -196,20 +198,35 @@ def given_adapter(name: str) -> Path:
     return folder
 
 
-def find_adapter(method: str, model: ModelReference, options: Mapping[str, str]) -> Path:
-    """The adapter shipped for a method and model, preferably one trained with these options.
+def adapter_folders() -> list[Path]:
+    """Where adapters lie that need no path: in the package, in ``adapters/`` of a checkout, and in kvbench's cache."""
+    package = Path(kvbench.__file__).parent
+    checkout = [package.parent / "adapters"] if (package.parent / "pyproject.toml").exists() else []
+    return [assets() / "adapters", *checkout, cache_folder() / "adapters"]
+
+
+def find_adapter(
+    method: str, model: ModelReference, options: Mapping[str, str], defaults: Mapping[str, str] | None = None
+) -> Path:
+    """The adapter in :func:`adapter_folders` for a method and model, preferably one trained with these options.
 
     Of several, it is the first by name; the others have longer names and can be given with ``--adapter``.
+
+    Args:
+        defaults: values of options that a card does not name, since they were added after it was written.
 
     Raises:
         UserError: there is none; the hint names the command that trains one.
     """
     found: list[tuple[bool, Path]] = []
-    for card in sorted((assets() / "adapters").glob("*/card.json")):
-        made_for = json.loads(card.read_text(encoding="utf-8"))
-        if made_for["method"] == method and model.has_fingerprint(made_for["base_hash"]):
-            trained = made_for.get("options", {})
-            found.append((all(trained.get(k) == v for k, v in options.items()), card.parent))
+    for card in (card for place in adapter_folders() for card in sorted(place.glob("*/card.json"))):
+        try:
+            made_for = json.loads(card.read_text(encoding="utf-8"))
+            if made_for["method"] == method and model.has_fingerprint(made_for["base_hash"]):
+                trained = {**(defaults or {}), **made_for.get("options", {})}
+                found.append((all(trained.get(k) == v for k, v in options.items()), card.parent))
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise UserError(f"The adapter card {card} is damaged: {error}.", "Delete that folder.") from error
     if found:
         return max(found, key=lambda item: item[0])[1]
     raise UserError(

@@ -25,6 +25,16 @@ class Entry(NamedTuple):
     variant: str = ""
 
 
+def known_adapter(method: Method, model: ModelReference) -> Path:
+    """The adapter of a method and model that lies where it need not be named, preferably for the method's options.
+
+    Raises:
+        UserError: there is none.
+    """
+    bound, known = method.trained_options, method.options()
+    return find_adapter(method.name, model, bound, {name: known[name].default for name in bound})
+
+
 class Adapters:
     """The adapters available to a request: those given, each for the method on its card, and the shipped ones."""
 
@@ -66,7 +76,7 @@ class Adapters:
             mine = mine or [f for f, card in self.given.items() if card.gate != "gated"]
         bound, known = method.trained_options, method.options()
         mine.sort(key=lambda f: any(self.given[f].options.get(k, known[k].default) != v for k, v in bound.items()))
-        folder = mine[0] if mine else find_adapter(method.name, self.model, bound)
+        folder = mine[0] if mine else known_adapter(method, self.model)
         self._check(folder, read_card(folder), method)
         return folder
 

@@ -15,9 +15,9 @@ from kvbench.errors import UserError, unknown
 from kvbench.methods import METHODS, Method, make_method, parse_ratio, ratio_text
 from kvbench.models.fingerprint import fingerprint
 from kvbench.models.random_models import check_shape, is_shape
-from kvbench.models.references import ModelReference, find_adapter, resolve_model
+from kvbench.models.references import ModelReference, resolve_model
 from kvbench.parsing import parse_bytes
-from kvbench.planning.adapters import Adapters, Entry
+from kvbench.planning.adapters import Adapters, Entry, known_adapter
 from kvbench.planning.methods import parse_choice
 from kvbench.planning.request import MeasurementRequest
 from kvbench.store.manifest import PROFILE
@@ -191,7 +191,7 @@ def _adapters(
     for method in trained:
         if method not in found:
             try:
-                found[method] = find_adapter(method.name, model, method.trained_options)
+                found[method] = known_adapter(method, model)
             except UserError:
                 found[method] = None
     return found

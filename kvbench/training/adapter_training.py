@@ -60,6 +60,8 @@ class AdapterPlan:
         objective: ``distil`` or ``text``.
         base_hash, data: fingerprints of the base model and of the data files.
         options: the method's options that the adapter learns; it is refused with other values.
+        stored: dtype of the low-rank pairs in the adapter's file.
+        keep: ``last``, the weights after the last step, or ``best``, those with the lowest loss on held-out text.
         boundary: weight of the loss on the :data:`AFTER` tokens behind a compressed piece of text; 1 elsewhere.
     """
 
@@ -80,6 +82,8 @@ class AdapterPlan:
     data: str = ""
     options: dict[str, str] = field(default_factory=dict)
     boundary: float = 1.0
+    stored: str = "float32"
+    keep: str = "last"
 
 
 def step_layout(plan: AdapterPlan, step: int) -> Layout:

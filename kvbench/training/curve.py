@@ -27,6 +27,11 @@ class Point(NamedTuple):
     loss: float
     held_out: Scores
 
+    @property
+    def mean(self) -> float:
+        """Nats per token on held-out text, the mean over ratios."""
+        return sum(score["nll"] for score in self.held_out.values()) / max(1, len(self.held_out))
+
 
 def read_curve(folder: Path) -> list[Point]:
     """The measurements in the folder of an adapter, in order; a line that was only half written is left out."""

@@ -22,18 +22,13 @@ from kvbench.errors import UserError
 from kvbench.methods.budget import parse_ratio
 from kvbench.models.adapter import CARD, read_card
 from kvbench.models.references import DEFAULT_MODEL
-from kvbench.training.adapter_recipe import (
-    AdapterRequest,
-    Materials,
-    Measured,
-    make_plan,
-    measure_untrained,
-    run_adapter_training,
-)
+from kvbench.training.adapter_recipe import Measured, measure_untrained, run_adapter_training
 from kvbench.training.curve import Point, Scores, read_curve
 from kvbench.training.folder import check_out
 from kvbench.training.held_out import DOCUMENTS, RATIOS
 from kvbench.training.loop import Follow, checkpoint_step
+from kvbench.training.materials import Materials
+from kvbench.training.request import AdapterRequest, make_plan
 
 BESIDE = "beside.json"
 
@@ -257,6 +252,7 @@ def _check_as_asked(one: Queued) -> None:
         UserError: with others.
     """
     trained, now = read_card(one.request.out).training, asdict(make_plan(one.request))
+    now.pop("data")  # a card lists the files
     changed = sorted(name for name, value in trained.items() if name in now and now[name] != value)
     if changed:
         raise UserError(

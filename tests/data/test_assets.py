@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections import Counter
 from pathlib import Path
 
@@ -11,6 +12,7 @@ import torch
 
 from kvbench.data.documents import load_corpus, read_rows
 from kvbench.data.tasks import load_task, task_names
+from kvbench.errors import UserError
 from kvbench.methods import METHODS
 from kvbench.models.adapter import Adapter, read_card
 from kvbench.models.loading import load_model
@@ -54,7 +56,8 @@ def test_shipped_adapters_are_of_equal_training() -> None:
         assert folder.name == f"kvbench-tiny-{method}"
         card = read_card(folder)
         assert (card.method, card.gate, card.base_hash) == (method, gate, reference.fingerprint)
-        assert card.options == METHODS[method]().trained_options
+        wanted = METHODS[method]().trained_options
+        assert {**wanted, **card.options} == wanted
         adapter = Adapter.load(folder, model)
         assert adapter.rows.shape == (METHODS[method]().n_rows, 256)
         names = ("steps", "batch", "length", "rank", "lr", "seed", "objective", "tokens")
@@ -62,6 +65,23 @@ def test_shipped_adapters_are_of_equal_training() -> None:
         assert card.held_out
     assert all(training == trained[0] for training in trained)
     assert given_adapter("kvbench-tiny-sentinel-long").parent.name == "adapters"
+
+
+def test_adapters_in_the_cache_folder_are_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By their options; those that a card does not name are the defaults."""
+    monkeypatch.setenv("KVBENCH_CACHE", str(tmp_path))
+    reference = resolve_model("kvbench-tiny")
+    wanted = METHODS["sentinel"]().trained_options
+    more = tmp_path / "adapters" / "kvbench-tiny-sentinel-2"
+    shutil.copytree(given_adapter("kvbench-tiny-sentinel"), more)
+    card = json.loads((more / "card.json").read_text())
+    (more / "card.json").write_text(json.dumps({**card, "options": {**card["options"], "closing": "2"}}))
+    assert find_adapter("sentinel", reference, wanted, wanted).name == "kvbench-tiny-sentinel"
+    assert find_adapter("sentinel", reference, {**wanted, "closing": "2"}, wanted) == more
+    assert given_adapter("kvbench-tiny-sentinel-2") == more
+    (more / "card.json").write_text("{")
+    with pytest.raises(UserError, match=r"kvbench-tiny-sentinel-2/card.json is damaged"):
+        find_adapter("sentinel", reference, wanted, wanted)
 
 
 def test_tasks_are_valid_and_fixed() -> None:

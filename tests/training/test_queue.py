@@ -17,10 +17,12 @@ import torch
 from safetensors.torch import load_file
 
 from kvbench.models.adapter import WEIGHTS, read_card
-from kvbench.training.adapter_recipe import AdapterRequest, Materials, run_adapter_training
+from kvbench.training.adapter_recipe import run_adapter_training
 from kvbench.training.curve import Point, read_curve, write_curve
 from kvbench.training.loop import CHECKPOINT, Measure, Progress, checkpoint_step
+from kvbench.training.materials import Materials
 from kvbench.training.queue import Queue
+from kvbench.training.request import AdapterRequest
 from tests.helpers.command import Outcome
 
 Call = Callable[[Sequence[str | Path]], Outcome]

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import nn
 
 from kvbench.data.facts import FACT_LOW, NAMES, fact
@@ -20,9 +21,13 @@ from kvbench.errors import UserError
 from kvbench.inference.reader import Reader
 from kvbench.methods import make_layout, make_method
 from kvbench.methods.layouts.sentinel import span_layout
-from kvbench.models.adapter import Adapter, AdapterCard, read_card
+from kvbench.models.adapter import WEIGHTS, Adapter, AdapterCard, read_card
+from kvbench.models.loading import load_model
+from kvbench.models.references import resolve_model
 from kvbench.training.adapter_training import AdapterPlan, step_layout, step_loss, text_loss, train_adapter
 from kvbench.training.base_training import BasePlan, new_model, train_base, train_tokenizer
+from kvbench.training.curve import read_curve
+from kvbench.training.held_out import HeldOut
 from kvbench.training.loop import CHECKPOINT, rate_factor, restore_checkpoint, save_checkpoint
 from kvbench.training.mixture import Mixture
 from tests.helpers.command import Outcome
@@ -169,6 +174,13 @@ def test_rate_warms_up_and_falls_to_three_per_cent() -> None:
     assert all(a >= b for a, b in pairwise(factors[700:]))
 
 
+def test_ratios_out_of_reach_are_not_drawn() -> None:
+    plan = replace(PLAN, length=256, options={"closing": "4", "sees": "previous"})
+    held = [len(layout.held_after(len(layout))) for layout in (step_layout(plan, step) for step in range(60))]
+    assert 40 < min(held) < 70  # at most 21 of 25 tokens can leave
+    assert len({tuple(step_layout(replace(PLAN, length=n), 3).mask.flatten().tolist()) for n in (48, 48)}) == 1
+
+
 def test_mixture_is_a_function_of_seed_and_step() -> None:
     assert np.array_equal(mixture().batch(4, 3), mixture().batch(4, 3))
     assert not np.array_equal(mixture().batch(4, 3), mixture().batch(5, 3))
@@ -260,3 +272,27 @@ def test_train_command_writes_an_adapter_that_run_uses(
                   "--data", "doc.txt", "--set", "block=128", "--no-baselines", "--json"])
     assert run.code == 0, run.err
     assert {row["method"] for row in run.document["rows"]} == {"full", "sentinel"}
+
+
+def test_the_best_weights_are_kept_in_half_precision(
+    called: Callable[[Sequence[str | Path]], Outcome], text_file: Path, tmp_path: Path
+) -> None:
+    """The rate is far too high, so that the loss on held-out text rises: not the last weights are kept."""
+    command = ["train", "--method", "local-tuned", "--data", text_file, "--out", "adapter", "--steps", "6",
+               "--length", "64", "--rank", "4", "--every", "1", "--lr", "0.3", "--set", "keep=best"]
+    refused = called(command)
+    assert (refused.code, "Give --held-out" in refused.err) == (2, True)
+    done = called([*command, "--held-out", text_file, "--set", "stored=bfloat16"])
+    assert done.code == 0, done.err
+    curve, card = read_curve(tmp_path / "adapter"), read_card(tmp_path / "adapter")
+    best = min(curve, key=lambda point: sum(score["nll"] for score in point.held_out.values()))
+    assert len(curve) == 6
+    assert best.step < 6
+    assert (card.training["kept_step"], card.held_out) == (best.step, best.held_out)
+    assert card.training["tokens"] == best.step * 2 * 64
+    weights = load_file(tmp_path / "adapter" / WEIGHTS)
+    assert {tensor.dtype for tensor in weights.values()} == {torch.bfloat16}
+    loaded = load_model(resolve_model("kvbench-tiny", None), "cpu", "float32")
+    held = HeldOut.from_file(text_file, loaded.tokenizer, 64)
+    found = held.measure(loaded.model, Adapter.load(tmp_path / "adapter", loaded.model), "local-tuned", ("0.5",))
+    assert found["0.5"]["nll"] == pytest.approx(best.held_out["0.5"]["nll"], abs=0.02)

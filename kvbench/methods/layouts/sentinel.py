@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from kvbench.errors import UserError
+from kvbench.methods.base import TRAINED_PERCENT
 from kvbench.methods.layouts.layout import CLOSE, OPEN, OUTSIDE, RUNNING, TEXT, Layout, TextStructure, Tokens
 from kvbench.methods.layouts.method import LayoutMethod
 from kvbench.methods.layouts.sentinel_published import word_spans
@@ -96,6 +97,13 @@ class Sentinel(LayoutMethod):
                 f"Ask for a ratio of at most {self.rule.most_removed(longest) / longest:.3g}, or "
                 "a smaller --set recent=.",
             )
+
+    @classmethod
+    def training_layout(cls, n: int, rng: np.random.Generator, options: dict[str, str]) -> Layout:
+        reached = 100 * cls.from_options(Fraction(0), options).rule.most_removed(n) // n
+        low, high = TRAINED_PERCENT
+        percent = int(rng.integers(low, min(high, reached), endpoint=True))
+        return cls.from_options(Fraction(percent, 100), options).layout(n, rng)
 
     def layout(self, n: int, rng: np.random.Generator, text: TextStructure = RUNNING) -> Layout:
         rule = self.rule
