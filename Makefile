@@ -4,7 +4,7 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 
-.PHONY: run real test-real test pytest test-heavy lint figures real-figures bench gpu clean
+.PHONY: run real test-real test pytest test-heavy lint figures real-figures bench gpu gpu-train clean
 
 run: $(STAMP)
 	$(BIN)/kvbench run --method sentinel --ratio 0.7
@@ -57,6 +57,10 @@ bench: $(STAMP)
 # What a GPU does, in six minutes at most: under the python3 that is there (torch and transformers), without .venv.
 gpu:
 	$(PYTHON) -m benchmarks.gpu --device cuda --out reports/gpu
+
+# Adapters of SmolLM2-135M trained on a GPU, in ten minutes at most; DATA and HELD_OUT are files of text.
+gpu-train:
+	$(PYTHON) -m benchmarks.gpu.training --device cuda --data $(DATA) --held-out $(HELD_OUT) --out reports/gpu
 
 $(STAMP): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)

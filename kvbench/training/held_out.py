@@ -13,19 +13,16 @@ from torch import nn
 
 from kvbench.data.documents import Document
 from kvbench.data.rows import TEXT, read_rows
-from kvbench.data.tasks import RecallSpec
 from kvbench.errors import UserError
 from kvbench.methods import LAYOUT_IDS, METHODS, make_method
 from kvbench.models.adapter import Adapter
 from kvbench.protocols.pieces import MIN_TOKENS, Piece, Tokenizer
-from kvbench.protocols.recall import recall_trials
 from kvbench.protocols.scoring import score_pieces
 
 RATIOS = ("0.3", "0.5", "0.7", "0.8", "0.9")
 DOCUMENTS = 24
 _WHOLE = 1 << 16
 """Tokens that are fed at a time: more than any text has."""
-_TRIALS = RecallSpec(distances=(30, 120, 240, 400), trials=10, context=32)
 
 
 @dataclass(frozen=True)
@@ -60,10 +57,7 @@ class HeldOut:
             if len(ids) >= MIN_TOKENS:
                 blocks.append(tuple(ids))
                 documents.append(Document(row["id"], row["id"], text))
-        trials = []
-        if recall:
-            with suppress(UserError):  # texts too short to hide a fact in: only perplexity is measured
-                trials = [c.pieces[0] for _, c in recall_trials(tuple(documents), tokenizer, _TRIALS, 0)]
+        trials = _trials(tuple(documents), tokenizer) if recall else []
         if not blocks:
             raise UserError(f"{path} has no text of {MIN_TOKENS} tokens to measure on.")
         return cls(tuple(blocks), tuple(trials))
@@ -95,3 +89,14 @@ class HeldOut:
             if answered:
                 found[ratio]["recall"] = round(sum(bool(score.hit.all()) for score in answered) / len(answered), 3)
         return found
+
+
+def _trials(documents: tuple[Document, ...], tokenizer: Tokenizer) -> list[Piece]:
+    """Recall trials in the documents; none if they are too short to hide a fact in."""
+    from kvbench.data.tasks import RecallSpec  # needs pydantic, which GPU machines may lack
+    from kvbench.protocols.recall import recall_trials
+
+    spec = RecallSpec(distances=(30, 120, 240, 400), trials=10, context=32)
+    with suppress(UserError):
+        return [cut.pieces[0] for _, cut in recall_trials(documents, tokenizer, spec, 0)]
+    return []

@@ -41,14 +41,16 @@ sys.meta_path[:] = [Without if finder is importlib.machinery.PathFinder else fin
 """
 
 
-def started(out: Path, *arguments: str, absent: tuple[str, ...] = NOT_THERE) -> subprocess.Popen[str]:
-    """The script in a process of its own, in which some packages are not installed."""
+def started(
+    out: Path, *arguments: str, absent: tuple[str, ...] = NOT_THERE, module: str = "benchmarks.gpu"
+) -> subprocess.Popen[str]:
+    """A script in a process of its own, in which some packages are not installed."""
     hook = out.parent / "hook"
     hook.mkdir(exist_ok=True)
     (hook / "sitecustomize.py").write_text(WITHOUT.format(absent=set(absent)), encoding="utf-8")
     env = {**os.environ, "PYTHONPATH": os.pathsep.join([str(hook), str(ROOT)]), "OMP_NUM_THREADS": "1"}
     return subprocess.Popen(
-        [sys.executable, "-m", "benchmarks.gpu", "--small", "--device", "cpu", "--out", str(out), *arguments],
+        [sys.executable, "-m", module, "--small", "--device", "cpu", "--out", str(out), *arguments],
         cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
     )
 
@@ -275,3 +277,17 @@ def test_the_whole_is_planned_in_order_of_worth() -> None:
 
 def test_embedded_documents_are_those_of_the_task() -> None:
     assert embedded_documents() == load_corpus(load_task("minidocs"), None).documents
+
+
+def test_training_on_a_gpu_is_tried_on_the_cpu(tmp_path: Path) -> None:
+    """Three adapters in turns, with next to nothing installed; what is written is whole."""
+    out = tmp_path / "out"
+    process = started(out, absent=NOT_THERE + NOR_THESE, module="benchmarks.gpu.training")
+    _, said = process.communicate(timeout=120)
+    assert process.returncode == 0, said
+    assert {path.name for path in out.iterdir()} == {"training.json", "training.txt"}
+    found = json.loads((out / "training.json").read_text(encoding="utf-8"))["methods"]
+    assert list(found) == ["sentinel", "local-tuned", "adapted"]
+    for method in found.values():
+        assert (method["tokens"], [point["step"] for point in method["curve"]]) == (4 * 2 * 64, [2, 4])
+        assert all(score["nll"] > 0 for point in method["curve"] for score in point["held_out"].values())
