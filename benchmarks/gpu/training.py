@@ -72,7 +72,7 @@ def _train(given: argparse.Namespace) -> int:
             if steps[name] >= request.steps - 1:  # the last step would write the adapter
                 break
             following = _Following(until_time)
-            run_adapter_training(request, following, steps[name] + request.every, materials)
+            run_adapter_training(request, following, request.every, materials)
             spent[name] += following.seconds
             about["methods"][name] = {
                 "steps": following.step, "tokens": following.step * request.batch * request.length,

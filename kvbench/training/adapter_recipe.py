@@ -8,6 +8,7 @@ import os
 from collections.abc import Sequence
 from dataclasses import replace
 from fractions import Fraction
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -21,14 +22,14 @@ from kvbench.models.facts import ModelFacts
 from kvbench.models.loading import Loaded
 from kvbench.models.rope import has_rotary
 from kvbench.probe.cached import probed
-from kvbench.training.adapter_training import train_adapter
+from kvbench.training.adapter_training import AdapterPlan, train_adapter
 from kvbench.training.curve import LOG, Point, Scores, read_curve, write_curve
-from kvbench.training.data import encode_in_context
+from kvbench.training.data import Stream, encode_in_context
 from kvbench.training.folder import check_out, make_folder
 from kvbench.training.loop import Follow, Running
 from kvbench.training.materials import Materials
 from kvbench.training.mixture import Mixture
-from kvbench.training.request import AdapterRequest, make_plan
+from kvbench.training.request import AdapterRequest, alike, make_plan
 from kvbench.training.team import Team, assemble
 
 BEST = "best.safetensors"
@@ -66,12 +67,12 @@ class Measured(NamedTuple):
 
 
 def run_adapter_training(
-    request: AdapterRequest, follow: Follow, until: int | None = None, materials: Materials | None = None
+    request: AdapterRequest, follow: Follow, turn: int | None = None, materials: Materials | None = None
 ) -> bool:
     """Train an adapter and write it to ``request.out``; the checkpoint is deleted at the end.
 
     Args:
-        until: step after which training pauses, with a checkpoint; None to go on to the end.
+        turn: steps after which training pauses, with a checkpoint; None to go on to the end.
         materials: models and texts that are loaded already.
 
     Returns:
@@ -120,20 +121,33 @@ def run_adapter_training(
         write_curve(request.out, [*curve, point])
         return found
 
-    last = min(until or plan.steps, plan.steps)
-    steps = train_adapter(plan, model, adapter, data, request.out, request.every, team, last, running)
-    follow(steps, last, measure, request.every)
-    if last < plan.steps or not team.leads:
-        return last == plan.steps
-    held_out = measure(plan.steps, running.loss) or {}
-    curve = read_curve(request.out)
+    stable = _stable(request, plan)
+    steps = train_adapter(plan, model, adapter, data, request.out, request.every, team, turn, running, stable)
+    follow(steps, plan.steps, measure, request.every)
+    is_finished = running.steps == plan.steps
+    if is_finished and team.leads:
+        _write(request, plan, adapter, running, stream, measure(plan.steps, running.loss) or {})
+    return is_finished
+
+
+def _stable(request: AdapterRequest, plan: AdapterPlan) -> Path | None:
+    """The file for the state before the rate falls, which trainings share that differ in their length only."""
+    if request.shared is None:
+        return None
+    request.shared.mkdir(parents=True, exist_ok=True)
+    return request.shared / f"{alike(plan)}.pt"
+
+
+def _write(
+    request: AdapterRequest, plan: AdapterPlan, adapter: Adapter, running: Running, stream: Stream, held_out: Scores
+) -> None:
+    """Write a trained adapter with its card and curve."""
+    kept, curve = plan.steps, read_curve(request.out)
     if plan.keep == "best" and curve:
         adapter.load_state_dict(load_file(request.out / BEST))
         best = min(curve, key=lambda point: point.mean)
         held_out, kept = best.held_out, best.step
-    else:
-        kept = plan.steps
-    adapter.card = replace(card, held_out=held_out, training={
+    adapter.card = replace(adapter.card, held_out=held_out, training={
         **{k: v for k, v in dataclasses.asdict(plan).items() if k not in ("base_hash", "data")},
         "kept_step": kept, "tokens": kept * plan.batch * plan.length,
         "loss": None if math.isnan(running.loss) else round(running.loss, 4), "data": list(stream.sources),
@@ -143,7 +157,6 @@ def run_adapter_training(
     log = request.out / LOG
     more = {LOG: log.read_text(encoding="utf-8")} if log.exists() else None
     adapter.save(request.out, request.model, more, getattr(torch, plan.stored))
-    return True
 
 
 def measure_untrained(

@@ -27,9 +27,12 @@ from kvbench.training.loop import (
     Progress,
     Running,
     Stateful,
+    falls_after,
     rate_factor,
+    read_state,
     restore_checkpoint,
     save_checkpoint,
+    write_state,
 )
 from kvbench.training.mixture import Mixture
 from kvbench.training.team import Team
@@ -139,7 +142,8 @@ def step_loss(plan: AdapterPlan, model: nn.Module, reader: Reader, ids: Tensor, 
 
 def train_adapter(
     plan: AdapterPlan, model: nn.Module, adapter: Adapter, data: Mixture, out: Path,
-    checkpoint_every: int, team: Team = ALONE, until: int | None = None, running: Running | None = None,
+    checkpoint_every: int, team: Team = ALONE, turn: int | None = None, running: Running | None = None,
+    stable: Path | None = None,
 ) -> Iterator[Progress]:
     """Train ``adapter`` in place; yields after every step.
 
@@ -147,8 +151,9 @@ def train_adapter(
     with the same number of threads. Its own step is yielded first, as it may not have been measured yet.
 
     Args:
-        until: step after which training pauses, with a checkpoint; None to go on to the end.
+        turn: steps after which training pauses, with a checkpoint; None to go on to the end.
         running: where loss and time are added up.
+        stable: file for the state before the rate falls, where a training begins that differs in its length only.
 
     Raises:
         UserError: ``out`` holds the checkpoint of another plan.
@@ -160,7 +165,10 @@ def train_adapter(
     )
     running = running or Running()
     parts: dict[str, Stateful] = {"adapter": adapter, "optimiser": optimiser, "running": running}
-    first, last = restore_checkpoint(out, plan, parts), min(until or plan.steps, plan.steps)
+    first, falls = restore_checkpoint(out, plan, parts), falls_after(plan.steps, plan.decay_from)
+    if not first and stable is not None:
+        first = read_state(stable, parts, falls)
+    last = plan.steps if turn is None else min(first + turn, plan.steps)
     if first:
         yield Progress(first, running.loss)
     reader = Reader(model, adapter)
@@ -181,5 +189,7 @@ def train_adapter(
             running.add(float(loss.detach()), time.perf_counter() - started)
             if ((step + 1) % checkpoint_every == 0 or step + 1 == last) and team.leads:
                 save_checkpoint(out, plan, step + 1, parts)
+            if step + 1 == falls and stable is not None and team.leads:
+                write_state(stable, plan, step + 1, parts)
             yield Progress(step + 1, running.loss)
     adapter.eval().requires_grad_(False)

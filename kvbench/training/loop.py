@@ -43,9 +43,10 @@ class Stateful(Protocol):
 
 
 class Running:
-    """The loss as an exponential mean over steps, and the time that they took; it is part of the checkpoint."""
+    """Steps done, their loss as an exponential mean, and the time that they took; it is part of the checkpoint."""
 
     def __init__(self) -> None:
+        self.steps = 0
         self.loss = math.nan
         self.seconds = 0.0
 
@@ -53,12 +54,18 @@ class Running:
         """Take in a step."""
         self.loss = loss if math.isnan(self.loss) else SMOOTHING * self.loss + (1 - SMOOTHING) * loss
         self.seconds += seconds
+        self.steps += 1
 
     def state_dict(self) -> dict[str, Any]:
-        return {"loss": self.loss, "seconds": self.seconds}
+        return dict(vars(self))
 
     def load_state_dict(self, state: dict[str, Any], /) -> None:
-        self.loss, self.seconds = state["loss"], state["seconds"]
+        self.steps, self.loss, self.seconds = state["steps"], state["loss"], state["seconds"]
+
+
+def falls_after(steps: int, decay_from: float) -> int:
+    """Number of steps before the first whose rate is lower than the peak."""
+    return math.ceil(decay_from * steps)
 
 
 def rate_factor(step: int, steps: int, warmup: int, decay_from: float) -> float:
@@ -80,11 +87,33 @@ def checkpoint_step(out: Path) -> int:
 
 
 def save_checkpoint(out: Path, plan: Any, step: int, parts: Mapping[str, Stateful]) -> None:
-    """Write the state after ``step`` steps, atomically."""
-    part = out / (CHECKPOINT + ".part")
+    """Write the state after ``step`` steps into the folder of a training, atomically."""
+    write_state(out / CHECKPOINT, plan, step, parts)
+
+
+def write_state(path: Path, plan: Any, step: int, parts: Mapping[str, Stateful]) -> None:
+    """Write the state after ``step`` steps into a file, atomically."""
+    part = path.with_name(path.name + ".part")
     state = {name: thing.state_dict() for name, thing in parts.items()}
     torch.save({"plan": dataclasses.asdict(plan), "step": step, **state}, part)
-    os.replace(part, out / CHECKPOINT)
+    os.replace(part, path)
+
+
+def read_state(path: Path, parts: Mapping[str, Stateful], most: int) -> int:
+    """Load the state of a training that was alike up to there, unless more than ``most`` steps have been done.
+
+    Returns:
+        Steps done; 0 if there is no such state.
+    """
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception:  # the unpickler raises many types; it is only used to save time
+        return 0
+    if state["step"] > most or set(parts) - set(state):
+        return 0
+    for name, thing in parts.items():
+        thing.load_state_dict(state[name])
+    return int(state["step"])
 
 
 def restore_checkpoint(out: Path, plan: Any, parts: Mapping[str, Stateful]) -> int:

@@ -26,9 +26,10 @@ from kvbench.training.adapter_recipe import Measured, measure_untrained, run_ada
 from kvbench.training.curve import Point, Scores, read_curve
 from kvbench.training.folder import check_out
 from kvbench.training.held_out import DOCUMENTS, RATIOS
-from kvbench.training.loop import Follow, checkpoint_step
+from kvbench.training.loop import Follow, checkpoint_step, falls_after
 from kvbench.training.materials import Materials
-from kvbench.training.request import AdapterRequest, make_plan
+from kvbench.training.request import AdapterRequest, alike, make_plan
+from kvbench.training.team import processes
 
 BESIDE = "beside.json"
 
@@ -41,6 +42,8 @@ class AdapterSettings(BaseModel):
         data: files of training text; ``held_out``: one of other text; ``column``: what their text is called.
         tokens: text tokens to train on in all.
         every: text tokens between checkpoints and measurements; 0 for a tenth of ``tokens``.
+        warmup: text tokens of linear warm-up of the rate; 0 for a tenth of ``tokens``, at most 100 steps. Adapters that
+            differ in their ``tokens`` only share their steps before the rate falls, if they have the same warm-up.
         batch_size, length: sequences per step, and text tokens per sequence.
         lr, rank, seed: peak learning rate, rank of the low-rank pairs, seed.
         set: what ``--set`` takes.
@@ -56,6 +59,7 @@ class AdapterSettings(BaseModel):
     column: str = "text"
     tokens: int = Field(default=1_280_000, gt=0)
     every: int = Field(default=0, ge=0)
+    warmup: int = Field(default=0, ge=0)
     batch_size: int = Field(default=2, ge=1)
     length: int = Field(default=512, ge=32)
     lr: float = Field(default=2e-3, ge=0)
@@ -103,12 +107,12 @@ class Queued(NamedTuple):
     Attributes:
         name: name of its folder.
         request: how it is trained.
-        steps_per_turn: optimiser steps of a turn.
+        steps_per_turn: optimiser steps of a turn; None for all.
     """
 
     name: str
     request: AdapterRequest
-    steps_per_turn: int
+    steps_per_turn: int | None
 
     @property
     def tokens_per_step(self) -> int:
@@ -149,15 +153,23 @@ class Queue:
             for ratio in one.request.ratios:
                 parse_ratio(ratio)
 
-    def turns(self) -> Iterator[tuple[Queued, int]]:
-        """What is left to do: the adapter whose turn it is, and the step until which."""
+    def turns(self) -> Iterator[Queued]:
+        """What is left to do: the adapter whose turn it is."""
         while unfinished := [one for one in self.queued if not one.is_finished]:
             steps = {one.name: one.steps_done for one in unfinished}
-            if not self.file.slice:
-                yield unfinished[0], unfinished[0].request.steps
-                continue
-            one = min(unfinished, key=lambda one: steps[one.name] * one.tokens_per_step)
-            yield one, min(one.request.steps, steps[one.name] + one.steps_per_turn)
+            ready = [one for one in unfinished if steps[one.name] or not self._waits(one, steps)]
+            if self.file.slice:
+                ready.sort(key=lambda one: steps[one.name] * one.tokens_per_step)
+            yield ready[0]
+
+    def _waits(self, one: Queued, steps: dict[str, int]) -> bool:
+        """Whether a shorter training is about to leave a state from which this one can begin."""
+        plan = make_plan(one.request)
+        return any(
+            alike(make_plan(other.request)) == alike(plan) and other.request.steps < plan.steps
+            and steps[other.name] < falls_after(other.request.steps, plan.decay_from)
+            for other in self.queued if other.name in steps
+        )
 
     def run(self, follow: Callable[[Queued], Follow]) -> None:
         """Train all that is not finished; started again, it goes on where it was.
@@ -168,6 +180,8 @@ class Queue:
         Raises:
             UserError: an adapter cannot be trained as asked.
         """
+        if processes() > 1:
+            raise UserError("A queue is trained in one process.", "Start it without accelerate launch.")
         for one in self.queued:
             if one.is_finished:
                 _check_as_asked(one)
@@ -176,8 +190,8 @@ class Queue:
         materials = Materials()
         with self._alone():
             self._measure_beside(materials)
-            for one, until in self.turns():
-                run_adapter_training(one.request, follow(one), until, materials)
+            for one in self.turns():
+                run_adapter_training(one.request, follow(one), one.steps_per_turn, materials)
 
     @contextmanager
     def _alone(self) -> Iterator[None]:
@@ -227,8 +241,8 @@ class Queue:
             rank=made.rank, held_out=None if made.held_out is None else here / made.held_out,
             every=max(1, (made.every // per_step) or steps // 10), seed=made.seed, options=made.set, device=device,
             threads=threads, column=made.column, ratios=tuple(made.ratios), documents=made.documents,
-            recall=made.recall,
-        ), max(1, self.file.slice // per_step))
+            recall=made.recall, warmup=made.warmup // per_step, shared=self.out / ".shared",
+        ), max(1, self.file.slice // per_step) if self.file.slice else None)
 
     def _check_different(self) -> None:
         seen: dict[str, str] = {}

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
+import hashlib
+import json
 import math
 from dataclasses import dataclass
 from fractions import Fraction
@@ -33,6 +36,8 @@ class AdapterRequest:
         fresh: start anew even if there is a checkpoint.
         ratios, documents, recall: what is measured on held-out text: at which ratios, on how many documents, and
             whether facts are to be recalled.
+        warmup: steps of linear warm-up; 0 for a tenth of all, at most 100.
+        shared: folder for states from which trainings begin that differ in their length only; None for none.
     """
 
     method: str
@@ -56,6 +61,8 @@ class AdapterRequest:
     ratios: tuple[str, ...] = RATIOS
     documents: int = DOCUMENTS
     recall: bool = True
+    warmup: int = 0
+    shared: Path | None = None
 
 
 def make_plan(request: AdapterRequest) -> AdapterPlan:
@@ -87,8 +94,14 @@ def make_plan(request: AdapterRequest) -> AdapterPlan:
         dropout=dropout, seed=request.seed, autocast=given.get("autocast", "bfloat16"),
         objective=given.get("objective", "text"), options=options, boundary=boundary,
         stored=given.get("stored", "float32"), keep=given.get("keep", "last"),
-        warmup=min(100, max(1, request.steps // 10)),
+        warmup=request.warmup or min(100, max(1, request.steps // 10)),
     )
+
+
+def alike(plan: AdapterPlan) -> str:
+    """A hash of all settings but the length of the training."""
+    settings = {name: value for name, value in dataclasses.asdict(plan).items() if name != "steps"}
+    return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def _number(given: dict[str, str], name: str, default: float, most: float = math.inf) -> float:

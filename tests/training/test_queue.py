@@ -21,7 +21,7 @@ from kvbench.training.adapter_recipe import run_adapter_training
 from kvbench.training.curve import Point, read_curve, write_curve
 from kvbench.training.loop import CHECKPOINT, Measure, Progress, checkpoint_step
 from kvbench.training.materials import Materials
-from kvbench.training.queue import Queue
+from kvbench.training.queue import Queue, Queued
 from kvbench.training.request import AdapterRequest
 from tests.helpers.command import Outcome
 
@@ -101,12 +101,46 @@ def test_turns_give_the_weights_of_an_uninterrupted_training(folder: Path) -> No
     materials = Materials()
     for one in Queue(folder / "queue.toml", threads=1).queued:
         whole = folder / f"{one.name}-whole"
-        request = AdapterRequest(**{**vars(one.request), "out": whole, "held_out": None})
+        request = AdapterRequest(**{**vars(one.request), "out": whole, "held_out": None, "shared": None})
         assert run_adapter_training(request, through, materials=materials)
         ours, theirs = weights(one.request.out), weights(whole)
         assert all(torch.equal(ours[name], theirs[name]) for name in ours)
         cards = read_card(one.request.out).training, read_card(whole).training
         assert cards[0]["loss"] == cards[1]["loss"]
+
+
+def test_a_longer_training_begins_where_the_rate_of_a_shorter_one_falls(folder: Path) -> None:
+    """Both have the weights of trainings from the start, and no step that both have is taken twice."""
+    text = QUEUE.split("[[adapter]]", maxsplit=1)[0].replace("slice = 128", "slice = 256\nwarmup = 256")
+    text += """
+[[adapter]]
+method = "sentinel"
+name = "long"
+tokens = 1536
+[[adapter]]
+method = "sentinel"
+name = "short"
+tokens = 768
+"""
+    (folder / "queue.toml").write_text(text)
+    taken: dict[str, list[int]] = {"long": [], "short": []}
+
+    def follow(one: Queued) -> Callable[..., None]:
+        def followed(training: Iterator[Progress], steps: int, measure: Measure, every: int) -> None:
+            taken[one.name] += [progress.step for progress in training]
+
+        return followed
+
+    queue = Queue(folder / "queue.toml", threads=1)
+    queue.run(follow)
+    assert taken["short"] == [1, 2, 2, 3, 4, 4, 5, 6]  # a turn says first where it begins
+    assert taken["long"] == [5, 6, 7, 7, 8, 9, 9, 10, 11, 11, 12]
+    materials = Materials()
+    for one in queue.queued:
+        whole = AdapterRequest(**{**vars(one.request), "out": folder / f"{one.name}-whole", "shared": None})
+        run_adapter_training(whole, lambda training, *_: list(training), materials=materials)
+        ours, theirs = weights(one.request.out), weights(whole.out)
+        assert all(torch.equal(ours[name], theirs[name]) for name in ours)
 
 
 def test_command_and_curves(called: Call, folder: Path) -> None:
@@ -172,9 +206,9 @@ def test_text_that_changed_under_a_checkpoint_is_refused(called: Call, folder: P
         list(training)
 
     queue = Queue(folder / "queue.toml", threads=1)
-    one, until = next(queue.turns())
-    assert not run_adapter_training(one.request, stops, until)
-    assert checkpoint_step(one.request.out) == until == 1
+    one = next(queue.turns())
+    assert not run_adapter_training(one.request, stops, one.steps_per_turn)
+    assert checkpoint_step(one.request.out) == one.steps_per_turn == 1
     with (folder / "text.txt").open("a") as file:
         file.write(" another ending")
     done = called(["train", "--queue", "queue.toml"])
