@@ -25,6 +25,7 @@ from kvbench.training.queue import Queue, Queued
 from kvbench.training.request import AdapterRequest
 from tests.helpers.command import Outcome
 
+ROOT = Path(__file__).parents[2]
 Call = Callable[[Sequence[str | Path]], Outcome]
 
 QUEUE = """
@@ -215,6 +216,16 @@ def test_text_that_changed_under_a_checkpoint_is_refused(called: Call, folder: P
     assert done.code == 2
     assert "on other texts: a --data file has changed" in done.err
     assert checkpoint_step(one.request.out) == 1
+
+
+def test_queue_files_of_the_results_are_valid() -> None:
+    """Those that the results on SmolLM2-135M rest on; they name texts that are not part of the project."""
+    found = [Queue(path) for path in sorted((ROOT / "reports" / "real" / "adapters").glob("*.toml"))]
+    assert [len(queue.queued) for queue in found] == [15, 9]
+    by_method: dict[str, set[float]] = {}
+    for one in found[1].queued:
+        by_method.setdefault(one.request.method, set()).add(one.request.lr)
+    assert {len(rates) for rates in by_method.values()} == {3}  # as many tries for each
 
 
 def test_a_torn_line_of_a_curve_is_left_out(tmp_path: Path) -> None:
