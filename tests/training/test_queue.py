@@ -219,11 +219,12 @@ def test_text_that_changed_under_a_checkpoint_is_refused(called: Call, folder: P
 
 
 def test_queue_files_of_the_results_are_valid() -> None:
-    """Those that the results on SmolLM2-135M rest on; they name texts that are not part of the project."""
-    found = [Queue(path) for path in sorted((ROOT / "reports" / "real" / "adapters").glob("*.toml"))]
-    assert [len(queue.queued) for queue in found] == [15, 9]
+    """Those that results rest on; they name texts that are not part of the project."""
+    assert [len(Queue(path).queued) for path in sorted((ROOT / "reports/reference/adapters").glob("*.toml"))] == [2, 4]
+    found = [Queue(path) for path in sorted((ROOT / "reports/real/adapters").glob("*.toml"))]
+    assert [len(queue.queued) for queue in found] == [15, 5, 9]
     by_method: dict[str, set[float]] = {}
-    for one in found[1].queued:
+    for one in found[2].queued:
         by_method.setdefault(one.request.method, set()).add(one.request.lr)
     assert {len(rates) for rates in by_method.values()} == {3}  # as many tries for each
 
