@@ -61,3 +61,15 @@ class Evaluation:
         text = StringIO()
         print_results(self.results, Console(file=text), self.folder)
         return text.getvalue()
+
+    def _repr_html_(self) -> str:
+        """The same tables for a notebook."""
+        from rich.console import Console
+
+        from kvbench.reporting.tables.compact import COMPACT_WIDTH
+        from kvbench.reporting.tables.terminal import print_results
+
+        console = Console(record=True, force_terminal=True, width=COMPACT_WIDTH, file=StringIO())
+        print_results(self.results, console, self.folder)
+        form = '<pre style="line-height:normal;font-family:monospace">{code}</pre>'
+        return console.export_html(inline_styles=True, code_format=form)

@@ -47,6 +47,7 @@ def kvpress(
         help="Column that says which rows share a context, which kvpress leaves out of the file. \\[default: context "
         "if there is one; otherwise each row has its own]")] = None,
     json_: options.Json = False,
+    wide: options.Wide = False,
 ) -> None:
     """Make a run folder of prediction files of NVIDIA's kvpress, and print its tables.
 
@@ -90,5 +91,5 @@ def kvpress(
     if json_:
         sys.stdout.write(results.to_json() + "\n")
     else:
-        print_results(results, Console(), out)
+        print_results(results, Console(), out, wide)
     raise typer.Exit(0 if results.ok else 1)

@@ -79,6 +79,9 @@ Fresh = Annotated[bool, typer.Option(
     "--fresh", help="Measure again what is already there.", rich_help_panel="Output")]
 Json = Annotated[bool, typer.Option(
     "--json", help="Print one JSON document on stdout instead of tables.", rich_help_panel="Output")]
+Wide = Annotated[bool, typer.Option(
+    "--wide", help="Print all columns: intervals, realised ratios, peaks, bins, and what was measured how.",
+    rich_help_panel="Output")]
 DryRun = Annotated[bool, typer.Option(
     "--dry-run", help="Print the cells, what they cost, and the folder; measure nothing.", rich_help_panel="Output")]
 Config = Annotated[Path | None, typer.Option(

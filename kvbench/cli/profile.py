@@ -82,6 +82,7 @@ def profile(
         "--fresh", help="Measure again what is already there.", rich_help_panel=_OUT)] = False,
     json_: Annotated[bool, typer.Option(
         "--json", help="Print one JSON document on stdout instead of tables.", rich_help_panel=_OUT)] = False,
+    wide: options.Wide = False,
     dry_run: Annotated[bool, typer.Option(
         "--dry-run", help="Print the cells and what they take; measure nothing.", rich_help_panel=_OUT)] = False,
     config: Annotated[Path | None, typer.Option(
@@ -140,7 +141,7 @@ def profile(
         from kvbench.reporting.tables.terminal import print_results
 
         out_ = Console()
-        print_results(results, out_, plan.folder)
+        print_results(results, out_, plan.folder, wide)
         with disk(plan.folder, KEPT, StoppedError):
             figures = profile_figures(list(results.rows), plan.folder / "figures")
         for path in (path for path in figures if path.suffix == ".png"):

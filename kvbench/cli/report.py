@@ -22,6 +22,7 @@ def report(
         parser=options.path,
         help="Folder to write into; needed for several runs. \\[default: the run folder]", show_default=False)] = None,
     json_: Annotated[bool, typer.Option("--json", help="Print the JSON document on stdout.")] = False,
+    wide: options.Wide = False,
 ) -> None:
     """Print the tables of runs again and draw their figures, from what is on disk.
 
@@ -53,14 +54,14 @@ def report(
     found = write_report(run, folder, metric or ())
     try:
         with (folder / "table.txt").open("w", encoding="utf-8", errors="backslashreplace") as file:
-            print_results(found.results, Console(file=file), folder)
+            print_results(found.results, Console(file=file), folder, wide=True)
     except OSError as error:
         raise UserError(f"The folder {folder} cannot be written: {error.strerror}.") from error
     if json_:
         sys.stdout.write(found.results.to_json() + "\n")
     else:
         console = Console()
-        print_results(found.results, console, folder)
+        print_results(found.results, console, folder, wide)
         for path in found.figures:
             console.print(f"figure: {path}", soft_wrap=True, highlight=False)
         console.print(f"tables: {len(found.tables)} files in {folder / 'tables'}", soft_wrap=True, highlight=False)

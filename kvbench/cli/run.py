@@ -45,6 +45,7 @@ def run(
         show_default=False, rich_help_panel="Output")] = None,
     fresh: options.Fresh = False,
     json_: options.Json = False,
+    wide: options.Wide = False,
     dry_run: options.DryRun = False,
     config: options.Config = None,
 ) -> None:
@@ -94,5 +95,5 @@ def run(
     else:
         from kvbench.reporting.tables.terminal import print_results
 
-        print_results(results, Console(), plan.folder)
+        print_results(results, Console(), plan.folder, wide)
     raise typer.Exit(0 if results.ok else 1)

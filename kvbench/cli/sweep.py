@@ -83,6 +83,7 @@ def sweep(
         rich_help_panel="Output")] = None,
     fresh: options.Fresh = False,
     json_: options.Json = False,
+    wide: options.Wide = False,
     dry_run: options.DryRun = False,
     config: options.Config = None,
 ) -> None:
@@ -155,7 +156,7 @@ def sweep(
     else:
         from kvbench.reporting.tables.terminal import print_results
 
-        print_results(results, Console(), found.folder)
+        print_results(results, Console(), found.folder, wide)
     raise typer.Exit(0 if results.ok else 1)
 
 

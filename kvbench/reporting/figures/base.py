@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from textwrap import fill
 from typing import Any
 from zlib import crc32
 
@@ -39,6 +40,8 @@ _LINES = ("full", "adapted", "none", "human")
 _SPARE = ("#332288", ".", "-.")
 _MARKERS, _DASHES = "os^vDPX*hp<>8d", ("--", "-.", ":")
 _FEW = 7
+_TITLE = 52
+"""Characters of a title that fit above a panel."""
 """Maximum number of lines in a legend inside a panel."""
 SETTINGS: dict[Any, Any] = {
     "font.size": 9, "axes.spines.top": False, "axes.spines.right": False, "pdf.fonttype": 42,
@@ -76,7 +79,8 @@ def draw(rows: Sequence[Row], panel: Panel, folder: Path, name: str) -> list[Pat
         for place, ((task, protocol, model, seed), mine) in zip(places, settings.items(), strict=False):
             panel(place, mine)
             about = model if task == protocol else f"{model}, {protocol}"
-            place.set_title(f"{task} ({about}{f', seed {seed}' if several else ''})", fontsize=9)
+            title = f"{task} ({about}{f', seed {seed}' if several else ''})"
+            place.set_title(fill(title, _TITLE), fontsize=9)  # two lines, not over the next panel
         for place in places[len(settings) :]:
             place.set_axis_off()
         add_legend(figure, places[: len(settings)])

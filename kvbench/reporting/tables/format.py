@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from rich import box
 from rich.table import Table
@@ -155,6 +155,15 @@ def entry_of(row: Row | None, is_best: bool = False) -> TableCell:
     if row.ci_low is not None and row.ci_high is not None:
         text += f" [{scale * row.ci_low:.{digits}f}, {scale * row.ci_high:.{digits}f}]"
     return TableCell(text, value, is_best)
+
+
+def held_of(metrics: Mapping[str, Row]) -> str:
+    """Format the bytes that the cache holds, after their share of the full cache's."""
+    physical, full = metrics.get("kv_bytes_physical"), metrics.get("kv_bytes_full")
+    if physical is None or physical.value is None:
+        return "-"
+    share = f"{100 * physical.value / full.value:.0f} % " if full is not None and full.value else ""
+    return f"{share}{bytes_of(physical.value):>9}"
 
 
 def p_of(row: Row) -> str:

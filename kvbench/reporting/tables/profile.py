@@ -9,7 +9,7 @@ from rich.table import Table
 from rich.text import Text
 
 from kvbench.parsing import bytes_of
-from kvbench.reporting.tables.format import name_of, number_of
+from kvbench.reporting.tables.format import held_of, name_of, number_of
 from kvbench.store.profile_records import AGAIN, FULL, STOCK
 from kvbench.store.rows import Row
 
@@ -28,6 +28,46 @@ def profile_tables(rows: list[Row]) -> list[Table | Text]:
     if any(r.metric == "max_batch" for r in rows):
         parts.append(_largest_table(rows))
     return [*parts, Text("\n".join(_remarks(rows)), style="dim"), Text("")]
+
+
+def compact_profile(rows: list[Row]) -> list[Table | Text]:
+    """One table within 100 columns, and in words from where on there is a gain."""
+    timed = [r for r in rows if r.params["batch_size"] is not None and r.params["seq_len"] is not None]
+    parts: list[Table | Text] = [_compact_table(timed)] if timed else []
+    if any(r.metric == "max_batch" for r in rows):
+        parts.append(_largest_table(rows))
+    return [*parts, Text("\n".join(_found(rows) + _warnings(rows))), Text("")]
+
+
+def _compact_table(rows: list[Row]) -> Table:
+    first = rows[0]
+    table = Table(
+        title=f"profile  ({first.model}, {first.params['new_tokens']} tokens written, n = {first.n})",
+        title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False,
+    )
+    table.add_column("length\nx batch", no_wrap=True)
+    table.add_column("method", overflow="fold", min_width=12)
+    for name in ("removed", "first\ntoken s", "decode\ntok/s", "speed-up", "bytes\npredict", "KV held"):
+        table.add_column(name, justify="right", no_wrap=True)
+    before: Key | None = None
+    for (key, method, ratio), found in _cells(rows).items():
+        if "tpot_s" not in found:
+            continue
+        table.add_row(
+            _where(key) if key != before else "", method, number_of(ratio, None), _number(found, "ttft_s", 3),
+            _number(found, "decode_tok_s", 1), _half(found.get("decode_speedup")),
+            _number(found, "decode_speedup_predicted", 2), held_of(found),
+            style="dim" if method in _DIM else "",
+        )
+        before = key
+    return table
+
+
+def _half(row: Row | None) -> str:
+    """A value and half of its interval."""
+    if row is None or row.value is None or row.ci_low is None or row.ci_high is None:
+        return "-"
+    return f"{row.value:.2f} ±{(row.ci_high - row.ci_low) / 2:.2f}"
 
 
 def _cells(rows: Sequence[Row]) -> dict[tuple[Key, str, float | None], dict[str, Row]]:
@@ -129,11 +169,7 @@ def _remarks(rows: list[Row]) -> list[str]:
         "weights.",
         f"{STOCK}: the cache of transformers. {AGAIN}: the full cache measured twice, whose gap is the noise.",
     ]
-    gaps = [r for r in rows if r.metric == "aa_gap"]
-    if gaps:
-        shown = ", ".join(f"{_where(_key(r))}: {100 * (r.value or 0):.1f} %" for r in gaps)
-        lines.append(f"A/A gap of decoding ({shown}). No smaller gain is claimed.")
-        lines += [break_even(rows, method, ratio) for method, ratio in _methods(rows)]
+    lines += _found(rows)
     for raw in (r for r in rows if r.metric == "tpot_per_raw_s"):
         kept = next((r for r in rows if r.metric == "tpot_per_entry_s" and _same(r, raw)), None)
         per_entry = "" if kept is None else f"{_scaled(kept)} us per token for 1000 more entries kept, "
@@ -141,7 +177,24 @@ def _remarks(rows: list[Row]) -> list[str]:
             f"{_named(raw)} at batch {raw.params['batch_size']}: {per_entry}{_scaled(raw)} us per token for 1000 "
             "more tokens read."
         )
-    lines += sorted({
+    lines += _warnings(rows)
+    return [*lines, rows[0].signature.partition(":")[2].partition("|P:")[0] if rows else ""]
+
+
+def _found(rows: list[Row]) -> list[str]:
+    """The noise of the measurement, and from where on each method gains more than that."""
+    lines: list[str] = []
+    gaps = [r for r in rows if r.metric == "aa_gap"]
+    if gaps:
+        shown = ", ".join(f"{_where(_key(r))}: {100 * (r.value or 0):.1f} %" for r in gaps)
+        lines.append(f"A/A gap of decoding ({shown}). No smaller gain is claimed.")
+        lines += [break_even(rows, method, ratio) for method, ratio in _methods(rows)]
+    return lines
+
+
+def _warnings(rows: list[Row]) -> list[str]:
+    """What makes single numbers doubtful, and what was measured in another way than usual."""
+    lines = sorted({
         f"{_where(_key(r))} {_named(r)}: {warning}; repeat on a quieter machine, or with more --rounds."
         for r in rows for warning in r.params["warnings"]
     })
@@ -152,7 +205,7 @@ def _remarks(rows: list[Row]) -> list[str]:
         notes["the cache was filled with random entries instead of being read (synthetic)"] = None
     if notes:
         lines.append("Note: " + "; ".join(notes) + ".")
-    return [*lines, rows[0].signature.partition(":")[2].partition("|P:")[0] if rows else ""]
+    return lines
 
 
 def break_even(rows: list[Row], method: str, ratio: float | None) -> str:

@@ -12,6 +12,7 @@ from rich.text import Text
 from kvbench.metrics import SHOWN
 from kvbench.parsing import bytes_of
 from kvbench.reporting.tables.bins import bin_tables
+from kvbench.reporting.tables.compact import COMPACT_WIDTH, compact_tables
 from kvbench.reporting.tables.format import (
     UNDER_FLOOR,
     WIDTH,
@@ -29,7 +30,7 @@ from kvbench.reporting.tables.format import (
     value_of,
 )
 from kvbench.reporting.tables.largest_ratio import largest_ratio_tables
-from kvbench.reporting.tables.profile import profile_tables
+from kvbench.reporting.tables.profile import compact_profile, profile_tables
 from kvbench.reporting.tables.survival import survival_tables
 from kvbench.reporting.tables.texts import text_tables
 from kvbench.store.faults import faults_in
@@ -37,12 +38,24 @@ from kvbench.store.records import WRITING
 from kvbench.store.rows import Results, Row
 
 
-def print_results(results: Results, console: Console, folder: Path | None = None) -> None:
-    """Print all tables of a run, its failures, and the path of its folder."""
+def print_results(results: Results, console: Console, folder: Path | None = None, wide: bool = False) -> None:
+    """Print the tables of a run, its failures, and the path of its folder.
+
+    Args:
+        wide: print all that is known, with intervals, in tables of up to 140 columns, instead of a line for each cell.
+    """
     if not console.is_terminal:
-        console = Console(file=console.file, width=WIDTH)
+        console = Console(file=console.file, width=WIDTH if wide else COMPACT_WIDTH)
     for rows in by_setting(results.rows).values():
-        console.print(task_tables(rows))
+        if wide:
+            console.print(task_tables(rows))
+        elif rows[0].protocol == "profile":
+            console.print(*compact_profile(rows), sep="\n")
+        else:
+            console.print(compact_tables(rows))
+    kinds = {row.protocol == "profile" for row in results.rows}
+    for is_profile in () if wide else sorted(kinds):
+        console.print(Text(_COMPACT_PROFILE if is_profile else _COMPACT, style="dim"))
     for sentence in faults_in((row.method, row.params) for row in results.rows):
         console.print(Text(sentence, style="yellow"))
     for failure in results.failures:
@@ -50,6 +63,18 @@ def print_results(results: Results, console: Console, folder: Path | None = None
         console.print(Text(f"{failure.word}: {failure.error} {failure.hint}".strip(), style=style))
     if folder is not None:
         console.print(Text(f"run folder: {folder}"), soft_wrap=True)
+
+
+_COMPACT = (
+    "±: half of the 95 % interval. *: differs from the full cache (paired test, Holm-adjusted p < .05). "
+    "removed: asked, and realised if that differs. All columns, intervals, bins and settings: --wide."
+)
+
+_COMPACT_PROFILE = (
+    "±: half of the interval in which the median of another such run will lie. speed-up: over the faster full cache, "
+    "in paired requests. bytes predict: from the weights and live entries that a step must read. Times of each phase, "
+    "memory and settings: --wide."
+)
 
 
 def task_tables(rows: list[Row]) -> Group:

@@ -62,11 +62,17 @@ def _cell(name: str, metrics: dict[str, Row]) -> str:
 
 def _caption(rows: list[Row]) -> str:
     signature = rows[0].signature.partition(":")[2].partition("|v:")[0]
+    when = "when the text has been written" if rows[0].protocol == "decode" else "when the prefix has been read"
+    first = f"*: differs from full (paired, Holm-adjusted p < {SIGNIFICANT}). Realised: {when}."
+    note = reading_note(rows)
+    return "\n".join((first, *text_notes(rows), *([note] if note else ()), signature))
+
+
+def text_notes(rows: list[Row]) -> list[str]:
+    """What must be known to read metrics of written text."""
     scorer = rows[0].params.get("scorer")
     scorer = "the uncompressed model itself" if scorer == "itself" else scorer
-    present = {(row.name, row.metric) for row in rows}
-    when = "when the text has been written" if rows[0].protocol == "decode" else "when the prefix has been read"
-    lines = [f"*: differs from full (paired, Holm-adjusted p < {SIGNIFICANT}). Realised: {when}."]
+    present, lines = {(row.name, row.metric) for row in rows}, []
     if any(metric == "gen_ppl" for _, metric in present):
         lines.append(f"gen ppl: under {scorer}, given the prefix; below the human value is not better.")
     if any(method == "human" for method, _ in present):
@@ -78,5 +84,4 @@ def _caption(rows: list[Row]) -> str:
     few = next((row for row in rows if row.metric == "mauve" and "few texts" in row.signature), None)
     if few is not None:
         lines.append(f"MAUVE on {few.n} texts is optimistic and noisy (below 1000); its interval: over clusterings.")
-    note = reading_note(rows)
-    return "\n".join((*lines, *([note] if note else ()), signature))
+    return lines

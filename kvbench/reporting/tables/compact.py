@@ -1,0 +1,236 @@
+"""Compact tables for the terminal: a line for each cell, best first, within 100 columns, and what they say in words.
+
+Everything else (realised ratios, intervals, peaks, bins) stands in the wide tables and on the report page.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from rich import box
+from rich.console import Group
+from rich.table import Table
+from rich.text import Text
+
+from kvbench.metrics import SHOWN
+from kvbench.metrics.base import FLUENCY
+from kvbench.reporting.tables.format import (
+    UNDER_FLOOR,
+    asked_of,
+    cells_of,
+    held_of,
+    number_of,
+    reading_note,
+    removal_note,
+    style_of,
+    task_of,
+)
+from kvbench.reporting.tables.tables import columns_of
+from kvbench.reporting.tables.texts import text_notes
+from kvbench.statistics import SIGNIFICANT
+from kvbench.store.records import WRITING
+from kvbench.store.rows import Row
+
+COMPACT_WIDTH = 100
+"""Columns of a terminal that the tables fit."""
+_BAR, _PARTS = 8, " ▏▎▍▌▋▊▉█"
+_CONTROLS = ("human", "full", "full-again", "adapted", "none")
+_BESIDE = ("chrf", "rougeL", "semantic", "mauve", "prefix_match")
+"""Metrics of written texts that stand beside the first one, without a difference."""
+_MOVED = 0.005
+"""Difference between the ratio asked for and the one realised from which on both are shown."""
+Cells = dict[tuple[str, float | None], dict[str, Row]]
+
+
+def compact_tables(rows: list[Row]) -> Group:
+    """The compact table of a task, with a sentence of reading and remarks."""
+    whole = [row for row in rows if row.params.get("bin") is None]
+    metric = main_metric(whole)
+    cells = cells_of(whole)
+    ordered = _by_value(cells, metric)
+    table = _table(whole, metric, {key: cells[key] for key in ordered})
+    parts: list[Table | Text] = [Text(_title(whole[0], metric), style="bold"), table]
+    if whole[0].params.get("under_floor"):
+        parts.append(Text(UNDER_FLOOR, style="yellow"))
+    else:
+        parts.append(Text(reading(whole, metric)))
+    notes = [*(text_notes(whole) if whole[0].protocol in WRITING else ()), reading_note(whole), removal_note(whole)]
+    parts += [Text(note, style="dim") for note in notes if note]
+    return Group(*parts, Text(""))
+
+
+def main_metric(rows: Sequence[Row]) -> str:
+    """The metric that the cells of a task are sorted by."""
+    present = {row.metric for row in rows}
+    order: tuple[str, ...] = ("answer_accuracy", "accuracy", "ppl")
+    if rows[0].protocol in WRITING:
+        order = (*columns_of(FLUENCY), *(row.metric for row in rows))
+    elif "answer_nll" not in present:
+        order = ("answer_accuracy", "ppl", "accuracy")
+    return next((name for name in order if name in present), rows[0].metric)
+
+
+def reading(rows: Sequence[Row], metric: str) -> str:
+    """What the table says, in words: the best at each ratio, and what could be told apart from the full cache."""
+    mine = [row for row in rows if row.metric == metric and row.value is not None]
+    rivals = [row for row in mine if row.name not in _CONTROLS and row.delta is not None]
+    if not rivals:
+        return "Nothing is compared with the full cache."
+    is_better = SHOWN[metric].better is not None
+
+    def far(row: Row) -> float:
+        return _sign(metric) * (row.value or 0.0) if is_better else abs(row.delta or 0.0)
+
+    said = []
+    for ratio in sorted({row.ratio_asked for row in rivals if row.ratio_asked is not None}):
+        alike = [row for row in rivals if row.ratio_asked == ratio]
+        best = min(alike, key=far)
+        if len(alike) > 1:
+            names = _listed([row.name for row in alike if row.value == best.value], 3)
+            said.append(f"at {ratio:g} {names} ({_difference(best).strip(' *')})")
+    tested = [row for row in mine if row.p_value is not None]
+    few = too_few_to_test(tested)
+    if few:
+        verdict = few
+    else:
+        same = [_named(row) for row in rivals if row.p_value is not None and row.p_value >= SIGNIFICANT]
+        verdict = (
+            "All differ from the full cache (p < .05)." if not same else
+            f"No significant difference to the full cache: {_listed(same)}."
+        ) if tested else ""
+    lead = "Best, with the difference to the full cache" if is_better else "Closest to the full cache"
+    named = f"{lead}: " + "; ".join(said[:6]) + ". " if said else ""
+    return f"{named}{verdict}".strip()
+
+
+def too_few_to_test(tested: Sequence[Row]) -> str:
+    """A sentence if so few groups cannot be significantly different however large the difference is; else empty."""
+    if not tested:
+        return ""
+    groups, count = min(row.groups for row in tested), len(tested)
+    if min(1.0, count * 2.0 ** (1 - groups)) < SIGNIFICANT:
+        return ""
+    return (
+        f"Too few documents to test: with {groups} groups, no difference could be significant in {count} "
+        f"comparison{'s' if count > 1 else ''}."
+    )
+
+
+def _table(rows: list[Row], metric: str, cells: Cells) -> Table:
+    present = {row.metric for row in rows}
+    beside = [name for name in _BESIDE if name in present and name != metric and rows[0].protocol in WRITING]
+    bars = _bars(cells, metric)
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    table.add_column("method", overflow="fold", min_width=8)
+    table.add_column("removed", justify="right", no_wrap=True)
+    table.add_column(_heading(metric), justify="right", no_wrap=True)
+    if bars:
+        table.add_column("", no_wrap=True, width=_BAR)
+    table.add_column("to full", justify="right", no_wrap=True)
+    for name in beside:
+        table.add_column(SHOWN[name].heading, justify="right", no_wrap=True)
+    table.add_column("KV held", justify="right", no_wrap=True)
+    for (method, ratio), metrics in cells.items():
+        row = metrics.get(metric)
+        bar = [_bar(bars[method, ratio])] if bars else []
+        table.add_row(
+            method, _removed(next(iter(metrics.values()))), "-" if row is None else _value(row), *bar,
+            "-" if row is None else _difference(row), *(_plain(metrics.get(name)) for name in beside), held_of(metrics),
+            style=style_of(method),
+        )
+    return table
+
+
+def _title(row: Row, metric: str) -> str:
+    better = ", lower is better" if SHOWN[metric].better == "low" else ""
+    return f"{task_of(row)}: {_heading(metric)}{better}  ({row.model}, {row.protocol}, {row.n} {row.unit}s)"
+
+
+def _heading(metric: str) -> str:
+    return {"ppl": "perplexity", "accuracy": "accuracy", "answer_accuracy": "accuracy"}.get(
+        metric, SHOWN[metric].heading
+    )
+
+
+def _sign(metric: str) -> float:
+    """1 if low values are better, or neither; -1 if high ones are."""
+    return -1.0 if SHOWN[metric].better == "high" else 1.0
+
+
+def _by_value(cells: Cells, metric: str) -> list[tuple[str, float | None]]:
+    """Keys of the cells, best first; those without a value last."""
+    def order(key: tuple[str, float | None]) -> tuple[bool, float]:
+        row = cells[key].get(metric)
+        value = None if row is None else row.value
+        return value is None, _sign(metric) * (value or 0.0)
+
+    return sorted(cells, key=order)
+
+
+def _bars(cells: Cells, metric: str) -> dict[tuple[str, float | None], float]:
+    """A share for the bar of each cell: of right answers, or of what the context is worth; empty if there is none."""
+    found = {}
+    for key, metrics in cells.items():
+        row = metrics.get(metric)
+        if metric in ("accuracy", "answer_accuracy"):
+            found[key] = 0.0 if row is None else row.value or 0.0
+        elif "recovery" in metrics or key[0] in ("full", "none"):
+            recovery = metrics.get("recovery")
+            found[key] = float(key[0] == "full") if recovery is None else recovery.value or 0.0
+        else:
+            found[key] = 0.0
+    return found if any(share > 0 for key, share in found.items() if key[0] != "full") else {}
+
+
+def _bar(share: float) -> str:
+    eighths = round(8 * _BAR * min(1.0, max(0.0, share)))
+    return (_PARTS[8] * (eighths // 8) + _PARTS[eighths % 8]).rstrip()
+
+
+def _removed(row: Row) -> str:
+    asked = asked_of(row)
+    if row.ratio_realised is None or row.name == "full":
+        return asked
+    if row.ratio_asked is not None and abs(row.ratio_realised - row.ratio_asked) <= _MOVED:
+        return asked
+    return number_of(row.ratio_realised, 2) if asked == "-" else f"{asked} ({number_of(row.ratio_realised, 2)})"
+
+
+def _value(row: Row) -> str:
+    return _with_half(row.value, row.ci_low, row.ci_high, row.metric, "")
+
+
+def _difference(row: Row) -> str:
+    if row.delta is None:
+        return "-"
+    mark = "*" if row.p_value is not None and row.p_value < SIGNIFICANT else " "
+    return _with_half(row.delta, row.delta_ci_low, row.delta_ci_high, row.metric, "+") + mark
+
+
+def _with_half(value: float | None, low: float | None, high: float | None, metric: str, plus: str) -> str:
+    """A value and half of its interval; five digits at most before a power of ten is written."""
+    if value is None:
+        return "n/a"
+    digits = SHOWN[metric].digits
+    digits = 0 if abs(value) >= 1000 else digits
+    form = f"{plus}.{digits}f" if abs(value) < 1e5 else f"{plus}.2e"
+    if low is None or high is None:
+        return f"{value:{form}}"
+    half = (high - low) / 2
+    return f"{value:{form}} ±{half:{form.removeprefix('+')}}"
+
+
+def _plain(row: Row | None) -> str:
+    if row is None or row.value is None:
+        return "-"
+    mark = "*" if row.p_value is not None and row.p_value < SIGNIFICANT else " "
+    return f"{SHOWN[row.metric].scale * row.value:.{SHOWN[row.metric].digits}f}{mark}"
+
+
+def _named(row: Row) -> str:
+    return row.name if row.ratio_asked is None else f"{row.name} {row.ratio_asked:g}"
+
+
+def _listed(names: Sequence[str], most: int = 6) -> str:
+    """Names with commas; only some of many."""
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
