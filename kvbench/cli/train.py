@@ -80,16 +80,19 @@ def train(
     """
     if context.invoked_subcommand is not None:
         return
+    from kvbench.errors import UserError
+
     if queue is not None:
         from kvbench.cli.train_queue import run_queue, show_curves
 
         _check_alone(context, ("queue", "device", "threads", "curves", "json_"))
+        if json_ and not curves:
+            raise UserError("--json is for --curves.", "Add --curves, or leave --json out.")
         if curves:
             show_curves(queue, json_)
         else:
             run_queue(queue, device or "auto", threads or 0)
         return
-    from kvbench.errors import UserError
     from kvbench.planning.quality import parse_options
     from kvbench.training.adapter_recipe import run_adapter_training
     from kvbench.training.request import AdapterRequest

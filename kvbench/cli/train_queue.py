@@ -39,11 +39,14 @@ def run_queue(path: Path, device: str, threads: int) -> None:
     try:
         with Bar(*columns, console=Console(stderr=True)) as bar:
             lines = _Lines(bar, queue)
-            queue.run(lines.follow)
+            diverged = queue.run(lines.follow)
     except KeyboardInterrupt:
         typer.echo("kvbench: interrupted; checkpoints are kept, and the same command goes on.", err=True)
         raise typer.Exit(130) from None
     show_curves(path, False)
+    for said in diverged:
+        typer.echo(f"kvbench: {said} It was left there; a lower rate under another name may do better.", err=True)
+    raise typer.Exit(1 if diverged else 0)
 
 
 class _Lines:

@@ -150,7 +150,7 @@ class Adapter(nn.Module):
             more: contents of other text files of the folder, by name.
             dtype: of low-rank pairs in the file.
         """
-        part = folder.with_name(folder.name + ".part")
+        part, old = _beside(folder)
         shutil.rmtree(part, ignore_errors=True)
         part.mkdir(parents=True)
         if self.whole:
@@ -158,13 +158,16 @@ class Adapter(nn.Module):
         else:
             self._save_pairs(part, target_name, dtype)
         save_file({"rows": self.rows.detach().float()}, part / ROWS)
-        card = json.dumps(dataclasses.asdict(self.card), indent=2, ensure_ascii=False)
-        (part / CARD).write_text(card + "\n", encoding="utf-8")
         for name, text in (more or {}).items():
             (part / name).write_text(text, encoding="utf-8")
+        card = json.dumps(dataclasses.asdict(self.card), indent=2, ensure_ascii=False)
+        (part / (CARD + ".part")).write_text(card + "\n", encoding="utf-8")
+        os.replace(part / (CARD + ".part"), part / CARD)  # last: a folder with a card is whole
+        shutil.rmtree(old, ignore_errors=True)
         if folder.exists():
-            shutil.rmtree(folder)
+            os.replace(folder, old)
         os.replace(part, folder)
+        shutil.rmtree(old, ignore_errors=True)
 
     def _save_pairs(self, folder: Path, target_name: str, dtype: torch.dtype) -> None:
         from peft import LoraConfig
@@ -217,6 +220,21 @@ class Adapter(nn.Module):
                 f"It was trained on {card.base_model}.",
             )
         return adapter.eval().requires_grad_(False)
+
+
+def recover(folder: Path) -> None:
+    """Bring a saved adapter to its place if saving was killed between renaming one folder and the other."""
+    part, old = _beside(folder)
+    if not folder.exists() and (part / CARD).exists():
+        os.replace(part, folder)
+    elif not folder.exists() and old.exists():
+        os.replace(old, folder)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _beside(folder: Path) -> tuple[Path, Path]:
+    """Where the new content of an adapter folder is written, and where the former one is until it is deleted."""
+    return folder.with_name(f".{folder.name}.part"), folder.with_name(f".{folder.name}.old")
 
 
 def read_card(folder: Path) -> AdapterCard:

@@ -184,13 +184,15 @@ def _commit_with(name: str, file: str, revision: str | None) -> str | None:
 
 
 def given_adapter(name: str) -> Path:
-    """The adapter folder that the user named: a path, or the name of one in :func:`adapter_folders`.
+    """The adapter folder that the user named: a shipped one, a path, or the name of one in :func:`adapter_folders`.
 
     Raises:
         UserError: there is no such folder.
     """
-    shipped = [place / name for place in adapter_folders() if "/" not in name and (place / name).is_dir()]
-    folder = shipped[0] if shipped else expand_home(name)
+    is_name = "/" not in name
+    first, *others = (place / name for place in adapter_folders())
+    choices = [*([first] if is_name else []), expand_home(name), *(others if is_name else [])]
+    folder = next((choice for choice in choices if choice.is_dir()), expand_home(name))
     if not folder.is_dir():
         raise UserError(
             f"There is no adapter folder {name}.", "Give the folder that 'kvbench train --method METHOD' wrote."
@@ -202,7 +204,10 @@ def adapter_folders() -> list[Path]:
     """Where adapters lie that need no path: in the package, in ``adapters/`` of a checkout, and in kvbench's cache."""
     package = Path(kvbench.__file__).parent
     checkout = [package.parent / "adapters"] if (package.parent / "pyproject.toml").exists() else []
-    return [assets() / "adapters", *checkout, cache_folder() / "adapters"]
+    found = [assets() / "adapters", *checkout]
+    with suppress(RuntimeError):  # there is no home directory
+        found.append(cache_folder() / "adapters")
+    return found
 
 
 def find_adapter(
@@ -219,16 +224,22 @@ def find_adapter(
         UserError: there is none; the hint names the command that trains one.
     """
     found: list[tuple[bool, Path]] = []
-    for card in (card for place in adapter_folders() for card in sorted(place.glob("*/card.json"))):
+    damaged = []
+    for card in (card for place in adapter_folders() for card in sorted(place.glob("[!.]*/card.json"))):
         try:
             made_for = json.loads(card.read_text(encoding="utf-8"))
             if made_for["method"] == method and model.has_fingerprint(made_for["base_hash"]):
                 trained = {**(defaults or {}), **made_for.get("options", {})}
                 found.append((all(trained.get(k) == v for k, v in options.items()), card.parent))
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise UserError(f"The adapter card {card} is damaged: {error}.", "Delete that folder.") from error
+        except (OSError, ValueError, KeyError, TypeError, AttributeError):
+            damaged.append(card)
     if found:
         return max(found, key=lambda item: item[0])[1]
+    if damaged:
+        raise UserError(
+            f"Method {method!r} needs an adapter, and the adapter card {damaged[0]} is damaged.",
+            "Train it again, or delete that folder.",
+        )
     raise UserError(
         f"Method {method!r} needs an adapter trained for {model.name}, and none was given.",
         _train_hint(method, model.name),

@@ -17,22 +17,22 @@ from safetensors.torch import load_file, save_file
 import kvbench
 from kvbench.errors import UserError, unknown
 from kvbench.methods import METHODS, Method, make_method
-from kvbench.models.adapter import CARD, Adapter, AdapterCard
+from kvbench.models.adapter import CARD, Adapter, AdapterCard, recover
 from kvbench.models.facts import ModelFacts
 from kvbench.models.loading import Loaded
+from kvbench.models.references import ModelReference
 from kvbench.models.rope import has_rotary
 from kvbench.probe.cached import probed
 from kvbench.training.adapter_training import AdapterPlan, train_adapter
 from kvbench.training.curve import LOG, Point, Scores, read_curve, write_curve
 from kvbench.training.data import Stream, encode_in_context
-from kvbench.training.folder import check_out, make_folder
-from kvbench.training.loop import Follow, Running
+from kvbench.training.folder import BEST, check_out, make_folder
+from kvbench.training.held_out import HeldOut
+from kvbench.training.loop import DivergedError, Follow, Running
 from kvbench.training.materials import Materials
 from kvbench.training.mixture import Mixture
-from kvbench.training.request import AdapterRequest, alike, make_plan
+from kvbench.training.request import AdapterRequest, alike, held_out_key, make_plan
 from kvbench.training.team import Team, assemble
-
-BEST = "best.safetensors"
 
 
 def _check_model(name: str, loaded: Loaded, facts: ModelFacts, length: int, method: Method) -> None:
@@ -66,6 +66,40 @@ class Measured(NamedTuple):
     scores: Scores
 
 
+class Prepared(NamedTuple):
+    """All that a training needs, loaded and checked."""
+
+    plan: AdapterPlan
+    team: Team
+    reference: ModelReference
+    loaded: Loaded
+    stream: Stream
+    held_out: HeldOut | None
+
+
+def prepare(request: AdapterRequest, materials: Materials) -> Prepared:
+    """Load and check what a training needs; nothing is written.
+
+    Raises:
+        UserError: the request cannot be carried out.
+    """
+    plan = make_plan(request)
+    recover(request.out)
+    check_out(request.out, CARD)
+    team = assemble(request.device, plan.batch)
+    reference, loaded = materials.model(request, team.device(request.device))
+    method = make_method(plan.method, Fraction(0), plan.options)
+    _check_model(request.model, loaded, probed(loaded, reference.fingerprint), plan.length, method)
+    stream, held = materials.stream(request, loaded.tokenizer), materials.held_out(request, loaded.tokenizer)
+    if held is not None and not held.reached(plan.method, request.ratios, plan.options):
+        raise UserError(
+            f"{plan.method} can reach none of the ratios {', '.join(request.ratios)} on the held-out text.",
+            "Measure at other ratios, or on longer text.",
+        )
+    plan = replace(plan, base_hash=reference.fingerprint, data=stream.hash, held_out=held_out_key(request))
+    return Prepared(plan, team, reference, loaded, stream, held)
+
+
 def run_adapter_training(
     request: AdapterRequest, follow: Follow, turn: int | None = None, materials: Materials | None = None
 ) -> bool:
@@ -80,20 +114,15 @@ def run_adapter_training(
 
     Raises:
         UserError: the request cannot be carried out.
+        DivergedError: the loss, or what the model predicts, is not finite.
     """
-    plan, materials = make_plan(request), materials or Materials()
-    check_out(request.out, CARD)
-    team = assemble(request.device, plan.batch)
+    plan, team, reference, loaded, stream, held = prepare(request, materials or Materials())
+    model, tokenizer = loaded.model, loaded.tokenizer
     if request.threads:
         torch.set_num_threads(request.threads)
-    reference, loaded = materials.model(request, team.device(request.device))
-    model, tokenizer, method = loaded.model, loaded.tokenizer, make_method(plan.method, Fraction(0), plan.options)
-    _check_model(request.model, loaded, probed(loaded, reference.fingerprint), plan.length, method)
-    stream, held = materials.stream(request, tokenizer), materials.held_out(request, tokenizer)
-    plan = replace(plan, base_hash=reference.fingerprint, data=stream.hash)
     card = AdapterCard(
         method=plan.method, gate=plan.adapter, rank=plan.rank, alpha=float(plan.rank),
-        n_rows=method.n_rows, options=plan.options,
+        n_rows=make_method(plan.method, Fraction(0), plan.options).n_rows, options=plan.options,
         base_model=reference.short_name, base_hash=reference.fingerprint,
     )
     torch.manual_seed(plan.seed)
@@ -104,6 +133,16 @@ def run_adapter_training(
     team.wait()
     running = Running()
 
+    def scores() -> Scores:
+        assert held is not None, "there is held-out text"
+        adapter.eval()
+        try:
+            return held.measure(model, adapter, plan.method, request.ratios, plan.options)
+        except RuntimeError as error:
+            raise DivergedError(f"{request.out.name}: {error}.", "Train with a lower learning rate.") from error
+        finally:
+            adapter.train()
+
     def measure(step: int, loss: float) -> Scores | None:
         if held is None or not team.leads:
             return None
@@ -111,42 +150,55 @@ def run_adapter_training(
         known = [point for point in curve if point.step == step]  # it was interrupted after measuring
         if known:
             return known[0].held_out
-        adapter.eval()
-        found = held.measure(model, adapter, plan.method, request.ratios, plan.options)
-        adapter.train()
-        point = Point(step, loss, found)
+        point = Point(step, loss, scores())
         if plan.keep == "best" and all(point.mean < other.mean for other in curve):
             save_file(adapter.state_dict(), request.out / (BEST + ".part"))
             os.replace(request.out / (BEST + ".part"), request.out / BEST)
         write_curve(request.out, [*curve, point])
-        return found
+        return point.held_out
 
     stable = _stable(request, plan)
     steps = train_adapter(plan, model, adapter, data, request.out, request.every, team, turn, running, stable)
     follow(steps, plan.steps, measure, request.every)
     is_finished = running.steps == plan.steps
     if is_finished and team.leads:
-        _write(request, plan, adapter, running, stream, measure(plan.steps, running.loss) or {})
+        found = measure(plan.steps, running.loss) or {}
+        kept, found = _best(request, adapter) if plan.keep == "best" else (plan.steps, found)
+        if plan.stored != "float32":
+            _round(adapter, getattr(torch, plan.stored))
+            found = scores() if held is not None else {}
+        _write(request, plan, adapter, running, stream, found, kept)
     return is_finished
 
 
 def _stable(request: AdapterRequest, plan: AdapterPlan) -> Path | None:
-    """The file for the state before the rate falls, which trainings share that differ in their length only."""
-    if request.shared is None:
+    """The file for the state before the rate falls, which trainings share that differ in their length only; none if the
+    best weights are kept, since those may lie before it."""
+    if request.shared is None or plan.keep == "best":
         return None
     request.shared.mkdir(parents=True, exist_ok=True)
     return request.shared / f"{alike(plan)}.pt"
 
 
+def _best(request: AdapterRequest, adapter: Adapter) -> tuple[int, Scores]:
+    """Take the weights with the lowest loss on held-out text; returns their step and scores."""
+    adapter.load_state_dict(load_file(request.out / BEST))
+    best = min(read_curve(request.out), key=lambda point: point.mean)
+    return best.step, best.held_out
+
+
+def _round(adapter: Adapter, dtype: torch.dtype) -> None:
+    """Round the low-rank pairs to what will be written."""
+    with torch.no_grad():
+        for parameter in adapter.pairs.parameters():
+            parameter.copy_(parameter.to(dtype))
+
+
 def _write(
-    request: AdapterRequest, plan: AdapterPlan, adapter: Adapter, running: Running, stream: Stream, held_out: Scores
+    request: AdapterRequest, plan: AdapterPlan, adapter: Adapter, running: Running, stream: Stream, held_out: Scores,
+    kept: int,
 ) -> None:
-    """Write a trained adapter with its card and curve."""
-    kept, curve = plan.steps, read_curve(request.out)
-    if plan.keep == "best" and curve:
-        adapter.load_state_dict(load_file(request.out / BEST))
-        best = min(curve, key=lambda point: point.mean)
-        held_out, kept = best.held_out, best.step
+    """Write a trained adapter, of the step ``kept``, with its card and curve."""
     adapter.card = replace(adapter.card, held_out=held_out, training={
         **{k: v for k, v in dataclasses.asdict(plan).items() if k not in ("base_hash", "data")},
         "kept_step": kept, "tokens": kept * plan.batch * plan.length,
@@ -167,12 +219,21 @@ def measure_untrained(
     Raises:
         UserError: a method is unknown or needs an adapter, or a file cannot be read.
     """
-    free = [name for name, kind in METHODS.items() if not kind.adapter_kinds]
-    for name in methods:
-        if name not in free:
-            raise unknown("method without an adapter", name, free)
+    check_untrained(methods)
     _, loaded = materials.model(request, Team().device(request.device))
     held = materials.held_out(request, loaded.tokenizer)
     return [] if held is None else [
         Measured(name, held.measure(loaded.model, None, name, request.ratios)) for name in methods
     ]
+
+
+def check_untrained(methods: Sequence[str]) -> None:
+    """Check that methods need no adapter.
+
+    Raises:
+        UserError: one is unknown, or does.
+    """
+    free = [name for name, kind in METHODS.items() if not kind.adapter_kinds]
+    for name in methods:
+        if name not in free:
+            raise unknown("method without an adapter", name, free)

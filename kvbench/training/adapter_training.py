@@ -8,6 +8,7 @@ language-model loss (``text``, as published), or the KL divergence from the unco
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -24,6 +25,7 @@ from kvbench.methods.layouts.layout import Layout, plain_tokens, sees_everything
 from kvbench.models.adapter import Adapter
 from kvbench.models.rope import fixed_rotations
 from kvbench.training.loop import (
+    DivergedError,
     Progress,
     Running,
     Stateful,
@@ -61,7 +63,8 @@ class AdapterPlan:
         seed: seed of the weights, the data and the layouts.
         autocast: ``bfloat16`` or ``none``.
         objective: ``distil`` or ``text``.
-        base_hash, data: fingerprints of the base model and of the data files.
+        base_hash, data, held_out: fingerprints of the base model, of the data files, and of what is measured on which
+            held-out text.
         options: the method's options that the adapter learns; it is refused with other values.
         stored: dtype of the low-rank pairs in the adapter's file.
         keep: ``last``, the weights after the last step, or ``best``, those with the lowest loss on held-out text.
@@ -83,6 +86,7 @@ class AdapterPlan:
     objective: str = "text"
     base_hash: str = ""
     data: str = ""
+    held_out: str = ""
     options: dict[str, str] = field(default_factory=dict)
     boundary: float = 1.0
     stored: str = "float32"
@@ -186,7 +190,11 @@ def train_adapter(
             team.average_gradients(adapter.parameters())
             nn.utils.clip_grad_norm_(adapter.parameters(), 1.0)
             optimiser.step()
-            running.add(float(loss.detach()), time.perf_counter() - started)
+            if not math.isfinite(now := float(loss.detach())):
+                raise DivergedError(
+                    f"{out.name}: the loss of step {step + 1} is not finite.", "Train with a lower learning rate."
+                )
+            running.add(now, time.perf_counter() - started)
             if ((step + 1) % checkpoint_every == 0 or step + 1 == last) and team.leads:
                 save_checkpoint(out, plan, step + 1, parts)
             if step + 1 == falls and stable is not None and team.leads:

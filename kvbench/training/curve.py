@@ -44,7 +44,7 @@ def read_curve(folder: Path) -> list[Point]:
         try:
             raw = json.loads(line)
             loss = math.nan if raw["loss"] is None else float(raw["loss"])
-            points[raw["step"]] = Point(int(raw["step"]), loss, raw["held_out"])
+            points[raw["step"]] = Point(int(raw["step"]), loss, dict(raw["held_out"]))
         except (ValueError, KeyError, TypeError):
             continue
     return [points[step] for step in sorted(points)]

@@ -54,7 +54,7 @@ def load_stream(paths: Sequence[Path], tokenizer: Any, least: int, column: str =
     count, sources = 0, []
     for path in paths:
         rows = read_rows(path, column)
-        read = {"file": path.name, "sha256": _hash_of(path)}
+        read = {"file": path.name, "sha256": hash_of(path)}
         sources.append(read if column == TEXT else {**read, "column": column})
         for row in rows:
             if count >= STREAM_TOKENS:
@@ -74,9 +74,16 @@ def encode_in_context(tokenizer: Any, text: str) -> list[int]:
     return list(Tokenizer(tokenizer, None).split(("a", text))[1].ids)
 
 
-def _hash_of(path: Path) -> str:
-    """SHA-256 of a file; for a folder, of the names and hashes of its text files."""
+def hash_of(path: Path) -> str:
+    """SHA-256 of a file; for a folder, of the names and hashes of its text files.
+
+    Raises:
+        UserError: it cannot be read.
+    """
     if not path.is_dir():
-        return hashlib.sha256(path.read_bytes()).hexdigest()
-    found = [(file.relative_to(path).as_posix(), _hash_of(file)) for file in files_of(path)]
+        try:
+            return hashlib.sha256(path.read_bytes()).hexdigest()
+        except OSError as error:
+            raise UserError(f"{path} cannot be read: {error.strerror}.", "Check the path.") from error
+    found = [(file.relative_to(path).as_posix(), hash_of(file)) for file in files_of(path)]
     return hashlib.sha256(json.dumps(found).encode()).hexdigest()

@@ -8,6 +8,10 @@ from kvbench.errors import UserError
 from kvbench.training.curve import LOG
 from kvbench.training.loop import CHECKPOINT
 
+BEST = "best.safetensors"
+OWN = (CHECKPOINT, LOG, BEST)
+"""Files of an unfinished training; while one is written, its name ends in ``.part``."""
+
 
 def check_out(out: Path, marker: str) -> None:
     """Check that the output folder is missing, empty, or holds an unfinished training.
@@ -24,8 +28,9 @@ def check_out(out: Path, marker: str) -> None:
         return
     if (out / marker).exists():
         raise UserError(f"--out {out} already holds a finished training.", "Choose another folder.")
-    if not (out / CHECKPOINT).exists() and not (out / LOG).exists():
-        raise UserError(f"--out {out} holds something else.", "Choose an empty or a new folder.")
+    foreign = sorted({path.name.removesuffix(".part") for path in out.iterdir()} - set(OWN))
+    if foreign:
+        raise UserError(f"--out {out} holds something else: {foreign[0]}.", "Choose an empty or a new folder.")
 
 
 def make_folder(out: Path, fresh: bool) -> None:
@@ -36,7 +41,7 @@ def make_folder(out: Path, fresh: bool) -> None:
     """
     try:
         out.mkdir(parents=True, exist_ok=True)
-        for name in (CHECKPOINT, LOG) if fresh else ():
+        for name in OWN if fresh else ():
             (out / name).unlink(missing_ok=True)
     except OSError as error:
         raise UserError(f"--out {out} cannot be written: {error.strerror}.", "Choose another folder.") from error

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +14,7 @@ from kvbench.data.documents import Document
 from kvbench.data.rows import TEXT, read_rows
 from kvbench.errors import UserError
 from kvbench.methods import LAYOUT_IDS, METHODS, make_method
+from kvbench.methods.budget import parse_ratio
 from kvbench.models.adapter import Adapter
 from kvbench.protocols.pieces import MIN_TOKENS, Piece, Tokenizer
 from kvbench.protocols.scoring import score_pieces
@@ -62,24 +62,37 @@ class HeldOut:
             raise UserError(f"{path} has no text of {MIN_TOKENS} tokens to measure on.")
         return cls(tuple(blocks), tuple(trials))
 
+    def reached(self, method: str, ratios: Sequence[str], options: dict[str, str] | None = None) -> list[str]:
+        """The ratios that a method can reach on all of the text."""
+        found = []
+        for ratio in ratios if "ratio" in METHODS[method].budgets else ("0",):
+            kind = make_method(method, parse_ratio(ratio), options)
+            with suppress(UserError):
+                for length in {len(ids) for ids in self.blocks}:
+                    kind.check(length, in_chunks=False)
+                    kind.check_kept(length)
+                    kind.check_text(length, 0, 0)
+                for piece in self.trials:
+                    kind.check_text(piece.context, 0, 0)
+                found.append(ratio)
+        return found
+
     def measure(
         self, model: nn.Module, adapter: Adapter | None, method: str, ratios: Sequence[str] = RATIOS,
         options: dict[str, str] | None = None,
     ) -> dict[str, dict[str, float]]:
-        """Nats per token and recall accuracy, for each ratio that the method can reach.
+        """Nats per token and recall accuracy, for each ratio that the method can reach on all of the text.
 
         Args:
             method: a layout method or a policy; a policy is scored while it removes entries.
+
+        Raises:
+            RuntimeError: the model's predictions are not finite.
         """
         found = {}
         blocks = [Piece(str(i), ids, len(ids), 1, 0, i % LAYOUT_IDS) for i, ids in enumerate(self.blocks)]
-        for ratio in ratios if "ratio" in METHODS[method].budgets else ("0",):
-            kind = make_method(method, Fraction(ratio), options)
-            try:
-                kind.check(min(map(len, self.blocks)), in_chunks=False)
-                kind.check_kept(min(map(len, self.blocks)))
-            except UserError:  # a ratio that this method cannot reach
-                continue
+        for ratio in self.reached(method, ratios, options):
+            kind = make_method(method, parse_ratio(ratio), options)
             scored, answered = (
                 [score_pieces(model, kind, [piece], adapter=adapter, chunk=_WHOLE)[0] for piece in pieces]
                 for pieces in (blocks, self.trials)

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple, Protocol
 
 import torch
 
-from kvbench.errors import UserError
+from kvbench.errors import StoppedError, UserError
 
 CHECKPOINT = "checkpoint.pt"
 FLOOR = 0.03
@@ -19,6 +19,16 @@ FLOOR = 0.03
 
 
 SMOOTHING = 0.98
+
+
+class CheckpointError(UserError):
+    """The checkpoint in a folder cannot be continued as asked."""
+
+
+class DivergedError(StoppedError):
+    """The loss, or the model's predictions, are not finite."""
+
+
 
 
 class Progress(NamedTuple):
@@ -119,37 +129,52 @@ def read_state(path: Path, parts: Mapping[str, Stateful], most: int) -> int:
 def restore_checkpoint(out: Path, plan: Any, parts: Mapping[str, Stateful]) -> int:
     """Load the state of an interrupted training of the same plan.
 
-    Settings that an older checkpoint does not contain are not compared.
-
     Returns:
         Steps done; 0 if there is no checkpoint.
 
     Raises:
-        UserError: the checkpoint is that of another plan, or damaged.
+        CheckpointError: the checkpoint is that of another plan, or damaged.
+    """
+    state = check_checkpoint(out, plan)
+    if state is None:
+        return 0
+    missing = sorted(set(parts) - set(state))
+    if missing:
+        raise CheckpointError(
+            f"{out / CHECKPOINT} has no {', '.join(missing)}: another kvbench wrote it.", "Pass --fresh to start anew."
+        )
+    for name, thing in parts.items():
+        thing.load_state_dict(state[name])
+    return int(state["step"])
+
+
+def check_checkpoint(out: Path, plan: Any) -> dict[str, Any] | None:
+    """Read the checkpoint in a folder, and check that it is one of the same plan; None if there is none.
+
+    Settings that an older checkpoint does not contain are not compared.
+
+    Raises:
+        CheckpointError: it is that of another plan, or damaged.
     """
     path = out / CHECKPOINT
     if not path.exists():
-        return 0
+        return None
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
+        state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+        known = {name: value for name, value in state["plan"].items() if value != ""}
     except Exception as error:  # the unpickler raises many types
-        raise UserError(f"{path} is damaged: {error}.", "Pass --fresh to start anew.") from error
-    known = {name: value for name, value in state["plan"].items() if value != ""}
+        said = (str(error).splitlines() or [type(error).__name__])[0]
+        raise CheckpointError(f"{path} is damaged: {said}", "Pass --fresh to start anew.") from error
     now = dataclasses.asdict(plan)
     changed = sorted(name for name, value in known.items() if now.get(name) != value)
     if "data" in changed:
-        raise UserError(
+        raise CheckpointError(
             f"{path} is the checkpoint of a training on other texts: a --data file has changed, or is another.",
             "Bring the former texts back to continue it, choose another --out, or pass --fresh.",
         )
     if changed:
-        raise UserError(
+        raise CheckpointError(
             f"{path} is the checkpoint of a training with other settings: {', '.join(changed)}.",
             "Repeat those settings to continue it, choose another --out, or pass --fresh.",
         )
-    missing = sorted(set(parts) - set(state))
-    if missing:
-        raise UserError(f"{path} has no {', '.join(missing)}: another kvbench wrote it.", "Pass --fresh to start anew.")
-    for name, thing in parts.items():
-        thing.load_state_dict(state[name])
-    return int(state["step"])
+    return state

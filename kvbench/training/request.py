@@ -14,6 +14,7 @@ from kvbench.data.rows import TEXT
 from kvbench.errors import UserError, unknown
 from kvbench.methods import METHODS, make_method
 from kvbench.training.adapter_training import AdapterPlan
+from kvbench.training.data import hash_of
 from kvbench.training.held_out import DOCUMENTS, RATIOS
 
 _CHOICES = {
@@ -87,7 +88,17 @@ def make_plan(request: AdapterRequest) -> AdapterPlan:
             raise unknown(f"value for --set {key}=", value, choices[key])
     if given.get("keep") == "best" and request.held_out is None:
         raise UserError("--set keep=best needs text to choose by.", "Give --held-out FILE.")
-    options = make_method(request.method, Fraction(0), given).trained_options
+    method = make_method(request.method, Fraction(0), given)
+    if boundary != 1 and not method.n_rows:
+        raise UserError(
+            f"--set boundary= weighs the loss behind compressed pieces of text, and {request.method} makes none.",
+            "Leave it out.",
+        )
+    added = {name for name, option in kind.options().items() if option.later}
+    options = {
+        name: value for name, value in method.trained_options.items()
+        if not (name in added and value == kind.options()[name].default)  # as adapters from before they were added
+    }
     return AdapterPlan(
         method=request.method, adapter=given.get("adapter", kind.adapter_kinds[0]), steps=request.steps,
         batch=request.batch, length=request.length, lr=request.lr, rank=request.rank,
@@ -98,9 +109,22 @@ def make_plan(request: AdapterRequest) -> AdapterPlan:
     )
 
 
+def held_out_key(request: AdapterRequest) -> str:
+    """A hash of what is measured on which held-out text; empty if nothing is.
+
+    Raises:
+        UserError: the file cannot be read.
+    """
+    if request.held_out is None:
+        return ""
+    known = (request.column, request.documents, request.recall, request.length, list(request.ratios))
+    text = hash_of(request.held_out)
+    return hashlib.sha256(json.dumps([text, *known]).encode()).hexdigest()[:16]
+
+
 def alike(plan: AdapterPlan) -> str:
     """A hash of all settings but the length of the training."""
-    settings = {name: value for name, value in dataclasses.asdict(plan).items() if name != "steps"}
+    settings = {name: value for name, value in dataclasses.asdict(plan).items() if name not in ("steps", "held_out")}
     return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]
 
 

@@ -79,9 +79,24 @@ def test_adapters_in_the_cache_folder_are_found(tmp_path: Path, monkeypatch: pyt
     assert find_adapter("sentinel", reference, wanted, wanted).name == "kvbench-tiny-sentinel"
     assert find_adapter("sentinel", reference, {**wanted, "closing": "2"}, wanted) == more
     assert given_adapter("kvbench-tiny-sentinel-2") == more
-    (more / "card.json").write_text("{")
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "kvbench-tiny-sentinel-2").mkdir()
+    assert given_adapter("kvbench-tiny-sentinel-2") == Path("kvbench-tiny-sentinel-2")  # what lies here comes first
+    (more / "card.json").write_text("{}")
+    assert find_adapter("sentinel", reference, wanted, wanted).name == "kvbench-tiny-sentinel"
     with pytest.raises(UserError, match=r"kvbench-tiny-sentinel-2/card.json is damaged"):
-        find_adapter("sentinel", reference, wanted, wanted)
+        find_adapter("pic", reference, {}, {})
+
+
+def test_shipped_adapters_are_found_without_a_home(monkeypatch: pytest.MonkeyPatch) -> None:
+    def homeless(*_: object) -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    for name in ("HOME", "XDG_CACHE_HOME", "KVBENCH_CACHE"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(Path, "home", homeless)
+    assert find_adapter("sentinel", resolve_model("kvbench-tiny"), {}).name == "kvbench-tiny-sentinel"
+    assert given_adapter("kvbench-tiny-sentinel").is_dir()
 
 
 def test_tasks_are_valid_and_fixed() -> None:

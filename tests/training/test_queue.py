@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -159,9 +161,9 @@ def test_command_and_curves(called: Call, folder: Path) -> None:
     assert (card.method, card.training["lr"], card.training["tokens"]) == ("local-tuned", 1e-3, 256)
     assert card.held_out == rows[-1]["held_out"]
     assert f"{rows[-1]['held_out']['0.5']['nll']:.4f}" in done.out
-    before = (folder / "adapters" / "beside.json").read_bytes()
+    before = (folder / "adapters" / ".beside.json").read_bytes()
     assert called(["train", "--queue", "queue.toml"]).code == 0  # nothing is left to do
-    assert (folder / "adapters" / "beside.json").read_bytes() == before
+    assert (folder / "adapters" / ".beside.json").read_bytes() == before
     (folder / "queue.toml").write_text(QUEUE.replace("lr = 1e-3", "lr = 1e-4"))
     changed = called(["train", "--queue", "queue.toml"])
     assert changed.code == 2
@@ -182,6 +184,15 @@ def test_command_and_curves(called: Call, folder: Path) -> None:
     ('["full", "local"]', '["full", "sentinel"]', "Unknown method without an adapter 'sentinel'"),
     ('data = ["text.txt"]', 'data = ["missing.txt"]', "missing.txt"),
     ('ratios = ["0.5"]', 'ratios = ["1.5"]', "1.5"),
+    ('ratios = ["0.5"]', 'ratios = ["0.99"]', "sentinel can reach none of the ratios 0.99 on the held-out text"),
+    ('name = "window"', 'name = ".."', "adapter.1.name"), ('name = "window"', 'name = ".shared"', "adapter.1.name"),
+    ("lr = 1e-3", 'data = ["missing.txt"]', "window: There is no data file"),
+    ("lr = 1e-3", "length = 100000", "window: --length 100000"), ("lr = 1e-3", "seed = 9000000000000000000", "seed"),
+    ("lr = 1e-3", 'set = {boundary = "4"}', "window: --set boundary= weighs the loss behind compressed pieces"),
+    ("lr = 1e-3", 'held_out = "missing.txt"', "window: There is no data file"),
+    ('"local-tuned"\nname = "window"\ntokens = 256\nlr = 1e-3', '"sentinel"\nname = "b"\nset = {adapter = "gated"}',
+     "b is trained in the same way as sentinel"),
+    ('held_out = "text.txt"\n', "", "beside is measured on held-out text"), ('"adapters"', '"a\\u0000"', "out"),
 ])
 def test_queue_files_that_are_refused(called: Call, folder: Path, old: str, new: str, said: str) -> None:
     assert old in QUEUE
@@ -214,8 +225,119 @@ def test_text_that_changed_under_a_checkpoint_is_refused(called: Call, folder: P
         file.write(" another ending")
     done = called(["train", "--queue", "queue.toml"])
     assert done.code == 2
+    assert "sentinel: " in done.err
     assert "on other texts: a --data file has changed" in done.err
+    assert "--fresh" not in done.err
+    assert "give the adapter another name in the file" in done.err
     assert checkpoint_step(one.request.out) == 1
+
+
+def test_what_is_measured_may_not_change_under_a_checkpoint(called: Call, folder: Path) -> None:
+    (folder / "queue.toml").write_text(QUEUE)
+    one = next(Queue(folder / "queue.toml", threads=1).turns())
+    run_adapter_training(one.request, lambda training, *_: list(training), one.steps_per_turn)
+    (folder / "queue.toml").write_text(QUEUE.replace('["0.5"]', '["0.7"]'))
+    done = called(["train", "--queue", "queue.toml"])
+    assert done.code == 2
+    assert "with other settings: held_out" in done.err
+
+
+@pytest.mark.parametrize(("old", "new", "said"), [
+    ('data = ["text.txt"]', 'data = ["other.txt"]', "other settings: data"),
+    ("documents = 2", "documents = 1", "other settings: held_out"),
+    ('out = "adapters"', 'out = "adapters"\nmodel = "./other"', "other settings: model"),
+])
+def test_finished_adapters_are_those_of_the_file(
+    called: Call, folder: Path, model_folder: Callable[..., Path], old: str, new: str, said: str
+) -> None:
+    (folder / "queue.toml").write_text(QUEUE.split("[[adapter]]", maxsplit=2)[0] + '[[adapter]]\nmethod = "sentinel"\n')
+    queue = Queue(folder / "queue.toml", threads=1)
+    queue.run(lambda one: lambda training, *_: list(training))
+    (folder / "other.txt").write_text((folder / "text.txt").read_text() + " more")
+    shutil.copytree(model_folder("llama"), folder / "other")
+    (folder / "queue.toml").write_text((folder / "queue.toml").read_text().replace(old, new))
+    done = called(["train", "--queue", "queue.toml"])
+    assert done.code == 2
+    assert said in done.err
+
+
+def test_an_adapter_that_diverges_is_left_behind(called: Call, folder: Path) -> None:
+    (folder / "queue.toml").write_text(QUEUE.replace('method = "sentinel"', 'method = "sentinel"\nlr = 1e30'))
+    for _ in range(2):
+        done = called(["train", "--queue", "queue.toml", "--threads", "1"])
+        assert done.code == 1
+        assert re.search(r"sentinel: .*not finite", done.err)
+        assert "Traceback" not in done.err
+    assert (folder / "adapters" / "window" / "card.json").exists()
+    assert not (folder / "adapters" / "sentinel" / "card.json").exists()
+
+
+def test_a_kill_while_the_first_files_are_written_does_not_block_the_queue(folder: Path) -> None:
+    """What lies in the folder then is a training's own, and is written anew."""
+    queue = Queue(folder / "queue.toml", threads=1)
+    one = next(queue.turns())
+    one.request.out.mkdir(parents=True)
+    for name in ("checkpoint.pt.part", "log.jsonl.part", "best.safetensors.part", "best.safetensors"):
+        (one.request.out / name).write_bytes(b"half")
+    run_adapter_training(one.request, lambda training, *_: list(training), one.steps_per_turn)
+    assert checkpoint_step(one.request.out) == 1
+
+
+@pytest.mark.parametrize("killed_at", [1, 2, 3])
+def test_a_kill_while_an_adapter_is_saved_loses_nothing(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, killed_at: int
+) -> None:
+    """Saving renames a card, the former folder and the new one; killed at any of these, the adapter is there later."""
+    (folder / "queue.toml").write_text(QUEUE.split("[[adapter]]", maxsplit=2)[0] + '[[adapter]]\nmethod = "sentinel"\n')
+    queue, rename, count = Queue(folder / "queue.toml", threads=1), os.replace, 0
+
+    def breaks(source: str | Path, target: str | Path) -> None:
+        nonlocal count
+        if "card.json" in str(source) or Path(source).is_dir():
+            count += 1
+            if count == killed_at:
+                raise BrokenOffError
+        rename(source, target)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "replace", breaks)
+        with pytest.raises(BrokenOffError):
+            queue.run(lambda one: lambda training, *_: list(training))
+    steps: list[int] = []
+    queue.run(lambda one: lambda training, *_: steps.extend(progress.step for progress in training))
+    assert set(steps) <= {3}  # no step is taken twice: at most the last one is said again
+    assert len(read_curve(folder / "adapters" / "sentinel")) == 1
+    assert {path.name for path in (folder / "adapters").iterdir()} <= {".lock", ".beside.json", ".shared", "sentinel"}
+    assert queue.queued[0].is_finished
+
+
+def test_the_best_weights_do_not_depend_on_what_other_adapters_have_done(folder: Path) -> None:
+    text = QUEUE.split("[[adapter]]", maxsplit=1)[0].replace("slice = 128", "warmup = 128")
+    text += 'set = {keep = "best", adapter = "plain"}\nlr = 0.3\n'
+    text = text.replace("tokens = 384", "tokens = 1280")
+    both = '[[adapter]]\nmethod = "sentinel"\nname = "short"\ntokens = 640\n'
+    long = '[[adapter]]\nmethod = "sentinel"\nname = "long"\n'
+    cards = []
+    for name, adapters in (("both", both + long), ("alone", long)):
+        (folder / f"{name}.toml").write_text(text.replace('"adapters"', f'"{name}"') + adapters)
+
+        def follow(training: Iterator[Progress], steps: int, measure: Measure, every: int) -> None:
+            for step, loss in training:
+                measure(step, loss)
+
+        Queue(folder / f"{name}.toml", threads=1).run(lambda one: follow)
+        cards.append(read_card(folder / name / "long"))
+    assert cards[0].training["kept_step"] == cards[1].training["kept_step"]
+    assert cards[0].held_out == cards[1].held_out
+
+
+def test_checkpoints_from_before_an_option_are_continued(folder: Path) -> None:
+    queue = Queue(folder / "queue.toml", threads=1)
+    one = next(queue.turns())
+    assert one.name == "sentinel"
+    run_adapter_training(one.request, lambda training, *_: list(training), one.steps_per_turn)
+    state = torch.load(one.request.out / CHECKPOINT, weights_only=True)
+    assert state["plan"]["options"] == {"predict_from_cr": "false"}  # as it was before closing= and sees=
 
 
 def test_queue_files_of_the_results_are_valid() -> None:

@@ -288,11 +288,12 @@ def test_the_best_weights_are_kept_in_half_precision(
     best = min(curve, key=lambda point: sum(score["nll"] for score in point.held_out.values()))
     assert len(curve) == 6
     assert best.step < 6
-    assert (card.training["kept_step"], card.held_out) == (best.step, best.held_out)
+    assert card.training["kept_step"] == best.step
     assert card.training["tokens"] == best.step * 2 * 64
     weights = load_file(tmp_path / "adapter" / WEIGHTS)
     assert {tensor.dtype for tensor in weights.values()} == {torch.bfloat16}
     loaded = load_model(resolve_model("kvbench-tiny", None), "cpu", "float32")
     held = HeldOut.from_file(text_file, loaded.tokenizer, 64)
-    found = held.measure(loaded.model, Adapter.load(tmp_path / "adapter", loaded.model), "local-tuned", ("0.5",))
+    found = held.measure(loaded.model, Adapter.load(tmp_path / "adapter", loaded.model), "local-tuned")
+    assert found == card.held_out  # of what is written, not of what was rounded to it
     assert found["0.5"]["nll"] == pytest.approx(best.held_out["0.5"]["nll"], abs=0.02)

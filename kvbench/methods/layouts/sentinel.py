@@ -90,12 +90,14 @@ class Sentinel(LayoutMethod):
             )
         if self.closing >= self.span:
             raise UserError(f"--set closing={self.closing}: spans of up to {self.span} tokens would save nothing.")
-        if self.recent and self.recent > self.rule.widest(longest, self.ratio):
+        if (self.recent or self.sinks) and self.recent > self.rule.widest(longest, self.ratio):
+            first = f"first {self.sinks} and the " if self.sinks else ""
+            stays = "one entry" if self.closing == 1 else f"{self.closing} entries"
             raise UserError(
-                f"sentinel cannot remove {float(self.ratio):g} of {longest} tokens outside the last {self.recent}: "
-                f"each span of up to {self.span} tokens keeps {'one entry' if self.closing == 1 else self.closing}.",
+                f"sentinel cannot remove {float(self.ratio):g} of {longest} tokens outside the {first}last "
+                f"{self.recent}: each span of up to {self.span} tokens keeps {stays}.",
                 f"Ask for a ratio of at most {self.rule.most_removed(longest) / longest:.3g}, or "
-                "a smaller --set recent=.",
+                f"a smaller --set recent={' or sinks=' if self.sinks else ''}.",
             )
 
     @classmethod
@@ -115,9 +117,10 @@ class Sentinel(LayoutMethod):
                 )
             gaps, lengths = word_spans(n, self.ratio, self.span, rng, text.words)
         else:
-            # In a short piece, such as the end of a document, the window shrinks to what the ratio leaves.
-            recent = max(0, min(self.recent, rule.widest(text.prefix or n, self.ratio)))
-            rule = replace(rule, recent=recent)
+            # In a short piece, such as the end of a document, what stays raw shrinks to what the ratio leaves.
+            room = max(0, replace(rule, sinks=0).widest(text.prefix or n, self.ratio))
+            sinks = min(self.sinks, room)
+            rule = replace(rule, sinks=sinks, recent=min(self.recent, room - sinks))
             gaps, lengths = rule.sample(text.prefix or n, self.ratio, rng)
             if text.prefix:
                 gaps, lengths = _written_too(gaps, lengths, n, self.ratio, rng, rule)
