@@ -57,8 +57,8 @@ def test_a_line_for_each_cell_best_first_within_100_columns(results: Results) ->
     for (method, removed, value), match in zip(table, (m for m in found if m), strict=True):
         row = values[method, None if removed == "-" else float(removed)]
         low, high = row.ci_low or 0.0, row.ci_high or 0.0
-        assert value == pytest.approx(row.value, abs=0.005)
-        assert float(match[4]) == pytest.approx((high - low) / 2, abs=0.006)
+        assert value == pytest.approx(row.value, abs=0.05)
+        assert float(match[4]) == pytest.approx((high - low) / 2, abs=0.06)
 
 
 def test_the_sentence_names_the_best_and_what_was_not_decided(results: Results) -> None:
@@ -121,6 +121,24 @@ def test_long_names_and_large_numbers_do_not_break_the_line(results: Results) ->
     assert "6.50e+07" in text
     folded = "".join(line.split()[0] for line in text.splitlines() if line.startswith(" ") and line.split())
     assert LONG in folded or LONG[:20] in folded
+
+
+def test_written_texts_fit_as_well(results: Results) -> None:
+    """With every metric that may stand beside fluency, and numbers in the hundreds."""
+    rows = []
+    for row in (row for row in results.rows if row.metric == "ppl"):
+        text = replace(row, task="minidocs-gen", protocol="generate")
+        large = {name: 100 * (getattr(row, name) or 1.0) for name in ("value", "ci_low", "ci_high", "delta",
+                                                                       "delta_ci_low", "delta_ci_high")}
+        rows.append(replace(text, metric="gen_ppl", **large))
+        rows += [replace(text, metric=name) for name in ("chrf", "rougeL", "semantic", "mauve", "prefix_match")]
+        rows += [replace(text, metric=f"kv_bytes_{kind}") for kind in ("physical", "full")]
+    lines = printed(replace(results, rows=tuple(rows))).splitlines()
+    assert max(map(len, lines)) <= 100
+    assert not any("…" in line for line in lines)
+    assert [line.split()[0] for line in lines if re.match(r" (full|sinks|local) ", line)] == [
+        "full", "sinks", "local", "sinks", "local",
+    ]
 
 
 def test_a_notebook_shows_the_same_table(results: Results, tmp_path: Path) -> None:

@@ -35,8 +35,8 @@ COMPACT_WIDTH = 100
 """Columns of a terminal that the tables fit."""
 _BAR, _PARTS = 8, " ▏▎▍▌▋▊▉█"
 _CONTROLS = ("human", "full", "full-again", "adapted", "none")
-_BESIDE = ("chrf", "rougeL", "semantic", "mauve", "prefix_match")
-"""Metrics of written texts that stand beside the first one, without a difference."""
+_BESIDE, _MOST_BESIDE = ("mauve", "semantic", "chrf", "rougeL", "prefix_match"), 2
+"""Metrics of written texts that stand beside the first one, without a difference, and how many of them do."""
 _MOVED = 0.005
 """Difference between the ratio asked for and the one realised from which on both are shown."""
 Cells = dict[tuple[str, float | None], dict[str, Row]]
@@ -118,10 +118,11 @@ def too_few_to_test(tested: Sequence[Row]) -> str:
 
 def _table(rows: list[Row], metric: str, cells: Cells) -> Table:
     present = {row.metric for row in rows}
-    beside = [name for name in _BESIDE if name in present and name != metric and rows[0].protocol in WRITING]
+    is_text = rows[0].protocol in WRITING
+    beside = [name for name in _BESIDE if is_text and name in present and name != metric][:_MOST_BESIDE]
     bars = _bars(cells, metric)
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    table.add_column("method", overflow="fold", min_width=8)
+    table.add_column("method", overflow="fold", min_width=12)
     table.add_column("removed", justify="right", no_wrap=True)
     table.add_column(_heading(metric), justify="right", no_wrap=True)
     if bars:
@@ -135,8 +136,8 @@ def _table(rows: list[Row], metric: str, cells: Cells) -> Table:
         bar = [_bar(bars[method, ratio])] if bars else []
         table.add_row(
             method, _removed(next(iter(metrics.values()))), "-" if row is None else _value(row), *bar,
-            "-" if row is None else _difference(row), *(_plain(metrics.get(name)) for name in beside), held_of(metrics),
-            style=style_of(method),
+            "-" if row is None else _difference(row), *(_plain(metrics.get(name)) for name in beside),
+            held_of(metrics, not is_text), style=style_of(method),
         )
     return table
 
@@ -211,8 +212,7 @@ def _with_half(value: float | None, low: float | None, high: float | None, metri
     """A value and half of its interval; five digits at most before a power of ten is written."""
     if value is None:
         return "n/a"
-    digits = SHOWN[metric].digits
-    digits = 0 if abs(value) >= 1000 else digits
+    digits = max(0, SHOWN[metric].digits - (abs(value) >= 100) - (abs(value) >= 1000))
     form = f"{plus}.{digits}f" if abs(value) < 1e5 else f"{plus}.2e"
     if low is None or high is None:
         return f"{value:{form}}"

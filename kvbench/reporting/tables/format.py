@@ -157,13 +157,13 @@ def entry_of(row: Row | None, is_best: bool = False) -> TableCell:
     return TableCell(text, value, is_best)
 
 
-def held_of(metrics: Mapping[str, Row]) -> str:
-    """Format the bytes that the cache holds, after their share of the full cache's."""
+def held_of(metrics: Mapping[str, Row], with_bytes: bool = True) -> str:
+    """Format the bytes that the cache holds, after their share of the full cache's; or the share alone."""
     physical, full = metrics.get("kv_bytes_physical"), metrics.get("kv_bytes_full")
     if physical is None or physical.value is None:
         return "-"
     share = f"{100 * physical.value / full.value:.0f} % " if full is not None and full.value else ""
-    return f"{share}{bytes_of(physical.value):>9}"
+    return f"{share}{bytes_of(physical.value):>9}" if with_bytes or not share else share.strip()
 
 
 def p_of(row: Row) -> str:
