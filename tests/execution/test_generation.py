@@ -189,7 +189,7 @@ def test_a_finished_run_and_its_report_print_the_same(work: Path, finished: Outc
     again = kvbench(*COMMAND, "--out", "run", "--json", cwd=work)
     assert "Already measured" in again.err
     assert again.document["rows"] == finished.document["rows"]
-    report = kvbench("report", "run", cwd=work)
+    report = kvbench("report", "run", "--wide", cwd=work)
     assert report.code == 0, report.err
     for words in ("fluency and overlap", "meaning and diversity", "length and degeneration", "greedy texts",
                   "under the uncompressed model itself"):

@@ -63,7 +63,7 @@ def _remove(cache: DynamicCache, positions: list[int], method: str) -> None:
 def measured(tmp_path_factory: pytest.TempPathFactory) -> RunFolder:
     folder = tmp_path_factory.mktemp("decode")
     asked = [part for method in METHODS for part in ("--method", method)]
-    found = kvbench(*RUN, *asked, "--out", folder / "run", cwd=folder)
+    found = kvbench(*RUN, *asked, "--wide", "--out", folder / "run", cwd=folder)
     assert found.code == 0, found.err
     assert f"{ENTRIES} kept" in found.out
     assert "when the text has been written" in " ".join(found.out.split())

@@ -136,7 +136,7 @@ def test_a_run_by_time_step(tmp_path: Path) -> None:
         assert held["none", step] == 0
     curve = [r for r in found.document["rows"] if str(r["params"]["bin"]).startswith("since=")]
     assert {r["method"] for r in curve} == {"ccm-concat", "ccm-merge", "gist", "meanpool"}
-    report = kvbench("report", "run", cwd=tmp_path)
+    report = kvbench("report", "run", "--wide", cwd=tmp_path)
     assert report.code == 0
     assert "perplexity by time step" in report.out
     assert (tmp_path / "run" / "figures" / "memory-steps.png").stat().st_size > 10_000
