@@ -64,7 +64,7 @@ CASES = [
     Case("meanpool", "0.8", {}, in_chunks(2, 10)),
     Case("meanpool", "0.8", {"merge_at": "unrotated", "n_comp": "3"}, in_chunks(3, 15)),
     Case("pic", "0.8", {}, in_chunks(2, 10)), Case("pic", "0.8", {"sees": "memory"}, in_chunks(2, 10)),
-    Case("prompt", "0.8", {}, in_chunks(2, 10)), Case("prompt", "0.5", {"n_comp": "4"}, in_chunks(4, 8)),
+    Case("prompt", "0.8", {}, in_chunks(2, 10)),
     Case("sinks", "0", STREAM, 36),
 ]
 CASES += [  # methods of other packages
