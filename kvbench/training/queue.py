@@ -253,7 +253,7 @@ def _check_as_asked(one: Queued) -> None:
     card, request = read_card(one.request.out), one.request
     now = {**asdict(make_plan(request)), "held_out": held_out_key(request)}
     now |= {"data": [hash_of(path) for path in request.data]}
-    trained = {**card.training, "data": [source["sha256"] for source in card.training["data"]]}
+    trained = {**card.training, "data": [source["sha256"] for source in card.training.get("data", ())]}
     changed = sorted(name for name, value in trained.items() if name in now and now[name] != value)
     if not resolve_model(request.model, request.revision).has_fingerprint(card.base_hash):
         changed.insert(0, "model")
