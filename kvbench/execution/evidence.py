@@ -1,4 +1,4 @@
-"""What is held of the evidence of a question, and of each kind of text, after the context was compressed."""
+"""What is held of the evidence of a question, of each kind of text, and of each token, after compression."""
 
 from __future__ import annotations
 
@@ -35,6 +35,23 @@ def kept_of(session: Session, piece: Piece) -> tuple[Survival | None, Spans | No
         return None, spans
     shares = present[..., kinds[EVIDENCE]].double().mean(-1)
     return tuple(tuple(round(share, 4) for share in layer) for layer in shares.tolist()), spans
+
+
+def kept_by_token(session: Session, rows: int, tokens: int) -> list[str | None]:
+    """How much is held of each of the first tokens, for each row of the batch.
+
+    Returns:
+        A digit for each token, from 0 to 9 for none to all of its entries over layers and heads; None if the session
+        does not know which tokens its entries are of.
+    """
+    held = session.held_positions()
+    if held is None:
+        return [None] * rows
+    found: list[str | None] = []
+    for row in range(rows):
+        present = torch.stack([_present(layer[row], tokens) for layer in held]).double().mean(dim=(0, 1))
+        found.append("".join(map(str, (9 * present).ceil().int().tolist())))
+    return found
 
 
 def _present(positions: Tensor, tokens: int) -> Tensor:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Sequence
-from itertools import groupby
+from itertools import accumulate, groupby
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -12,6 +12,7 @@ from torch import Tensor
 
 from kvbench.data.documents import Document
 from kvbench.execution.channel import Advanced, At
+from kvbench.execution.evidence import kept_by_token
 from kvbench.inference.generation import generate, read_prompt
 from kvbench.inference.opening import open_session, prepared, rows_together
 from kvbench.inference.sampling import Sampling
@@ -79,6 +80,7 @@ def _human(worker: Worker, batch: list[Piece], groups: dict[str, str]) -> list[G
             piece.document, groups[piece.document], (judged[i], judged[len(batch) + i]),
             0, 0, 0.0, 0, 0, 0.0, 0.0, 0.0, prefix=prefixes[i],
             prefix_ids=piece.ids[: piece.context], prefix_vector=vectors[i],
+            prefix_ends=_ends(hf, piece.ids[: piece.context]),
         )
         for i, piece in enumerate(batch)
     ]
@@ -118,7 +120,7 @@ def _continued(
             written.read, written.kept, visible[i], queries[i], written.peak,
             kv_logical=sizes.logical / len(pieces), kv_physical=sizes.physical / len(pieces),
             kv_full=sizes.full / len(pieces),
-            seconds=round(seconds, 4),
+            seconds=round(seconds, 4), kept=written.by_token[i],
         )
         for i, piece in enumerate(pieces)
     ]
@@ -134,6 +136,7 @@ class WrittenTexts(NamedTuple):
         peak: the most entries ever held.
         shares: for every position that can be generated, entries visible / text tokens before, for the query that
             predicts it.
+        by_token: how much is held of each token of the prefix, by piece (see ``GenerationRecord.kept``).
     """
 
     ids: list[list[tuple[int, ...]]]
@@ -142,6 +145,7 @@ class WrittenTexts(NamedTuple):
     peak: int
     sizes: CacheBytes
     shares: Tensor
+    by_token: list[str | None]
 
 
 def write_texts(
@@ -159,6 +163,9 @@ def write_texts(
         prefix = torch.tensor([piece.ids[: piece.context] for piece in pieces], device=session.device)
         logits = read_prompt(session, prefix)
         kept, sizes = session.kept, session.bytes()
+        by_token: list[str | None] = [None] * len(pieces)
+        if not protocol.compresses_late:
+            by_token = kept_by_token(session, len(pieces), first.context)
         steps = generate(session, logits, drawn, Sampling(protocol.top_p, protocol.temperature), ends)
         ids = torch.stack(list(steps), dim=1).cpu()
         read = first.context
@@ -171,7 +178,7 @@ def write_texts(
     outputs = len(protocol.decodings)
     queries = torch.arange(max(1, first.context - 1), len(first.ids) - 1)
     texts = [found[i : i + outputs] for i in range(0, len(found), outputs)]
-    return WrittenTexts(texts, read, kept, session.peak, sizes, session.visible(queries) / queries)
+    return WrittenTexts(texts, read, kept, session.peak, sizes, session.visible(queries) / queries, by_token)
 
 
 def _visibility(shares: Tensor, texts: list[list[tuple[int, ...]]]) -> tuple[list[float], list[int]]:
@@ -189,6 +196,11 @@ def _output(hf: object, before: Sequence[int], kind: str, draw: int, ids: Sequen
     whole = _text(hf, [*before, *ids])
     text = whole[len(head) :] if whole.startswith(head) else _text(hf, ids)
     return Output(kind, draw, tuple(ids), text, ended)
+
+
+def _ends(hf: object, ids: Sequence[int]) -> tuple[int, ...]:
+    """Where tokens end in the text that they decode to; parts of a character that is not whole yet end before it."""
+    return tuple(accumulate((len(_text(hf, ids[:count]).rstrip("\ufffd")) for count in range(1, len(ids) + 1)), max))
 
 
 def _text(hf: object, ids: Sequence[int]) -> str:

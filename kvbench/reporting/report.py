@@ -23,7 +23,7 @@ from kvbench.reporting.figures.quality import (
 )
 from kvbench.reporting.figures.questions import question_figures
 from kvbench.reporting.figures.recall import recall_figure
-from kvbench.reporting.page import write_page
+from kvbench.reporting.page.page import write_page
 from kvbench.reporting.parallel import in_parallel
 from kvbench.reporting.tables.export import write_tables
 from kvbench.reporting.tables.format import name_of, task_of
@@ -55,7 +55,8 @@ def write_report(runs: Sequence[Path], out: Path, metrics: Sequence[str] = ()) -
     """
     folders = [RunFolder(run) for run in runs]
     found = [compute_results(folder) for folder in folders]
-    rows = _told_apart(folders, found)
+    by_run = _told_apart(folders, found)
+    rows = [row for mine in by_run for row in mine]
     _check_budgets(rows)
     _check_signatures(rows)
     failures = tuple(failure for results in found for failure in results.failures)
@@ -65,23 +66,23 @@ def write_report(runs: Sequence[Path], out: Path, metrics: Sequence[str] = ()) -
         write_atomic(out / RESULTS, results.to_json() + "\n")
         figures = write_figures(folders, rows, out / "figures", metrics)
         tables = write_tables(rows, out / "tables")
-        page = write_page(folders, results, figures, out)
+        page = write_page(list(zip(folders, by_run, strict=True)), failures, out)
     except OSError as error:
         raise UserError(f"The folder {out} cannot be written: {error.strerror}.") from error
     return Report(results, tuple(figures), tuple(tables), page)
 
 
-def _told_apart(folders: Sequence[RunFolder], results: Sequence[Results]) -> list[Row]:
-    """The rows of all runs. Models with the same name but different files are named with their fingerprints, so that
+def _told_apart(folders: Sequence[RunFolder], results: Sequence[Results]) -> list[list[Row]]:
+    """The rows of each run. Models with the same name but different files are named with their fingerprints, so that
     no table or curve mixes them."""
     hashes: dict[str, set[str]] = {}
     for cell in (cell for folder in folders for cell in folder.cells()):
         hashes.setdefault(cell.model, set()).add(cell.model_hash)
-    rows: list[Row] = []
+    rows: list[list[Row]] = []
     for folder, found in zip(folders, results, strict=True):
         mine = {cell.model: cell.model_hash for cell in folder.cells()}
         names = {name: f"{name}@{mine[name][:8] or 'unknown'}" for name in mine if len(hashes[name]) > 1}
-        rows += [replace(row, model=names.get(row.model, row.model)) for row in found.rows]
+        rows.append([replace(row, model=names.get(row.model, row.model)) for row in found.rows])
     return rows
 
 

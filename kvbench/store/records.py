@@ -240,6 +240,9 @@ class GenerationRecord:
         seconds: time of the batch, divided among its documents.
         prefix: text of the prefix; only in the record of the human texts.
         prefix_ids, prefix_vector: its tokens and its sentence embedding, likewise.
+        prefix_ends: where its tokens end in its text, in characters, likewise.
+        kept: how much is held of each token of the prefix, mean over layers and heads: a digit from 0 (none) to 9
+            (all); None if entries are merged, stored in another form, stand for several tokens, or leave later.
     """
 
     document: str
@@ -257,6 +260,8 @@ class GenerationRecord:
     prefix: str | None = None
     prefix_ids: tuple[int, ...] = ()
     prefix_vector: str | None = None
+    prefix_ends: tuple[int, ...] = ()
+    kept: str | None = None
     schema: int = SCHEMA
 
     @property
@@ -271,7 +276,8 @@ class GenerationRecord:
             TypeError, KeyError: a field is missing or unknown.
         """
         outputs = tuple(Output(**{**output, "ids": tuple(output["ids"])}) for output in raw["outputs"])
-        return cls(**{**raw, "outputs": outputs, "prefix_ids": tuple(raw.get("prefix_ids", ()))})
+        listed = {name: tuple(raw.get(name, ())) for name in ("prefix_ids", "prefix_ends")}
+        return cls(**{**raw, "outputs": outputs, **listed})
 
     def of(self, decode: str) -> tuple[Output, ...]:
         """The outputs of one kind, in the order of their draws."""

@@ -1,4 +1,4 @@
-"""Tables as files, and the page: made from rows written by hand."""
+"""Tables as files: made from rows written by hand."""
 
 from __future__ import annotations
 
@@ -8,13 +8,11 @@ import re
 import shutil
 import subprocess
 from dataclasses import replace
-from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
 
 from kvbench.analysis.results import compute_results
-from kvbench.reporting.page import write_page
 from kvbench.reporting.tables import export
 from kvbench.reporting.tables.tables import tables_of
 from kvbench.store.folder import RunFolder
@@ -101,77 +99,6 @@ def test_csv_holds_every_row(rows: list[Row], tmp_path: Path) -> None:
     assert {p.name for p in (tmp_path / "tables").iterdir()} == {
         "minidocs.md", "minidocs.tex", "minidocs.csv", "rows.csv",
     }
-
-
-class Page(HTMLParser):
-    """What a page refers to, and whether its tags close."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.open: list[str] = []
-        self.links: list[str] = []
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        if tag not in ("meta", "link", "br", "img"):
-            self.open.append(tag)
-        self.links += [value or "" for name, value in attrs if name in ("src", "href", "action")]
-
-    def handle_endtag(self, tag: str) -> None:
-        assert self.open.pop() == tag
-
-
-def test_the_page_is_whole_and_needs_nothing_from_elsewhere(run: Path, tmp_path: Path) -> None:
-    folder = RunFolder(run)
-    picture = tmp_path / "figure.png"
-    picture.write_bytes(b"\x89PNG")
-    results = compute_results(folder)
-    path = write_page([folder], results, [picture], folder.path)
-    text = path.read_text()
-    page = Page()
-    page.feed(text)
-    assert page.open == []
-    assert page.links == ["data:,", "data:image/png;base64,iVBORw=="]
-    assert "http" not in re.sub(r"<pre.*?</pre>", "", text, flags=re.S)
-    assert text.count("<th ") == 9 + 5  # the table, and the worst documents
-    assert text.count("<tr>") == (1 + 3) + (1 + 2 * 5)
-    assert "run_1" in text
-
-
-@pytest.mark.skipif(shutil.which("chromium") is None, reason="chromium is not installed")
-def test_the_page_sorts_in_a_browser_without_an_error(run: Path, tmp_path: Path) -> None:
-    """Each click on a heading sorts by it, upwards and then downwards; what has no value comes last."""
-    folder = RunFolder(run)
-    text = write_page([folder], compute_results(folder), [], folder.path).read_text()
-    clicks = """<script>
-      const order = () => [...document.querySelector("tbody").rows].map(row => row.cells[0].textContent).join(" ");
-      const click = name => [...document.querySelectorAll("thead button")].find(b => b.textContent === name).click();
-      const seen = [];
-      for (const name of ["method", "method", "ppl", "ppl", "removed: asked"]) { click(name); seen.push(order()); }
-      document.title = seen.join(" / ");
-    </script>"""
-    page = tmp_path / "clicked.html"
-    page.write_text(text.replace("</body>", clicks + "</body>"))
-    done = subprocess.run(
-        ["chromium", "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",
-         "--disable-background-networking", "--disable-component-update", "--disable-sync", "--enable-logging=stderr",
-         f"--user-data-dir={tmp_path / 'chromium'}", "--dump-dom", page.as_uri()],
-        capture_output=True, text=True, check=True, timeout=120,
-    )
-    title = re.search(r"<title>(.*?)</title>", done.stdout)
-    assert title is not None
-    assert title.group(1).split(" / ") == [
-        "full local sinks", "sinks local full", "full sinks local", "local sinks full", "local sinks full",
-    ]
-    assert "CONSOLE" not in done.stderr
-
-
-def test_the_page_says_what_failed_and_escapes_it(run: Path) -> None:
-    from kvbench.store.records import Failure
-
-    folder = RunFolder(run)
-    folder.fail(SINKS, Failure(SINKS.key, "sinks <b>fell</b> & broke", "Mend it."))
-    text = write_page([folder], compute_results(folder), [], folder.path).read_text()
-    assert "sinks &lt;b&gt;fell&lt;/b&gt; &amp; broke Mend it." in text
 
 
 def test_report_writes_all_of_it(called: Call, run: Path) -> None:

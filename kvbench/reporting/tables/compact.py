@@ -15,6 +15,7 @@ from rich.text import Text
 from kvbench.metrics import SHOWN
 from kvbench.metrics.base import FLUENCY
 from kvbench.reporting.tables.format import (
+    CONTROLS,
     UNDER_FLOOR,
     asked_of,
     cells_of,
@@ -34,7 +35,6 @@ from kvbench.store.rows import Row
 COMPACT_WIDTH = 100
 """Columns of a terminal that the tables fit."""
 _BAR, _PARTS = 8, " ▏▎▍▌▋▊▉█"
-_CONTROLS = ("human", "full", "full-again", "adapted", "none")
 _BESIDE, _MOST_BESIDE = ("mauve", "semantic", "chrf", "rougeL", "prefix_match"), 2
 """Metrics of written texts that stand beside the first one, without a difference, and how many of them do."""
 _MOVED = 0.005
@@ -62,7 +62,7 @@ def compact_tables(rows: list[Row]) -> Group:
 def main_metric(rows: Sequence[Row]) -> str:
     """The metric that the cells of a task are sorted by."""
     present = {row.metric for row in rows}
-    order: tuple[str, ...] = ("answer_accuracy", "accuracy", "ppl")
+    order: tuple[str, ...] = ("answer_accuracy", "accuracy", "ppl", "decode_tok_s")
     if rows[0].protocol in WRITING:
         order = (*columns_of(FLUENCY), *(row.metric for row in rows))
     elif "answer_nll" not in present:
@@ -73,7 +73,7 @@ def main_metric(rows: Sequence[Row]) -> str:
 def reading(rows: Sequence[Row], metric: str) -> str:
     """What the table says, in words: the best at each ratio, and what could be told apart from the full cache."""
     mine = [row for row in rows if row.metric == metric and row.value is not None]
-    rivals = [row for row in mine if row.name not in _CONTROLS and row.delta is not None]
+    rivals = [row for row in mine if row.name not in CONTROLS and row.delta is not None]
     if not rivals:
         return "Nothing is compared with the full cache."
     is_better = SHOWN[metric].better is not None

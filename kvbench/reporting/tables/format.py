@@ -19,6 +19,8 @@ WIDTH = 140
 """Width of tables, in characters, if the output is not a terminal."""
 
 _ROLE_ORDER = ("human", "full", "adapted", "none")
+CONTROLS = ("human", "full", "full-again", "full-dynamic", "adapted", "none")
+"""Methods that the others are compared with, or that bound them."""
 
 
 Key = tuple[str, float | None]

@@ -10,6 +10,7 @@ from kvbench.metrics.base import ANSWERS, GREEDY, LM, TEXTS, TIMING
 from kvbench.parsing import bytes_of
 from kvbench.reporting.tables.bins import bin_tables
 from kvbench.reporting.tables.format import (
+    CONTROLS,
     UNDER_FLOOR,
     by_setting,
     cells_of,
@@ -26,9 +27,6 @@ from kvbench.statistics import SIGNIFICANT
 from kvbench.store.faults import faults_in
 from kvbench.store.records import WRITING
 from kvbench.store.rows import Row
-
-_CONTROLS = ("human", "full", "full-again", "full-dynamic", "adapted", "none")
-
 
 _MEMORY = "kv_bytes_physical"
 _HEAD = ("method", "removed: asked", "realised")
@@ -131,7 +129,7 @@ def _best(cells: dict[tuple[str, float | None], dict[str, Row]], metric: str) ->
     for ratio in {ratio for method, ratio in cells if ratio is not None}:
         rows = [
             (sign * row.value, key, row) for key, metrics in cells.items()
-            if key[1] == ratio and key[0] not in _CONTROLS
+            if key[1] == ratio and key[0] not in CONTROLS
             and (row := metrics.get(metric)) is not None and row.value is not None
         ]
         ordered = sorted(rows, key=lambda item: item[0])
