@@ -9,12 +9,12 @@ from __future__ import annotations
 import queue
 from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+from rich.progress import TaskID
 
 from kvbench.errors import StoppedError, UserError
 from kvbench.execution.channel import Advanced, At, End, Event, Failed, Ready, Records, Refused
@@ -25,6 +25,7 @@ from kvbench.execution.process import WorkerDiedError
 from kvbench.execution.resume import is_complete, is_done, remaining
 from kvbench.execution.run_writer import RunWriter
 from kvbench.execution.shards import Shard, ShardLocks, split_into_shards
+from kvbench.execution.so_far import Display, SoFar
 from kvbench.planning.quality import Plan
 from kvbench.store.folder import RunFolder, record_of
 from kvbench.store.manifest import TaskInfo
@@ -58,17 +59,20 @@ class _Run:
     """State of the execution of all plans.
 
     Attributes:
-        tokens: tokens of the finished shards; ``total``: tokens of all shards known so far.
+        tokens, records: of the finished shards; ``total``, ``all_records``: of all shards known so far.
     """
 
     plans: Sequence[Plan]
     writer: RunWriter
     options: ExecutionOptions
     console: Console
-    progress: Progress
+    progress: Display
     bar: TaskID
+    so_far: SoFar = field(default_factory=SoFar)
     tokens: int = 0
+    records: int = 0
     total: int = 0
+    all_records: int = 0
 
 
 @dataclass
@@ -100,11 +104,8 @@ def execute(
         UserError: no plan can be executed (nothing was written), or the disk is full.
         WorkerDiedError: nothing was written, and the children of the first plan died before they were ready.
     """
-    with Progress(
-        TextColumn("{task.description}"), BarColumn(), TextColumn("{task.percentage:.0f} %"),
-        TimeRemainingColumn(), console=console, transient=True,
-    ) as progress:
-        bar = progress.add_task("loading the model", total=None)
+    with Display(console) as progress:
+        bar = progress.add_task("loading the model", total=None, documents="")
         cells = {cell.key: cell for plan in plans for cell in plan.cells}
         sources = {name: corpus.source for plan in plans for name, corpus in plan.corpora.items()}
         limit = plans[0].request.limit
@@ -173,7 +174,11 @@ def _handle(run: _Run, state: _PlanState, handle: WorkerHandle, event: Event) ->
             _show(run, state)
         case Records():
             cell = run.writer.cells[event.cell]
-            run.writer.append(event.cell, [record_of(cell, raw) for raw in event.records])
+            records = [record_of(cell, raw) for raw in event.records]
+            run.writer.append(event.cell, records)
+            handle.records += len(records)
+            run.so_far.add(cell, records)
+            run.progress.found = run.so_far.line(cell)
         case Failed():
             _fail(run, event.failure)
         case End():
@@ -203,6 +208,7 @@ def _begin(run: _Run, state: _PlanState, handle: WorkerHandle, ready: Ready) -> 
             _fail(run, failure)
         state.shards = split_into_shards(plan.cells, ready.tasks)
         run.total += sum(shard.tokens for shard in state.shards)
+        run.all_records += sum(shard.records for shard in state.shards)
         _say_what_is_left_out(run.console, ready.tasks)
         for other in state.handles:
             _assign(run, state, other)
@@ -232,7 +238,7 @@ def _finish(run: _Run, state: _PlanState, shard: Shard) -> None:
     assert state.shards is not None
     state.shards.remove(shard)
     state.locks.release(shard.name)
-    run.tokens += shard.tokens
+    run.tokens, run.records = run.tokens + shard.tokens, run.records + shard.records
     _show(run, state)
 
 
@@ -271,8 +277,11 @@ def _show(run: _Run, state: _PlanState) -> None:
     """Update the progress bar; plans that have not started are assumed to be as large as those that have."""
     known = sum(len(plan.cells) for plan in run.plans[: run.plans.index(state.plan) + 1])
     total = run.total * len(run.writer.cells) / max(1, known)
-    done = run.tokens + sum(handle.tokens for handle in state.handles if handle.shard is not None)
-    run.progress.update(run.bar, total=total, completed=done)
+    working = [handle for handle in state.handles if handle.shard is not None]
+    done = run.tokens + sum(handle.tokens for handle in working)
+    records = run.records + sum(handle.records for handle in working)
+    documents = f"{records}/{round(run.all_records * len(run.writer.cells) / max(1, known))} documents x cells"
+    run.progress.update(run.bar, total=total, completed=done, documents=documents)
 
 
 def _say_what_is_left_out(console: Console, tasks: dict[str, TaskInfo]) -> None:

@@ -23,7 +23,7 @@ class WorkerHandle:
     """A child process and the shard that it is measuring.
 
     Attributes:
-        tokens: tokens of the shard that are done.
+        tokens, records: tokens and records of the shard that are done.
         ended: whether it will not measure anything more.
     """
 
@@ -31,7 +31,7 @@ class WorkerHandle:
         self.job, self.number, self.events = job, number, events
         self.is_ready = self.ended = False
         self.shard: Shard | None = None
-        self.tokens = 0
+        self.tokens = self.records = 0
         self.child = WorkerProcess(job, number, events)
         self.touch()
 
@@ -47,7 +47,7 @@ class WorkerHandle:
         return self.is_ready and not self.ended and self.shard is None
 
     def take(self, shard: Shard) -> None:
-        self.shard, self.tokens, self.child.at = shard, 0, None
+        self.shard, self.tokens, self.records, self.child.at = shard, 0, 0, None
         self.touch()
 
     def dismiss(self) -> None:

@@ -37,6 +37,11 @@ class Shard:
     cells: tuple[Cell, ...]
     tokens: int
 
+    @property
+    def records(self) -> int:
+        """Number of records that it has when it is done."""
+        return len(self.documents) * len(self.cells)
+
 
 def split_into_shards(cells: Sequence[Cell], tasks: dict[str, TaskInfo]) -> list[Shard]:
     """Split a plan into shards, in order.
