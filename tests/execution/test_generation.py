@@ -121,6 +121,27 @@ def test_the_ratio_is_realised_when_the_prefix_has_been_read(finished: Outcome) 
     assert rows(finished, method="full", metric="prefix_match")[0]["value"] == 1
 
 
+def test_records_say_which_tokens_of_the_prefix_are_held(work: Path, finished: Outcome) -> None:
+    """Of 48, sinks keep the first 4 tokens and the last 20, a window the last 24; summaries stand for several."""
+    run = RunFolder(work / "run")
+    cells = {cell.method: cell for cell in run.cells()}
+    wanted = {"full": "9" * 48, "sinks": "9999" + 24 * "0" + 20 * "9", "local": 24 * "0" + 24 * "9", "sentinel": None}
+    for method, kept in wanted.items():
+        assert {record.kept for record in run.texts(cells[method]).values()} == {kept}, method
+    for method in ("scattered", "none"):
+        assert all((r.kept or "").count("9") == r.held for r in run.texts(cells[method]).values()), method
+
+
+def test_the_ends_of_tokens_cut_the_prefix_into_its_tokens(work: Path, finished: Outcome, tiny_tokenizer: Any) -> None:
+    run = RunFolder(work / "run")
+    people = next(cell for cell in run.cells() if cell.method == HUMAN)
+    for record in run.texts(people).values():
+        starts = (0, *record.prefix_ends[:-1])
+        cut = [(record.prefix or "")[a:b] for a, b in zip(starts, record.prefix_ends, strict=True)]
+        assert cut == [tiny_tokenizer.decode([i]) for i in record.prefix_ids]  # plain ASCII: one token, one piece
+        assert "".join(cut) == record.prefix
+
+
 def test_values_follow_from_the_texts_on_disk(work: Path, finished: Outcome) -> None:
     """Recomputed with the libraries from the records, not with our columns."""
     from sacrebleu.metrics.chrf import CHRF
