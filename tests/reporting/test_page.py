@@ -138,7 +138,7 @@ def test_the_summary_counts_what_is_significant_and_what_is_not_decided() -> Non
     assert "Too few documents to test: with 4 groups" in second.sentences[0]
     under = [replace(one, params={"under_floor": True}) for one in (full, row, other)]
     assert summary_of(under).sentences == (
-        "m: 1 task not solved with the full cache; nothing is ranked by them.",
+        "m does not solve, even with the full cache, and ranks nothing by: minidocs.",
     )
 
 

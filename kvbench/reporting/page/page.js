@@ -133,7 +133,7 @@
         const line = cell.getData(), row = line.rows[field], share = line.shares[field];
         if (!row) return "–";
         const width = share === undefined ? 0 : 100 * Math.max(0, Math.min(1, share));
-        cell.getElement().style.background = `linear-gradient(90deg, ${style("--bar")} ${width}%, transparent ${width}%)`;
+        cell.getElement().style.background = `linear-gradient(90deg, var(--bar) ${width}%, transparent ${width}%)`;
         return element("span", {textContent: number(row.value, row.metric) + (differs(row) ? "*" : "") + (data.settings[row.setting].under_floor ? "†" : ""), title: lines(row).join("\n")});
       };
       const last = {sorter: "number", sorterParams: {alignEmptyValues: "bottom"}};
@@ -238,7 +238,7 @@
   });
 
   // Light and dark; paper is always light.
-  const theme = name => { document.documentElement.dataset.theme = name; sections.filter(section => section.seen).forEach(section => section.draw()); };
+  const theme = name => { document.documentElement.dataset.theme = name; sections.filter(section => section.seen && !section.isTable).forEach(section => section.draw()); };
   const preferred = matchMedia("(prefers-color-scheme: dark)");
   preferred.addEventListener("change", () => theme(preferred.matches ? "dark" : "light"));
   $("theme").addEventListener("click", () => theme(document.documentElement.dataset.theme === "dark" ? "light" : "dark"));
@@ -246,6 +246,7 @@
   const show = section => { if (!section.seen) { section.seen = true; section.draw(); } };
   const watcher = new IntersectionObserver(entries => entries.filter(entry => entry.isIntersecting).forEach(entry => show(sections.find(section => section.place === entry.target))), {rootMargin: "300px"});
   sections.forEach(section => watcher.observe(section.place));
+  requestIdleCallback(() => sections.filter(section => section.place.id === "leaderboard").forEach(show));
   let before = null;
   addEventListener("beforeprint", () => { before = document.documentElement.dataset.theme; document.querySelectorAll("#summary details").forEach(part => { part.open = true; }); sections.filter(section => section.place.id !== "all").forEach(show); theme("light"); });
   addEventListener("afterprint", () => { if (before) theme(before); });

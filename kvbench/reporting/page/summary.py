@@ -11,7 +11,7 @@ from kvbench.analysis.largest_ratio import FOUND
 from kvbench.metrics import SHOWN
 from kvbench.metrics.largest_ratio import LARGEST_RATIO
 from kvbench.reporting.tables.compact import main_metric, reading, too_few_to_test
-from kvbench.reporting.tables.format import CONTROLS, UNDER_FLOOR, by_setting, name_of
+from kvbench.reporting.tables.format import CONTROLS, by_setting, name_of, task_of
 from kvbench.statistics import SIGNIFICANT
 from kvbench.store.rows import Row
 
@@ -66,9 +66,9 @@ def _of_model(model: str, tasks: Sequence[list[Row]]) -> list[str]:
             parts.append(f"{lost} of {len(tested)} comparisons with the full cache are significant")
         if parts:
             found.append(f"{model}, {ratio:g} removed: {'; '.join(parts)}.")
-    under = len(tasks) - len(solved)
+    under = [task_of(mine[0]) for mine in tasks if _is_under(mine)]
     if under:
-        found.append(f"{model}: {_tasks(under)} not solved with the full cache; nothing is ranked by them.")
+        found.append(f"{model} does not solve, even with the full cache, and ranks nothing by: {'; '.join(under)}.")
     few = sum(bool(too_few_to_test([row for row in _rivals(mine) if row.p_value is not None])) for mine in solved)
     if few:
         found.append(f"{model}: {_tasks(few)} with too few documents for any significance.")
@@ -124,10 +124,8 @@ def _bytes(rows: Sequence[Row], ratio: float) -> dict[str, list[float]]:
 
 def _of_task(rows: Sequence[Row]) -> tuple[str, ...]:
     whole = list(filter(_is_whole, rows))
-    if not whole:
+    if _is_under(whole) or not _rivals(whole):
         return ()
-    if _is_under(whole):
-        return (UNDER_FLOOR,)
     found = [reading(whole, main_metric(whole))]
     largest = [row for row in rows if row.metric == LARGEST_RATIO and row.params["of"] == main_metric(whole)]
     kept = sorted((row for row in largest if row.params["outcome"] == FOUND), key=lambda row: -(row.value or 0.0))
