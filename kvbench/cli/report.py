@@ -29,7 +29,7 @@ def report(
     """Print the tables of runs again and draw their figures, from what is on disk.
 
     Needs neither the model nor PyTorch. Writes results.json, table.txt, tables/ (Markdown, CSV,
-    LaTeX), figures/ (PNG and PDF) and report.html, one page with everything.
+    LaTeX), figures/ (PNG and PDF) and report.html, one page with everything; with --paper also paper/.
 
     Examples:
 

@@ -32,8 +32,8 @@ LEVELS: dict[str, dict[str, Any]] = {
 """What is compared with: black and grey lines that are not counted."""
 _ASIDE = 0.9
 """Points by which lines are drawn aside of each other, so that bars of equal places do not cover each other."""
-_LABEL = 32
-"""Letters of a line beside the y-axis."""
+_LABEL = (32, 26)
+"""Letters of a line beside the y-axis of a single panel, and of one of several."""
 _LETTER = 0.62
 """Mean width of a letter, as a share of the size of the font."""
 
@@ -52,7 +52,17 @@ def coloured(names: Sequence[str], settings: RcParams) -> dict[str, dict[str, An
 
 
 def draw(plot: Plot, looks: Mapping[str, Mapping[str, Any]]) -> bytes:
-    """Draw a figure as PDF: 8 cm wide if it has one panel, 17 cm otherwise.
+    """Draw a figure as PDF with embedded fonts; see :func:`figure_of`."""
+    with rc_context():
+        rcParams.update(style())
+        rcParams["text.parse_math"] = False  # names may have dollars
+        file = io.BytesIO()
+        figure_of(plot, looks).savefig(file, format="pdf", metadata={"CreationDate": None})
+    return file.getvalue()
+
+
+def figure_of(plot: Plot, looks: Mapping[str, Mapping[str, Any]]) -> Figure:
+    """Draw a figure: 8 cm wide if it has one panel, 17 cm otherwise.
 
     Args:
         looks: name of a line -> how it is drawn (:func:`coloured`); lines that have none are grey.
@@ -61,23 +71,24 @@ def draw(plot: Plot, looks: Mapping[str, Mapping[str, Any]]) -> bytes:
     across = count if count <= 4 else 3
     down = -(-count // across)
     width = COLUMN if count == 1 else PAGE
-    with rc_context():
-        rcParams.update(style())
-        figure = Figure(figsize=(width, 0.3 + down * (1.9 if count == 1 else 1.65)))
-        places = list(figure.subplots(down, across, squeeze=False, sharey=_shares_y(plot)).flat)
-        for place, panel in zip(places, plot.panels, strict=False):
-            _draw_panel(place, panel, looks, count > 1)
-        for place in places[count:]:
-            place.set_axis_off()
-        for number, place in enumerate(places[:count]):
-            if number % across and len({panel.y_label for panel in plot.panels}) == 1:
-                place.set_ylabel("")
-            if number + across < count:
-                place.set_xlabel("")
-        _add_legend(figure, places[:count], [*LEVELS, *looks, OTHERS])
-        file = io.BytesIO()
-        figure.savefig(file, format="pdf", metadata={"CreationDate": None})
-    return file.getvalue()
+    figure = Figure(figsize=(width, 0.3 + down * (1.9 if count == 1 else 1.65)))
+    places = list(figure.subplots(down, across, squeeze=False, sharey=_shares_y(plot)).flat)
+    for place, panel in zip(places, plot.panels, strict=False):
+        _draw_panel(place, panel, looks, count > 1)
+    for place in places[count:]:
+        place.set_axis_off()
+    for number, place in enumerate(places[:count]):
+        if number % across and len({panel.y_label for panel in plot.panels}) == 1:
+            place.set_ylabel("")
+        if number + across < count:
+            place.set_xlabel("")
+    _add_legend(figure, places[:count], [*LEVELS, *map(_label, looks), OTHERS])
+    return figure
+
+
+def _label(name: str) -> str:
+    """A name as a label: matplotlib leaves out those that begin with an underscore."""
+    return f" {name}" if name.startswith("_") else name
 
 
 def _shares_y(plot: Plot) -> bool:
@@ -91,11 +102,12 @@ def _draw_panel(place: Axes, panel: Panel, looks: Mapping[str, Mapping[str, Any]
         place.axhline(value, label=name, linewidth=0.8, zorder=1, **LEVELS[name])
     places = {name: number - (len(looks) - 1) / 2 for number, name in enumerate(looks)}
     for line in panel.lines:
-        place.update_datalim([(x, y) for ys in (line.y, line.low, line.high) for x, y in zip(line.x, ys, strict=True)])
         look = LEVELS.get(line.name) or looks.get(line.name)
-        _draw_line(place, line, {"label": line.name, **look} if look else _GREY, places.get(line.name))
+        ends = (line.y, line.low, line.high) if line.name in places else (line.y,)
+        place.update_datalim([(x, y) for ys in ends for x, y in zip(line.x, ys, strict=True)])
+        _draw_line(place, line, {"label": _label(line.name), **look} if look else _GREY, places.get(line.name))
     place.set_xlabel(panel.x_label)
-    place.set_ylabel(fill(panel.y_label, _LABEL))
+    place.set_ylabel(fill(panel.y_label, _LABEL[has_title]))
     if has_title:
         place.set_title(panel.title)
     if panel.is_log:
