@@ -21,13 +21,15 @@ def report(
     out: Annotated[Path | None, typer.Option(
         parser=options.path,
         help="Folder to write into; needed for several runs. \\[default: the run folder]", show_default=False)] = None,
+    paper: Annotated[bool, typer.Option(
+        "--paper", help="Write paper/ as well: figures at column width, LaTeX tables, BibTeX, the set-up.")] = False,
     json_: Annotated[bool, typer.Option("--json", help="Print the JSON document on stdout.")] = False,
     wide: options.Wide = False,
 ) -> None:
     """Print the tables of runs again and draw their figures, from what is on disk.
 
     Needs neither the model nor PyTorch. Writes results.json, table.txt, tables/ (Markdown, CSV,
-    LaTeX), figures/ (PNG and PDF) and report.html, one page with everything.
+    LaTeX), figures/ (PNG and PDF) and report.html, one page with everything; with --paper also paper/.
 
     Examples:
 
@@ -39,6 +41,7 @@ def report(
 
     from kvbench.errors import UserError, unknown
     from kvbench.metrics import METRIC_NAMES
+    from kvbench.reporting.paper.paper import write_paper
     from kvbench.reporting.report import write_report
     from kvbench.reporting.tables.terminal import print_results
     from kvbench.store.folder import RUN
@@ -52,6 +55,7 @@ def report(
         raise UserError(f"The folder {out} holds another run.", "Choose another --out.")
     folder = out or run[0]
     found = write_report(run, folder, metric or ())
+    document = write_paper(run, found.results, folder, metric or ()) if paper else None
     try:
         with (folder / "table.txt").open("w", encoding="utf-8", errors="backslashreplace") as file:
             print_results(found.results, Console(file=file), folder, wide=True)
@@ -66,4 +70,6 @@ def report(
             console.print(f"figure: {path}", soft_wrap=True, highlight=False)
         console.print(f"tables: {len(found.tables)} files in {folder / 'tables'}", soft_wrap=True, highlight=False)
         console.print(f"page: {found.page}", soft_wrap=True, highlight=False)
+        if document is not None:
+            console.print(f"paper: {document}", soft_wrap=True, highlight=False)
     raise typer.Exit(0 if found.results.ok else 1)

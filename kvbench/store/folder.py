@@ -142,7 +142,7 @@ class RunFolder:
         """Remove the files that runs and reports write, and nothing else."""
         for name in (RUN, RESULTS, MASKS, "table.txt", "report.html"):
             (self.path / name).unlink(missing_ok=True)
-        for name in ("cells", "figures", "tables"):
+        for name in ("cells", "figures", "tables", "paper"):
             shutil.rmtree(self.path / name, ignore_errors=True)
 
     def manifest(self) -> Manifest:

@@ -9,16 +9,11 @@ from pathlib import Path
 
 import pandas as pd
 
+from kvbench.reporting.tables.latex import latex
 from kvbench.reporting.tables.plain import Table
 from kvbench.reporting.tables.tables import renamed, tables_of
 from kvbench.store.folder import write_atomic
 from kvbench.store.rows import Row
-
-_LATEX = str.maketrans({
-    "&": r"\&", "%": r"\%", "$": r"\$", "#": r"\#", "_": r"\_", "{": r"\{", "}": r"\}", "~": r"\textasciitilde{}",
-    "^": r"\textasciicircum{}", "\\": r"\textbackslash{}", "|": r"\textbar{}", "<": r"\textless{}",
-    ">": r"\textgreater{}",
-})
 
 
 def write_tables(rows: Sequence[Row], folder: Path) -> list[Path]:
@@ -61,26 +56,6 @@ def csv(table: Table) -> str:
     body = [[entry.text for entry in row] for row in table.rows]
     text: str = pd.DataFrame(body, columns=_unique(table.columns)).to_csv(index=False)
     return text
-
-
-def latex(table: Table) -> str:
-    """Format a table as LaTeX; it needs ``\\usepackage{booktabs}``."""
-    body = [
-        [(rf"\textbf{{{_tex(entry.text)}}}" if entry.is_best else _tex(entry.text)) for entry in row]
-        for row in table.rows
-    ]
-    lines = [
-        r"\begin{table}", r"\centering", r"\small", rf"\caption{{{_tex(table.title)}. {_tex(table.notes[0])}}}",
-        rf"\label{{tab:{table.name}}}", rf"\begin{{tabular}}{{{'l' * len(table.columns)}}}", r"\toprule",
-        " & ".join(_tex(column) for column in table.columns) + r" \\", r"\midrule",
-        *(" & ".join(row) + r" \\" for row in body), r"\bottomrule", r"\end{tabular}",
-        *(f"% {note}" for note in table.notes), r"\end{table}",
-    ]
-    return "\n".join(lines) + "\n"
-
-
-def _tex(text: str) -> str:
-    return text.translate(_LATEX)
 
 
 def all_rows(rows: Sequence[Row]) -> str:

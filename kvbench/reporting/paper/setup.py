@@ -1,0 +1,242 @@
+"""The set-up of a run in words, for an appendix: made from the manifests and rows, as text and as LaTeX."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from kvbench.reporting.paper.selection import comparisons
+from kvbench.reporting.tables.latex import escaped
+from kvbench.statistics import EXCHANGES, LEVEL, MOST_FLIPS, RESAMPLES, SIGNIFICANT
+from kvbench.store.faults import faults_in, remarks_of
+from kvbench.store.manifest import Manifest
+from kvbench.store.papers import KVBENCH, Paper, papers_of
+from kvbench.store.records import IMPORTED, WRITING, Cell, Failure
+from kvbench.store.rows import Row
+
+
+@dataclass(frozen=True)
+class Code:
+    """Text that is set as it is: a name, a hash, a signature."""
+
+    text: str
+
+
+@dataclass(frozen=True)
+class Cite:
+    """References by their keys."""
+
+    keys: tuple[str, ...]
+
+
+Part = str | Code | Cite
+
+
+@dataclass(frozen=True)
+class Paragraph:
+    """A paragraph with its heading."""
+
+    heading: str
+    parts: tuple[Part, ...]
+
+
+def setup_of(manifests: Sequence[Manifest], rows: Sequence[Row], failures: Sequence[Failure] = ()) -> list[Paragraph]:
+    """Describe models, data, methods, metrics, statistics, software and hardware of one or several runs."""
+    cells = [cell for manifest in manifests for cell in manifest.cells]
+    found = [
+        Paragraph("Models", tuple(_models(manifests))), Paragraph("Data and protocols", tuple(_tasks(manifests, rows))),
+        Paragraph("Methods", tuple(_methods(cells))), Paragraph("Metrics", tuple(_metrics(rows))),
+        Paragraph("Statistics", (_statistics(rows),)), Paragraph("Software and hardware", tuple(_machines(manifests))),
+        Paragraph("Commands", tuple(_commands(manifests))),
+        Paragraph("Incomplete", tuple(_incomplete(manifests, failures))),
+    ]
+    return [paragraph for paragraph in found if any(paragraph.parts)]
+
+
+def as_text(paragraphs: Sequence[Paragraph]) -> str:
+    """Format paragraphs as plain text; references are in brackets."""
+    def shown(part: Part) -> str:
+        match part:
+            case Cite(keys):
+                return f" [{', '.join(keys)}]"
+            case Code(text):
+                return text
+            case text:
+                return text
+
+    return "\n\n".join(
+        f"{paragraph.heading}\n\n{''.join(map(shown, paragraph.parts)).strip()}" for paragraph in paragraphs
+    ) + "\n"
+
+
+def as_latex(paragraphs: Sequence[Paragraph]) -> str:
+    """Format paragraphs as LaTeX, to be included in a section; long names break at their punctuation."""
+    def shown(part: Part) -> str:
+        match part:
+            case Cite(keys):
+                return rf"~\cite{{{','.join(keys)}}}"
+            case Code(text):
+                pieces = re.split(r"(?<=[|,/:=;_.-])", text)
+                return rf"\texttt{{{(chr(92) + 'allowbreak{}').join(map(escaped, pieces))}}}"
+            case text:
+                after = "\n\n" if text.endswith("\n") else " " * text.endswith(" ")
+                return " " * text.startswith(" ") + escaped(text) + after
+
+    lines = ["% Written by kvbench report --paper.", r"\begingroup\sloppy"]
+    for paragraph in paragraphs:
+        lines += ["", rf"\paragraph{{{escaped(paragraph.heading)}.}}", "".join(map(shown, paragraph.parts)).strip()]
+    return "\n".join([*lines, "", r"\par\endgroup"]) + "\n"
+
+
+def _models(manifests: Sequence[Manifest]) -> Iterable[Part]:
+    probes: dict[str, dict[str, Any]] = {name: probe for m in manifests for name, probe in m.probes.items()}
+    cells = [cell for manifest in manifests for cell in manifest.cells]
+    for model, revision, fingerprint, dtype, device in dict.fromkeys(
+        (cell.model, cell.revision, cell.model_hash, cell.dtype, cell.device) for cell in cells
+    ):
+        kind = probes.get(model, {}).get("kind")
+        yield from (Code(model), f" ({kind})" if kind else "")
+        if revision:
+            yield from (", revision ", Code(revision))
+        yield from (", fingerprint of its files ", Code(fingerprint or "unknown"))
+        yield f", precision {dtype}, device {device}. "
+    for name, fingerprint in dict.fromkeys((cell.name, cell.adapter_hash) for cell in cells if cell.adapter_hash):
+        yield from ("Adapter of ", Code(name), ": fingerprint ", Code(fingerprint or ""), ". ")
+
+
+def _tasks(manifests: Sequence[Manifest], rows: Sequence[Row]) -> Iterable[Part]:
+    for manifest in manifests:
+        for setting, info in manifest.tasks.items():
+            cell = next((cell for cell in manifest.cells if cell.setting == setting), None)
+            if cell is None:
+                continue
+            groups = sorted({
+                row.groups for row in rows
+                if (row.task, row.protocol, row.seed) == (cell.task, cell.protocol, cell.seed)
+                and (row.params.get("question") or "hidden") == cell.options.get("question", "hidden")
+                and row.params.get("bin") is None
+            })
+            many = f" in {_range(groups)} groups" if groups else ""
+            yield from (Code(cell.workload), _cited(papers_of(tasks=[cell.task])))
+            yield f" on {cell.model}: {len(info.documents)} documents{many}"
+            yield f", {info.tokens:,} tokens" if info.tokens else ""
+            source = manifest.sources.get(cell.task)
+            yield from (", from ", Code(source)) if source else ()
+            yield from (", data ", Code(cell.data_hash), f", version {info.version} of the task, seed {cell.seed}")
+            left = [f"{info.skipped_documents:,} documents were skipped"] if info.skipped_documents else []
+            left += [f"{info.dropped_tokens:,} tokens are in no sequence"] if info.dropped_tokens else []
+            yield f"; {' and '.join(left)}" if left else ""
+            yield from ("; protocol ", Code(info.signature), ". ")
+        for setting, profile in manifest.profiles.items():
+            yield from ("Profile ", Code(setting), f" in {profile.repeats} processes: ", Code(profile.signature), ". ")
+
+
+def _methods(cells: Sequence[Cell]) -> Iterable[Part]:
+    shared = {name for cell in cells if cell.method == "full" for name in cell.options}
+    for name in dict.fromkeys(cell.name for cell in cells):
+        mine = [cell for cell in cells if cell.name == name]
+        ratios = sorted({cell.ratio_asked for cell in mine if cell.ratio_asked is not None}, key=float)
+        options = sorted({
+            f"{key}={value}" for cell in mine for key, value in cell.options.items() if key not in shared
+        })
+        about = [f"ratio {', '.join(ratios)}"] if ratios else []
+        about += [f"removal {', '.join(dict.fromkeys(cell.removal for cell in mine))}"]
+        about += [f"version {cell.version}" for cell in mine[:1] if cell.version > 1]
+        yield from (Code(name), _cited(papers_of([mine[0].method])), f" ({'; '.join(about)}")
+        yield from ("; ", Code(", ".join(options))) if options else ()
+        yield "). "
+    yield " ".join(faults_in((cell.method, remarks_of(cell)) for cell in cells))
+
+
+def _metrics(rows: Sequence[Row]) -> Iterable[Part]:
+    used = [key[1] for key in comparisons(rows)]
+    for metric in dict.fromkeys(used):
+        signatures = {row.signature for row in rows if row.metric == metric and row.params.get("bin") is None}
+        first, *others = (signature.split("|") for signature in sorted(signatures))
+        common = [part for part in first if all(part in other for other in others)]
+        yield from (Code(metric), _cited(papers_of(metrics=[metric])), ": ", Code("|".join(common)), ". ")
+
+
+def _statistics(rows: Sequence[Row]) -> str:
+    """What was done to the rows that there are."""
+    kinds = {row.protocol for row in rows}
+    said = []
+    if kinds - {"profile"}:
+        said.append(
+            f"Intervals are {100 * LEVEL:g} % percentile bootstrap intervals over {RESAMPLES:,} resamples of the "
+            "groups (articles, books, or the documents themselves). Differences to the full cache are paired by group."
+        )
+    if kinds - {"profile", *WRITING}:
+        said.append(
+            "Their p-values come from two-sided sign-flip permutation tests over the groups: exact with up to "
+            f"{EXCHANGES.bit_length() - 1} groups, otherwise over up to {MOST_FLIPS:,} random flips."
+        )
+    if kinds & set(WRITING):
+        said.append(
+            "Metrics of written text are tested by exchanging method and full cache within random groups, "
+            f"{EXCHANGES:,} times."
+        )
+    if any(row.metric == "distinct" for row in rows):
+        said.append("The interval of distinct is the jackknife's over groups.")
+    if any(row.metric == "mauve" for row in rows):
+        said.append("The interval of mauve is a t-interval over seeds of its clustering; it has no p-value.")
+    if kinds - {"profile"}:
+        said.append(f"All p-values are adjusted by Holm's method within each task and metric; below {SIGNIFICANT:g} a "
+                    "difference is called significant.")
+    if "profile" in kinds:
+        said.append("Times are medians over requests; their intervals are where the median of another such run will "
+                    "lie, by order statistics.")
+    return " ".join(said)
+
+
+def _machines(manifests: Sequence[Manifest]) -> Iterable[Part]:
+    seen = list[Any]()
+    for manifest in manifests:
+        environment, machine = manifest.environment, manifest.machine
+        if not environment or (environment, machine) in seen:
+            continue
+        seen.append((environment, machine))
+        if environment.get("imported_from"):
+            yield f"Imported from {environment['imported_from']}. "
+        packages = {name: version for name, version in (environment.get("packages") or {}).items() if version}
+        code = environment.get("code") or {}
+        yield from ("Measured by kvbench", Cite((KVBENCH,)), f" {packages.pop('kvbench', 'of unknown version')}")
+        if code.get("commit"):
+            yield from (" at commit ", Code(code["commit"]), " with changes" if code.get("dirty") else "")
+        named = [f"Python {environment['python']}"] if environment.get("python") else []
+        yield f", {', '.join([*named, *(f'{name} {version}' for name, version in packages.items())])}. "
+        where = [str(environment[name]) for name in ("processor", "platform") if environment.get(name)]
+        cores = [f"{environment['cores']} cores"] if environment.get("cores") else []
+        if machine is not None and machine.device_name:
+            cores.append(machine.device_name)
+        yield f"{', '.join([*where, *cores])}. " if where or cores else ""
+    dates = sorted(manifest.started[:10] for manifest in manifests if manifest.started)
+    if dates:
+        yield f"Measured {dates[0]}." if dates[0] == dates[-1] else f"Measured {dates[0]} to {dates[-1]}."
+
+
+def _commands(manifests: Sequence[Manifest]) -> Iterable[Part]:
+    for manifest in manifests:
+        if manifest.command and not any(cell.execution == IMPORTED for cell in manifest.cells):
+            yield from (Code(shlex.join(["kvbench", *manifest.command[1:]])), "\n")
+
+
+def _incomplete(manifests: Sequence[Manifest], failures: Sequence[Failure]) -> Iterable[Part]:
+    for manifest in manifests:
+        if manifest.started and manifest.finished is None:
+            yield from ("Run ", Code(manifest.content), " was not finished. ")
+    for failure in failures:
+        yield from (Code(failure.cell or "a command"), f" {failure.word}: {failure.error} ")
+
+
+def _cited(found: Sequence[Paper]) -> Part:
+    """References, but for kvbench's own, which stand with its version."""
+    keys = tuple(paper.key for paper in found if paper.key != KVBENCH)
+    return Cite(keys) if keys else ""
+
+
+def _range(counts: Sequence[int]) -> str:
+    return f"{counts[0]}" if counts[0] == counts[-1] else f"{counts[0]} to {counts[-1]}"
