@@ -132,7 +132,15 @@ class RunFolder:
                 f"The output folder {self.path} holds something that is not a kvbench run.",
                 "Choose an empty or a new folder with --out.",
             )
-        if not fresh and self.manifest().content != content:
+        if fresh:
+            return
+        earlier = self.manifest()
+        if earlier.without_texts:
+            raise UserError(
+                f"The output folder {self.path} holds an unpacked bundle, whose texts were taken out: it can be "
+                "reported and compared, but not continued.", "Choose another folder with --out.",
+            )
+        if earlier.content != content:
             raise UserError(
                 f"The output folder {self.path} holds another run.",
                 "Choose an empty or a new folder with --out.",
