@@ -136,7 +136,8 @@ def test_every_field_of_a_record_was_thought_of() -> None:
         found = {field.name for field in dataclasses.fields(kind)}
         assert found == names | texts[kind] | (both if kind in (GenerationRecord, AnswerRecord) else set())
     told = GenerationRecord(
-        "d", "g", (Output("greedy", 0, (1,), "t", True),), 1, 1, 1.0, 1, 1, 1.0, 1.0, 1.0, 0.0, "p", (1,), "v", (1,), "9"
+        "d", "g", (Output("greedy", 0, (1,), "t", True),), 1, 1, 1.0, 1, 1, 1.0, 1.0, 1.0, 0.0,
+        "p", (1,), "v", (1,), "9",
     ).without_texts({})
     assert not any(getattr(told, name) for name in texts[GenerationRecord])
 
