@@ -10,7 +10,9 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-_PACKAGES = ("kvbench", "torch", "transformers", "tokenizers", "numpy", "scipy", "datasets",
+from kvbench import __version__
+
+_PACKAGES = ("torch", "transformers", "tokenizers", "numpy", "scipy", "datasets",
              "sacrebleu", "rouge-score", "sentence-transformers", "mauve-text")
 
 
@@ -21,7 +23,7 @@ def describe() -> dict[str, Any]:
         "platform": platform.platform(),
         "processor": _processor(),
         "cores": os.cpu_count(),
-        "packages": versions(_PACKAGES),
+        "packages": {"kvbench": __version__, **versions(_PACKAGES)},
         "code": _revision(),
     }
 

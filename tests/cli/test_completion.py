@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import re
+import shutil
 import socket
 import subprocess
 import sys
@@ -22,6 +24,7 @@ from kvbench.models.packaged import PACKAGED
 from kvbench.models.random_models import PREFIX, SHAPES
 from kvbench.models.references import DEFAULT_MODEL
 from kvbench.protocols.registry import NAMES
+from kvbench.store.environment import describe
 
 
 def completed(words: str) -> list[str]:
@@ -93,3 +96,13 @@ def test_a_bug_report_names_no_person_and_needs_no_pytorch(monkeypatch: pytest.M
     assert "torch:      cannot be imported (ModuleNotFoundError" in text
     assert str(tmp_path) not in text
     assert socket.gethostname() not in text
+
+
+def test_the_environment_names_the_code_that_runs() -> None:
+    """Its own version, which an installation in place may not know, and the commit of the checkout."""
+    found = describe()
+    assert found["packages"]["kvbench"] == kvbench.__version__
+    is_checkout = (Path(kvbench.__file__).parents[1] / ".git").exists()
+    if not is_checkout or shutil.which("git") is None:
+        pytest.skip("no checkout, or no git")
+    assert re.fullmatch("[0-9a-f]{40}", found["code"]["commit"])
