@@ -139,7 +139,7 @@ def sweep(
     request = quality_request(context.params, settings, models[0], seeds[0])
     found = build_sweep(request, models, seeds)
     if dry_run:
-        RunFolder(found.folder).check(found.content, fresh=True)  # it may hold another sweep
+        RunFolder(found.folder).check(found.content, shared=True)  # it may hold another sweep
         print_plans(found.plans, found.folder, json_)
         return
     for note in dict.fromkeys(note for plan in found.plans for note in plan.omitted):

@@ -232,8 +232,9 @@ def test_an_unfinished_run_says_what_is_missing(written: Path) -> None:
 
 def test_a_bundle_is_not_continued(tmp_path: Path) -> None:
     there = unpacked(made(tmp_path / "run", [(SINKS, 0.0), (LOCAL, 0.1)]))
-    with pytest.raises(UserError, match="not continued"):
-        RunFolder(there).check("c")
+    for shared in (False, True):  # a sweep may share its folder, but not with a bundle
+        with pytest.raises(UserError, match="not continued"):
+            RunFolder(there).check("c", shared=shared)
     RunFolder(there).check("c", fresh=True)
     assert len(RunFolder(there).records(RunFolder(there).cells()[0])) == len(DOCUMENTS)
     assert not list(there.rglob(FAILURE))
