@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from kvbench.api.evaluate import load as load
     from kvbench.api.evaluate import profile as profile
 
-__version__ = "0.2.0.dev0"
+__version__ = "0.2.0"
 __all__ = ["__version__", "compress", "evaluate", "list_methods", "load", "profile"]
 
 _PLACES = {

@@ -17,7 +17,7 @@ from kvbench.statistics import holm
 from kvbench.store.faults import faults_in, named, remarks_of
 from kvbench.store.folder import RunFolder
 from kvbench.store.manifest import TaskInfo
-from kvbench.store.records import HUMAN, ITSELF, Cell
+from kvbench.store.records import HUMAN, ITSELF, Cell, GenerationRecord
 from kvbench.store.rows import Row
 
 _BYTES = {metric.name for metric in metrics.MEMORY}
@@ -201,11 +201,12 @@ def _compared(first: Side, second: Side, a: Cell, b: Cell, info: TaskInfo) -> Pa
     standing = replace(a, method="full", variant="", role="control", options={**a.options, "side": "first"})
     if info.kind == "generation":
         records = {standing.key: first.folder.texts(a), b.key: second.folder.texts(b)}
-        people = next((first.folder.texts(c) for c in first.folder.cells()
-                       if c.setting == a.setting and c.name == HUMAN), {})
         _complete(info, records[standing.key], first, a)
         _complete(info, records[b.key], second, b)
-        rows = decoded_rows([standing, b], records, people, info)
+        rows = decoded_rows([standing, b], records, _people(first, a) or _people(second, b), info)
+        if any(side.folder.manifest().without_texts for side in (first, second)):
+            # Without texts it is known only against the full cache of the same run.
+            rows = [row for row in rows if row.metric != metrics.PREFIX_MATCH.name]
     elif info.asks:
         answers = first.folder.answers(a), second.folder.answers(b)
         _complete(info, answers[0], first, a)
@@ -225,6 +226,12 @@ def _compared(first: Side, second: Side, a: Cell, b: Cell, info: TaskInfo) -> Pa
         and not is_of_curve(r) and (r.metric not in metrics.NEED_SCORER or _scorer(a) == _scorer(b))
     )
     return Pair((names[0], names[1]), at, shown, tuple(faults_in((c.method, remarks_of(c)) for c in (a, b))))
+
+
+def _people(side: Side, cell: Cell) -> dict[str, GenerationRecord]:
+    """The authors' texts beside a cell; empty if there are none, or if they were taken out."""
+    found = [c for c in side.folder.cells() if c.setting == cell.setting and c.name == HUMAN]
+    return side.folder.texts(found[0]) if found and not side.folder.manifest().without_texts else {}
 
 
 def _scorer(cell: Cell) -> str | None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from typing import Any
 
@@ -22,6 +22,10 @@ from kvbench.store.records import HUMAN, Cell, GenerationRecord, Output
 from kvbench.store.rows import Row
 
 Records = dict[str, GenerationRecord]
+Counts = Mapping[str, Mapping[str, Any]]
+"""Metric -> column -> a number or a vector of one document."""
+
+DISTINCT = "distinct"
 
 _MEMORY = ("raw", "held", "visible", "queries", "kv_logical", "kv_physical", "kv_full")
 
@@ -38,11 +42,11 @@ def generation_rows(folder: RunFolder, cells: Sequence[Cell], info: TaskInfo) ->
     written = [cell for cell in shown if cell.name != HUMAN]
     if not written:
         return []
-    main = _kinds(written, records)[0]
+    kinds = _kinds(written, records)
     rows = decoded_rows(shown, records, people, info)
-    if "greedy" in _kinds(written, records) and main != "greedy":
+    if "greedy" in kinds[1:]:
         rows += _match_rows(written, records, people, info)
-    return rows + _mauve_rows(folder, shown, records, people, info, main)
+    return rows + _mauve_rows(folder, shown, records, info)
 
 
 def decoded_rows(
@@ -61,7 +65,7 @@ def decoded_rows(
 
 def _kinds(written: Sequence[Cell], records: dict[str, Records]) -> list[str]:
     """Ways of decoding, that of the main rows first."""
-    found = dict.fromkeys(o.decode for o in next(iter(records[written[0].key].values())).outputs)
+    found = next(iter(records[written[0].key].values())).kinds
     return sorted(found, key=lambda kind: kind != "nucleus")
 
 
@@ -70,11 +74,11 @@ def _decoding_rows(
     bin_name: str | None,
 ) -> list[Row]:
     full = next((records[c.key] for c in cells if c.name == "full"), None)
-    samples = {c.key: _samples(c, records[c.key], people, full, info, decode) for c in cells}
     kinds = [m for m in metrics.TEXT_METRICS if bin_name is None or m is not metrics.PREFIX_MATCH]
-    parts = [_aggregate(c, records[c.key], samples[c.key], kinds) for c in cells]
+    counts = {c.key: _counts(c, records[c.key], people, full, info, decode, kinds) for c in cells}
+    parts = [_aggregate(c, records[c.key], counts[c.key], kinds) for c in cells]
     rows = bin_rows(parts, (*kinds, *metrics.MEMORY) if bin_name is None else kinds, info, bin_name)
-    return rows + _distinct_rows(parts, samples, records, info, bin_name)
+    return rows + _distinct_rows(parts, counts, records, info, bin_name)
 
 
 def _match_rows(
@@ -82,11 +86,54 @@ def _match_rows(
 ) -> list[Row]:
     """Agreement of the greedy texts with those of the full cache, for the main table."""
     full = next((records[c.key] for c in cells if c.name == "full"), None)
+    kinds = (metrics.PREFIX_MATCH,)
     parts = []
     for cell in cells:
-        samples = _samples(cell, records[cell.key], people, full, info, "greedy")
-        parts.append(_aggregate(cell, records[cell.key], samples, (metrics.PREFIX_MATCH,)))
+        counts = _counts(cell, records[cell.key], people, full, info, "greedy", kinds)
+        parts.append(_aggregate(cell, records[cell.key], counts, kinds))
     return bin_rows(parts, (metrics.PREFIX_MATCH,), info, None)
+
+
+def without_texts(
+    cell: Cell, mine: Records, people: Records, full: Records | None, info: TaskInfo
+) -> list[GenerationRecord]:
+    """The records of a complete cell with what metrics count in the texts instead of the texts.
+
+    Args:
+        people, full: records of the authors' texts and of the full cache; empty and None if they are not complete.
+    """
+    kinds = ("human",) if cell.name == HUMAN else mine[info.documents[0]].kinds
+    counts = {kind: _counts(cell, mine, people, full, info, kind, metrics.TEXT_METRICS) for kind in kinds}
+    return [
+        mine[name].without_texts({
+            kind: {key: dict(found) for key, found in counts[kind][name].items()} for kind in kinds
+        })
+        for name in info.documents
+    ]
+
+
+def _counts(
+    cell: Cell, mine: Records, people: Records, full: Records | None, info: TaskInfo, decode: str,
+    kinds: Sequence[TextMetric],
+) -> dict[str, Counts]:
+    """What metrics count in each document's texts; those that lack what they need are left out."""
+    kind = "human" if cell.name == HUMAN else decode
+    found: dict[str, Counts] = {
+        name: columns[kind] for name in info.documents if (columns := mine[name].columns) is not None
+    }
+    if found:
+        return found
+    samples = _samples(cell, mine, people, full, info, decode)
+    first = [(mine[name].group, "".join(output.text for output in samples[name].outputs[:1])) for name in samples]
+    bigrams = distinct_metric.counts(first, distinct_metric.budget(info.new_tokens or 0)).tolist()
+    for (name, sample), counted in zip(samples.items(), bigrams, strict=True):
+        # Draws are averaged: a document has the same weight in every row, however many texts it has.
+        averaged = {
+            metric.name: {key: (np.asarray(value) / len(sample.outputs)).tolist() for key, value in sums.items()}
+            for metric in kinds if (sums := metric.columns(sample)) is not None
+        }
+        found[name] = {**averaged, DISTINCT: {DISTINCT: counted}}
+    return found
 
 
 def _samples(
@@ -120,34 +167,31 @@ def _stranger(names: list[str], i: int, people: Records) -> Output | None:
 
 
 def _aggregate(
-    cell: Cell, records: Records, samples: dict[str, Sample], kinds: Sequence[TextMetric]
+    cell: Cell, records: Records, counts: Mapping[str, Counts], kinds: Sequence[TextMetric]
 ) -> CellSums:
     """Sum a cell's columns by group; metrics that some document has no columns for are left out."""
-    groups = sorted({records[name].group for name in samples})
+    groups = sorted({records[name].group for name in counts})
     place = {group: i for i, group in enumerate(groups)}
     columns: dict[str, list[tuple[int, Any]]] = {}
     usable = {metric.name for metric in kinds}
-    for name, sample in samples.items():
+    for name, counted in counts.items():
         record = records[name]
         at = place[record.group]
         for column in _MEMORY:
             columns.setdefault(column, []).append((at, float(getattr(record, column))))
         columns.setdefault("pieces", []).append((at, 1.0))
         for metric in kinds:
-            found = metric.columns(sample) if metric.name in usable else None
-            if found is None:
+            if metric.name not in counted:
                 usable.discard(metric.name)
                 continue
-            for column, value in found.items():
-                key = f"{metric.name}/{column}"
-                # Draws are averaged: a document has the same weight in every row, however many texts it has.
-                columns.setdefault(key, []).append((at, np.asarray(value) / len(sample.outputs)))
+            for column, value in counted[metric.name].items():
+                columns.setdefault(f"{metric.name}/{column}", []).append((at, value))
     sums = _summed(columns, len(groups), usable)
-    peaks = [records[name].peak for name in samples]
+    peaks = [records[name].peak for name in counts]
     missing = {metric.name for metric in kinds} - usable
     if cell.name == HUMAN:  # human texts have no cache
         missing |= {metric.name for metric in metrics.MEMORY}
-    return CellSums(cell, len(samples), tuple(groups), sums, max(peaks), sum(peaks) / len(peaks), frozenset(missing))
+    return CellSums(cell, len(counts), tuple(groups), sums, max(peaks), sum(peaks) / len(peaks), frozenset(missing))
 
 
 def _summed(
@@ -168,17 +212,16 @@ def _summed(
 
 
 def _distinct_rows(
-    parts: Sequence[CellSums], samples: dict[str, dict[str, Sample]], records: dict[str, Records],
+    parts: Sequence[CellSums], counts: Mapping[str, Mapping[str, Counts]], records: dict[str, Records],
     info: TaskInfo, bin_name: str | None,
 ) -> list[Row]:
     new_tokens = info.new_tokens or 0
-    limit = distinct_metric.budget(new_tokens)
     found = {}
     for part in parts:
-        by_group: dict[str, list[str]] = {group: [] for group in part.groups}
-        for name, sample in samples[part.cell.key].items():
-            by_group[records[part.cell.key][name].group] += [output.text for output in sample.outputs[:1]]
-        found[part.cell.key] = distinct_metric.distinct(list(by_group.values()), limit)
+        sums = np.zeros((len(part.groups), 3))
+        for name, counted in counts[part.cell.key].items():
+            sums[part.groups.index(records[part.cell.key][name].group)] += counted[DISTINCT][DISTINCT]
+        found[part.cell.key] = distinct_metric.distinct(sums)
     full = next((p for p in parts if p.cell.name == "full"), None)
     rows = []
     for part in parts:
@@ -191,15 +234,14 @@ def _distinct_rows(
             estimate = Estimate.of(apart.value, distinct_metric.interval(apart)[:2])
             difference = difference_of(estimate, distinct_metric.p_value(apart), baseline)
         rows.append(row_of(
-            part, info, bin_name, "distinct", distinct_metric.signature(new_tokens), "document",
+            part, info, bin_name, DISTINCT, distinct_metric.signature(new_tokens), "document",
             Estimate.of(mine.value, (low, high)), difference,
         ))
     return rows
 
 
 def _mauve_rows(
-    folder: RunFolder, cells: Sequence[Cell], records: dict[str, Records], people: Records, info: TaskInfo,
-    decode: str,
+    folder: RunFolder, cells: Sequence[Cell], records: dict[str, Records], info: TaskInfo
 ) -> list[Row]:
     """Rows of MAUVE, measured after the run once per seed; differences to the full cache are paired by seed."""
     values: dict[str, list[float]] = {}
@@ -212,15 +254,14 @@ def _mauve_rows(
     full = next((c for c in cells if c.name == "full" and c.key in values), None)
     rows = []
     for cell in (c for c in cells if c.key in values):
-        samples = _samples(cell, records[cell.key], people, None, info, decode)
-        part = _aggregate(cell, records[cell.key], samples, ())
+        part = _aggregate(cell, records[cell.key], {name: {} for name in info.documents}, ())
         mean, low, high = mauve_metric.over_seeds(values[cell.key])
         difference = NO_DIFFERENCE
         if full is not None and full is not cell:
             pairs = np.subtract(values[cell.key], values[full.key])
             delta, *interval = mauve_metric.over_seeds(pairs.tolist())
             difference = Difference(Estimate.of(delta, (interval[0], interval[1])), None, "full")
-        signature = mauve_metric.signature(len(samples), cell.options["mauve_features"])
+        signature = mauve_metric.signature(part.n, cell.options["mauve_features"])
         rows.append(row_of(
             part, info, None, "mauve", signature, "document", Estimate.of(mean, (low, high)), difference,
         ))

@@ -105,7 +105,7 @@ def measure_folder(
     from kvbench.store.rows import Results
 
     folder = RunFolder(path)
-    folder.check(content, fresh or shared)
+    folder.check(content, fresh, shared)
     with nullcontext() if shared else locked(path):
         manifest = None if fresh else folder.earlier()
         if manifest and manifest.finished and manifest.describes(content, limit) and _is_current(manifest, cells):

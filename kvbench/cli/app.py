@@ -14,7 +14,6 @@ from kvbench.cli.streams import outlets
 
 app = typer.Typer(
     name="kvbench", no_args_is_help=True, rich_markup_mode="rich", pretty_exceptions_enable=False,
-    add_completion=False,
     help="Measure what compressing the KV cache of a language model costs and gains.\n\n"
     "Start with [bold]kvbench run --method sentinel --ratio 0.7[/].",
 )
@@ -33,19 +32,29 @@ app.add_typer(import_.app, name="import")
 app.add_typer(train.app, name="train")
 
 
-def _version(asked: bool) -> None:
-    if asked:
-        typer.echo(f"kvbench {__version__}")
-        raise typer.Exit()
+def _version(context: typer.Context, asked: bool) -> None:
+    if not asked:
+        return
+    typer.echo(f"kvbench {__version__}")
+    if context.params["verbose"]:
+        from kvbench.cli.about import about
+
+        for line in about():
+            typer.echo(line)
+    raise typer.Exit()
 
 
 @app.callback()
 def _main(
-    version: Annotated[
-        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
-    ] = False,
+    version: Annotated[bool, typer.Option("--version", callback=_version, help="Print the version.")] = False,
+    verbose: Annotated[bool, typer.Option(  # eager: known when --version prints, whichever comes first
+        "--verbose", is_eager=True, help="With --version: commit, machine and packages too, for an issue.",
+    )] = False,
 ) -> None:
-    pass
+    from kvbench.errors import UserError
+
+    if verbose:
+        raise UserError("--verbose goes with --version.", "Write kvbench --version --verbose.")
 
 
 def main() -> None:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from kvbench.cli import options
+from kvbench.cli import completion, options
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -29,6 +29,7 @@ def ask(
         "--chat", help="Go on asking, a line each, until an empty one; shows what both caches hold after every turn.",
     )] = False,
     method: Annotated[str, typer.Option(
+        autocompletion=completion.method,
         help="Compression method, with options of its own as in snapkv:window=16.")] = "snapkv",
     ratio: Annotated[str | None, typer.Option(
         help="Share of cache entries to remove, in [0, 1). \\[default: 0.7]", show_default=False)] = None,

@@ -8,12 +8,15 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from kvbench.cli import completion
+
 if TYPE_CHECKING:
     from kvbench.methods import Option
 
 
 def list_(
     what: Annotated[str, typer.Argument(
+        autocompletion=completion.listed,
         help="methods, tasks, models or metrics; or the name of a method, for its options.", metavar="WHAT")],
     json_: Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout.")] = False,
 ) -> None:

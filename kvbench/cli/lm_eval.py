@@ -12,7 +12,7 @@ from typing import Annotated, Any
 
 import typer
 
-from kvbench.cli import options
+from kvbench.cli import completion, options
 
 PASS_ON = {"allow_extra_args": True, "ignore_unknown_options": True}
 """What is not ours is an argument of lm-evaluation-harness."""
@@ -22,6 +22,7 @@ def lm_eval(
     context: typer.Context,
     model: options.Model = None,
     method: Annotated[str, typer.Option(
+        autocompletion=completion.method,
         help="Compression method, with options of its own as in snapkv:window=16.")] = "snapkv",
     ratio: Annotated[str | None, typer.Option(
         help="Share of cache entries to remove, in [0, 1). \\[default: 0.7]", show_default=False)] = None,

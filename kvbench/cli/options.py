@@ -7,6 +7,8 @@ from typing import Annotated
 
 import typer
 
+from kvbench.cli import completion
+
 
 def text(given: str) -> str:
     """Refuse an empty string, which as a path would be the current folder."""
@@ -20,9 +22,11 @@ def path(given: str) -> Path:
 
 
 Model = Annotated[str | None, typer.Option(
-    parser=text, help="Hub id or folder of any causal language model. \\[default: kvbench-tiny, embedded]",
+    parser=text, autocompletion=completion.model,
+    help="Hub id or folder of any causal language model. \\[default: kvbench-tiny, embedded]",
     envvar="KVBENCH_MODEL", show_default=False, rich_help_panel="What to run")]
 Method = Annotated[list[str] | None, typer.Option(
+    autocompletion=completion.method,
     help="Compression method; repeatable, with options of its own as in snapkv:window=16,pool=mean (kvbench list "
          "snapkv shows them). \\[default: sentinel]", rich_help_panel="What to run", show_default=False)]
 Ratio = Annotated[list[str] | None, typer.Option(
@@ -38,6 +42,7 @@ EqualBytes = Annotated[bool, typer.Option(
     "--equal-bytes", help="Ratios are of bytes: kivi takes the bits that meet them, scales and windows counted.",
     rich_help_panel="What to run")]
 Task = Annotated[list[str] | None, typer.Option(
+    autocompletion=completion.task,
     help="Task, a group of tasks such as ruler, or a task file of your own; repeatable. \\[default: minidocs, recall "
     "and minidocs-gen]",
     rich_help_panel="What to run", show_default=False)]
@@ -52,6 +57,7 @@ Adapter = Annotated[list[str] | None, typer.Option(
     parser=text, help="Adapter folder of a trained method; repeatable. \\[default: those shipped for kvbench-tiny]",
     show_default=False, rich_help_panel="What to run")]
 Protocol = Annotated[str | None, typer.Option(
+    autocompletion=completion.protocol,
     help="block, stream, prefix, online, generate, decode or answer. \\[default: the task's own]",
     rich_help_panel="How to run")]
 Execution = Annotated[str, typer.Option(
@@ -73,6 +79,7 @@ MauveFeatures = Annotated[str | None, typer.Option(
     parser=text, help="What MAUVE compares: last states of this causal language model, such as gpt2-large. "
     "\\[default: sentence embeddings]", show_default=False, rich_help_panel="Judging written text")]
 Metric = Annotated[list[str] | None, typer.Option(
+    autocompletion=completion.metric_of_text,
     help="Metric of written text to measure, such as chrf; repeatable. \\[default: all; mauve from 200 documents "
     "on]", show_default=False, rich_help_panel="Judging written text")]
 Fresh = Annotated[bool, typer.Option(

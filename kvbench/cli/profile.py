@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from kvbench.cli import options
+from kvbench.cli import completion, options
 from kvbench.cli.dry_run import print_cells_as_json
 from kvbench.cli.measure import command_line, interruptible
 from kvbench.cli.requests import profile_request
@@ -28,6 +28,7 @@ def profile(
     new_tokens: Annotated[int | None, typer.Option(
         help="Tokens to write. \\[default: 128]", show_default=False, rich_help_panel=_WHAT)] = None,
     method: Annotated[list[str] | None, typer.Option(
+        autocompletion=completion.method,
         help="Compression method; repeatable, with options of its own as in snapkv:window=16. \\[default: sinks and "
              "sentinel]", show_default=False,
         rich_help_panel=_WHAT)] = None,
@@ -35,7 +36,7 @@ def profile(
         help="Share of cache entries to remove, in [0, 1): 0.7 keeps 30 %; repeatable. \\[default: 0.7]",
         rich_help_panel=_WHAT)] = None,
     model: Annotated[str | None, typer.Option(
-        parser=options.text,
+        parser=options.text, autocompletion=completion.model_or_shape,
         help="Hub id, folder, or shape:NAME for random weights in a published shape, such as shape:gpt2. "
         "\\[default: kvbench-tiny, embedded]", envvar="KVBENCH_MODEL", show_default=False,
         rich_help_panel=_WHAT)] = None,

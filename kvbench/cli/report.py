@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from kvbench.cli import options
+from kvbench.cli import completion, options
 
 
 def report(
@@ -16,6 +16,7 @@ def report(
         parser=options.path,
         help="Run folders, as 'kvbench run', 'sweep' and 'profile' named them.", metavar="RUN...")],
     metric: Annotated[list[str] | None, typer.Option(
+        autocompletion=completion.metric,
         help="Metric to draw against removal; repeatable. \\[default: ppl, accuracy, and four of written text]",
         show_default=False)] = None,
     out: Annotated[Path | None, typer.Option(
@@ -25,15 +26,22 @@ def report(
         "--paper", help="Write paper/ as well: figures at column width, LaTeX tables, BibTeX, the set-up.")] = False,
     json_: Annotated[bool, typer.Option("--json", help="Print the JSON document on stdout.")] = False,
     wide: options.Wide = False,
+    bundle: Annotated[bool, typer.Option(
+        "--bundle", help="Only write the run as one file for others, NAME.zip, without texts and paths.")] = False,
 ) -> None:
     """Print the tables of runs again and draw their figures, from what is on disk.
 
     Needs neither the model nor PyTorch. Writes results.json, table.txt, tables/ (Markdown, CSV,
     LaTeX), figures/ (PNG and PDF) and report.html, one page with everything; with --paper also paper/.
 
+    --bundle writes one archive instead, to give to others: unpacked, it is reported and compared
+    with the same numbers. No text, token or path is in it; ids of documents are.
+
     Examples:
 
       kvbench report reports/sentinel-0.7-1a2b3c4d5e
+
+      kvbench report reports/sentinel-0.7-1a2b3c4d5e --bundle
 
       kvbench report reports/sweep-minidocs-1a2b3c4d5e reports/profile-5e4d3c2b1a --out paper
     """
@@ -41,11 +49,15 @@ def report(
 
     from kvbench.errors import UserError, unknown
     from kvbench.metrics import METRIC_NAMES
+    from kvbench.reporting.bundle import bundle_notes, print_bundle
     from kvbench.reporting.paper.paper import write_paper
     from kvbench.reporting.report import write_report
     from kvbench.reporting.tables.terminal import print_results
     from kvbench.store.folder import RUN
 
+    if bundle:
+        print_bundle(run, out, Console())
+        return
     for name in metric or ():
         if name not in METRIC_NAMES:
             raise unknown("metric", name, METRIC_NAMES)
@@ -72,4 +84,6 @@ def report(
         console.print(f"page: {found.page}", soft_wrap=True, highlight=False)
         if document is not None:
             console.print(f"paper: {document}", soft_wrap=True, highlight=False)
+        for note in bundle_notes(run):
+            console.print(note, highlight=False, markup=False)
     raise typer.Exit(0 if found.results.ok else 1)

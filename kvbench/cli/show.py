@@ -35,6 +35,10 @@ def show(
     from kvbench.store.folder import RunFolder
 
     folder = RunFolder(run)
+    if folder.manifest().without_texts:
+        raise UserError(
+            f"{run} is an unpacked bundle, whose texts were taken out.", "Ask for the run folder it was made from."
+        )
     infos = folder.manifest().tasks
     writing = [cell for cell in folder.cells() if (cell.writes or cell.answers) and cell.setting in infos]
     tasks = {cell.workload: cell.setting for cell in reversed(writing)}  # the first of several models or seeds

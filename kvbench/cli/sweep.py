@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from kvbench.cli import options
+from kvbench.cli import completion, options
 from kvbench.cli.dry_run import print_plans
 from kvbench.cli.measure import command_line, interruptible
 from kvbench.cli.requests import quality_request
@@ -28,15 +28,18 @@ def sweep(
         metavar="[CONFIG]", help="Settings file with a \\[sweep] table. \\[default: ./kvbench.toml if there is one]",
         show_default=False)] = None,
     method: Annotated[list[str] | None, typer.Option(
+        autocompletion=completion.method,
         help="Compression method; repeatable. \\[default: sentinel, ccm-concat, gist]", show_default=False,
         rich_help_panel=_WHAT)] = None,
     ratio: Annotated[list[str] | None, typer.Option(
         help="Share of cache entries to remove; repeatable. \\[default: 0.3, 0.5, 0.7, 0.8, 0.9]", show_default=False,
         rich_help_panel=_WHAT)] = None,
     task: Annotated[list[str] | None, typer.Option(
+        autocompletion=completion.task,
         help="Task, or a task file of your own; repeatable. \\[default: minidocs, recall]", show_default=False,
         rich_help_panel=_WHAT)] = None,
     model: Annotated[list[str] | None, typer.Option(
+        autocompletion=completion.model,
         parser=options.text,
         help="Hub id or folder of a causal language model; repeatable. \\[default: kvbench-tiny]", show_default=False,
         rich_help_panel=_WHAT)] = None,
@@ -136,7 +139,7 @@ def sweep(
     request = quality_request(context.params, settings, models[0], seeds[0])
     found = build_sweep(request, models, seeds)
     if dry_run:
-        RunFolder(found.folder).check(found.content, fresh=True)  # it may hold another sweep
+        RunFolder(found.folder).check(found.content, shared=True)  # it may hold another sweep
         print_plans(found.plans, found.folder, json_)
         return
     for note in dict.fromkeys(note for plan in found.plans for note in plan.omitted):

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from kvbench.cli import options
+from kvbench.cli import completion, options
 
 if TYPE_CHECKING:
     from kvbench.training.loop import Measure, Progress
@@ -33,7 +33,8 @@ Every = Annotated[int, typer.Option(help="Steps between checkpoints and held-out
 @app.callback()
 def train(
     context: typer.Context,
-    method: Annotated[str | None, typer.Option(help="Trained method, such as sentinel.")] = None,
+    method: Annotated[str | None, typer.Option(
+        help="Trained method, such as sentinel.", autocompletion=completion.trained)] = None,
     data: Data = None,
     column: Column = "text",
     out: Out = None,

@@ -7,7 +7,6 @@ group at a time.
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -21,11 +20,14 @@ ORDER = 2
 SHOWN = Shown("distinct", 3, None, (MEANING,))
 
 
+Array = NDArray[np.float64]
+
+
 class Jackknifed(NamedTuple):
     """A value, and the values with one group left out, ``[groups]``."""
 
     value: float
-    without: NDArray[np.float64]
+    without: Array
 
 
 def budget(new_tokens: int) -> int:
@@ -38,22 +40,36 @@ def signature(new_tokens: int) -> str:
     return f"distinct/all {ORDER}-grams of words|first {budget(new_tokens)} words of first draws|jackknife|v:1"
 
 
-def distinct(groups: Sequence[Sequence[str]], limit: int) -> Jackknifed:
-    """The value for groups of texts, using the first ``limit`` words of each text."""
-    counts = []
-    for texts in groups:
-        counted: Counter[tuple[str, ...]] = Counter()
-        for text in texts:
-            found = words(text)[:limit]
-            counted.update(zip(*(found[i:] for i in range(ORDER)), strict=False))
-        counts.append(counted)
-    holders = Counter(gram for counted in counts for gram in counted)
-    total, kinds = sum(sum(c.values()) for c in counts), len(holders)
-    without = [
-        (kinds - sum(1 for gram in counted if holders[gram] == 1)) / max(1, total - sum(counted.values()))
-        for counted in counts
+def counts(texts: Sequence[tuple[str, str]], limit: int) -> Array:
+    """Count the bigrams of texts, using the first ``limit`` words of each.
+
+    A bigram that several texts have counts as found in the first of them.
+
+    Args:
+        texts: pairs of a group and a text.
+
+    Returns:
+        ``[texts, 3]``: all bigrams; different ones that no other group has; different ones that another group has, too.
+    """
+    found = []
+    groups: dict[tuple[str, ...], set[str]] = {}
+    for group, text in texts:
+        first = words(text)[:limit]
+        grams = list(zip(*(first[i:] for i in range(ORDER)), strict=False))
+        found.append((len(grams), [gram for gram in dict.fromkeys(grams) if gram not in groups]))
+        for gram in grams:
+            groups.setdefault(gram, set()).add(group)
+    counted = [
+        (total, own := sum(len(groups[gram]) == 1 for gram in new), len(new) - own) for total, new in found
     ]
-    return Jackknifed(kinds / max(1, total), np.asarray(without))
+    return np.asarray(counted, dtype=np.float64).reshape(-1, 3)
+
+
+def distinct(sums: Array) -> Jackknifed:
+    """The value from the counts of texts, summed by group, ``[groups, 3]``."""
+    total, kinds = sums[:, 0].sum(), sums[:, 1:].sum()
+    without = (kinds - sums[:, 1]) / np.maximum(1, total - sums[:, 0])
+    return Jackknifed(float(kinds / max(1, total)), without)
 
 
 def interval(found: Jackknifed) -> tuple[float, float, float]:

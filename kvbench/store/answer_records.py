@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from statistics import fmean
 from typing import Any
 
@@ -91,6 +91,13 @@ class AnswerRecord:
     def evidence(self) -> float | None:
         """Share of the evidence's entries that are held, mean over layers and KV heads; None if not known."""
         return None if self.survival is None else fmean(share for layer in self.survival for share in layer)
+
+    def without_texts(self) -> AnswerRecord:
+        """The record with the scores of its answers and how many tokens they have."""
+        return replace(self, answers=tuple(
+            Answer(None if answer.ids is None else (0,) * len(answer.ids), "", answer.score, answer.ended)
+            for answer in self.answers
+        ))
 
     @classmethod
     def load(cls, raw: dict[str, Any]) -> AnswerRecord:

@@ -5,11 +5,14 @@ from __future__ import annotations
 import os
 import platform
 import subprocess
+from collections.abc import Iterable
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-_PACKAGES = ("kvbench", "torch", "transformers", "tokenizers", "numpy", "scipy", "datasets",
+from kvbench import __version__
+
+_PACKAGES = ("torch", "transformers", "tokenizers", "numpy", "scipy", "datasets",
              "sacrebleu", "rouge-score", "sentence-transformers", "mauve-text")
 
 
@@ -20,9 +23,14 @@ def describe() -> dict[str, Any]:
         "platform": platform.platform(),
         "processor": _processor(),
         "cores": os.cpu_count(),
-        "packages": {name: _version(name) for name in _PACKAGES},
+        "packages": {"kvbench": __version__, **versions(_PACKAGES)},
         "code": _revision(),
     }
+
+
+def versions(packages: Iterable[str]) -> dict[str, str | None]:
+    """The installed version of each package, without importing it; None if it is not installed."""
+    return {name: _version(name) for name in packages}
 
 
 def _version(package: str) -> str | None:
@@ -44,7 +52,7 @@ def _processor() -> str:
 
 def _revision() -> dict[str, Any] | None:
     """Git commit that kvbench runs from, and whether there are uncommitted changes; None outside a git checkout."""
-    folder = Path(__file__).resolve().parent.parent
+    folder = Path(__file__).resolve().parents[2]
     if not (folder / ".git").exists():
         return None
     try:

@@ -115,11 +115,12 @@ class RunFolder:
         self._locks: dict[str, FileLock] = {}
         self._read_before: dict[Path, tuple[tuple[int, int], dict[str, Any]]] = {}
 
-    def check(self, content: str, fresh: bool = False) -> None:
+    def check(self, content: str, fresh: bool = False, shared: bool = False) -> None:
         """Check that the folder can be used for a run of this content; writes nothing.
 
         Args:
             fresh: whether a run in the folder will be replaced.
+            shared: whether it may hold another run, which stays.
 
         Raises:
             UserError: it is not a folder, is not writable, or holds something else.
@@ -132,7 +133,15 @@ class RunFolder:
                 f"The output folder {self.path} holds something that is not a kvbench run.",
                 "Choose an empty or a new folder with --out.",
             )
-        if not fresh and self.manifest().content != content:
+        if fresh:
+            return
+        earlier = self.manifest()
+        if earlier.without_texts:
+            raise UserError(
+                f"The output folder {self.path} holds an unpacked bundle, whose texts were taken out: it can be "
+                "reported and compared, but not continued.", "Choose another folder with --out.",
+            )
+        if not shared and earlier.content != content:
             raise UserError(
                 f"The output folder {self.path} holds another run.",
                 "Choose an empty or a new folder with --out.",

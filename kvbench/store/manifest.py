@@ -107,6 +107,7 @@ class Manifest:
         probes: model -> what a probe of it has found.
         machine: the machine of a profile; None for a run.
         environment: versions of packages, processor, commit (:mod:`kvbench.store.environment`).
+        without_texts: whether texts and paths were taken out, for a bundle (``kvbench report --bundle``).
         cells: in the order of the plan.
     """
 
@@ -121,6 +122,7 @@ class Manifest:
     probes: dict[str, dict[str, Any]] = field(default_factory=dict)
     machine: Machine | None = None
     environment: dict[str, Any] = field(default_factory=dict)
+    without_texts: bool = False
     cells: tuple[Cell, ...]
 
     @classmethod
@@ -149,7 +151,7 @@ class Manifest:
         """The text of ``run.json``."""
         content = {"schema": 1, **dataclasses.asdict(self)}
         content["tasks"] |= content.pop("profiles")
-        for name in ("probes", "machine"):
+        for name in ("probes", "machine", "without_texts"):
             if not content[name]:
                 del content[name]
         return json.dumps(content, indent=1, ensure_ascii=False) + "\n"

@@ -243,6 +243,8 @@ class GenerationRecord:
         prefix_ends: where its tokens end in its text, in characters, likewise.
         kept: how much is held of each token of the prefix, mean over layers and heads: a digit from 0 (none) to 9
             (all); None if entries are merged, stored in another form, stand for several tokens, or leave later.
+        columns: what metrics count in the texts, in a record whose texts were taken out (``outputs`` is empty):
+            kind of output -> metric -> column -> a number or a vector, mean over draws; None in any other record.
     """
 
     document: str
@@ -263,6 +265,7 @@ class GenerationRecord:
     prefix_ends: tuple[int, ...] = ()
     kept: str | None = None
     schema: int = SCHEMA
+    columns: dict[str, dict[str, dict[str, Any]]] | None = None
 
     @property
     def key(self) -> str:
@@ -278,6 +281,17 @@ class GenerationRecord:
         outputs = tuple(Output(**{**output, "ids": tuple(output["ids"])}) for output in raw["outputs"])
         listed = {name: tuple(raw.get(name, ())) for name in ("prefix_ids", "prefix_ends")}
         return cls(**{**raw, "outputs": outputs, **listed})
+
+    @property
+    def kinds(self) -> tuple[str, ...]:
+        """The kinds of its outputs."""
+        return tuple(self.columns or dict.fromkeys(output.decode for output in self.outputs))
+
+    def without_texts(self, columns: dict[str, dict[str, dict[str, Any]]]) -> GenerationRecord:
+        """The record with what metrics count in its texts, and nothing that tells the texts or their tokens."""
+        return dataclasses.replace(
+            self, outputs=(), prefix=None, prefix_ids=(), prefix_vector=None, prefix_ends=(), kept=None, columns=columns
+        )
 
     def of(self, decode: str) -> tuple[Output, ...]:
         """The outputs of one kind, in the order of their draws."""

@@ -130,12 +130,20 @@ def test_agreement_with_the_full_cache() -> None:
 
 def test_distinct_and_its_jackknife() -> None:
     groups = [["a b c", "a b d"], ["a b c d e"], ["x y"]]
-    found = distinct_metric.distinct(groups, 4)
+
+    def distinct(of: list[list[str]]) -> distinct_metric.Jackknifed:
+        texts = [(str(i), text) for i, group in enumerate(of) for text in group]
+        counted = distinct_metric.counts(texts, 4)
+        return distinct_metric.distinct(np.stack([
+            counted[[at == str(i) for at, _ in texts]].sum(0) for i in range(len(of))
+        ]))
+
+    found = distinct(groups)
     # bigrams: ab bc ab bd | ab bc cd (the fifth word is beyond the budget) | xy
     assert found.value == pytest.approx(5 / 8)
     for i in range(3):
         rest = [texts for j, texts in enumerate(groups) if j != i]
-        assert found.without[i] == pytest.approx(distinct_metric.distinct(rest, 4).value)
+        assert found.without[i] == pytest.approx(distinct(rest).value)
     low, high, error = distinct_metric.interval(found)
     spread = found.without - found.without.mean()
     assert error == pytest.approx(math.sqrt(2 / 3 * float(spread @ spread)))

@@ -54,7 +54,9 @@ def worst_documents(folder: RunFolder) -> list[Worst]:
 def texts_of(folder: RunFolder) -> list[dict[str, Any]]:
     """Texts side by side: for the first documents of each task that writes, the prefix, what its author wrote, and the
     first text of each kind by each method, with the number of characters that are also the full cache's."""
-    found = []
+    found: list[dict[str, Any]] = []
+    if folder.manifest().without_texts:
+        return found
     for cells in _by_setting(folder, lambda cell: cell.writes):
         by_cell = [(cell, _texts(folder, cell)) for cell in cells]
         people = next((records for cell, records in by_cell if cell.name == HUMAN), {})
@@ -81,7 +83,9 @@ def texts_of(folder: RunFolder) -> list[dict[str, Any]]:
 def answers_of(folder: RunFolder) -> list[dict[str, Any]]:
     """Answers side by side: for the first contexts of each task that asks, the answers of each method with their
     scores, and the share of the evidence that was held."""
-    found = []
+    found: list[dict[str, Any]] = []
+    if folder.manifest().without_texts:
+        return found
     for cells in _by_setting(folder, lambda cell: cell.answers):
         by_cell = [(cell, _answers(folder, cell)) for cell in cells]
         names = list(dict.fromkeys(name for _, records in by_cell for name in records))

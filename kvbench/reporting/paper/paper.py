@@ -13,10 +13,10 @@ from kvbench.reporting.paper.bibliography import bibliography
 from kvbench.reporting.paper.columns import is_wide, paper_tables
 from kvbench.reporting.paper.drawing import LEVELS, STYLE, coloured, draw, style
 from kvbench.reporting.paper.plots import Plot, plots_of
-from kvbench.reporting.paper.selection import CONTROLS, comparisons, ranked
+from kvbench.reporting.paper.selection import comparisons, ranked
 from kvbench.reporting.paper.setup import as_latex, as_text, setup_of
 from kvbench.reporting.parallel import in_parallel
-from kvbench.reporting.tables.format import name_of
+from kvbench.reporting.tables.format import CONTROLS, name_of
 from kvbench.reporting.tables.latex import escaped, latex
 from kvbench.reporting.tables.plain import Table
 from kvbench.store.folder import RunFolder, write_atomic

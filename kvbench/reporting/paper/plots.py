@@ -6,8 +6,8 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from kvbench.metrics import SHOWN
-from kvbench.reporting.paper.selection import CONTROLS, Comparison, comparisons, is_paired
-from kvbench.reporting.tables.format import UNVERIFIED, by_setting, length_of, task_of
+from kvbench.reporting.paper.selection import Comparison, comparisons, is_paired
+from kvbench.reporting.tables.format import CONTROLS, UNVERIFIED, by_setting, length_of, task_of
 from kvbench.reporting.tables.latex import slug
 from kvbench.store.rows import Row
 

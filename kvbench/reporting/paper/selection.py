@@ -7,11 +7,8 @@ from collections.abc import Sequence
 
 from kvbench.metrics import SHOWN
 from kvbench.reporting.tables.compact import main_metric
-from kvbench.reporting.tables.format import by_setting
+from kvbench.reporting.tables.format import CONTROLS, by_setting
 from kvbench.store.rows import Row
-
-CONTROLS = ("full", "full-again", "full-dynamic", "adapted", "none", "human")
-"""Methods that are compared with, and neither ranked nor coloured."""
 
 Comparison = tuple[str, str, str, int, str | None]
 """Protocol, metric, model, seed and question: tasks that share them stand in one figure or table."""
