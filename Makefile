@@ -4,7 +4,7 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 
-.PHONY: run real test-real test pytest test-heavy lint figures gallery real-figures bench gpu gpu-train clean
+.PHONY: run real test-real test pytest test-heavy lint site figures gallery real-figures bench gpu gpu-train clean
 
 run: $(STAMP)
 	$(BIN)/kvbench run --method sentinel --ratio 0.7
@@ -32,6 +32,10 @@ test-heavy: $(STAMP)
 lint: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+
+# The documentation as a site, in build/site: make site && $(BIN)/python -m http.server -d build/site
+site: $(STAMP)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict -f docs/site/mkdocs.yml
 
 # The gallery, reports/reference: only what reports/reference/runs and reports/real/runs do not hold is measured, which is nothing
 # in a fresh clone; all of it takes half an hour or more on two cores. It goes on where it was interrupted.
@@ -75,4 +79,4 @@ $(STAMP): pyproject.toml constraints.txt
 	touch $(STAMP)
 
 clean:
-	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) build .pytest_cache .mypy_cache .ruff_cache

@@ -70,7 +70,8 @@ def profile(
 
     Args:
         model: as there, or ``shape:NAME`` for random weights.
-        seq_lens, batch_sizes: tokens of the prompt, and prompts at a time.
+        seq_lens: tokens of the prompt.
+        batch_sizes: prompts at a time.
         new_tokens: to generate.
         more: other fields of :class:`kvbench.planning.profile.ProfileRequest`, such as ``repeats`` or ``fill``.
     """

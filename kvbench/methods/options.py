@@ -20,7 +20,8 @@ class Option:
     Attributes:
         default: default value, as text.
         choices: allowed values; empty for an integer.
-        least, most: bounds of an integer.
+        least: smallest allowed integer.
+        most: largest allowed integer; None if there is no bound.
         trained: whether an adapter is bound to the value that it was trained with; any other is refused.
         help: what it does, in a few words.
         kind: type of the value.
