@@ -208,3 +208,12 @@ def test_commands_are_read_as_a_shell_does(tmp_path: Path) -> None:
     assert commands(Fence("console", "$ kvbench list methods\nfull  everything\n"), tmp_path) == [
         ["kvbench", "list", "methods"]
     ]
+
+
+def test_conclusions_have_their_numbers_from_the_page() -> None:
+    """What results.md says in short stands below, digit for digit."""
+    page = (ROOT / "docs" / "results.md").read_text(encoding="utf-8")
+    _, short, below = re.split(r"^## In short\n|(?<=\n)(?=## A real model)", page, maxsplit=2, flags=re.M)
+    number = re.compile(r"[+-]?\d+\.\d+")
+    asked = {"0.7", "0.9"}  # ratios
+    assert set(number.findall(short)) - set(number.findall(below)) - asked == set()
