@@ -71,7 +71,8 @@ def option(
         default: an integer, a word or a bool; None if leaving the option out has a meaning of its own.
         help: what it does, in a few words.
         choices: allowed values, if not every integer is allowed.
-        least, most: bounds of an integer.
+        least: smallest allowed integer.
+        most: largest allowed integer; None if there is no bound.
         trained: whether an adapter is bound to the value that it was trained with.
         usual: for a default of None, the number that is printed in its place.
         later: whether it was added to a method that had been released without it.
