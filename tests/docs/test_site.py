@@ -30,8 +30,8 @@ class Resources(HTMLParser):
 def built(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     """The site, and what was imported to build it."""
     site = tmp_path_factory.mktemp("site")
-    done = subprocess.run(
-        [sys.executable, "-X", "importtime", "-m", "mkdocs", "build", "--strict", "-f",  # not --quiet: it counts no warnings
+    done = subprocess.run(  # not --quiet, which counts no warnings
+        [sys.executable, "-X", "importtime", "-m", "mkdocs", "build", "--strict", "-f",
          str(ROOT / "docs" / "site" / "mkdocs.yml"), "-d", str(site)],
         cwd=ROOT, capture_output=True, text=True, check=False, env={**os.environ, "NO_MKDOCS_2_WARNING": "1"},
     )

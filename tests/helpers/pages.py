@@ -14,6 +14,7 @@ PAGES += sorted(str(path.relative_to(ROOT)) for path in (ROOT / "docs").rglob("*
 _FENCE = re.compile(r"^( *)```(\S*)\n(.*?)^\1```$", flags=re.S | re.M)
 _SHELL = """
 command_not_found_handle() { printf '%s\\0' "$@" ''; }
+cd() { command_not_found_handle cd "$@"; }
 PATH=/nowhere
 """
 
