@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from kvbench.metrics.base import DEGENERATION, GREEDY, MEANING, TEXTS, Array, Shown, Totals
-from kvbench.metrics.texts import Columns, Sample, TextMetric, mean_of, ngrams
+from kvbench.metrics.texts import Columns, Sample, TextMetric, mean_of, ngrams, share
 
 ORDERS = (2, 3, 4)
 _TABLES = {2: (DEGENERATION,), 3: (DEGENERATION,), 4: (TEXTS, MEANING, GREEDY)}
@@ -31,9 +31,9 @@ def _all_orders(sample: Sample) -> Columns:
 
 
 def _diversity(t: Totals) -> Array:
-    value = 1 - t["rep2"] / t["rep2_texts"]
+    value = 1 - share(t["rep2"], t["rep2_texts"])
     for n in ORDERS[1:]:
-        value = value * (1 - t[f"rep{n}"] / t[f"rep{n}_texts"])
+        value = value * (1 - share(t[f"rep{n}"], t[f"rep{n}_texts"]))
     return value
 
 

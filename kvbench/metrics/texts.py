@@ -50,10 +50,13 @@ class TextMetric(Metric):
 def mean_of(column: str, count: str) -> Callable[[Totals], Array]:
     """The ``value`` of a metric that is a mean: the sum of one column divided by that of another."""
 
-    def value(t: Totals) -> Array:
-        return t[column] / t[count]
+    return lambda t: share(t[column], t[count])
 
-    return value
+
+def share(part: Array, whole: Array) -> Array:
+    """A share; not defined (nan) where the whole is 0, as of texts that are all too short for a metric."""
+    with np.errstate(invalid="ignore"):
+        return part / whole
 
 
 def over_texts(column: str, measure: Callable[[Output, Sample], float | None]) -> Callable[[Sample], Columns | None]:
