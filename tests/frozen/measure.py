@@ -12,6 +12,7 @@ import os
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -84,25 +85,39 @@ REQUESTS: dict[str, tuple[str, ...]] = {
 }
 
 Measured = dict[str, dict[str, Any]]
+Say = Callable[..., dict[str, Any]]
+"""How a command is run; see :func:`said`."""
 
 
-def measured() -> Measured:
+def said(place: Path, *words: str) -> dict[str, Any]:
+    """The document that a command prints, which is run in a folder."""
+    mine = {name: value for name, value in os.environ.items() if not name.startswith("KVBENCH_")}
+    environment = {**mine, "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run([sys.executable, "-m", "kvbench", *words], cwd=place, env=environment, text=True,
+                          capture_output=True, check=False)
+    if done.returncode:
+        raise RuntimeError(f"kvbench {' '.join(words)} ended with {done.returncode}: {done.stderr}")
+    document: dict[str, Any] = json.loads(done.stdout)
+    return document
+
+
+def measured(say: Say = said) -> Measured:
     """By the name of a run: the keys of its cells, its signatures, and its rows (words: numbers)."""
     with tempfile.TemporaryDirectory() as place:
-        found = {name: carried_out(Path(place), *words, "--out", name) for name, words in RUNS.items()}
-        found["profile"] = _shortened(_said(Path(place), "report", str(OLD_PROFILE), "--json", "--out", "reported"))
+        found = {name: carried_out(Path(place), *words, "--out", name, say=say) for name, words in RUNS.items()}
+        found["profile"] = _shortened(say(Path(place), "report", str(OLD_PROFILE), "--json", "--out", "reported"))
     return found
 
 
-def carried_out(place: Path, *words: str) -> dict[str, Any]:
+def carried_out(place: Path, *words: str, say: Say = said) -> dict[str, Any]:
     """What a command, whose last word is its folder, measures there."""
-    found = _shortened(_said(place, *words))
+    found = _shortened(say(place, *words))
     return {**found, "cells": sorted(path.parent.name for path in (place / words[-1]).glob("cells/*/cell.json"))}
 
 
-def keys() -> dict[str, dict[str, str]]:
+def keys(say: Say = said) -> dict[str, dict[str, str]]:
     """By request: the keys of the cells it asks for, by what they are."""
-    return {name: {_name_of(cell): cell["key"] for cell in _said(Path.cwd(), *words, "--dry-run", "--json")["cells"]}
+    return {name: {_name_of(cell): cell["key"] for cell in say(Path.cwd(), *words, "--dry-run", "--json")["cells"]}
             for name, words in REQUESTS.items()}
 
 
@@ -144,17 +159,6 @@ def _shortened(document: dict[str, Any]) -> dict[str, Any]:
         assert named not in rows, f"two rows are called {named}"
         rows[named] = [row[name] for name in NUMBERS]
     return {"rows": rows, "signatures": sorted({str(row["signature"]) for row in document["rows"]})}
-
-
-def _said(place: Path, *words: str) -> dict[str, Any]:
-    mine = {name: value for name, value in os.environ.items() if not name.startswith("KVBENCH_")}
-    environment = {**mine, "HF_HUB_OFFLINE": "1"}
-    done = subprocess.run([sys.executable, "-m", "kvbench", *words], cwd=place, env=environment, text=True,
-                          capture_output=True, check=False)
-    if done.returncode:
-        raise RuntimeError(f"kvbench {' '.join(words)} ended with {done.returncode}: {done.stderr}")
-    document: dict[str, Any] = json.loads(done.stdout)
-    return document
 
 
 def compact(found: Any) -> str:
