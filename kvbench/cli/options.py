@@ -23,7 +23,7 @@ def path(given: str) -> Path:
 
 Model = Annotated[str | None, typer.Option(
     parser=text, autocompletion=completion.model,
-    help="Hub id or folder of any causal language model. \\[default: kvbench-tiny, embedded]",
+    help="Hub id, folder or .gguf file of any causal language model. \\[default: kvbench-tiny, embedded]",
     envvar="KVBENCH_MODEL", show_default=False, rich_help_panel="What to run")]
 Method = Annotated[list[str] | None, typer.Option(
     autocompletion=completion.method,

@@ -223,7 +223,7 @@ def _check_tasks(request: Request, tasks: Mapping[str, Task]) -> None:
         raise UserError(
             f"--data stands for the corpus of one task, and {len(tasks)} are asked for "
             f"({', '.join(tasks)}).",
-            "Name one with --task.",
+            "Name one with --task; for running text: --task books.",
         )
     if len({task.name for task in tasks.values()}) < len(tasks):
         raise UserError("Two of the tasks have the same name.", "Give each task file a name of its own.")

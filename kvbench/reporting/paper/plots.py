@@ -90,7 +90,8 @@ def _quality(
             bounds = (min(0.0, low) - 0.05 * top, top)
         title = mine[0].task if len(lengths) < 2 else f"{mine[0].task}, {length_of(mine[0])}"
         what = f"{shown.axis} above the full cache" if paired else shown.axis
-        panels.append(Panel(title, _lines(points, shown.scale), label, what, tuple(levels.items()), bounds))
+        axis = f"mean {label}" if label.startswith("share") and protocol != "answer" else label
+        panels.append(Panel(title, _lines(points, shown.scale), axis, what, tuple(levels.items()), bounds))
     panels = [panel for panel in panels if panel.lines]
     if panels:
         asked = "" if question is None else f", question {question}"
