@@ -57,7 +57,7 @@ const kvbench = (() => {
     const isSpeed = x === "length" || x === "batch", points = chosen.filter(row => row.value !== null);
     const known = points.map(of).filter(v => v !== null);
     const ends = x === "bytes" || isSpeed || !known.length ? [Math.min(...known), Math.max(...known)] : [0, 1];
-    const groups = [...by(points, row => isSpeed ? named(row) : row.method)], apart = isSpeed || x === "bytes" ? 0 : 0.004;
+    const groups = [...by(points, row => isSpeed ? named(row) : row.method)], apart = isSpeed || x === "bytes" ? 0 : Math.min(0.004, 0.05 / groups.length);
     const traces = groups.map(([key, mine], place) => {
       const method = data.methods[mine[0].method], dim = faint(mine[0].method, lit), colour = shade(method.colour);
       const across = !isSpeed && x !== "bytes" && mine.every(row => row.asked === null);
@@ -129,5 +129,5 @@ const kvbench = (() => {
     return made;
   };
 
-  return {data, rows, prefix, unique, by, number, interval, bytes, named, cell, held, full, differs, lines, plain, curves, maps, predicted, X, style};
+  return {data, rows, prefix, unique, by, number, interval, bytes, named, cell, held, differs, lines, plain, curves, maps, predicted, X, style};
 })();

@@ -1,7 +1,7 @@
 "use strict";
 // The controls of the page. One state (`lit`, the highlighted method) is shared by all sections; each section draws itself when it comes into view.
 (() => {
-  const {data, rows, unique, by, number, interval, bytes, named, held, full, differs, lines, curves, maps, predicted, X, style} = kvbench;
+  const {data, rows, unique, by, number, interval, bytes, named, held, differs, lines, curves, maps, predicted, X, style} = kvbench;
   const $ = id => document.getElementById(id);
   const element = (tag, properties = {}, ...children) => { const made = Object.assign(document.createElement(tag), properties); made.append(...children); return made; };
   const whole = rows.filter(row => row.bin === null);
