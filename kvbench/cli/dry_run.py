@@ -28,7 +28,7 @@ def print_plans(plans: Sequence[Plan], path: Path, as_json: bool) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    from kvbench.execution.estimate import estimate_seconds, expected
+    from kvbench.execution.estimate import estimate_seconds, expected, slow_dtype
     from kvbench.parsing import duration_of
     from kvbench.reporting.tables.format import WIDTH
     from kvbench.store.folder import RunFolder
@@ -54,6 +54,8 @@ def print_plans(plans: Sequence[Plan], path: Path, as_json: bool) -> None:
         console = Console(width=WIDTH)
     console.print(table)
     for sentence in dict.fromkeys(_memory(plan) for plan in plans):
+        console.print(sentence, highlight=False)
+    for sentence in dict.fromkeys(filter(None, map(slow_dtype, plans))):
         console.print(sentence, highlight=False)
     for note in dict.fromkeys(note for plan in plans for note in plan.omitted):
         console.print(f"left out: {note}", highlight=False)

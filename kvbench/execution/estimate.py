@@ -129,11 +129,12 @@ def _by_arithmetic(plan: Plan, cell: Cell, documents: tuple[Document, ...], toge
     weights, calls = plan.model.weight_bytes / 4, sizes.layers * CALL
     read, _, written = _tokens(plan, cell)
     own = 0.0 if together == 1 else QUESTION if cell.answers else read / 4
-    step = max(plan.model.weight_bytes / BANDWIDTH, 2 * weights / _speed()) + calls
+    speed = speed_of(plan.request.cell_dtype)
+    step = max(plan.model.weight_bytes / BANDWIDTH, 2 * weights / speed) + calls
     if together > 1:
         step *= ROW
     fed = (read - own) / together + own
-    return ARITHMETIC * fed * 2 * weights / _speed() + fed / CHUNK * calls + written * step
+    return ARITHMETIC * fed * 2 * weights / speed + fed / CHUNK * calls + written * step
 
 
 class Tokens(NamedTuple):
@@ -170,13 +171,34 @@ def _tokens(plan: Plan, cell: Cell) -> Tokens:
 
 
 @cache
-def _speed() -> float:
-    """Operations per second of matrix products of the usual shapes, by PyTorch on the threads that it would take."""
+def speed_of(dtype: str) -> float:
+    """Operations per second of matrix products of the usual shapes, by PyTorch on the threads that it would take.
+
+    Args:
+        dtype: ``float32``, ``bfloat16`` or ``float16``; ``auto`` counts as float32.
+    """
     import torch
 
-    a, b = torch.ones(CHUNK, 1024), torch.ones(1024, 1024)
+    kind: torch.dtype = getattr(torch, dtype, torch.float32)
+    a, b = torch.ones(CHUNK, 1024, dtype=kind), torch.ones(1024, 1024, dtype=kind)
     torch.mm(a, b)
     started = time.perf_counter()
-    for _ in range(32):
+    for _ in range(8):
         torch.mm(a, b)
-    return 32 * 2 * CHUNK * 1024**2 / (time.perf_counter() - started)
+    return 8 * 2 * CHUNK * 1024**2 / (time.perf_counter() - started)
+
+
+def slow_dtype(plan: Plan) -> str | None:
+    """A sentence if the processor computes faster in float32 than in the dtype asked for, for want of instructions."""
+    from kvbench.models.device import pick_device
+
+    dtype = plan.request.cell_dtype
+    if dtype not in ("bfloat16", "float16") or pick_device(plan.request.device).type != "cpu":
+        return None
+    share = speed_of(dtype) / speed_of("float32")
+    if share > 0.8:
+        return None
+    return (
+        f"This processor multiplies in {dtype} at {share:.2f} of its speed in float32: without --dtype {dtype} the "
+        "same is measured faster, if the memory is enough."
+    )

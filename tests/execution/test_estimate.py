@@ -8,8 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from kvbench.cache.shape import cache_shape
+from kvbench.execution.estimate import speed_of
 from kvbench.models.sizes import sizes_of
 from tests.helpers.command import Call
 from tests.helpers.models import CONTEXT, FAMILIES, small_model
@@ -38,6 +40,32 @@ def test_time_and_memory_are_said(called: Call, monkeypatch: pytest.MonkeyPatch)
     assert re.search(r"About \d+ s on this machine", out)
     monkeypatch.setattr("psutil.virtual_memory", lambda: type("Free", (), {"available": 1 << 20}))
     assert "NOT FIT" in called([*ASKED, "--task", "minidocs"]).out
+
+
+def test_a_dtype_without_instructions_is_named(called: Call, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Some processors multiply in bfloat16 at a tenth of their speed in float32."""
+    asked: list[str | Path] = [*ASKED, "--task", "minidocs", "--limit", "4", "--dtype"]
+    speeds = {"bfloat16": 1e9, "float32": 1e10}
+    monkeypatch.setattr("kvbench.execution.estimate.speed_of", speeds.__getitem__)
+    assert "multiplies in bfloat16 at 0.10 of its speed in float32" in called([*asked, "bfloat16"]).out
+    assert "multiplies in" not in called([*asked, "float32"]).out
+    speeds["bfloat16"] = 2e10
+    assert "multiplies in" not in called([*asked, "bfloat16"]).out
+
+
+def test_the_estimate_knows_the_dtype(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[torch.dtype] = []
+    multiply = torch.mm
+
+    def watched(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+        asked.append(a.dtype)
+        return multiply(a, b)
+
+    monkeypatch.setattr("torch.mm", watched)
+    assert speed_of.__wrapped__("bfloat16") > 0
+    assert speed_of.__wrapped__("auto") > 0
+    assert set(asked[: len(asked) // 2]) == {torch.bfloat16}
+    assert set(asked[len(asked) // 2 :]) == {torch.float32}
 
 
 def test_samples_are_counted_and_not_texts(called: Call) -> None:
