@@ -10,11 +10,15 @@ from io import StringIO
 from pathlib import Path
 
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from rich.console import Console
 
 from kvbench.analysis.results import compute_results
 from kvbench.api.results import Evaluation
-from kvbench.reporting.tables.compact import main_metric, reading
+from kvbench.reporting.best import best
+from kvbench.reporting.page.summary import summary_of
+from kvbench.reporting.tables.compact import UNEQUALLY, main_metric, reading
 from kvbench.reporting.tables.terminal import print_results
 from kvbench.store.folder import RunFolder
 from kvbench.store.records import Cell
@@ -75,6 +79,44 @@ def test_the_sentence_names_the_best_and_what_was_not_decided(results: Results) 
         assert said.endswith("All differ from the full cache (p < .05).")
     starred = [line for line in printed(results).splitlines() if "*" in line and line.startswith(" ")]
     assert len(starred) == len([p for p in tested.values() if p is not None and p < 0.05])
+
+
+def test_methods_that_removed_unequally_are_not_ranked_by_the_ratio_asked(results: Results) -> None:
+    """A policy that fills its budget as it reads removes little on average, and little is what it loses."""
+    mean = {("sinks", 0.5): 0.14, ("local", 0.5): 0.45, ("sinks", 0.9): 0.88, ("local", 0.9): 0.89}
+    mine = [
+        replace(row, ratio_mean=mean[row.method, row.ratio_asked or 0.0]) if row.ratio_asked else row
+        for row in results.rows if row.params.get("bin") is None
+    ]
+    said = reading(mine, "ppl")
+    assert re.search(r"at 0.5 sinks \(\+[^)]*, mean 0.14\), local \(\+[^)]*, mean 0.45\); at 0.9 sinks \(\+", said)
+    assert said.count("mean 0.") == 2
+    assert UNEQUALLY in said
+    lines = printed(replace(results, rows=tuple(mine))).splitlines()
+    assert max(map(len, lines)) <= 100
+    assert next(line for line in lines if "method" in line).split()[:3] == ["method", "removed", "mean"]
+    found = [re.match(r" (\S+) +0.5 \(0.45\) +([\d.]+) ", line) for line in lines]
+    assert {m[1]: m[2] for m in found if m} == {"sinks": "0.14", "local": "0.45"}
+    assert UNEQUALLY not in reading([row for row in results.rows if row.params.get("bin") is None], "ppl")
+    whole = "; ".join(summary_of(mine).sentences)
+    assert "0.5 removed: lowest perplexity, among those that removed as much on average: sinks" in whole
+
+
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(drawn=st.lists(st.tuples(st.integers(0, 5), st.integers(0, 10)), min_size=1, max_size=8))
+def test_the_best_are_those_that_none_beats_with_as_much_removed(
+    results: Results, drawn: list[tuple[int, int]]
+) -> None:
+    bare = next(row for row in results.rows if row.metric == "ppl")
+    rows = [
+        replace(bare, method=str(i), metric="ppl", value=float(value), ratio_mean=share / 10)
+        for i, (value, share) in enumerate(drawn)
+    ]
+    found = {row.method for row in best(rows)}
+    assert found
+    for row, (value, share) in zip(rows, drawn, strict=True):
+        beaten = any(other < value and theirs >= share for other, theirs in drawn)
+        assert (row.method in found) == (not beaten)
 
 
 @pytest.mark.parametrize(("documents", "methods", "few"), [(4, 1, True), (6, 1, False), (6, 3, True), (9, 3, False)])

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from statistics import fmean
 
 from kvbench.analysis.largest_ratio import FOUND
-from kvbench.metrics import SHOWN
 from kvbench.metrics.largest_ratio import LARGEST_RATIO
+from kvbench.reporting.best import are_unequal, best
 from kvbench.reporting.tables.compact import main_metric, reading, too_few_to_test
 from kvbench.reporting.tables.format import CONTROLS, by_setting, name_of, task_of
 from kvbench.statistics import SIGNIFICANT
@@ -104,13 +104,14 @@ def _accuracy(ratio: float, tasks: Sequence[list[Row]]) -> str:
 
 
 def _text(alike: Sequence[list[Row]]) -> str:
-    """Who has the lowest perplexity most often."""
+    """Who has the lowest perplexity most often, of those that removed as much on average."""
     compared = [some for some in alike if len(some) > 1 and some[0].metric == "ppl"]
-    leads = Counter(name_of(row) for some in compared for row in _best(some))
+    leads = Counter(name_of(row) for some in compared for row in best(some))
     if not leads:
         return ""
     named = ", ".join(f"{name} ({count} of {len(compared)})" for name, count in leads.most_common(_NAMED))
-    return f"lowest perplexity: {named}"
+    unequal = ", among those that removed as much on average" if any(map(are_unequal, compared)) else ""
+    return f"lowest perplexity{unequal}: {named}"
 
 
 def _bytes(rows: Sequence[Row], ratio: float) -> dict[str, list[float]]:
@@ -143,19 +144,6 @@ def _rivals(rows: Sequence[Row]) -> list[Row]:
     whole = list(filter(_is_whole, rows))
     metric = main_metric(whole) if whole else ""
     return [row for row in whole if row.metric == metric and row.name not in CONTROLS and row.value is not None]
-
-
-def _best(rows: Sequence[Row]) -> list[Row]:
-    """The best rows of one ratio; all that are equal; by the difference to the full cache where no direction is
-    better."""
-    better = SHOWN[rows[0].metric].better
-
-    def order(row: Row) -> float:
-        value = row.value or 0.0
-        return abs(row.delta or 0.0) if better is None else value if better == "low" else -value
-
-    least = min(map(order, rows))
-    return [row for row in rows if order(row) == least]
 
 
 def _is_whole(row: Row) -> bool:

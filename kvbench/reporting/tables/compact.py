@@ -14,6 +14,7 @@ from rich.text import Text
 
 from kvbench.metrics import SHOWN
 from kvbench.metrics.base import FLUENCY
+from kvbench.reporting.best import are_unequal, best, loss, removed
 from kvbench.reporting.tables.format import (
     CONTROLS,
     UNDER_FLOOR,
@@ -39,6 +40,10 @@ _BESIDE, _MOST_BESIDE = ("mauve", "semantic", "chrf", "rougeL", "prefix_match"),
 """Metrics of written texts that stand beside the first one, without a difference, and how many of them do."""
 _MOVED = 0.005
 """Difference between the ratio asked for and the one realised from which on both are shown."""
+UNEQUALLY = (
+    "Methods asked for the same ratio did not remove equally much on average (mean): named are all that none beats "
+    "with as much removed."
+)
 Cells = dict[tuple[str, float | None], dict[str, Row]]
 
 
@@ -76,18 +81,17 @@ def reading(rows: Sequence[Row], metric: str) -> str:
     rivals = [row for row in mine if row.name not in CONTROLS and row.delta is not None]
     if not rivals:
         return "Nothing is compared with the full cache."
-    is_better = SHOWN[metric].better is not None
-
-    def far(row: Row) -> float:
-        return _sign(metric) * (row.value or 0.0) if is_better else abs(row.delta or 0.0)
-
     said = []
-    for ratio in sorted({row.ratio_asked for row in rivals if row.ratio_asked is not None}):
-        alike = [row for row in rivals if row.ratio_asked == ratio]
-        best = min(alike, key=far)
-        if len(alike) > 1:
-            names = _listed([row.name for row in alike if row.value == best.value], 3)
-            said.append(f"at {ratio:g} {names} ({_difference(best).strip(' *')})")
+    for alike in _by_ratio(rivals):
+        if len(alike) < 2:
+            continue
+        found = sorted(best(alike), key=loss)
+        if are_unequal(alike):
+            each = [f"{row.name} ({_difference(row).strip(' *')}, mean {removed(row):.2f})" for row in found]
+            said.append(f"at {alike[0].ratio_asked:g} {_listed(each, 3)}")
+        else:
+            names = _listed([row.name for row in found], 3)
+            said.append(f"at {alike[0].ratio_asked:g} {names} ({_difference(found[0]).strip(' *')})")
     tested = [row for row in mine if row.p_value is not None]
     few = too_few_to_test(tested)
     if few:
@@ -98,9 +102,16 @@ def reading(rows: Sequence[Row], metric: str) -> str:
             "All differ from the full cache (p < .05)." if not same else
             f"No significant difference to the full cache: {_listed(same)}."
         ) if tested else ""
-    lead = "Best, with the difference to the full cache" if is_better else "Closest to the full cache"
+    lead = "Best, with the difference to the full cache" if SHOWN[metric].better else "Closest to the full cache"
     named = f"{lead}: " + "; ".join(said[:6]) + ". " if said else ""
-    return f"{named}{verdict}".strip()
+    warning = f"{UNEQUALLY} " if said and any(map(are_unequal, _by_ratio(rivals))) else ""
+    return f"{named}{warning}{verdict}".strip()
+
+
+def _by_ratio(rows: Sequence[Row]) -> list[list[Row]]:
+    """Rows that were asked for the same ratio, in ascending order."""
+    ratios = sorted({row.ratio_asked for row in rows if row.ratio_asked is not None})
+    return [[row for row in rows if row.ratio_asked == ratio] for ratio in ratios]
 
 
 def too_few_to_test(tested: Sequence[Row]) -> str:
@@ -121,9 +132,13 @@ def _table(rows: list[Row], metric: str, cells: Cells) -> Table:
     is_text = rows[0].protocol in WRITING
     beside = [name for name in _BESIDE if is_text and name in present and name != metric][:_MOST_BESIDE]
     bars = _bars(cells, metric)
+    mine = [row for row in rows if row.metric == metric and row.name not in CONTROLS]
+    has_mean = any(map(are_unequal, _by_ratio(mine)))
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     table.add_column("method", overflow="fold", min_width=12)
     table.add_column("removed", justify="right", no_wrap=True)
+    if has_mean:
+        table.add_column("mean", justify="right", no_wrap=True)
     table.add_column(_heading(metric), justify="right", no_wrap=True)
     if bars:
         table.add_column("", no_wrap=True, width=_BAR)
@@ -134,8 +149,10 @@ def _table(rows: list[Row], metric: str, cells: Cells) -> Table:
     for (method, ratio), metrics in cells.items():
         row = metrics.get(metric)
         bar = [_bar(bars[method, ratio])] if bars else []
+        first = next(iter(metrics.values()))
+        mean = [number_of(first.ratio_mean, 2)] if has_mean else []
         table.add_row(
-            method, _removed(next(iter(metrics.values()))), "-" if row is None else _value(row), *bar,
+            method, _removed(first), *mean, "-" if row is None else _value(row), *bar,
             "-" if row is None else _difference(row), *(_plain(metrics.get(name)) for name in beside),
             held_of(metrics, not is_text), style=style_of(method),
         )

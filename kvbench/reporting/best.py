@@ -1,0 +1,43 @@
+"""Which methods are best at a ratio that they were asked for, though they may not remove equally much on average.
+
+Some fill their budget while they read, so that early tokens see more than late ones: two methods that hold the same at
+the end of a text can differ threefold in what its tokens saw. Values are then no ranking, and the best are all those
+that no other beats with as much removed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from kvbench.metrics import SHOWN
+from kvbench.store.rows import Row
+
+UNEQUAL = 0.05
+"""Difference between mean ratios from which on methods do not remove equally much."""
+
+
+def loss(row: Row) -> float:
+    """A number that is lower for better values; the distance from the full cache if no direction is better."""
+    value, better = row.value or 0.0, SHOWN[row.metric].better
+    if better is None:
+        return abs(row.delta or 0.0)
+    return -value if better == "high" else value
+
+
+def removed(row: Row) -> float:
+    """Share of the entries removed on average, as far as it is known; else at the end, or as asked."""
+    return next((r for r in (row.ratio_mean, row.ratio_realised, row.ratio_asked) if r is not None), 0.0)
+
+
+def are_unequal(rows: Sequence[Row]) -> bool:
+    """Whether rows of one ratio asked for do not remove equally much on average."""
+    shares = [removed(row) for row in rows]
+    return bool(shares) and max(shares) - min(shares) > UNEQUAL
+
+
+def best(rows: Sequence[Row]) -> list[Row]:
+    """The rows that no other of them beats with as much removed on average; all that are equal."""
+    return [
+        row for row in rows
+        if not any(loss(other) < loss(row) and removed(other) > removed(row) - UNEQUAL for other in rows)
+    ]
