@@ -11,7 +11,7 @@ from torch import nn
 from kvbench.cache.shape import cache_shape
 from kvbench.inference.opening import ONEPASS, Text, open_session
 from kvbench.inference.session import Session
-from kvbench.inference.shared_context import SharedContext, can_share
+from kvbench.inference.shared_context import SharedContext, can_share, keeps_whole
 from kvbench.inference.together import can_join
 from kvbench.protocols.answer import TOGETHER, AnswerProtocol, needed
 from kvbench.protocols.pieces import Cut, Piece
@@ -49,8 +49,10 @@ class Contexts:
         self.shared: dict[tuple[int, ...], SharedContext] = {}
         self.cells = list(prepared_cells)
         context = first.ids[: first.context]
-        opened = [(one, self._opened(context, one)) for one in prepared_cells if _removes_at_end(one)]
+        opened = [(one, self._opened(context, one)) for one in prepared_cells if _can_share(one)]
         self.sharing = [one for one, session in opened if can_share(session)]
+        if self.sharing:
+            self.sharing += [one for one, session in opened if keeps_whole(session)]
         self.joining = [
             one for one, session in opened
             if can_share(session) and can_join(session) and protocol.turns != TOGETHER  # answers differ in length
@@ -91,6 +93,6 @@ class Contexts:
         )
 
 
-def _removes_at_end(prepared_cell: PreparedCell) -> bool:
-    """Whether a cell reads with the base model, and removes entries; its session says when."""
+def _can_share(prepared_cell: PreparedCell) -> bool:
+    """Whether a cell reads with the base model and what is masked is removed; its session says when."""
     return prepared_cell.adapter is None and prepared_cell.cell.execution != ONEPASS

@@ -5,7 +5,7 @@ All rows of a batch share a layout, so eviction is aligned and no padding is nee
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 
 import torch
@@ -87,12 +87,22 @@ class LayoutSession:
         return self.feed(self.reader.generated_inputs(ids[:, None], self.layout, slice(self.fed, stop)), wanted)[:, 0]
 
     def fill(self, batch: int, seed: int) -> None:
+        fed = self._stop(self.context - 1)
+        held = self.layout.held_after(fed) if self.evicts else torch.arange(fed)
+        self._hold(held, random_entries(self.reader.model, batch, len(held), seed))
+
+    def take_over(self, entries: Iterable[tuple[Tensor, Tensor]]) -> None:
+        """Go on from keys and values ``[batch, KV heads, context, width]`` of every layer that another session has
+        read; the layout must be plain."""
+        self._hold(torch.arange(self.context), entries)
+
+    def _hold(self, slots: Tensor, entries: Iterable[tuple[Tensor, Tensor]]) -> None:
+        """Begin behind the context, with the entries of these slots."""
         self.fed, self.read = self._stop(self.context - 1), self.context
-        self.stored = self.layout.held_after(self.fed) if self.evicts else torch.arange(self.fed)
-        self.holes = torch.empty(0, dtype=torch.long)
-        self.kept = self.peak = len(self.stored)
+        self.stored, self.holes = slots, torch.empty(0, dtype=torch.long)
+        self.kept = self.peak = len(slots)
         self.cache = EvictingCache()
-        for place, (keys, values) in enumerate(random_entries(self.reader.model, batch, self.kept, seed)):
+        for place, (keys, values) in enumerate(entries):
             self.cache.update(keys, values, place)
 
     @property

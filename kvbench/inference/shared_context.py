@@ -2,7 +2,7 @@
 
 All policies that compress a context at its end see the same keys, values and queries, so that nothing changes if these
 are computed once. What differs are the statistics that they need; policies with the same needs share them, too, and so
-do the ratios of one policy. Each session then goes on with a copy.
+do the ratios of one policy. Each session then goes on with a copy; so does the full cache, which keeps all of them.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from transformers.cache_utils import Cache
 
 from kvbench.cache.policy_cache import PolicyLayer
+from kvbench.inference.layout_session import LayoutSession
 from kvbench.inference.policy_session import PolicySession
 from kvbench.inference.session import Session
 from kvbench.methods.policies.policy import CachePolicy, Needs
@@ -47,7 +48,7 @@ class SharedContext:
         Returns:
             Logits ``[batch, 1, vocabulary]`` after the context.
         """
-        if not can_share(session):
+        if not (can_share(session) or (self.readers and keeps_whole(session))):
             self.passes += 1
             *_, part = session.prefill(self.ids, self.ids.shape[1] - 1)
             return part.logits[:, -1:]
@@ -58,8 +59,12 @@ class SharedContext:
             except BaseException:  # what has been seen of the queries must not be counted twice by another try
                 self.readers = {key: _reader(reader) for key, reader in self.readers.items()}
                 raise
-        session.take_over(self.readers[_key(session.policy)])
-        session.remove()
+        if can_share(session):
+            session.take_over(self.readers[_key(session.policy)])
+            session.remove()
+        elif keeps_whole(session):
+            first = next(iter(self.readers.values()))
+            session.take_over((layer.keys.clone(), layer.values.clone()) for layer in first.cache.layers)
         return self.logits
 
     def _read(self) -> Tensor:
@@ -74,6 +79,11 @@ def can_share(session: Session) -> TypeGuard[PolicySession]:
     if not isinstance(session, PolicySession) or session.chunk is None or not session.compresses_context:
         return False
     return type(session.policy).patched is CachePolicy.patched
+
+
+def keeps_whole(session: Session) -> TypeGuard[LayoutSession]:
+    """Whether a session holds what every policy of a shared context reads: all entries of the model as it is."""
+    return type(session) is LayoutSession and session.layout.is_plain and session.reader.adapter is None
 
 
 def _key(policy: CachePolicy) -> Key:

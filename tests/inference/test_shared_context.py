@@ -10,7 +10,7 @@ from torch import nn
 
 from kvbench.inference.opening import Text, open_session, prepared
 from kvbench.inference.session import Session
-from kvbench.inference.shared_context import SharedContext
+from kvbench.inference.shared_context import SharedContext, keeps_whole
 from kvbench.methods import METHODS, CachePolicy, Method, make_method
 from kvbench.protocols.pieces import Piece
 from kvbench.protocols.scoring import score_pieces, share_context
@@ -56,6 +56,38 @@ def test_a_pass_that_fails_is_not_counted_twice(llama: nn.Module, monkeypatch: p
     for mine, other in zip(together.cache.layers, alone.cache.layers, strict=True):  # type: ignore[attr-defined]
         assert torch.equal(mine.positions, other.positions)
         assert torch.allclose(mine.sums, other.sums)
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_full_cache_takes_over_what_policies_read(family: str) -> None:
+    """It reads nothing itself, holds what it would have read, and shares no storage with the others."""
+    model = small_model(family)
+    ids = torch.randint(1, VOCABULARY, (1, N + 6), generator=torch.Generator().manual_seed(4))
+    full, policy = make_method("full", Fraction(0), {}), make_method("snapkv", Fraction(1, 2), {"window": "4"})
+    with prepared(model, None, N + 6):
+        shared = SharedContext(model, ids[:, :N], [opened(model, policy), opened(model, full)])
+        together, alone = opened(model, full), opened(model, full)
+        assert keeps_whole(together)
+        assert not keeps_whole(opened(model, policy))
+        assert not keeps_whole(opened(model, make_method("sinks", Fraction(1, 2), {})))
+        logits = [shared.read_into(together)]
+        shared.read_into(opened(model, policy))
+        assert shared.passes == 1
+        *_, part = alone.prefill(ids[:, :N], N - 1)
+        assert torch.allclose(logits[0], part.logits[:, -1:], atol=1e-5)
+        assert (together.kept, together.peak, together.removals) == (N, N, 0)
+        assert (alone.kept, alone.peak, alone.removals) == (N, N, 0)
+        assert together.bytes() == alone.bytes()
+        assert together.entries_by_head() == alone.entries_by_head()
+        stored = {tensor.data_ptr() for reader in shared.readers.values() for tensor in reader.cache.tensors()}
+        assert not stored & {tensor.data_ptr() for tensor in together.tensors()}
+        for mine, other in zip(together.held_positions() or (), alone.held_positions() or (), strict=True):
+            assert torch.equal(mine, other)
+        for start, stop in ((N, N + 4), (N + 4, N + 5), (N + 5, N + 6)):
+            (mine,), (other,) = together.extend(ids[:, start:stop]), alone.extend(ids[:, start:stop])
+            assert float((mine.logits - other.logits).abs().max()) < 1e-5
+        assert SharedContext(model, ids[:, :N], [together]).read_into(opened(model, full)).shape[1] == 1
 
 
 @torch.inference_mode()
