@@ -16,7 +16,7 @@ from kvbench.api.wording import in_python
 from kvbench.errors import UserError, unknown
 from kvbench.inference.compressed_cache import BOTH, DECODE, PREFILL
 from kvbench.inference.opening import check_method
-from kvbench.methods import METHODS, Method, parse_ratio
+from kvbench.methods import METHODS, Method, parse_ratio, unknown_method
 from kvbench.models.adapter import Adapter, read_card
 from kvbench.models.configuration import context_of, text_config
 from kvbench.models.facts import ModelFacts
@@ -92,7 +92,7 @@ def checked_method(
     if not isinstance(asked, (str, Method)):
         raise UserError(f"method={asked!r} is no method.", "Give a name, such as 'snapkv', or a method object.")
     if isinstance(asked, str) and asked not in METHODS:
-        raise unknown("method", asked, METHODS)
+        raise unknown_method(asked)
     kind, own = (METHODS[asked], {}) if isinstance(asked, str) else (type(asked), asked.resolved)
     name, known = kind.name, kind.options()
     for key in options:

@@ -63,6 +63,8 @@ def list_(
 def _methods() -> list[dict[str, str]]:
     from kvbench.methods import METHODS
 
+    for error in METHODS.broken:
+        typer.echo(f"left out: {error.message} {error.hint}", err=True)
     return [
         {
             "name": name, "holds": kind.summary, "paper": kind.paper or "-",

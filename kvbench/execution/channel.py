@@ -17,7 +17,7 @@ from kvbench.errors import UserError
 from kvbench.store.manifest import Machine, TaskInfo
 from kvbench.store.records import Failure
 
-CELL_ERRORS = (RuntimeError, ValueError, IndexError, MemoryError, UserError)
+CELL_ERRORS = (RuntimeError, ValueError, LookupError, TypeError, AttributeError, MemoryError, UserError)
 """Exceptions that make one cell fail without stopping the others."""
 
 
@@ -140,4 +140,14 @@ def failure_of(cell: str, label: str, error: BaseException, hint: str | None = N
         said, own = error.message, error.hint
     else:
         said, own = (str(error).strip().splitlines() or [type(error).__name__])[0], ""
-    return Failure(cell, f"{label}: {said}", own if hint is None else hint)
+    return Failure(cell, f"{label}: {said}{_place(error)}", own if hint is None else hint)
+
+
+def _place(error: BaseException) -> str:
+    """Where the code of a method of another package raised, as file and line; empty elsewhere."""
+    from kvbench.methods import METHODS  # not wanted in every process that reads a channel
+    from kvbench.store.source import files_of
+
+    theirs = {str(path) for kind in METHODS.values() for path in files_of(kind)}
+    found = [frame for frame in traceback.extract_tb(error.__traceback__) if frame.filename in theirs]
+    return f" ({found[-1].filename}, line {found[-1].lineno})" if found else ""

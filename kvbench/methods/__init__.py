@@ -11,11 +11,11 @@ from kvbench.methods.layouts.layout import RUNNING, Layout, TextStructure
 from kvbench.methods.layouts.method import LAYOUT_IDS, LayoutMethod, layout_id, make_layout
 from kvbench.methods.options import Option, option
 from kvbench.methods.policies.policy import CachePolicy, LayerView
-from kvbench.methods.registry import METHODS, make_method
+from kvbench.methods.registry import METHODS, make_method, unknown_method
 from kvbench.store.faults import GROUP
 
 __all__ = [
     "GROUP", "LAYOUT_IDS", "METHODS", "RUNNING", "CachePolicy", "Effect", "LayerView", "Layout", "LayoutMethod",
     "Method", "Option", "TextStructure", "kept", "layout_id", "make_layout", "make_method", "option", "parse_ratio",
-    "ratio_text",
+    "ratio_text", "unknown_method",
 ]

@@ -59,34 +59,51 @@ _OF_0_1 = frozenset({
 })
 """Members that method classes defined in kvbench 0.1 and must not define any more."""
 _PAGE = "docs/adding-a-method.md"
+_MEND = "Mend or uninstall that package."
 
 
 class _Methods(Mapping[str, type[Method]]):
-    """Method classes by name. Those of other packages are loaded on first access, since they import this package."""
+    """Method classes by name, built-in ones first. Those of other packages are loaded on first access, since they
+    import this package; one that cannot be used is an error only where it is asked for."""
 
     @cached_property
-    def _all(self) -> dict[str, type[Method]]:
-        """All methods, built-in ones first.
-
-        Raises:
-            UserError: a method of another package cannot be loaded, is not a method, or has a name that is in use.
-        """
-        found = {kind.name: kind for kind in _OWN}
+    def _all(self) -> dict[str, type[Method] | UserError]:
+        """All methods, and why one of another package cannot be used."""
+        found: dict[str, type[Method] | UserError] = {kind.name: kind for kind in _OWN}
         for entry in entry_points(group=GROUP):
-            kind = _loaded(entry)
+            try:
+                kind = _loaded(entry)
+            except UserError as error:
+                found.setdefault(entry.name, error)
+                continue
             if kind.name in found:
-                raise UserError(f"{_named(entry)}: its name is taken.", "Mend or uninstall that package.")
-            found[kind.name] = kind
+                found.setdefault(entry.name, UserError(f"{_named(entry)}: its name is taken.", _MEND))
+            else:
+                found[kind.name] = kind
         return found
 
+    @property
+    def broken(self) -> list[UserError]:
+        """Why methods of other packages cannot be used."""
+        return [found for found in self._all.values() if isinstance(found, UserError)]
+
     def __getitem__(self, name: str) -> type[Method]:
-        return self._all[name]
+        """The class of a method.
+
+        Raises:
+            KeyError: no such method.
+            UserError: it is of another package, and cannot be loaded, is not a method, or has a name that is in use.
+        """
+        found = self._all[name]
+        if isinstance(found, UserError):
+            raise found
+        return found
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self._all)
+        return (name for name, found in self._all.items() if not isinstance(found, UserError))
 
     def __len__(self) -> int:
-        return len(self._all)
+        return len(self._all) - len(self.broken)
 
 
 def _loaded(entry: EntryPoint) -> type[Method]:
@@ -97,12 +114,12 @@ def _loaded(entry: EntryPoint) -> type[Method]:
         raise UserError(
             f"{_named(entry)} cannot be loaded: {type(error).__name__}: {error}.",
             f"It was written for another kvbench: {_PAGE} says what has moved." if is_old else
-            "Mend or uninstall that package.",
+            _MEND,
         ) from error
     if not (isinstance(kind, type) and issubclass(kind, Method)):
-        raise UserError(f"{_named(entry)} is no subclass of kvbench.methods.Method.", "Mend or uninstall that package.")
+        raise UserError(f"{_named(entry)} is no subclass of kvbench.methods.Method.", _MEND)
     if not isinstance(getattr(kind, "name", None), str):
-        raise UserError(f"{_named(entry)} has no name.", "Mend or uninstall that package.")
+        raise UserError(f"{_named(entry)} has no name.", _MEND)
     old = _old_members(kind)
     if old or not issubclass(kind, (LayoutMethod, CachePolicy)):
         what = f"says {', '.join(old)}" if old else "says neither by a layout nor by scores what is removed"
@@ -129,6 +146,12 @@ def _named(entry: EntryPoint) -> str:
 METHODS = _Methods()
 
 
+def unknown_method(name: str) -> UserError:
+    """The error for a name that no method has."""
+    error = unknown("method", name, METHODS)
+    return UserError(error.message, f"{error.hint} One of your own: {_PAGE}.")
+
+
 def make_method(name: str, ratio: Fraction, options: Mapping[str, str] | None = None) -> Method:
     """Create a method by name; unknown options are ignored here (planning checks them).
 
@@ -136,7 +159,7 @@ def make_method(name: str, ratio: Fraction, options: Mapping[str, str] | None = 
         UserError: no such method, or a value that is not allowed.
     """
     if name not in METHODS:
-        raise unknown("method", name, METHODS)
+        raise unknown_method(name)
     kind, given = METHODS[name], options or {}
     budget = {key: int(given.get(key, 0)) for key in ("budget_tokens", "budget_bytes") if key[7:] in kind.budgets}
     method = kind.from_options(ratio, given, **budget)

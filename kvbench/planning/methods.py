@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from fractions import Fraction
 
 from kvbench.errors import UserError, unknown
-from kvbench.methods import METHODS, Method, make_method
+from kvbench.methods import METHODS, Method, make_method, unknown_method
 from kvbench.parsing import parse_bytes
 from kvbench.planning.adapters import Entry
 
@@ -103,7 +103,7 @@ def parse_choice(text: str) -> Choice:
     """
     name, colon, rest = text.partition(":")
     if name not in METHODS:
-        raise unknown("method", name, METHODS)
+        raise unknown_method(name)
     known, given = METHODS[name].options(), {}
     if colon and not known:
         raise UserError(f"--method {text}: {name} has no options.", f"Write --method {name}.")

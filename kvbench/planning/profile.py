@@ -23,6 +23,7 @@ from kvbench.planning.request import MeasurementRequest
 from kvbench.store.manifest import PROFILE
 from kvbench.store.profile_records import AGAIN, FULL, STOCK
 from kvbench.store.records import Cell
+from kvbench.store.source import source_of
 
 FILLS = ("real", "synthetic")
 RANDOM = "random"
@@ -127,7 +128,7 @@ def build_profile_plan(request: ProfileRequest) -> ProfilePlan:
             adapter=(str(folder) if folder else RANDOM) if method.adapter_kinds else None,
             adapter_hash=fingerprint(folder) if folder else None, seed=request.seed,
             position_rule=method.position_rule, removes=method.removes(), version=method.version, note=method.note,
-            variant=entry.variant,
+            variant=entry.variant, source=source_of(type(method)),
         )
 
     controls = [(wanted[0], name) for name in (AGAIN, STOCK)]

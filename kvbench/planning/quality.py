@@ -29,6 +29,7 @@ from kvbench.protocols.decode import Decode
 from kvbench.protocols.recall import HIDDEN, KNOWN
 from kvbench.protocols.registry import NAMES, chosen_protocol
 from kvbench.store.records import HUMAN, ITSELF, Cell
+from kvbench.store.source import source_of
 
 EXECUTIONS = ("streamed", "onepass")
 LONGEST_VALUE = 1000
@@ -161,7 +162,7 @@ def build_plan(request: Request, skip_infeasible: bool = False) -> Plan:
                 adapter=None if adapter is None else str(adapter),
                 adapter_hash=None if adapter is None else fingerprint(adapter),
                 position_rule=method.position_rule, removes=method.removes(), version=method.rule_version,
-                note=method.note, variant=variant, **measured,
+                note=method.note, variant=variant, source=source_of(type(method)), **measured,
             ))
     content = _content(cells)
     named = re.sub("[:=,]", "-", "+".join(dict.fromkeys(request.methods)))[:40]

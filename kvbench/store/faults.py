@@ -8,6 +8,7 @@ from importlib.metadata import entry_points
 from typing import Any
 
 from kvbench.store.records import IMPORTED, Cell
+from kvbench.store.source import source_of
 
 GROUP = "kvbench.methods"
 """Entry point group through which other packages add methods."""
@@ -32,9 +33,12 @@ def fault_of(cell: Cell) -> str | None:
     if cell.execution == IMPORTED:
         return None
     known = FAULTS.get((cell.method, cell.version)) if ONLY_WITH.get(cell.method, "") in ("", *cell.options) else None
-    if known is not None or cell.version >= _version_elsewhere(cell.method):
+    if known is not None:
         return known
-    return "its rule has changed since"
+    version, source = _elsewhere(cell.method)
+    if cell.version < version:
+        return "its rule has changed since"
+    return "its code has changed since" if cell.source and source and cell.source != source else None
 
 
 def remarks_of(cell: Cell) -> dict[str, Any]:
@@ -69,11 +73,13 @@ def faults_in(found: Iterable[tuple[str, Mapping[str, Any]]]) -> list[str]:
 
 
 @cache
-def _version_elsewhere(method: str) -> int:
-    """Version of a method of another package, which is imported for it; 1 if there is none."""
+def _elsewhere(method: str) -> tuple[int, str]:
+    """Version and hash of the code of a method of another package, which is imported for it; 1 and "" if there is
+    none."""
     for entry in entry_points(group=GROUP, name=method):
         try:
-            return int(entry.load().version)
+            kind = entry.load()
+            return int(kind.version), source_of(kind)
         except Exception:  # whatever the other package raises must not prevent a report
-            return 1
-    return 1
+            return 1, ""
+    return 1, ""

@@ -39,6 +39,7 @@ class Cell:
         adapter_hash: hash of the adapter's files.
         removes: whether the method makes the cache smaller; otherwise it saves computation, or shows quality only.
         version: version of the method's rule; part of the key if above 1, so that older keys stay valid.
+        source: hash of the code of a method of another package, part of the key; empty for our own.
         note: remark that rows show after the name of the method.
         variant: the method's own options that change a value, such as ``window=16``.
     """
@@ -65,21 +66,23 @@ class Cell:
     version: int = 1
     note: str = ""
     variant: str = ""
+    source: str = ""
     __pydantic_config__: ClassVar[dict[str, str]] = {"extra": "forbid"}  # unknown fields would not be in the key
 
     @cached_property
     def key(self) -> str:
         """Content key: a hash that is equal for equal measurements, whatever the command or the number of documents."""
-        return self._hash({"version": self.version} if self.version > 1 else {})
+        rule = {"version": self.version if self.version > 1 else None, "source": self.source or None}
+        return self._hash({name: value for name, value in rule.items() if value is not None})
 
     @cached_property
     def request(self) -> str:
-        """Hash that is equal for equal requests: the key without the version of the method."""
+        """Hash that is equal for equal requests: the key without the version and code of the method."""
         return self._hash({})
 
-    def _hash(self, more: dict[str, int]) -> str:
+    def _hash(self, more: dict[str, int | str]) -> str:
         content = dataclasses.asdict(self)
-        for name in ("role", "adapter", "removes", "version", "note", "variant"):
+        for name in ("role", "adapter", "removes", "version", "note", "variant", "source"):
             content.pop(name)
         content |= more
         text = json.dumps(content, sort_keys=True)

@@ -109,11 +109,61 @@ def test_the_example_of_a_policy_removes_what_it_masks(llama: nn.Module) -> None
     ("", "ends:Ends", "AttributeError"),
     ("from kvbench.methods.layout import plain_tokens", "ends:Ends", "docs/adding-a-method.md says what has moved"),
 ])
-def test_a_broken_package_is_a_sentence(tmp_path: Path, code: str, value: str, words: str) -> None:
-    found = kvbench("list", "methods", cwd=tmp_path, env=installed(tmp_path, code, value))
+def test_a_broken_package_is_a_sentence_where_it_is_asked_for(
+    tmp_path: Path, code: str, value: str, words: str
+) -> None:
+    place = tmp_path, installed(tmp_path, code, value)
+    found = called(place, "run", "--method", "ends", "--ratio", "0.5", "--dry-run")
     assert (found.code, found.out) == (2, "")
     assert words in found.err
     assert "Traceback" not in found.err
+    others = called(place, "list", "methods", "--json")
+    assert others.code == 0
+    assert "ends" not in [row["name"] for row in others.document["methods"]]
+    assert words in others.err
+    assert called(place, "run", "--method", "sinks", "--ratio", "0.5", "--dry-run").code == 0
+
+
+def test_an_edited_method_is_measured_again(tmp_path: Path) -> None:
+    """Its version is the same; what its former code measured is marked where it is printed."""
+    code = f"{POLICY}    name, summary = 'ends', 'ends'\n"
+    place = tmp_path, installed(tmp_path, code)
+    asked = ("run", "--method", "ends", "--ratio", "0.5", "--task", "minidocs", "--limit", "1", "--no-baselines",
+             "--out", "run", "--json")
+
+    def keys() -> set[str]:
+        cells = called(place, *asked, "--dry-run").document["cells"]
+        return {cell["key"] for cell in cells if cell["method"] == "ends"}
+
+    before = keys()
+    assert called(place, *asked).code == 0
+    assert keys() == before
+    (tmp_path / "ends.py").write_text(f"{code}    shares_heads = True\n")
+    assert not keys() & before
+    report = called(place, "report", "run")
+    assert report.code == 0
+    assert "its code has changed since" in report.out + report.err
+
+
+@pytest.mark.parametrize(("body", "words"), [
+    ("return view.values.norm(dim=-1)[..., 1:]", "of ends ([^ ]*ends.py, line 5) have the shape [1, 2, "),
+    ("return view.valuez", "no attribute 'valuez' ([^ ]*ends.py, line 6)"),
+])
+def test_a_fault_in_a_method_says_where(tmp_path: Path, body: str, words: str) -> None:
+    code = f"{POLICY}    name, summary = 'ends', 'ends'\n\n    def scores(self, view):\n        {body}\n"
+    found = called(
+        (tmp_path, installed(tmp_path, code)), "run", "--method", "ends", "--ratio", "0.5", "--task", "minidocs",
+        "--limit", "1", "--no-baselines",
+    )
+    assert found.code == 1
+    said = re.sub(r"\s+", " ", found.err + found.out)
+    assert re.search(re.escape(words).replace(re.escape("[^ ]*"), "[^ ]*"), said), said
+
+
+def test_an_unknown_method_names_the_page(tmp_path: Path) -> None:
+    found = kvbench("run", "--method", "mine", "--ratio", "0.5", cwd=tmp_path)
+    assert found.code == 2
+    assert "One of your own: docs/adding-a-method.md" in re.sub(r"\s+", " ", found.err)
 
 
 def test_the_example_of_a_task_can_be_run(tmp_path: Path) -> None:

@@ -221,6 +221,13 @@ class CachePolicy(Method):
     def chosen(self, view: LayerView, keep: int) -> Tensor:
         """Indices of the entries to keep: int64 ``[batch, heads, keep]``, ascending."""
         scores = self.scores(view).float()
+        if scores.shape != view.keys.shape[:-1]:
+            code = type(self).scores.__code__
+            raise UserError(
+                f"scores of {self.name} ({code.co_filename}, line {code.co_firstlineno}) have the shape "
+                f"{list(scores.shape)}, and {list(view.keys.shape[:-1])} was expected.",
+                "A score for each entry: [batch, KV heads, entries].",
+            )
         if self.shares_heads:
             scores = scores.mean(1, keepdim=True).expand_as(scores)
         return highest(scores, keep)
