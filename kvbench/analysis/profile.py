@@ -15,7 +15,7 @@ from kvbench.statistics import fitted_slope, paired_p_value, repeat_interval
 from kvbench.store.folder import RunFolder
 from kvbench.store.manifest import ProfileInfo
 from kvbench.store.profile_records import AGAIN, FULL, STOCK, MemoryRecord, ProbeRecord, SearchRecord, TimingRecord
-from kvbench.store.records import Cell, Failure
+from kvbench.store.records import GOES_ON, Cell, Failure
 from kvbench.store.rows import Row
 
 Array = NDArray[np.float64]
@@ -78,7 +78,7 @@ def profile_results(
             elif folder.failure(cell) is None:
                 failures.append(Failure(
                     cell.key, f"{cell.name} at {cell.options['seq_len']}: the search for the largest batch has not "
-                    "ended.", "Run the same command again to continue.",
+                    "ended.", GOES_ON, incomplete=True,
                 ))
             continue
         times = sorted(
@@ -92,10 +92,7 @@ def profile_results(
             found.append(Profiled(cell, tuple(times), memory, math.nan))
         if not is_whole and folder.failure(cell) is None:
             lacks = "" if is_weighed else ", and its memory is not measured"
-            failures.append(Failure(
-                cell.key, f"{cell.label}: {done} of {info.repeats} repeats are done{lacks}.",
-                "Run the same command again to continue.",
-            ))
+            failures.append(Failure.to_go_on(cell, f"{done} of {info.repeats} repeats are done{lacks}"))
     bandwidth = [t.bandwidth for p in found for t in p.times if t.bandwidth]
     speed = float(np.median(bandwidth)) if bandwidth else math.nan
     found = [Profiled(p.cell, p.times, p.memory, speed) for p in found]

@@ -67,10 +67,7 @@ def compute_results(folder: RunFolder, only: Sequence[str] = ()) -> Results:
             if len(present) == len(chosen):
                 complete.append(cell)
             elif not any(f.cell == cell.key for f in failures):
-                failures.append(Failure(
-                    cell.key, f"{cell.label}: {len(present)} of {len(chosen)} documents are done.",
-                    "Run the same command again to continue.",
-                ))
+                failures.append(Failure.to_go_on(cell, f"{len(present)} of {len(chosen)} documents are done"))
         rows += _task_rows(folder, complete, info, only)
     return Results(str(folder.path), all(f.left_out for f in failures), tuple(failures), tuple(rows))
 
@@ -95,10 +92,7 @@ def _task_rows(folder: RunFolder, cells: Sequence[Cell], info: TaskInfo, only: S
 
 def _not_begun(cells: Sequence[Cell], failures: Sequence[Failure]) -> list[Failure]:
     told = {failure.cell for failure in failures}
-    return [
-        Failure(cell.key, f"{cell.label}: not begun.", "Run the same command again to continue.")
-        for cell in cells if cell.key not in told
-    ]
+    return [Failure.to_go_on(cell, "not begun") for cell in cells if cell.key not in told]
 
 
 def scored_rows(measured: list[tuple[Cell, list[DocumentRecord]]], info: TaskInfo) -> list[Row]:

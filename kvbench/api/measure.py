@@ -18,21 +18,29 @@ if TYPE_CHECKING:
     from kvbench.store.rows import Results
 
 
+def may_leave_out(plan: Plan) -> bool:
+    """Whether a method that cannot be used on a task is left out of it, with a note: if there are several tasks."""
+    return len({cell.task for cell in plan.cells}) > 1
+
+
 def run_plan(
-    plan: Plan, command: list[str], console: Console, fresh: bool, seconds: float | None = None
+    plan: Plan, command: list[str], console: Console, fresh: bool, seconds: float | None = None,
+    told: set[str] | None = None,
 ) -> Results:
     """Measure the quality that a plan asks for; see :func:`measure_folder`.
 
     Args:
         seconds: measure as many documents as fit into this time; None for all.
+        told: is given the sentences about cells that are left out, once they have been printed.
     """
     from kvbench.execution.parent import ExecutionOptions
     from kvbench.judges.mauve import measure_similarity
     from kvbench.store.folder import RunFolder
 
     def measure() -> None:
-        # A method that cannot be used on one of several tasks is left out of it, with a note.
-        choices = ExecutionOptions(fresh=fresh, skip_infeasible=len({cell.task for cell in plan.cells}) > 1)
+        choices = ExecutionOptions(
+            fresh=fresh, skip_infeasible=may_leave_out(plan), told=set() if told is None else told
+        )
         measure_plans([plan], plan.folder, plan.content, command, console, choices, seconds)
         measure_similarity(RunFolder(plan.folder), console)
 
@@ -56,7 +64,8 @@ def measure_plans(
 
     def measure(some: Sequence[Plan]) -> None:
         nonlocal rounds  # only the first round begins anew
-        execute(some, path, content, command, console, replace(choices, fresh=choices.fresh and rounds == 0))
+        fresh = choices.fresh and rounds == 0
+        execute(some, path, content, command, console, replace(choices, fresh=fresh, says_found=seconds is None))
         rounds += 1
 
     if seconds is None:

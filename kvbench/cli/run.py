@@ -72,7 +72,7 @@ def run(
     """
     from rich.console import Console
 
-    from kvbench.api.measure import run_plan
+    from kvbench.api.measure import may_leave_out, run_plan
     from kvbench.config import load_settings
     from kvbench.planning.quality import build_plan
     from kvbench.store.folder import RunFolder
@@ -86,14 +86,15 @@ def run(
     plan = build_plan(request)
     if dry_run:
         RunFolder(plan.folder).check(plan.content, fresh)
-        print_plans([plan], plan.folder, json_)
+        print_plans([plan], plan.folder, json_, may_leave_out(plan))
         return
+    told: set[str] = set()
     with interruptible():
-        results = run_plan(plan, command_line(), console, fresh, seconds)
+        results = run_plan(plan, command_line(), console, fresh, seconds, told)
     if json_:
         sys.stdout.write(results.to_json() + "\n")
     else:
         from kvbench.reporting.tables.terminal import print_results
 
-        print_results(results, Console(), plan.folder, wide)
+        print_results(results, Console(), plan.folder, wide, told)
     raise typer.Exit(0 if results.ok else 1)

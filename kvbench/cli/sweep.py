@@ -140,15 +140,16 @@ def sweep(
     found = build_sweep(request, models, seeds)
     if dry_run:
         RunFolder(found.folder).check(found.content, shared=True)  # it may hold another sweep
-        print_plans(found.plans, found.folder, json_)
+        print_plans(found.plans, found.folder, json_, skip_infeasible=True)
         return
     for note in dict.fromkeys(note for plan in found.plans for note in plan.omitted):
         console.print(f"left out: {note}", highlight=False)
+    told: set[str] = set()
 
     def measure() -> None:
         _measure(found, console, name, workers if workers is not None else settings.workers, fresh,
                  not (settings.keep_going if keep_going is None else keep_going), timeout or settings.timeout,
-                 parse_options(executor_option or []), seconds)
+                 parse_options(executor_option or []), seconds, told)
 
     with interruptible():
         results = measure_folder(
@@ -159,13 +160,13 @@ def sweep(
     else:
         from kvbench.reporting.tables.terminal import print_results
 
-        print_results(results, Console(), found.folder, wide)
+        print_results(results, Console(), found.folder, wide, told)
     raise typer.Exit(0 if results.ok else 1)
 
 
 def _measure(
     found: Sweep, console: Console, executor: str, workers: int, fresh: bool, fail_fast: bool, timeout: float,
-    settings: dict[str, str], seconds: float | None,
+    settings: dict[str, str], seconds: float | None, told: set[str],
 ) -> None:
     from kvbench.api.measure import measure_plans
     from kvbench.execution.cluster import start_workers
@@ -174,7 +175,7 @@ def _measure(
     from kvbench.store.folder import RunFolder
 
     if executor == "local":
-        choices = ExecutionOptions(fresh, fail_fast, timeout, workers, skip_infeasible=True)
+        choices = ExecutionOptions(fresh, fail_fast, timeout, workers, skip_infeasible=True, told=told)
         measure_plans(found.plans, found.folder, found.content, command_line(), console, choices, seconds)
     else:
         start_workers(found, executor, workers or 2, settings, fresh, console)

@@ -37,6 +37,9 @@ def start_workers(
         def begin() -> None:
             if fresh and (folder.path / RUN).exists():
                 folder.clear()
+            with suppress(ValueError, KeyError, TypeError):  # a damaged cell, reported with the results
+                if found := sum(len(recorded.documents(cell)) for cell in cells):
+                    console.print(f"{found} records of this sweep are on disk; the workers measure what is missing.")
 
         def look(seconds: float) -> None:
             done = 0

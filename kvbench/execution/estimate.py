@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import os
 import time
+from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
+from types import MappingProxyType
 from typing import NamedTuple
 
 import numpy as np
@@ -42,8 +44,14 @@ BANDWIDTH = 6e9
 """Assumed bytes of weights per second, which bound a forward pass of a single token."""
 
 
-def estimate_seconds(plan: Plan, folder: RunFolder) -> dict[str, float | None]:
-    """Estimated seconds per cell for the documents not on disk; None if there is nothing to estimate from."""
+def estimate_seconds(
+    plan: Plan, folder: RunFolder, counts: Mapping[str, int] = MappingProxyType({})
+) -> dict[str, float | None]:
+    """Estimated seconds per cell for the documents not on disk; None if there is nothing to estimate from.
+
+    Args:
+        counts: workload -> number of its documents, where it is known better than by :func:`expected`.
+    """
     found: dict[str, float | None] = {}
     per_document = {cell.key: _measured(folder, cell) for cell in plan.cells}
     for workload in dict.fromkeys(cell.workload for cell in plan.cells):
@@ -53,7 +61,8 @@ def estimate_seconds(plan: Plan, folder: RunFolder) -> dict[str, float | None]:
         known = [s for cell in mine if (s := per_document[cell.key]) is not None and cell.method != HUMAN]
         sharing = [cell for cell in mine if _shares(cell)]
         for cell in mine:
-            left, cost = expected(plan, cell) - len(folder.documents(cell)), per_document[cell.key]
+            left = counts.get(workload, expected(plan, cell)) - len(folder.documents(cell))
+            cost = per_document[cell.key]
             if cost is None:
                 together = len(sharing) if cell in sharing else 1
                 cost = float(np.mean(known)) if known else _by_arithmetic(plan, cell, documents, together)

@@ -13,22 +13,21 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from rich.console import Console
-from rich.markup import escape
 from rich.progress import TaskID
 
 from kvbench.errors import StoppedError, UserError
 from kvbench.execution.channel import Advanced, At, End, Event, Failed, Ready, Records, Refused
 from kvbench.execution.job import Order
 from kvbench.execution.locks import KEPT, disk
+from kvbench.execution.notices import Notices
 from kvbench.execution.pool import Events, WorkerHandle, started_workers
 from kvbench.execution.process import WorkerDiedError
-from kvbench.execution.resume import is_complete, is_done, remaining
+from kvbench.execution.resume import found_on_disk, is_complete, is_done, remaining
 from kvbench.execution.run_writer import RunWriter
 from kvbench.execution.shards import Shard, ShardLocks, split_into_shards
 from kvbench.execution.so_far import Display, SoFar
 from kvbench.planning.quality import Plan
 from kvbench.store.folder import RunFolder, record_of
-from kvbench.store.manifest import TaskInfo
 from kvbench.store.records import Failure
 
 POLL = 0.5
@@ -45,6 +44,8 @@ class ExecutionOptions:
         timeout: seconds without an event after which a child is killed and its current cell fails.
         children: maximum number of child processes; 0 for as many as are useful.
         skip_infeasible: leave out cells that cannot be measured on the documents, instead of refusing the plan.
+        says_found: say what is on disk already.
+        told: see :class:`Notices`.
     """
 
     fresh: bool = False
@@ -52,6 +53,8 @@ class ExecutionOptions:
     timeout: float = 3600.0
     children: int = 0
     skip_infeasible: bool = False
+    says_found: bool = True
+    told: set[str] = field(default_factory=set)
 
 
 @dataclass
@@ -65,7 +68,7 @@ class _Run:
     plans: Sequence[Plan]
     writer: RunWriter
     options: ExecutionOptions
-    console: Console
+    notices: Notices
     progress: Display
     bar: TaskID
     so_far: SoFar = field(default_factory=SoFar)
@@ -110,12 +113,14 @@ def execute(
         sources = {name: corpus.source for plan in plans for name, corpus in plan.corpora.items()}
         limit = plans[0].request.limit
         writer = RunWriter(RunFolder(folder), content, limit, command, cells, sources, options.fresh)
-        run = _Run(plans, writer, options, console, progress, bar)
+        run = _Run(plans, writer, options, Notices(console, options.told), progress, bar)
         refused: list[tuple[Plan, UserError | WorkerDiedError]] = []
         try:
             for plan in plans:
                 try:
-                    if not is_complete(writer, plan):
+                    if is_complete(writer, plan):
+                        _say_what_is_found(run, plan)
+                    else:
                         _carry_out(run, plan)
                 except StoppedError:
                     raise
@@ -203,13 +208,14 @@ def _begin(run: _Run, state: _PlanState, handle: WorkerHandle, ready: Ready) -> 
         damaged = writer.open(plan.cells, ready.masks)
         for infeasible in ready.infeasible:  # known beforehand: not a reason to stop
             writer.fail(infeasible)
-            _tell(run, infeasible)
+            run.notices.once(infeasible.sentence)
         for failure in damaged:
             _fail(run, failure)
         state.shards = split_into_shards(plan.cells, ready.tasks)
         run.total += sum(shard.tokens for shard in state.shards)
         run.all_records += sum(shard.records for shard in state.shards)
-        _say_what_is_left_out(run.console, ready.tasks)
+        run.notices.skipped(ready.tasks)
+        _say_what_is_found(run, plan)
         for other in state.handles:
             _assign(run, state, other)
 
@@ -284,22 +290,14 @@ def _show(run: _Run, state: _PlanState) -> None:
     run.progress.update(run.bar, total=total, completed=done, documents=documents)
 
 
-def _say_what_is_left_out(console: Console, tasks: dict[str, TaskInfo]) -> None:
-    for name, task in tasks.items():
-        if task.skipped_documents or task.dropped_tokens:
-            console.print(
-                f"{name}: {len(task.documents)} documents; {task.skipped_documents} too short or too long were "
-                f"skipped; {task.dropped_tokens} tokens are in no sequence.", highlight=False,
-            )
+def _say_what_is_found(run: _Run, plan: Plan) -> None:
+    said = found_on_disk(run.writer, plan) if run.options.says_found else ""
+    whose = f"{plan.model.name}, seed {plan.request.seed}: " if said and len(run.plans) > 1 else ""
+    run.notices.say(f"{whose}{said}")
 
 
 def _fail(run: _Run, failure: Failure) -> None:
     run.writer.fail(failure)
-    _tell(run, failure)
+    run.notices.failed(failure)
     if run.options.fail_fast:
         raise _FailFastError
-
-
-def _tell(run: _Run, failure: Failure) -> None:
-    word = f"{failure.word}:" if failure.left_out else f"[red]{failure.word}[/]"
-    run.console.print(f"{word} {escape(f'{failure.error} {failure.hint}')}", highlight=False)

@@ -30,6 +30,20 @@ def is_complete(writer: RunWriter, plan: Plan) -> bool:
     return True
 
 
+def found_on_disk(writer: RunWriter, plan: Plan) -> str:
+    """What of a plan is on disk, and what is not, in words; empty if nothing is.
+
+    Cells that have failed already, such as those that are left out, do not count.
+    """
+    cells = [cell for cell in plan.cells if cell.key not in writer.failed]
+    wanted = {setting: set(writer.tasks[setting].documents) for setting in {cell.setting for cell in cells}}
+    total = sum(len(wanted[cell.setting]) for cell in cells)
+    found = sum(len(wanted[cell.setting] & writer.recorded.documents(cell)) for cell in cells)
+    if found == total:
+        return f"All {total} records are on disk." if total else ""
+    return f"{found} of {total} records are on disk, {total - found} are measured now." if found else ""
+
+
 def is_done(writer: RunWriter, cell: Cell) -> bool:
     """Whether all documents of a cell are on disk; False as long as the documents are unknown."""
     info = writer.tasks.get(cell.setting)

@@ -40,6 +40,10 @@ def measure_within(
     most = max(expected(plan, cell) for plan in plans for cell in plan.cells)
     count = 0 if fresh else _on_disk(plans, folder, most)
     wanted = min(most, count + 1)
+    if count:
+        console.print(
+            f"{count} of {most} documents per task are on disk; as many more as fit are measured now.", highlight=False
+        )
     while True:
         begun, known = time.monotonic(), count > 0
         new = wanted - count

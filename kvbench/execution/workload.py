@@ -6,7 +6,6 @@ import hashlib
 import json
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -15,14 +14,14 @@ from kvbench.data.tasks import Task, load_task
 from kvbench.errors import UserError
 from kvbench.execution.job import Job
 from kvbench.judges.choice import NOTHING
-from kvbench.methods import make_method
 from kvbench.models.facts import ModelFacts
 from kvbench.models.loading import Loaded
 from kvbench.protocols.base import Protocol
+from kvbench.protocols.cutting import cut_documents
 from kvbench.protocols.pieces import Cut, Piece, make_tokenizer
 from kvbench.protocols.registry import protocol_of
 from kvbench.store.manifest import TaskInfo
-from kvbench.store.records import HUMAN, Cell
+from kvbench.store.records import Cell
 
 MAX_ROWS, MAX_SCORES = 8, 1 << 25
 """Upper bounds on a batch: rows, and scores (rows x targets x vocabulary)."""
@@ -75,26 +74,9 @@ def cut_task(job: Job, name: str, loaded: Loaded, facts: ModelFacts) -> TaskWork
             f"The texts of task {name!r} ({corpus.source}) have changed since this command began.",
             "Run it again once they are complete; what was measured before is kept apart.",
         )
-    limit = job.limit or None
     tokenizer = make_tokenizer(loaded.tokenizer, first.options["bos"])
     protocol = protocol_of(task, first.protocol).resolve(task, first.options, loaded.context, first.model)
-    cuts: list[tuple[Document, Cut]] = []
-    skipped = 0
-    with_words = any(make_method(c.method, Fraction(0), c.options).depends_on_words for c in cells if c.method != HUMAN)
-    sources, limit = protocol.limited(corpus.documents, limit)
-    for document, cut in protocol.pieces(sources, tokenizer, first.seed, with_words):
-        longest = max((len(piece.ids) for piece in cut.pieces), default=0)
-        if not cut.pieces or (not protocol.may_exceed and longest > loaded.context):
-            skipped += 1
-            continue
-        cuts.append((document, cut))
-        if len(cuts) == limit:
-            break
-    if not cuts:
-        raise UserError(
-            f"Task {name!r}: no document is long enough for protocol {protocol.name!r} "
-            f"({protocol.required_length} are needed, {skipped} documents are shorter or do not fit).", protocol.longer,
-        )
+    cuts, skipped = cut_documents(protocol, cells, corpus.documents, tokenizer, loaded.context, job.limit or None)
     longest = max(len(piece.ids) for _, cut in cuts for piece in cut.pieces)
     facts.check_length(first.model, longest, protocol.within(facts.window or longest))
     settings = (first.execution, tokenizer.bos is not None, _tokenizer_hash(loaded))

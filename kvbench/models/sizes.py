@@ -15,13 +15,19 @@ class Sizes:
     Attributes:
         layers: number of layers; ``vocabulary`` number of token ids.
         context: number of tokens that it reads at most.
+        heads: number of KV heads of a layer; ``width`` of a key, and of a value.
         entry_bytes: bytes of one cache entry over all layers and KV heads, in float32.
     """
 
     layers: int
     vocabulary: int
     context: int
-    entry_bytes: int
+    heads: int
+    width: int
+
+    @property
+    def entry_bytes(self) -> int:
+        return self.layers * self.heads * self.width * 2 * 4
 
 
 def sizes_of(folder: Path) -> Sizes | None:
@@ -34,7 +40,7 @@ def sizes_of(folder: Path) -> Sizes | None:
         width = int(config.get("head_dim") or int(_first(config, "hidden_size", "n_embd")) // heads)
         kept = int(config.get("num_key_value_heads") or heads)
         context = int(_first(config, "max_position_embeddings", "n_positions"))
-        return Sizes(layers, int(config["vocab_size"]), context, layers * kept * width * 2 * 4)
+        return Sizes(layers, int(config["vocab_size"]), context, kept, width)
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return None
 

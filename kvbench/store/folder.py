@@ -339,7 +339,9 @@ class RunFolder:
     def fail(self, cell: Cell, failure: Failure) -> None:
         folder = self.cell_folder(cell)
         folder.mkdir(parents=True, exist_ok=True)
-        write_atomic(folder / FAILURE, json.dumps(dataclasses.asdict(failure), indent=1) + "\n")
+        content = dataclasses.asdict(failure)
+        del content["incomplete"]  # kvbench before 0.2 refuses fields that it does not know
+        write_atomic(folder / FAILURE, json.dumps(content, indent=1) + "\n")
 
     def failure(self, cell: Cell) -> Failure | None:
         path = self.cell_folder(cell) / FAILURE

@@ -17,6 +17,8 @@ ITSELF = "itself"
 """Name of the scorer if the model that generated the texts scores them itself, uncompressed."""
 IMPORTED = "imported"
 """Execution of cells that another program measured."""
+GOES_ON = "Run the command that measured it again: it goes on where it stopped."
+"""What to do about a cell that is not finished."""
 _REMOVAL = {"streamed": "real", IMPORTED: "unverified"}
 
 
@@ -307,13 +309,28 @@ class Failure:
 
     Attributes:
         left_out: whether the cell is infeasible, and left out of a sweep, which is not an error.
+        incomplete: whether nothing went wrong, but documents are still to be measured; never on disk, where their
+            records say it.
     """
 
     cell: str
     error: str
     hint: str = ""
     left_out: bool = False
+    incomplete: bool = False
+
+    @classmethod
+    def to_go_on(cls, cell: Cell, what: str) -> Failure:
+        """The failure of a cell that is not finished; ``what`` says how far it is."""
+        return cls(cell.key, f"{cell.label}: {what}.", GOES_ON, incomplete=True)
 
     @property
     def word(self) -> str:
+        if self.incomplete:
+            return "incomplete"
         return "left out" if self.left_out else "failed"
+
+    @property
+    def sentence(self) -> str:
+        """What is printed."""
+        return f"{self.word}: {self.error} {self.hint}".strip()

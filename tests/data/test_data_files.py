@@ -335,8 +335,10 @@ def test_damaged_folders_of_our_own(called: Call, tmp_path: Path, value: str) ->
 
 # --- columns -----------------------------------------------------------------------------------------------------
 
-def test_a_column_of_another_name_is_no_part_of_a_key(called: Call, tmp_path: Path, plain: Path) -> None:
-    frame = pd.DataFrame([{"id": row["id"], "text": "wrong", "body": row["text"]} for row in ROWS])
+def test_a_column_of_another_name_is_no_part_of_a_key(called: Call, tmp_path: Path) -> None:
+    rows = [{"id": row["id"], "text": 9 * row["text"]} for row in ROWS]  # long enough to be measured
+    plain = written(tmp_path / "plain.jsonl", lines_of(rows))
+    frame = pd.DataFrame([{"id": row["id"], "text": "wrong", "body": row["text"]} for row in rows])
     frame.to_csv("o.csv", index=False)
     frame.to_parquet("o.parquet")
     frame.to_json("o.jsonl", orient="records", lines=True)

@@ -70,7 +70,7 @@ def test_the_estimate_knows_the_dtype(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_samples_are_counted_and_not_texts(called: Call) -> None:
     out = called([*ASKED, "--task", "ruler-vt", "--no-baselines"]).out
-    rows = [line for line in out.splitlines() if "ruler-vt" in line]
+    rows = [line for line in out.splitlines() if "│" in line and "ruler-vt" in line]
     assert len(rows) == 4
     assert all(re.search(r"│ 20 +│ 0 ", row) for row in rows)
 
@@ -92,6 +92,6 @@ def test_a_method_that_cannot_be_used_on_one_of_two_tasks_is_left_out_of_it(
              "--no-baselines", "--threads", "1", "--set", "question=hidden", "--set", "length=300"]
     both = called([*asked, "--task", tmp_path / "own.toml", "--task", "recall"])
     assert both.code == 0, both.err
-    assert "left out: snapkv" in both.out
+    assert (both.out + both.err).count("left out: snapkv") == 1
     alone = called([*asked, "--task", tmp_path / "own.toml"])
     assert (alone.code, alone.out) == (2, "")

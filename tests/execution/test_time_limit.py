@@ -27,7 +27,9 @@ def test_one_document_more_with_every_call_that_has_no_time(tmp_path: Path) -> N
     for count in (1, 2):
         found = kvbench(*RUN, "--time-limit", "0.001s", "--out", tmp_path / "run", cwd=tmp_path)
         assert found.code == 0, found.err
-        assert f"{count} of 5 documents per task" in found.err
+        assert f"{count} of 5 documents per task in " in found.err
+        assert ("1 of 5 documents per task are on disk; as many more as fit" in found.err) == (count == 2)
+        assert "records are on disk" not in found.err
         assert documents(tmp_path / "run") == {count}
     found = kvbench(*RUN, "--time-limit", "2h", "--out", tmp_path / "run", cwd=tmp_path)
     assert "All 5 documents per task fitted" in found.err

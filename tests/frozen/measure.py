@@ -72,14 +72,15 @@ REQUESTS: dict[str, tuple[str, ...]] = {
     ),
     "budget": ("run", "--task", "minidocs", "--method", "h2o", "--method", "window", "--budget-tokens", "64"),
     "onepass": ("run", "--task", "minidocs", "--method", "sentinel", "--execution", "onepass", "--ratio", "0.7"),
-    "stream": ("run", "--task", "minidocs", "--protocol", "stream", "--method", "tova", "--method", "sentinel"),
+    "stream": ("run", "--task", "minidocs", "--protocol", "stream", "--method", "tova", "--method", "sentinel",
+               "--ratio", "0.7"),
     "prefix": ("run", "--task", "minidocs", "--protocol", "prefix", "--method", "snapkv", "--method", "ccm-merge",
                "--ratio", "0.8"),
     "recall": ("run", "--task", "recall", "--method", "snapkv", "--method", "gist", "--ratio", "0.8", "--set",
                "question=known"),
     "online": ("run", "--task", "online", "--task", "online-profiles", "--method", "ccm-concat",
                "--ratio", "0.8"),
-    "generate": ("run", "--task", "minidocs-gen", "--method", "sentinel", "--method", "kivi"),
+    "generate": ("run", "--task", "minidocs-gen", "--method", "sentinel", "--method", "kivi", "--ratio", "0.7"),
     "profile": ("profile", "--method", "sinks", "--method", "snapkv", "--method", "sentinel", "--method", "pic",
                 "--method", "sinks-tuned", "--seq-len", "512", "--ratio", "0.75"),
 }
@@ -116,9 +117,16 @@ def carried_out(place: Path, *words: str, say: Say = said) -> dict[str, Any]:
 
 
 def keys(say: Say = said) -> dict[str, dict[str, str]]:
-    """By request: the keys of the cells it asks for, by what they are."""
-    return {name: {_name_of(cell): cell["key"] for cell in say(Path.cwd(), *words, "--dry-run", "--json")["cells"]}
-            for name, words in REQUESTS.items()}
+    """By request: the keys of the cells it asks for, by what they are.
+
+    They are asked for by a sweep, which leaves out what a run refuses, and names it all the same.
+    """
+    found = {}
+    for name, (command, *words) in REQUESTS.items():
+        plan = say(Path.cwd(), "sweep" if command == "run" else command, *words, "--dry-run", "--json")
+        cells = [*plan["cells"], *plan.get("left_out", ())]
+        found[name] = {_name_of(cell): cell["key"] for cell in cells}
+    return found
 
 
 def _name_of(cell: dict[str, Any]) -> str:

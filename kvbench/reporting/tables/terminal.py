@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Container
 from pathlib import Path
 
 from rich.console import Console, Group
@@ -38,11 +38,14 @@ from kvbench.store.records import WRITING
 from kvbench.store.rows import Results, Row
 
 
-def print_results(results: Results, console: Console, folder: Path | None = None, wide: bool = False) -> None:
+def print_results(
+    results: Results, console: Console, folder: Path | None = None, wide: bool = False, told: Container[str] = (),
+) -> None:
     """Print the tables of a run, its failures, and the path of its folder.
 
     Args:
         wide: print all that is known, with intervals, in tables of up to 140 columns, instead of a line for each cell.
+        told: sentences about what was left out that the command has printed already.
     """
     if not console.is_terminal:
         console = Console(file=console.file, width=WIDTH if wide else COMPACT_WIDTH)
@@ -58,9 +61,13 @@ def print_results(results: Results, console: Console, folder: Path | None = None
         console.print(Text(_COMPACT_PROFILE if is_profile else _COMPACT, style="dim"))
     for sentence in faults_in((row.method, row.params) for row in results.rows):
         console.print(Text(sentence, style="yellow"))
+    left_out = dict.fromkeys(failure.sentence for failure in results.failures if failure.left_out)
+    for sentence in left_out:  # once, whatever the number of seeds
+        if sentence not in told:
+            console.print(Text(sentence, style="dim"))
     for failure in results.failures:
-        style = "dim" if failure.left_out else "red"
-        console.print(Text(f"{failure.word}: {failure.error} {failure.hint}".strip(), style=style))
+        if not failure.left_out:
+            console.print(Text(failure.sentence, style="yellow" if failure.incomplete else "red"))
     if folder is not None:
         console.print(Text(f"run folder: {folder}"), soft_wrap=True)
 
