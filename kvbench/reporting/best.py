@@ -12,6 +12,13 @@ from collections.abc import Sequence
 from kvbench.metrics import SHOWN
 from kvbench.store.rows import Row
 
+UNDER_FLOOR = (
+    "The full cache itself answers less than half: this model does not solve the task; methods are not ranked by it."
+)
+NO_USE = (
+    "The full cache predicts no better than no context (none): this model makes no use of it here; methods are not "
+    "ranked by it."
+)
 UNEQUAL = 0.05
 """Difference between mean ratios from which on methods do not remove equally much."""
 
@@ -27,6 +34,21 @@ def loss(row: Row) -> float:
 def removed(row: Row) -> float:
     """Share of the entries removed on average, as far as it is known; else at the end, or as asked."""
     return next((r for r in (row.ratio_mean, row.ratio_realised, row.ratio_asked) if r is not None), 0.0)
+
+
+def unranked(rows: Sequence[Row], metric: str) -> str:
+    """A sentence if the methods of a task cannot be ranked by a metric; else empty.
+
+    They cannot where the model does not solve the task, or where what is removed is worth nothing to it: the interval
+    of the difference between no context and the full cache reaches 0.
+    """
+    if any(row.params.get("under_floor") for row in rows):
+        return UNDER_FLOOR
+    for row in rows:
+        if row.metric == metric and row.name == "none" and row.baseline == "full" and row.delta is not None:
+            lost, end = (1, row.delta_ci_low) if SHOWN[metric].better == "low" else (-1, row.delta_ci_high)
+            return NO_USE if lost * (row.delta if end is None else end) <= 0 else ""
+    return ""
 
 
 def are_unequal(rows: Sequence[Row]) -> bool:

@@ -16,7 +16,7 @@ from rich.console import Console
 
 from kvbench.analysis.results import compute_results
 from kvbench.api.results import Evaluation
-from kvbench.reporting.best import best
+from kvbench.reporting.best import NO_USE, best, unranked
 from kvbench.reporting.page.summary import summary_of
 from kvbench.reporting.tables.compact import UNEQUALLY, main_metric, reading
 from kvbench.reporting.tables.terminal import print_results
@@ -100,6 +100,26 @@ def test_methods_that_removed_unequally_are_not_ranked_by_the_ratio_asked(result
     assert UNEQUALLY not in reading([row for row in results.rows if row.params.get("bin") is None], "ppl")
     whole = "; ".join(summary_of(mine).sentences)
     assert "0.5 removed: lowest perplexity, among those that removed as much on average: sinks" in whole
+
+
+@pytest.mark.parametrize(("low", "is_ranked"), [(0.3, True), (0.0, False), (-0.4, False)])
+def test_a_model_that_makes_no_use_of_its_context_ranks_nothing(results: Results, low: float, is_ranked: bool) -> None:
+    """The interval of the difference between no context and the full cache reaches 0: removal costs nothing here."""
+    whole = [row for row in results.rows if row.params.get("bin") is None]
+    some = next(row for row in whole if row.metric == "ppl" and row.delta is not None)
+    none = replace(
+        some, method="none", ratio_asked=None, delta=0.5, delta_ci_low=low, delta_ci_high=1.0, baseline="full"
+    )
+    rows = (*whole, none)
+    text = re.sub(r"\s+", " ", printed(replace(results, rows=rows)))
+    wide = re.sub(r"\s+", " ", printed(replace(results, rows=rows), wide=True))
+    assert ("Best, with the difference" in text) == is_ranked
+    assert (NO_USE in text) == (NO_USE in wide) == (not is_ranked)
+    said = "; ".join(summary_of(rows).sentences)
+    assert ("lowest perplexity" in said) == is_ranked
+    assert ("makes no use of the context of" in said) == (not is_ranked)
+    better = replace(none, metric="answer_accuracy", delta_ci_low=-1.0, delta_ci_high=-low)
+    assert (unranked([better], "answer_accuracy") == "") == is_ranked
 
 
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture])

@@ -13,6 +13,7 @@ from matplotlib.colors import to_hex
 from kvbench.analysis.curves import is_of_curve
 from kvbench.metrics import SHOWN
 from kvbench.metrics.base import Shown
+from kvbench.reporting.best import unranked
 from kvbench.reporting.figures.base import style_of
 from kvbench.reporting.tables.compact import main_metric
 from kvbench.reporting.tables.format import CONTROLS, by_setting, length_of, name_of
@@ -112,5 +113,5 @@ def _setting(key: tuple[str, str, str, int], rows: Sequence[Row]) -> dict[str, A
     return {
         "label": label, "task": rows[0].task, "question": question, "protocol": protocol, "model": model,
         "seed": seed, "length": length_of(rows[0]), "unit": whole[0].unit, "main": main_metric(whole),
-        "under_floor": any(row.params.get("under_floor") for row in rows),
+        "unranked": unranked(whole, main_metric(whole)),
     }

@@ -92,7 +92,7 @@
       if (!x.value) x.fill([[xs[0], X[xs[0]][0]]]);
       const held = {length: "batch", batch: "length"}[x.value];
       other.fill(held ? ascending(chosen.map(row => row[held]).filter(v => v !== null)).map(v => [v, `${held} ${v}`]) : []);
-      self.notes.textContent = setting.under_floor ? "The full cache itself answers less than half: this model does not solve the task; methods are not ranked by it." : `${label(setting, true)}. Bars: 95 % intervals; points that would hide each other are drawn beside each other. Click one for its recipe.`;
+      self.notes.textContent = setting.unranked || `${label(setting, true)}. Bars: 95 % intervals; points that would hide each other are drawn beside each other. Click one for its recipe.`;
       plot(self, curves(held ? chosen.filter(row => String(row[held]) === other.value) : chosen, {x: x.value, metric: metric.value, logX: logX.checked, logY: logY.checked, front: front.checked, lit}));
     };
   });
@@ -103,7 +103,7 @@
     const keep = isQuality, model = choice(self, "model", "model", models(keep)), ratio = choice(self, "ratio", "removed", []), found = {};
     const kept = (row, setting, at) => {
       const base = at.get(`${row.setting}|full|${setting.main}`), recovery = at.get(`${row.setting}|${row.method}|recovery`);
-      if (setting.under_floor || !base || base.value === null || row.value === null) return null;
+      if (setting.unranked || !base || base.value === null || row.value === null) return null;
       if (recovery && recovery.value !== null) return recovery.value;
       return setting.main.includes("accuracy") && base.value ? row.value / base.value : null;
     };
@@ -134,7 +134,7 @@
         if (!row) return "–";
         const width = share === undefined ? 0 : 100 * Math.max(0, Math.min(1, share));
         cell.getElement().style.background = `linear-gradient(90deg, var(--bar) ${width}%, transparent ${width}%)`;
-        return element("span", {textContent: number(row.value, row.metric) + (differs(row) ? "*" : "") + (data.settings[row.setting].under_floor ? "†" : ""), title: lines(row).join("\n")});
+        return element("span", {textContent: number(row.value, row.metric) + (differs(row) ? "*" : "") + (data.settings[row.setting].unranked ? "†" : ""), title: lines(row).join("\n")});
       };
       const last = {sorter: "number", sorterParams: {alignEmptyValues: "bottom"}};
       const columns = [

@@ -9,7 +9,7 @@ from statistics import fmean
 
 from kvbench.analysis.largest_ratio import FOUND
 from kvbench.metrics.largest_ratio import LARGEST_RATIO
-from kvbench.reporting.best import are_unequal, best
+from kvbench.reporting.best import NO_USE, UNDER_FLOOR, are_unequal, best, unranked
 from kvbench.reporting.tables.compact import main_metric, reading, too_few_to_test
 from kvbench.reporting.tables.format import CONTROLS, by_setting, name_of, task_of
 from kvbench.statistics import SIGNIFICANT
@@ -54,7 +54,7 @@ def summary_of(rows: Sequence[Row]) -> Summary:
 def _of_model(model: str, tasks: Sequence[list[Row]]) -> list[str]:
     """Sentences on one model: who keeps most at each ratio, how much is told apart from the full cache, what is not
     decided."""
-    solved = [mine for mine in tasks if not _is_under(mine)]
+    solved = [mine for mine in tasks if not _why(mine)]
     found = []
     ratios = sorted({row.ratio_asked for mine in solved for row in _rivals(mine) if row.ratio_asked is not None})
     for ratio in ratios:
@@ -66,9 +66,12 @@ def _of_model(model: str, tasks: Sequence[list[Row]]) -> list[str]:
             parts.append(f"{lost} of {len(tested)} comparisons with the full cache are significant")
         if parts:
             found.append(f"{model}, {ratio:g} removed: {'; '.join(parts)}.")
-    under = [task_of(mine[0]) for mine in tasks if _is_under(mine)]
-    if under:
-        found.append(f"{model} does not solve, even with the full cache, and ranks nothing by: {'; '.join(under)}.")
+    for why, said in (
+        (UNDER_FLOOR, "does not solve, even with the full cache"), (NO_USE, "makes no use of the context of"),
+    ):
+        under = [task_of(mine[0]) for mine in tasks if _why(mine) == why]
+        if under:
+            found.append(f"{model} {said}, and ranks nothing by: {'; '.join(under)}.")
     few = sum(bool(too_few_to_test([row for row in _rivals(mine) if row.p_value is not None])) for mine in solved)
     if few:
         found.append(f"{model}: {_tasks(few)} with too few documents for any significance.")
@@ -125,7 +128,7 @@ def _bytes(rows: Sequence[Row], ratio: float) -> dict[str, list[float]]:
 
 def _of_task(rows: Sequence[Row]) -> tuple[str, ...]:
     whole = list(filter(_is_whole, rows))
-    if _is_under(whole) or not _rivals(whole):
+    if _why(rows) or not _rivals(whole):
         return ()
     found = [reading(whole, main_metric(whole))]
     largest = [row for row in rows if row.metric == LARGEST_RATIO and row.params["of"] == main_metric(whole)]
@@ -151,8 +154,10 @@ def _is_whole(row: Row) -> bool:
     return row.params.get("bin") is None
 
 
-def _is_under(rows: Sequence[Row]) -> bool:
-    return any(row.params.get("under_floor") for row in rows)
+def _why(rows: Sequence[Row]) -> str:
+    """Why a task ranks nothing; empty if it does."""
+    whole = list(filter(_is_whole, rows))
+    return unranked(whole, main_metric(whole)) if whole else ""
 
 
 def _tasks(count: int) -> str:

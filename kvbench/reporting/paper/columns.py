@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 from kvbench.metrics import SHOWN
+from kvbench.reporting.best import UNDER_FLOOR
 from kvbench.reporting.paper.selection import comparisons, is_paired
-from kvbench.reporting.tables.format import CONTROLS, UNDER_FLOOR, length_of, reading_note, removal_note
+from kvbench.reporting.tables.format import CONTROLS, length_of, reading_note, removal_note
 from kvbench.reporting.tables.latex import slug
 from kvbench.reporting.tables.plain import Table, TableCell
 from kvbench.reporting.tables.tables import renamed

@@ -14,10 +14,9 @@ from rich.text import Text
 
 from kvbench.metrics import SHOWN
 from kvbench.metrics.base import FLUENCY
-from kvbench.reporting.best import are_unequal, best, loss, removed
+from kvbench.reporting.best import are_unequal, best, loss, removed, unranked
 from kvbench.reporting.tables.format import (
     CONTROLS,
-    UNDER_FLOOR,
     asked_of,
     cells_of,
     held_of,
@@ -55,10 +54,8 @@ def compact_tables(rows: list[Row]) -> Group:
     ordered = _by_value(cells, metric)
     table = _table(whole, metric, {key: cells[key] for key in ordered})
     parts: list[Table | Text] = [Text(_title(whole[0], metric), style="bold"), table]
-    if whole[0].params.get("under_floor"):
-        parts.append(Text(UNDER_FLOOR, style="yellow"))
-    else:
-        parts.append(Text(reading(whole, metric)))
+    why = unranked(whole, metric)
+    parts.append(Text(why, style="yellow") if why else Text(reading(whole, metric)))
     notes = [*(text_notes(whole) if whole[0].protocol in WRITING else ()), reading_note(whole), removal_note(whole)]
     parts += [Text(note, style="dim") for note in notes if note]
     return Group(*parts, Text(""))

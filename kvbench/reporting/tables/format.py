@@ -28,9 +28,6 @@ Key = tuple[str, float | None]
 
 UNVERIFIED = "unverified"
 """``removal`` of rows whose removal nobody has measured."""
-UNDER_FLOOR = (
-    "The full cache itself answers less than half: this model does not solve the task; methods are not ranked by it."
-)
 
 
 def name_of(row: Row) -> str:

@@ -8,10 +8,10 @@ from dataclasses import replace
 from kvbench.metrics import SHOWN
 from kvbench.metrics.base import ANSWERS, GREEDY, LM, TEXTS, TIMING
 from kvbench.parsing import bytes_of
+from kvbench.reporting.best import unranked
 from kvbench.reporting.tables.bins import bin_tables
 from kvbench.reporting.tables.format import (
     CONTROLS,
-    UNDER_FLOOR,
     by_setting,
     cells_of,
     entry_of,
@@ -77,12 +77,12 @@ def _table(
     keys = list(dict.fromkeys(tuple(row.params.get(key) for key in by) for row in rows))
     by = tuple(key for i, key in enumerate(by) if any(k[i] is not None for k in keys))
     lines: list[tuple[TableCell, ...]] = []
-    is_under = any(row.params.get("under_floor") for row in rows)
+    why = unranked(rows, columns[0])
     for key in dict.fromkeys(tuple(row.params.get(k) for k in by) for row in rows):
         mine = [row for row in rows if tuple(row.params.get(k) for k in by) == key]
         lead = tuple(TableCell("" if k is None else str(k), k) for k in key)
         cells = cells_of(mine)
-        best = {metric: set() if is_under else _best(cells, metric) for metric in shown}
+        best = {metric: set() if why else _best(cells, metric) for metric in shown}
         for (method, ratio), metrics in cells.items():
             first = next(iter(metrics.values()))
             values = tuple(
@@ -109,7 +109,7 @@ def _table(
     remarks = [note for note in (reading_note(rows), removal_note(rows)) if note]
     notes = (
         f"* differs from full (paired, Holm-adjusted p < {SIGNIFICANT}). Bold: best of its ratio, and its interval "
-        "does not meet that of the next.", *([UNDER_FLOOR] if is_under else ()), *remarks,
+        "does not meet that of the next.", *filter(None, [why]), *remarks,
         one.signature.partition(":")[2],
         *faults,
     )

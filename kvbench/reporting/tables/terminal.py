@@ -11,10 +11,10 @@ from rich.text import Text
 
 from kvbench.metrics import SHOWN
 from kvbench.parsing import bytes_of
+from kvbench.reporting.best import unranked
 from kvbench.reporting.tables.bins import bin_tables
-from kvbench.reporting.tables.compact import COMPACT_WIDTH, compact_tables
+from kvbench.reporting.tables.compact import COMPACT_WIDTH, compact_tables, main_metric
 from kvbench.reporting.tables.format import (
-    UNDER_FLOOR,
     WIDTH,
     as_rich,
     asked_of,
@@ -94,8 +94,9 @@ def task_tables(rows: list[Row]) -> Group:
     names = {r.metric for r in whole}
     table = next((make(whole) for metric, make in _TABLES.items() if metric in names), None) or _lm_table(whole)
     parts: list[Table | Text] = [table, Text(_caption(whole), style="dim")]
-    if whole and whole[0].params.get("under_floor"):
-        parts.append(Text(UNDER_FLOOR, style="yellow"))
+    why = unranked(whole, main_metric(whole)) if whole else ""
+    if why:
+        parts.append(Text(why, style="yellow"))
     parts += map(as_rich, bin_tables(rows, ""))
     for noted in (*survival_tables(rows, ""), *largest_ratio_tables(rows, "")):
         parts += [as_rich(noted), Text("\n".join(noted.notes), style="dim")]
