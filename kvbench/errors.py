@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from types import MappingProxyType
 
 _MOST_NAMES = 100
 """Allowed names that a message lists at most; of more, it lists the first."""
@@ -37,11 +38,27 @@ class StoppedError(UserError):
     exit_code = 1
 
 
-def unknown(what: str, given: str, allowed: Iterable[str]) -> UserError:
-    """Create the error for a name that is not in ``allowed``; it suggests the closest match."""
+def did_you_mean(given: str, names: Iterable[str], other_names: Mapping[str, str] = MappingProxyType({})) -> str:
+    """The question whether the closest of some names is meant, with a space behind it; empty if none is close.
+
+    Args:
+        other_names: what is also said -> the name that it stands for, which need not be among ``names``.
+    """
+    by_lower = {name.lower(): name for name in names}
+    meant = other_names.get(given.lower(), "").lower()
+    if meant in by_lower:
+        return f"Did you mean {by_lower[meant]!r}? "
+    near = difflib.get_close_matches(given.lower(), by_lower, n=1, cutoff=0.5)
+    return f"Did you mean {by_lower[near[0]]!r}? " if near else ""
+
+
+def unknown(
+    what: str, given: str, allowed: Iterable[str], other_names: Mapping[str, str] = MappingProxyType({})
+) -> UserError:
+    """Create the error for a name that is not in ``allowed``; it suggests the closest match, or what another name
+    stands for."""
     names = sorted(allowed)
-    near = difflib.get_close_matches(given.lower(), names, n=1, cutoff=0.5)
-    guess = f"Did you mean {near[0]!r}? " if near else ""
+    guess = did_you_mean(given, names, other_names)
     if len(names) > _MOST_NAMES:
         names = [*names[: _MOST_NAMES // 5], f"and {len(names) - _MOST_NAMES // 5} more"]
     return UserError(f"Unknown {what} {given!r}.", f"{guess}Allowed: {', '.join(names)}.")

@@ -120,6 +120,15 @@ def smallest_p_value(groups: int, differing: int) -> float:
     return least if 2**groups <= EXCHANGES else max(least, 2 / (_number_of_flips(groups) + 1))
 
 
+def least_groups(tests: int) -> int | None:
+    """The fewest groups with which the test of paired differences can find any of ``tests`` differences significant.
+
+    All groups differ in one direction then, and Holm's correction multiplies the smallest p-value by the number of
+    tests. None if there are so many tests that no number of groups is enough.
+    """
+    return next((n for n in range(2, 64) if tests * smallest_p_value(n, n) < SIGNIFICANT), None)
+
+
 def _number_of_flips(groups: int) -> int:
     """As many flips as memory allows, from 9999 to 199,999."""
     return max(EXCHANGES, min(MOST_FLIPS, FLIPS_BYTES // (8 * groups)))

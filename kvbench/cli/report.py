@@ -48,7 +48,7 @@ def report(
     from rich.console import Console
 
     from kvbench.errors import UserError, unknown
-    from kvbench.metrics import METRIC_NAMES
+    from kvbench.metrics import METRIC_NAMES, OTHER_NAMES
     from kvbench.reporting.bundle import bundle_notes, print_bundle
     from kvbench.reporting.paper.paper import write_paper
     from kvbench.reporting.report import write_report
@@ -60,7 +60,7 @@ def report(
         return
     for name in metric or ():
         if name not in METRIC_NAMES:
-            raise unknown("metric", name, METRIC_NAMES)
+            raise unknown("metric", name, METRIC_NAMES, OTHER_NAMES)
     if out is None and len(run) > 1:
         raise UserError(f"A report of {len(run)} runs needs a folder of its own.", "Name one with --out.")
     if out is not None and (out / RUN).exists() and out.resolve() not in [path.resolve() for path in run]:

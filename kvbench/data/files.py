@@ -197,13 +197,38 @@ def _separated(by: str) -> Read:
                 elif fields:
                     header = fields
                     _check_names(header, path, wanted)
+                    if not {*header} & {*wanted}:
+                        _check_separator(text, by, path, wanted)
         except csv.Error as error:
+            if not header:
+                _check_separator(text, by, path, wanted)
             raise UserError(
                 f"{path}, line {line}: malformed {_ending(path)} ({error}).",
                 'Put a text that holds separators, line ends or quotes between double quotes, and write " as "".',
             ) from None
 
     return read
+
+
+def _check_separator(text: str, by: str, path: Path, wanted: Collection[str]) -> None:
+    """Check that the first line is not separated by something else.
+
+    Raises:
+        UserError: it is, since that gives the columns that are wanted, or the only ones.
+    """
+    first = text.lstrip("\n").partition("\n")[0]
+    for other, name in _SEPARATORS.items():
+        try:
+            columns = next(csv.reader([first], delimiter=other, strict=True))
+        except csv.Error:
+            continue
+        if other != by and len(columns) > 1 and ({*columns} & {*wanted} or by not in first):
+            ending = {"\t": ".tsv", ",": ".csv"}.get(other)
+            raise UserError(
+                f"{path} is read as separated by {_SEPARATORS[by]}, and seems to be separated by {name} (its columns "
+                f"would be: {', '.join(columns)}).",
+                f"Let its name end with {ending}." if ending else "Save it with commas, or with tabs as .tsv.",
+            )
 
 
 def _parquet(raw: bytes, path: Path, wanted: Collection[str]) -> Iterator[Record]:
@@ -259,6 +284,7 @@ def _unpack_zst(raw: bytes) -> bytes:
     return unpacked
 
 
+_SEPARATORS = {";": "semicolons", "\t": "tabs", ",": "commas", "|": "vertical bars"}
 DAMAGED = "It may be damaged; copy it again."
 KINDS: dict[str, Read] = {
     ".jsonl": _json_lines, ".ndjson": _json_lines, ".json": _json, ".csv": _separated(","), ".tsv": _separated("\t"),

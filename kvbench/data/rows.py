@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypedDict
 
 from kvbench.data.files import Record, read_records, split_lines
-from kvbench.errors import UserError
+from kvbench.errors import UserError, did_you_mean
 
 if TYPE_CHECKING:
     from kvbench.data.tasks import CorpusSpec
@@ -52,7 +52,7 @@ def hub_rows(spec: CorpusSpec, column: str = TEXT) -> list[Row]:
     if column not in dataset.column_names:
         raise UserError(
             f'{spec.hub} has no column "{column}" (it has: {", ".join(dataset.column_names)}).',
-            "Name the column that holds the text with --column.",
+            f"{did_you_mean(column, dataset.column_names)}Name the column that holds the text with --column.",
         )
     records = (Record(f"{spec.hub}, row {i}", row) for i, row in enumerate(dataset.select_columns([column])))
     return [{"id": f"{i:05d}", "text": text_of(record, column)} for i, record in enumerate(records)]
@@ -94,7 +94,8 @@ def text_of(record: Record, column: str) -> str:
         there = f"it has: {', '.join(record.values)}" if record.values else "it is no object with columns"
         raise UserError(
             f'{record.where}: the row has no "{column}" of type string ({there}).',
-            'Name the column that holds the text with --column, or write rows like {"text": "..."}.',
+            f"{did_you_mean(column, map(str, record.values))}Name the column that holds the text with --column, or "
+            'write rows like {"text": "..."}.',
         )
     value = record.values[column]
     if not isinstance(value, str):

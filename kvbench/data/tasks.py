@@ -13,7 +13,6 @@ from kvbench.config import read_toml
 from kvbench.data.question_rows import QuestionRowsSpec
 from kvbench.data.samples.registry import RECIPES
 from kvbench.data.samples.sample import Recipe
-from kvbench.errors import unknown
 
 GROUPS = ("ruler", "babi", "longbench", "scbench", "babilong", "infinitebench")
 """Names that stand for all tasks whose names begin with them, but those that stand apart."""
@@ -246,5 +245,7 @@ def load_task(name: str) -> Task:
     own = name.endswith(".toml")
     path = Path(name) if own else tasks_folder() / f"{name}.toml"
     if not own and name not in task_names():
-        raise unknown("task", name, task_names())
+        from kvbench.data.near_names import unknown_task  # takes a moment that only this error needs
+
+        raise unknown_task(name, (*GROUPS, *task_names()))
     return read_toml(path, Task, "task file", "Give a path to a TOML file.")

@@ -31,6 +31,12 @@ GENERATION_NAMES = (*(m.name for m in TEXT_METRICS), "distinct", "mauve")
 METRIC_NAMES = tuple(dict.fromkeys((
     *(m.name for m in LM_METRICS + RECALL_METRICS), "recovery", *GENERATION_NAMES, *(m.name for m in ANSWERED),
 )))
+OTHER_NAMES = {
+    "perplexity": "ppl", "loss": "nll", "bpb": "bits_per_byte", "kld": "kl", "acc": "accuracy",
+    "exact_match": "answer_accuracy", "gen_perplexity": "gen_ppl", "rouge": "rougeL", "rouge-l": "rougeL",
+    "chrf++": "chrf", "bertscore": "semantic", "similarity": "semantic", "memory": "kv_bytes_physical",
+}
+"""What metrics are called elsewhere."""
 OVER_CELLS = {CORRELATION: CORRELATION_SIGNATURE, LARGEST_RATIO: LARGEST_RATIO_SIGNATURE}
 """Numbers that are no function of the sums of one cell, and their signatures."""
 SHOWN: dict[str, Shown] = {
@@ -44,6 +50,6 @@ NEED_SCORER, NEED_ENCODER = ("gen_ppl",), ("semantic", "prefix_coherence")
 
 __all__ = [
     "AGREEMENT", "ANSWERED", "ANSWER_METRICS", "GENERATION_NAMES", "KL_BINS", "LM_METRICS", "MEMORY", "METRIC_NAMES",
-    "NEED_ENCODER", "NEED_SCORER", "OVER_CELLS", "PREFIX_MATCH", "RECALL_METRICS", "RECOVERY_SIGNATURE", "SHOWN",
-    "TEXT_METRICS", "Metric", "Shown", "TextMetric", "Totals", "recovery",
+    "NEED_ENCODER", "NEED_SCORER", "OTHER_NAMES", "OVER_CELLS", "PREFIX_MATCH", "RECALL_METRICS", "RECOVERY_SIGNATURE",
+    "SHOWN", "TEXT_METRICS", "Metric", "Shown", "TextMetric", "Totals", "recovery",
 ]

@@ -9,13 +9,18 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 from kvbench.errors import MissingPackageError, UserError
 from kvbench.models.fingerprint import DEQUANTISED, contents_hash
+from kvbench.parsing import bytes_of
 from kvbench.store.cached import cache_folder, filled_once
 from kvbench.store.hashes import file_hashes
 
+MAGIC = b"GGUF"
 CONVERSION = 1
 """Goes up when the same file would give other weights or another tokenizer."""
 
@@ -47,6 +52,33 @@ def dequantised(path: Path, name: str = "") -> Path:
         raise UserError(f"{path} cannot be converted into {folder}: {error}.") from error
 
 
+def _what_to_do(path: Path) -> str:
+    """What to do about a file that cannot be read, which may be damaged or only of a strange family."""
+    from gguf import GGUFReader
+
+    with path.open("rb") as file:
+        if file.read(4) != MAGIC:
+            return "It is no GGUF file, but perhaps a web page or a pointer that was saved instead: download it again."
+    try:
+        GGUFReader(path)
+    except Exception:  # the reader maps what should be there, and fails in as many ways as a file can be cut off
+        return f"The file may be incomplete ({bytes_of(path.stat().st_size)}) or damaged: download it again."
+    return "Give a GGUF file of a family that transformers knows."
+
+
+@contextmanager
+def _without_bar() -> Iterator[None]:
+    """Within the block, transformers draws no progress of dequantising, which its own switch does not turn off."""
+    from transformers import modeling_gguf_pytorch_utils as reader
+
+    before = reader.tqdm
+    reader.tqdm = partial(before, disable=True)
+    try:
+        yield
+    finally:
+        reader.tqdm = before
+
+
 def _convert(path: Path, folder: Path) -> None:
     """Read the file by transformers, and write weights in float32 (exact for every kind of quantisation) and tokenizer.
 
@@ -66,12 +98,12 @@ def _convert(path: Path, folder: Path) -> None:
     transformers.utils.logging.disable_progress_bar()
     source = {"pretrained_model_name_or_path": str(path.parent), "gguf_file": path.name}
     try:
-        model = AutoModelForCausalLM.from_pretrained(**source, dtype=torch.float32)
-        tokenizer = AutoTokenizer.from_pretrained(**source)
+        with _without_bar():
+            model = AutoModelForCausalLM.from_pretrained(**source, dtype=torch.float32)
+            tokenizer = AutoTokenizer.from_pretrained(**source)
     except Exception as error:  # of the reader, of transformers, or of a family that it does not know
-        raise UserError(
-            f"{path} cannot be read as a model: {error}.", "Give a GGUF file of a family that transformers knows."
-        ) from error
+        reason = str(error).rstrip(".") or type(error).__name__
+        raise UserError(f"{path} cannot be read as a model: {reason}.", _what_to_do(path)) from error
     config = type(model.config).from_dict(
         {key: value for key, value in model.config.to_dict().items() if key != "quantization_config"}
     )

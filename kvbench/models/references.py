@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import json
 import re
 from collections.abc import Mapping
@@ -117,6 +118,8 @@ def resolve_model(name: str, revision: str | None = None) -> ModelReference:
         return _reference(name, folder, revision)
     if folder.exists():
         raise UserError(f"--model {name} is a file.", "Give the folder that holds it, or a hub id.")
+    if folder.suffix == ".gguf":
+        raise UserError(f"There is no GGUF file {name}.", _near_files(folder))
     if name.startswith((".", "/", "~")) or name.count("/") > 1 or not _HUB_ID.match(name):
         raise UserError(
             f"There is no model folder {name}.", f"Give a folder, a hub id, or {DEFAULT_MODEL!r}."
@@ -125,6 +128,16 @@ def resolve_model(name: str, revision: str | None = None) -> ModelReference:
     if commit is not None:
         _check_kept(name, commit)
     return ModelReference(name, name, commit or revision, commit or "")
+
+
+def _near_files(path: Path) -> str:
+    """What to do about a file that is not there: the names of its kind in its folder."""
+    there = sorted(file.name for file in path.parent.glob(f"*{path.suffix}"))
+    near = difflib.get_close_matches(path.name, there, n=1)
+    if near:
+        return f"Did you mean {path.parent / near[0]}?"
+    names = ", ".join(there[:10]) or "none"
+    return f"Check the path; in {path.parent.resolve()} there is {names}."
 
 
 def _reference(name: str, folder: Path, revision: str | None, shown: str = "") -> ModelReference:

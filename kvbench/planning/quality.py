@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from kvbench.data.documents import Corpus, load_corpus
+from kvbench.data.near_names import check_chosen
 from kvbench.data.rows import TEXT
 from kvbench.data.tasks import Task, expanded, load_task
 from kvbench.errors import UserError, unknown
@@ -222,9 +223,9 @@ def _check_tasks(request: Request, tasks: Mapping[str, Task]) -> None:
     """
     if request.data is not None and len(tasks) > 1:
         raise UserError(
-            f"--data stands for the corpus of one task, and {len(tasks)} are asked for "
-            f"({', '.join(tasks)}).",
-            "Name one with --task; for running text: --task books.",
+            f"--data is the text of one task, and this command measures {len(tasks)} ({', '.join(tasks)}).",
+            "Add --task books for running text of your own, or --task books-gen where text is to be written; "
+            "'kvbench list tasks' shows the others.",
         )
     if len({task.name for task in tasks.values()}) < len(tasks):
         raise UserError("Two of the tasks have the same name.", "Give each task file a name of its own.")
@@ -272,8 +273,7 @@ def _judging(request: Request, writes: bool) -> tuple[JudgeChoice, dict[str, str
         UserError: a metric is unknown, or judges are given that no requested task or metric uses.
     """
     for name in request.metrics:
-        if name not in GENERATION_NAMES:
-            raise unknown("metric of written text", name, GENERATION_NAMES)
+        check_chosen(name)
     given = {"--scorer": request.scorer, "--mauve-features": request.mauve_features, "--metric": request.metrics}
     asked = [option for option, value in given.items() if value]
     if not writes:

@@ -42,9 +42,12 @@ def cut_documents(
         if len(cuts) == limit:
             break
     if not cuts:
+        all_of_them = "the only one is shorter or does not fit" if skipped == 1 else (
+            f"all {skipped} are shorter or do not fit"
+        )
         raise UserError(
             f"Task {cells[0].workload!r}: no document is long enough for protocol {protocol.name!r} "
-            f"({protocol.required_length} are needed, {skipped} documents are shorter or do not fit).", protocol.longer,
+            f"({protocol.required_length} are needed, {all_of_them}).", protocol.longer,
         )
     return cuts, skipped
 

@@ -149,7 +149,7 @@ def recall_trials(
         if not usable:
             raise UserError(
                 f"No document has the {lead + distance} tokens of prose that recall at distance "
-                f"{distance} needs."
+                f"{distance} needs.", "Give longer documents, or leave the task out.",
             )
         first = trial % len(usable)
         start = int(rng.integers(0, usable[first].length - lead - distance, endpoint=True))

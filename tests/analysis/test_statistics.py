@@ -10,7 +10,7 @@ from scipy import stats
 
 from kvbench.metrics import LM_METRICS, RECALL_METRICS, recovery
 from kvbench.metrics.agreement import KL_BINS, KL_HIGH, KL_LOW
-from kvbench.statistics import RESAMPLES, GroupSums, bootstrap_intervals, holm, paired_p_value
+from kvbench.statistics import RESAMPLES, GroupSums, bootstrap_intervals, holm, least_groups, paired_p_value
 
 
 def mean_of(tables: list[np.ndarray]) -> np.ndarray:
@@ -130,3 +130,14 @@ def test_flips_are_those_of_a_plain_loop() -> None:
         (differences,), np.sum, permutation_type="samples", n_resamples=9999, rng=np.random.default_rng(0)
     ).pvalue
     assert paired_p_value(differences, 0) == pytest.approx(plain, abs=0.02)
+
+
+@pytest.mark.parametrize("tests", [1, 2, 5, 40, 200])
+def test_the_least_groups_are_those_of_the_test_itself(tests: int) -> None:
+    """Groups that all differ in one direction are significant with so many, and not with one fewer (the exact test)."""
+    least = least_groups(tests)
+    assert least is not None
+    for groups, is_enough in ((least, True), (least - 1, False)):
+        found = holm([paired_p_value(np.arange(1.0, groups + 1), 0)] * tests)
+        assert all((p is not None and p < 0.05) == is_enough for p in found)
+    assert least_groups(10_000) is None

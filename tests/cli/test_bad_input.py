@@ -51,7 +51,23 @@ LONG = "x" * 300
     (["run", "--model", "./nowhere"], ["no model folder ./nowhere"]),
     (["run", "--model", "/nowhere/at/all"], ["no model folder"]),
     (["run", "--adapter", "nowhere"], ["no adapter folder nowhere", "kvbench train"]),
-    (["run", "--data", "x.jsonl"], ["--data stands for the corpus of one task"]),
+    (["run", "--data", "x.jsonl"], [
+        "--data is the text of one task, and this command measures 3 (minidocs, recall, minidocs-gen).",
+        "Add --task books for running text of your own",
+    ]),
+    (["run", "--task", "ppl"], ["Unknown task 'ppl': that is a metric", "--task books --data FILE"]),
+    (["sweep", "--task", "perplexity"], ["Unknown task 'perplexity': that is a metric", "--task minidocs"]),
+    (["run", "--task", "accuracy"], ["that is a metric", "--task recall"]),
+    (["run", "--task", "bleu"], ["that is a metric", "--task minidocs-gen"]),
+    (["run", "--task", "answer_accuracy"], ["that is a metric", "--task ruler-niah-single-2"]),
+    (["run", "--task", "wikitext"], ["Did you mean 'wikitext2'?"]),
+    (["run", "--task", "RULER"], ["Did you mean 'ruler'?"]),
+    (["run", "--task", "minidocs", "--metric", "ppl"], ["'ppl' is none of them", "Leave --metric out", "gen_ppl"]),
+    (["run", "--metric", "perplexity"], ["'ppl' is none of them", "--task minidocs", "--metric gen_ppl"]),
+    (["run", "--metric", "acc"], ["'accuracy' is none of them", "--task recall."]),
+    (["run", "--metric", "rouge"], ["Unknown metric of written text 'rouge'", "Did you mean 'rougeL'?"]),
+    (["run", "--metric", "Chrf"], ["Did you mean 'chrf'?"]),
+    (["report", "nowhere", "--metric", "perplexity"], ["Unknown metric 'perplexity'", "Did you mean 'ppl'?"]),
     (["run", "--set", "chunk"], ["not of the form key=value"]),
     (["run", "--set", f"chunk={'7' * 5000}"], ["--set chunk=7777", "5000 characters"]),
     (["run", "--set", "chunck=3"], ["Unknown --set key 'chunck'", "Did you mean 'chunk'"]),
@@ -354,8 +370,30 @@ def test_unreachable_hub(called: Call) -> None:
 def test_documents_too_short(called: Call, tmp_path: Path) -> None:
     (tmp_path / "short.jsonl").write_text('{"text": "Too short."}\n')
     run = [*RUN, "--task", "books", "--data", "short.jsonl"]
-    refused(called, run, "no document is long enough", "32 tokens")
-    refused(called, [*run, "--protocol", "prefix"], "no document is long enough", "1024 tokens")
+    for dry in ([], ["--dry-run"], ["--dry-run", "--json"]):
+        refused(called, [*run, *dry], "no document is long enough", "32 tokens", "the only one is shorter")
+        refused(called, [*run, *dry, "--protocol", "prefix"], "no document is long enough", "1024 tokens")
+    recall = ["run", "--task", "recall", "--data", "short.jsonl"]
+    refused(called, [*recall, "--dry-run"], "No document has the", "Give longer documents")
+    refused(called, [*RUN, "--set", "block=2000", "--task", "minidocs", "--dry-run"], "do not fit", "--set block=1024")
+
+
+def test_a_plan_counts_the_documents_that_are_long_enough(called: Call, tmp_path: Path) -> None:
+    """And it says of what it has not looked at the lengths."""
+    texts = ["Too short.", "The ferry leaves at nine. " * 20, "The tide turns at ten. " * 30]
+    (tmp_path / "some.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    run = ["run", "--method", "sinks", "--ratio", "0.5", "--dry-run", "--no-baselines"]
+    found = called([*run, "--task", "minidocs", "--data", "some.jsonl"])
+    assert found.code == 0, found.err
+    rows = [line.split("│") for line in found.out.splitlines() if line.startswith("│")]
+    assert [row[9].strip() for row in rows] == ["2", "2"]
+    assert "is checked when it runs" not in found.out
+    known = called([*run, "--task", "minidocs", "--task", "ruler-vt", "--set", "question=hidden"])
+    assert "Whether the texts of ruler-vt are long enough, and for which methods, is checked when it runs." in " ".join(
+        known.out.split()
+    )
+    hub = called([*run, "--task", "minidocs", "--model", "nobody/nothing"])
+    assert "the texts of minidocs are long enough" in " ".join(hub.out.split())
 
 
 def test_lengths_that_a_method_cannot_use(called: Call, model_folder: Callable[..., Path]) -> None:

@@ -130,7 +130,16 @@ def test_other_kinds_are_named(called: Call, tmp_path: Path, name: str, words: s
     ("d.csv", 'id,text\na,"two\nlines"\nb,"never closed\n', ["line 4", "malformed .csv"]),
     ("d.csv", "text,text\na,b\n", ['2 columns "text"']),
     ("d.tsv", "id\tbody\na\tb\n", ["line 2", 'no "text"', "it has: id, body"]),
-    ("d.csv", "id;text\na;b\n", ["line 2", "it has: id;text"]),
+    ("d.csv", "id;text\na;b\n", ["separated by semicolons", "would be: id, text", "Save it with commas"]),
+    ("d.csv", "id;text\na;One, and two, and three.\n", ["separated by semicolons", "would be: id, text"]),
+    ("d.csv", '"id";"text"\n"a";"b"\n', ["separated by semicolons", "would be: id, text"]),
+    ("d.csv", "id;title\na;b\n", ["separated by semicolons", "would be: id, title"]),
+    ("d.csv", "id\ttext, if any\ttext\na\tb\tc\n", ["separated by tabs", "Let its name end with .tsv."]),
+    ("d.tsv", "id,text\na,b\n", ["read as separated by tabs", "separated by commas", "end with .csv."]),
+    ("d.csv", "id|text\na|b\n", ["separated by vertical bars"]),
+    ("d.csv", "id,note; text\na,b\n", ["line 2", 'no "text"', "it has: id, note; text"]),
+    ("d.csv", "id,Text\na,b\n", ["line 2", 'no "text"', "Did you mean 'Text'?", "--column"]),
+    ("d.jsonl", '{"id": 1, "texts": "a"}\n', ["line 1", "Did you mean 'texts'?"]),
     ("d.json", '[{"text": "a"},\n {"text": }]', ["line 2", "malformed JSON"]),
     ("d.json", '[{"text": "a"}, ["text"]]', ["row 2", 'no "text"']),
     ("d.json", "[" * 200_000, ["d.json", "nested too deeply"]),
@@ -369,6 +378,8 @@ def test_the_child_reads_the_same_column(tmp_path: Path) -> None:
 @pytest.mark.usefixtures("plain")
 def test_a_missing_column(called: Call, arguments: list[str], words: list[str]) -> None:
     refused(called, [*arguments, "--column", "body"], *words)
+    if "plain.jsonl" in arguments and "online" not in arguments:
+        refused(called, [*arguments, "--column", "TXT"], words[0], "Did you mean 'text'?")
 
 
 def test_columns_of_training_texts(tmp_path: Path, tiny_tokenizer: Any) -> None:
@@ -405,5 +416,7 @@ def test_hub_data_sets(monkeypatch: pytest.MonkeyPatch) -> None:
     ]
     with pytest.raises(UserError, match=r'no column "text" \(it has: content, n\)'):
         load_corpus(task, None)
+    with pytest.raises(UserError, match="Did you mean 'content'"):
+        load_corpus(task, None, "contents")
     with pytest.raises(UserError, match=r"row 0: .*a number"):
         load_corpus(task, None, "n")

@@ -325,7 +325,7 @@ def test_a_text_reads_as_it_does_after_its_prefix(tiny_tokenizer: Any) -> None:
     (["--set", "batch=none"], ["batch=none"]),
     (["--protocol", "block"], ["not measured with protocol 'block'", "generate"]),
     (["--metric", "blue"], ["Unknown metric", "Did you mean 'bleu'"]),
-    (["--metric", "ppl"], ["Unknown metric of written text 'ppl'"]),
+    (["--metric", "ppl"], ["'ppl' is none of them", "--metric gen_ppl"]),
     (["--metric", "mauve"], ["at least 200 documents", "has 48"]),
     (["--mauve-features", "kvbench-tiny"], ["at least 200 documents"]),
     (["--scorer", "./nowhere"], ["no model folder ./nowhere"]),

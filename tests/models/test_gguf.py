@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import re
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -59,13 +60,49 @@ def test_what_is_damaged_is_refused(written: Path, tmp_path: Path) -> None:
         file.write(b"\x01\x02\x03\x04")
     with pytest.raises(UserError, match="is damaged"):
         resolve_model(str(written))
-    broken = tmp_path / "broken.gguf"
-    broken.write_bytes(b"GGUF" + bytes(50))
-    with pytest.raises(UserError, match="cannot be read as a model"):
-        resolve_model(str(broken))
-    assert not list((tmp_path / "kept" / "models").glob("broken*"))
     with pytest.raises(UserError, match="--revision is for models on the hub"):
         resolve_model(str(written), "main")
+
+
+def test_the_hint_says_what_is_wrong_with_the_file(written: Path, tmp_path: Path) -> None:
+    """Cut off in its weights, at their end, or in its settings; no GGUF file at all; or whole, and unknown."""
+    import gguf
+
+    whole = written.read_bytes()
+    again = r"may be incomplete \([\d.]+ .?i?B\) or damaged: download it again"
+    strange = tmp_path / "strange.gguf"
+    writer = gguf.GGUFWriter(strange, "whisperx")
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    for content, hint in {
+        whole[: len(whole) // 2]: again, whole[:-64]: again, whole[:3000]: again, b"GGUF" + bytes(50): again,
+        b"<!doctype html>": "no GGUF file, but perhaps a web page", b"": "no GGUF file",
+        strange.read_bytes(): "of a family that transformers knows",
+    }.items():
+        (tmp_path / "broken.gguf").write_bytes(content)
+        with pytest.raises(UserError, match="cannot be read as a model") as refusal:
+            resolve_model(str(tmp_path / "broken.gguf"))
+        assert re.search(hint, refusal.value.hint), refusal.value
+        assert ".." not in str(refusal.value).replace("...", "")
+    assert not list((tmp_path / "kept" / "models").glob("broken*"))
+
+
+def test_nothing_is_drawn_while_it_is_dequantised(written: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    dequantised(written)
+    out, err = capfd.readouterr()
+    assert (out, err) == ("", "kvbench: dequantising small.Q.gguf, once; this takes about half a minute.\n")
+
+
+def test_a_file_that_is_not_there_is_refused_by_a_plan_as_well(written: Path, called: Call) -> None:
+    run = ["run", "--method", "sinks", "--task", "minidocs", "--dry-run", "--model"]
+    refused(called, [*run, "missing.gguf"], "There is no GGUF file missing.gguf.", "there is none.")
+    near = written.with_name("smal.Q.gguf")
+    refused(called, [*run, near], f"There is no GGUF file {near}.", f"Did you mean {written}?")
+    far = written.with_name("another.gguf")
+    refused(called, [*run, far], f"There is no GGUF file {far}.", "there is small.Q.gguf.")
+    refused(called, [*run, "nowhere/another.gguf"], "There is no GGUF file nowhere/another.gguf.", "there is none.")
 
 
 def test_a_command_measures_it_and_says_that_it_is_dequantised(written: Path, called: Call) -> None:

@@ -151,7 +151,20 @@ def test_too_few_documents_are_said_where_no_difference_could_be_significant(
     p_values = [row.p_value for row in rows if row.p_value is not None]
     assert len(p_values) == methods
     assert (min(p_values) >= 0.05) == few
-    assert ("Too few documents to test" in reading(rows, "ppl")) == few
+    said = reading(rows, "ppl")
+    assert ("Too few documents to test" in said) == few
+    enough = 6 if methods == 1 else 7
+    assert (f"; it takes {enough} documents at least." in said) == few
+    more = made(tmp_path / "more", cells, documents=DOCUMENTS[:enough])
+    p_values = [row.p_value for row in compute_results(RunFolder(more)).rows if row.metric == "ppl" and row.p_value]
+    assert max(p_values) < 0.05  # and that many are enough
+
+
+def test_groups_are_counted_where_they_hold_several_documents(results: Results) -> None:
+    rows = [replace(row, groups=3) for row in results.rows if row.metric == "ppl" and not row.params.get("bin")]
+    assert "with 3 groups, no difference could be significant in 4 comparisons; it takes 8 groups at least" in reading(
+        rows, "ppl"
+    )
 
 
 def test_answers_have_bars_and_ties_are_named(tmp_path: Path) -> None:

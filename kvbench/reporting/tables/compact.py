@@ -28,7 +28,7 @@ from kvbench.reporting.tables.format import (
 )
 from kvbench.reporting.tables.tables import columns_of
 from kvbench.reporting.tables.texts import text_notes
-from kvbench.statistics import SIGNIFICANT
+from kvbench.statistics import SIGNIFICANT, least_groups
 from kvbench.store.records import WRITING
 from kvbench.store.rows import Row
 
@@ -115,12 +115,15 @@ def too_few_to_test(tested: Sequence[Row]) -> str:
     """A sentence if so few groups cannot be significantly different however large the difference is; else empty."""
     if not tested:
         return ""
-    groups, count = min(row.groups for row in tested), len(tested)
-    if min(1.0, count * 2.0 ** (1 - groups)) < SIGNIFICANT:
+    fewest, count = min(tested, key=lambda row: row.groups), len(tested)
+    groups, least = fewest.groups, least_groups(count)
+    if least is not None and groups >= least:
         return ""
+    what = f"{fewest.unit}s" if groups == fewest.n else "groups"
+    enough = f"; it takes {least} {what} at least" if least is not None else ""
     return (
         f"Too few documents to test: with {groups} groups, no difference could be significant in {count} "
-        f"comparison{'s' if count > 1 else ''}."
+        f"comparison{'s' if count > 1 else ''}{enough}."
     )
 
 
