@@ -42,8 +42,8 @@ def cut_documents(
         if len(cuts) == limit:
             break
     if not cuts:
-        all_of_them = "the only one is shorter or does not fit" if skipped == 1 else (
-            f"all {skipped} are shorter or do not fit"
+        all_of_them = "the only document is shorter or does not fit" if skipped == 1 else (
+            f"all {skipped} documents are shorter or do not fit"
         )
         raise UserError(
             f"Task {cells[0].workload!r}: no document is long enough for protocol {protocol.name!r} "
