@@ -371,7 +371,7 @@ def test_documents_too_short(called: Call, tmp_path: Path) -> None:
     (tmp_path / "short.jsonl").write_text('{"text": "Too short."}\n')
     run = [*RUN, "--task", "books", "--data", "short.jsonl"]
     for dry in ([], ["--dry-run"], ["--dry-run", "--json"]):
-        refused(called, [*run, *dry], "no document is long enough", "32 tokens", "the only one is shorter")
+        refused(called, [*run, *dry], "no document is long enough", "32 tokens", "the only document is shorter")
         refused(called, [*run, *dry, "--protocol", "prefix"], "no document is long enough", "1024 tokens")
     recall = ["run", "--task", "recall", "--data", "short.jsonl"]
     refused(called, [*recall, "--dry-run"], "No document has the", "Give longer documents")
