@@ -68,12 +68,20 @@ def faults_in(found: Iterable[tuple[str, Mapping[str, Any]]]) -> list[str]:
     ))
 
 
-@cache
 def _version_elsewhere(method: str) -> int:
-    """Version of a method of another package, which is imported for it; 1 if there is none."""
+    """Version of a method of another package; 1 if there is none."""
+    try:
+        return int(getattr(loaded_elsewhere(method), "version", 1))
+    except Exception:  # whatever the other package says must not prevent a report
+        return 1
+
+
+@cache
+def loaded_elsewhere(method: str) -> Any:
+    """The class of a method of another package, which is imported for it; None if there is none, or it cannot be."""
     for entry in entry_points(group=GROUP, name=method):
         try:
-            return int(entry.load().version)
+            return entry.load()
         except Exception:  # whatever the other package raises must not prevent a report
-            return 1
-    return 1
+            return None
+    return None
