@@ -67,7 +67,7 @@ def report(
         raise UserError(f"The folder {out} holds another run.", "Choose another --out.")
     folder = out or run[0]
     found = write_report(run, folder, metric or ())
-    document = write_paper(run, found.results, folder, metric or ()) if paper else None
+    included = write_paper(run, found.results, folder, metric or ()) if paper else None
     try:
         with (folder / "table.txt").open("w", encoding="utf-8", errors="backslashreplace") as file:
             print_results(found.results, Console(file=file), folder, wide=True)
@@ -82,8 +82,12 @@ def report(
             console.print(f"figure: {path}", soft_wrap=True, highlight=False)
         console.print(f"tables: {len(found.tables)} files in {folder / 'tables'}", soft_wrap=True, highlight=False)
         console.print(f"page: {found.page}", soft_wrap=True, highlight=False)
-        if document is not None:
-            console.print(f"paper: {document}", soft_wrap=True, highlight=False)
+        if included is not None:
+            for path in included.figures:
+                console.print(f"paper figure: {path}", soft_wrap=True, highlight=False)
+            tables = f"{len(included.tables)} files in {folder / 'paper' / 'tables'}"
+            console.print(f"paper tables: {tables}", soft_wrap=True, highlight=False)
+            console.print(f"paper: {included.document}", soft_wrap=True, highlight=False)
         for note in bundle_notes(run):
             console.print(note, highlight=False, markup=False)
     raise typer.Exit(0 if found.results.ok else 1)

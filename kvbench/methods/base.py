@@ -53,11 +53,15 @@ class Method(ABC):
         version: version of the method's rule. Results of another version are not reused, and reports mark them as
             outdated.
         note: remark that tables show after the name.
+        paper: the number on arXiv, as lists show it.
+        bibtex: the entry that ``report --paper`` writes, for methods of other packages; ours stand in
+            ``store/papers.toml``.
     """
 
     name: ClassVar[str]
     summary: ClassVar[str]
     paper: ClassVar[str] = ""
+    bibtex: ClassVar[str] = ""
     version: ClassVar[int] = 1
     note: ClassVar[str] = ""
     budgets: ClassVar[tuple[str, ...]] = ("ratio", "tokens", "bytes")

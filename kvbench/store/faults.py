@@ -72,14 +72,21 @@ def faults_in(found: Iterable[tuple[str, Mapping[str, Any]]]) -> list[str]:
     ))
 
 
-@cache
 def _elsewhere(method: str) -> tuple[int, str]:
-    """Version and hash of the code of a method of another package, which is imported for it; 1 and "" if there is
-    none."""
+    """Version and hash of the code of a method of another package; 1 and "" if there is none."""
+    kind = loaded_elsewhere(method)
+    try:
+        return int(getattr(kind, "version", 1)), source_of(kind) if isinstance(kind, type) else ""
+    except Exception:  # whatever the other package says must not prevent a report
+        return 1, ""
+
+
+@cache
+def loaded_elsewhere(method: str) -> Any:
+    """The class of a method of another package, which is imported for it; None if there is none, or it cannot be."""
     for entry in entry_points(group=GROUP, name=method):
         try:
-            kind = entry.load()
-            return int(kind.version), source_of(kind)
+            return entry.load()
         except Exception:  # whatever the other package raises must not prevent a report
-            return 1, ""
-    return 1, ""
+            return None
+    return None

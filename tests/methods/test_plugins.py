@@ -69,6 +69,27 @@ def test_the_example_is_listed_run_and_reported(place: tuple[Path, dict[str, str
     assert "ends 0.8" in json.loads((place[0] / "run" / "masks.json").read_text())
 
 
+def test_a_reference_of_the_package_is_cited_in_a_paper(
+    place: tuple[Path, dict[str, str]], example: str, tmp_path: Path
+) -> None:
+    asked = ("--method", "ends", "--ratio", "0.5", "--task", "minidocs", "--limit", "2")
+    ran = called(place, "run", *asked, "--out", "cited")
+    assert ran.code == 0, ran.err
+    entry = "@article{doe2026ends, title = {Ends}, author = {Doe, Jane}, year = {2026}}"
+    given = example.replace('    name = "ends"\n', f'    name = "ends"\n    bibtex = "{entry}"\n')
+    for name, code, said, cited in (
+        ("without", example, "ends (ratio 0.5; removal real; no reference given)", False),
+        ("with", given, "ends [doe2026ends] (ratio 0.5; removal real)", True),
+    ):
+        folder = tmp_path / name
+        folder.mkdir()
+        asked = ("report", str(place[0] / "cited"), "--out", "out", "--paper")
+        found = called((folder, installed(folder, code)), *asked)
+        assert found.code == 0, found.err
+        assert said in (folder / "out" / "paper" / "setup.txt").read_text()
+        assert (entry in (folder / "out" / "paper" / "references.bib").read_text()) == cited
+
+
 def test_the_example_passes_the_proof(place: tuple[Path, dict[str, str]]) -> None:
     done = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "-p", "no:xdist", "-p", "no:cacheprovider", "-k", "ends and llama",

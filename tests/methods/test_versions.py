@@ -183,11 +183,11 @@ def test_a_version_is_in_the_key_above_one_and_a_note_never() -> None:
 def elsewhere(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[Callable[[], Any]], None]]:
     """Makes ``ends`` a method of another package, with what its entry point loads."""
     def install(load: Callable[[], Any]) -> None:
-        faults._version_elsewhere.cache_clear()
+        faults.loaded_elsewhere.cache_clear()
         monkeypatch.setattr(faults, "entry_points", lambda group, name: [SimpleNamespace(load=load)]
                             if (group, name) == (faults.GROUP, "ends") else [])
     yield install
-    faults._version_elsewhere.cache_clear()
+    faults.loaded_elsewhere.cache_clear()
 
 
 def test_a_method_of_another_package_has_versions_too(elsewhere: Callable[[Callable[[], Any]], None]) -> None:

@@ -67,7 +67,7 @@ def test_markdown_is_escaped(rows: list[Row]) -> None:
 
 def test_latex_is_escaped_and_has_the_rules_of_booktabs(rows: list[Row]) -> None:
     text = export.latex(replace(tables_of(rows)[0], title="50 % of a_b & c#d"))
-    for rule in (r"\toprule", r"\midrule", r"\bottomrule", r"\begin{tabular}{lllllllll}"):
+    for rule in (r"\toprule", r"\midrule", r"\bottomrule", r"\begin{tabular}{@{}lllllllll@{}}"):
         assert rule in text, text
     assert r"50 \% of a\_b \& c\#d" in text
     assert re.search(r"\\textbf\{\d+\.\d\d\* \[", text)

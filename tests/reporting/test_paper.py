@@ -8,19 +8,24 @@ import re
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import yaml
 from matplotlib import rc_context, rcParams
+from matplotlib.figure import Figure
 
 from kvbench.methods import METHODS
 from kvbench.reporting.paper.bibliography import bibliography
 from kvbench.reporting.paper.drawing import COLUMN, MOST, PAGE, coloured, figure_of, style
 from kvbench.reporting.paper.plots import Line, Panel, Plot
 from kvbench.reporting.tables.latex import escaped, slug
-from kvbench.store.papers import papers
+from kvbench.store import faults
+from kvbench.store.papers import papers, papers_of
+from tests.helpers.command import kvbench
 from tests.helpers.records import SINKS, made
 
 ROOT = Path(__file__).parents[2]
@@ -34,7 +39,7 @@ from kvbench.analysis.results import compute_results
 from kvbench.reporting.paper.paper import write_paper
 from kvbench.store.folder import RunFolder
 run, out = map(Path, sys.argv[1:])
-print(write_paper([run], compute_results(RunFolder(run)), out, ["kl"]))
+print(write_paper([run], compute_results(RunFolder(run)), out, ["kl"]).document)
 assert "torch" not in sys.modules
 """
 
@@ -77,6 +82,33 @@ def test_every_method_has_an_entry_with_the_number_that_the_method_states() -> N
 
 def test_a_method_of_another_package_is_said_to_have_none() -> None:
     assert bibliography(["theirs"], [], []).startswith("% No reference is known here for the method theirs.")
+
+
+@pytest.fixture
+def elsewhere(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., None]]:
+    """Makes methods of another package of classes with these attributes."""
+    def install(**methods: dict[str, str]) -> None:
+        faults.loaded_elsewhere.cache_clear()
+        monkeypatch.setattr(faults, "entry_points", lambda group, name: [
+            SimpleNamespace(load=lambda: SimpleNamespace(**methods[name])) for _ in methods.keys() & {name}
+        ])
+    yield install
+    faults.loaded_elsewhere.cache_clear()
+
+
+def test_a_method_of_another_package_gives_its_own_entry(elsewhere: Callable[..., None]) -> None:
+    entry = "@article{doe2026ends,\n  title = {Ends},\n  author = {Doé, Jane}\n}"
+    elsewhere(ends={"bibtex": f"\n{entry}\n"}, twin={"bibtex": entry}, empty={}, broken={"bibtex": "see my page"},
+              ours={"bibtex": "@misc{li2024snapkv,\n}"})
+    text = bibliography(["ends", "twin"], [], [])
+    assert text.count(entry.replace("é", r"{\'e}")) == 1
+    assert text.isascii()
+    assert "No reference" not in text
+    assert [paper.key for paper in papers_of(["ends", "snapkv"])] == ["li2024snapkv", "doe2026ends"]
+    assert bibliography(["ours", "snapkv"], [], []).count("li2024snapkv") == 1  # BibTeX refuses a second one
+    assert list(entries(bibliography(["ours"], [], []))) == ["kvbench", "li2024snapkv"]
+    for name in ("empty", "broken"):
+        assert bibliography([name], [], []).startswith(f"% No reference is known here for the method {name}.")
 
 
 def test_tasks_have_the_papers_that_their_files_state() -> None:
@@ -128,8 +160,47 @@ def test_at_most_eight_lines_are_coloured() -> None:
         assert len(set(looks)) == len(looks) == MOST == 8
         dashes_and_markers = {look[1:] for look in looks}
         assert len(dashes_and_markers) == 8  # what grey print leaves
-        labels = [text.get_text() for text in figure.legends[0].get_texts()]
+        (legend,) = figure.legends
+        assert legend.get_window_extent().width <= figure.bbox.width
+        labels = [text.get_text() for text in legend.get_texts()]
         assert labels == ["full", *names[:8], "others"]
+
+
+def drawn(panels: int, lines: tuple[Line, ...]) -> Figure:
+    with rc_context():
+        rcParams.update(style())
+        plot = Plot("p", (Panel("", lines, "x", "y"),) * panels, "")
+        figure = figure_of(plot, coloured([line.name for line in lines], style()))
+        figure.draw_without_rendering()
+    return figure
+
+
+def test_a_legend_stands_where_a_single_panel_has_room() -> None:
+    """Above lines that rise, but for a line along the top; then it is below the panel, and the figure is higher."""
+    rising = tuple(Line(f"method-{i}", (0.3, 0.6, 0.9), (0, i, 20 + i), (0, i, 20), (0, i, 30)) for i in range(6))
+    figure = drawn(1, rising)
+    (place,) = figure.axes
+    legend = place.get_legend()
+    assert legend is not None
+    assert not figure.legends
+    box = legend.get_window_extent()
+    outer = place.get_window_extent()
+    assert outer.x0 <= box.x0 < box.x1 <= outer.x1
+    assert outer.y0 <= box.y0 < box.y1 <= outer.y1
+    for line in place.get_lines():
+        assert not line.get_transform().transform_path(line.get_path()).intersects_bbox(box, filled=False)
+    everywhere = tuple(Line(f"method-{i}", (0.3, 0.6, 0.9), (i, 5 - i, i), (0, 0, 0), (5, 5, 5)) for i in range(6))
+    full = drawn(1, everywhere)
+    assert full.axes[0].get_legend() is None
+    assert len(full.legends) == 1
+    assert full.legends[0].get_window_extent().y1 <= full.axes[0].get_window_extent().y0
+    assert full.get_size_inches()[1] > figure.get_size_inches()[1]
+
+
+def test_a_legend_stands_in_the_place_that_panels_leave_empty() -> None:
+    figure = drawn(5, (Line("method", (0.3, 0.9), (0, 1), (0, 1), (0, 1)),))
+    assert not figure.legends
+    assert [place.get_legend() is not None for place in figure.axes] == [False] * 5 + [True]
 
 
 def test_figures_have_embedded_truetype_fonts(paper: Path) -> None:
@@ -165,9 +236,18 @@ def test_tables_have_the_best_in_bold_and_half_intervals(paper: Path) -> None:
     text = (paper / "tables" / "ppl-above-full-minidocs.tex").read_text(encoding="utf-8")
     assert text.isascii() or text.partition("\n% ")[0].isascii()
     line = next(line for line in text.splitlines() if line.startswith("sinks &"))
-    assert len(re.findall(r"\\textbf\{\+\d+\.\d\d \$\\pm\$\d+\.\d\d\*\}", line)) == 1  # at 0.5; at 0.7 snapkv is best
+    assert len(re.findall(r"\\textbf\{\+\d+\.\d\d\$\\pm\$\d+\.\d\d\*\}", line)) == 1  # at 0.5; at 0.7 snapkv is best
     assert escaped(f"snapkv:{STRANGE}") in text
     assert r"\caption{Perplexity above that of the full cache on minidocs" in text
+
+
+def test_the_command_names_the_figures(run: Path, paper: Path, tmp_path: Path) -> None:
+    done = kvbench("report", run, "--out", tmp_path / "out", "--paper", cwd=tmp_path, env={"COLUMNS": "400"})
+    assert done.code == 0, done.err
+    named = {line.partition(": ")[2] for line in done.out.splitlines() if line.startswith("paper figure: ")}
+    assert {Path(name).name for name in named} == {f"{what}-ppl-minidocs.pdf" for what in ("removal", "bytes")}
+    assert all(Path(name).is_file() for name in named)
+    assert f"paper tables: 2 files in {tmp_path / 'out' / 'paper' / 'tables'}" in done.out.splitlines()
 
 
 def test_the_document_includes_everything(paper: Path) -> None:
@@ -175,6 +255,7 @@ def test_the_document_includes_everything(paper: Path) -> None:
     assert set(re.findall(r"\\includegraphics\{(.*)\}", text)) == {
         f"figures/{path.name}" for path in (paper / "figures").iterdir()
     }
+    assert text.index(r"\section{Results}") < text.index(r"\suppressfloats[t]") < text.index(r"\begin{figure")
     assert set(re.findall(r"\\input\{tables/(.*)\}", text)) == {path.stem for path in (paper / "tables").iterdir()}
     cited = re.findall(r"\\cite\{(.*?)\}", (paper / "setup.tex").read_text(encoding="utf-8"))
     known = entries((paper / "references.bib").read_text(encoding="utf-8"))

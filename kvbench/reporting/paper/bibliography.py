@@ -17,13 +17,16 @@ def bibliography(
         versions: of the kvbench that measured.
     """
     methods = list(dict.fromkeys(methods))
-    wanted = {paper.key for paper in papers_of(methods, tasks, metrics)} | {KVBENCH}
+    wanted = papers_of(methods, tasks, metrics)
+    own = [paper for paper in papers() if paper.key == KVBENCH and paper not in wanted]
     unknown = [method for method in methods if not papers_of([method])]
     lines = [f"% No reference is known here for the method {accented(method)}." for method in unknown]
-    return "\n\n".join([*lines, *(_entry(paper, versions) for paper in papers() if paper.key in wanted)]) + "\n"
+    return "\n\n".join([*lines, *(_entry(paper, versions) for paper in (*own, *wanted))]) + "\n"
 
 
 def _entry(paper: Paper, versions: Sequence[str]) -> str:
+    if paper.bibtex:
+        return accented(paper.bibtex)
     fields = {"title": f"{{{paper.title}}}", "author": " and ".join(paper.authors)}
     kind = "misc"
     if paper.venue:

@@ -34,8 +34,12 @@ _ASIDE = 0.9
 """Points by which lines are drawn aside of each other, so that bars of equal places do not cover each other."""
 _LABEL = (32, 26)
 """Letters of a line beside the y-axis of a single panel, and of one of several."""
-_LETTER = 0.62
-"""Mean width of a letter, as a share of the size of the font."""
+_INSIDE: tuple[Any, ...] = (
+    "upper left", "upper right", "lower left", "lower right", "upper center", "lower center", "center left",
+    "center right", "center",
+)
+_FREE = 2.5
+"""Points between a legend inside a panel and what is drawn, half a marker among them."""
 
 
 def style() -> RcParams:
@@ -82,7 +86,7 @@ def figure_of(plot: Plot, looks: Mapping[str, Mapping[str, Any]]) -> Figure:
             place.set_ylabel("")
         if number + across < count:
             place.set_xlabel("")
-    _add_legend(figure, places[:count], [*LEVELS, *map(_label, looks), OTHERS])
+    _add_legend(figure, places[:count], places[count:], [*LEVELS, *map(_label, looks), OTHERS])
     return figure
 
 
@@ -132,18 +136,48 @@ def _draw_line(place: Axes, line: Line, look: Mapping[str, Any], aside: float | 
     )
 
 
-def _add_legend(figure: Figure, places: Sequence[Axes], order: Sequence[str]) -> None:
-    """Add one legend below all panels, with as many columns as fit the width."""
+def _add_legend(figure: Figure, places: Sequence[Axes], empty: Sequence[Axes], order: Sequence[str]) -> None:
+    """Add one legend where it takes no room, in an empty place or inside a single panel, otherwise below all panels."""
     found: dict[str, Any] = {}
     for place in places:
         handles, labels = place.get_legend_handles_labels()
         found |= dict(zip(labels, handles, strict=True))
     found = {name: found[name] for name in order if name in found}
-    if not found:
-        return
-    size = rcParams["legend.fontsize"]
-    each = (max(map(len, found)) * _LETTER + rcParams["legend.handlelength"] + 1.5) * size
+    inside, where = (empty[0], _INSIDE[-1:]) if empty else (places[0], _INSIDE)
+    if found and not ((empty or len(places) == 1) and _fits_inside(figure, inside, where, found)):
+        _add_below(figure, found)
+
+
+def _fits_inside(figure: Figure, place: Axes, corners: Sequence[Any], found: Mapping[str, Any]) -> bool:
+    """Put the legend where no line, bar or marker is; False, and no legend, if there is no such place."""
+    figure.draw_without_rendering()  # lays out, so that places on paper are known
+    area = place.get_window_extent()
+    drawn = [(line.get_transform(), line.get_path()) for line in place.get_lines()]
+    drawn += [(bars.get_transform(), path) for bars in place.collections for path in bars.get_paths()]
+    paths = [transform.transform_path(path) for transform, path in drawn]
+    for columns in (1, 2, 3):
+        for where in corners:
+            legend = place.legend(
+                list(found.values()), list(found), loc=where, ncols=columns, frameon=True, facecolor="white",
+                edgecolor="none", framealpha=1,  # without lines of the grid
+            )
+            box = legend.get_window_extent().padded(_FREE * figure.dpi / 72)
+            inside = area.width >= box.width and area.height >= box.height
+            if inside and not any(path.intersects_bbox(box, filled=False) for path in paths):
+                return True
+            legend.remove()
+    return False
+
+
+def _add_below(figure: Figure, found: Mapping[str, Any]) -> None:
+    """Add a legend below all panels, in as few rows of equal length as fit the width."""
+    for columns in range(len(found), 0, -1):
+        rows = -(-len(found) // columns)
+        legend = figure.legend(
+            list(found.values()), list(found), loc="outside lower center", ncols=-(-len(found) // rows), borderpad=0.4,
+        )
+        if columns == 1 or legend.get_window_extent().width <= figure.bbox.width:
+            break
+        legend.remove()
     width, height = figure.get_size_inches()
-    columns = max(1, min(len(found), int(72 * width / each)))
-    figure.legend(list(found.values()), list(found), loc="outside lower center", ncols=columns)
-    figure.set_size_inches(width, height + 0.125 * -(-len(found) // columns))
+    figure.set_size_inches(width, height + 0.125 * rows)

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from kvbench.metrics import SHOWN
-from kvbench.reporting.paper.selection import Comparison, comparisons, is_paired
+from kvbench.reporting.paper.selection import Comparison, comparisons, is_paired, removed_of
 from kvbench.reporting.tables.format import CONTROLS, UNVERIFIED, by_setting, length_of, task_of
 from kvbench.reporting.tables.latex import slug
 from kvbench.store.rows import Row
@@ -119,7 +119,7 @@ def _unsure(rows: Sequence[Row]) -> str:
 
 
 def _removed(row: Row) -> float | None:
-    measured = row.ratio_mean if row.ratio_mean is not None else row.ratio_realised
+    measured = removed_of(row)
     return row.ratio_asked if measured is None else measured
 
 

@@ -12,7 +12,7 @@ from kvbench.reporting.paper.selection import comparisons
 from kvbench.reporting.tables.latex import escaped
 from kvbench.statistics import EXCHANGES, LEVEL, MOST_FLIPS, RESAMPLES, SIGNIFICANT
 from kvbench.store.faults import faults_in, remarks_of
-from kvbench.store.manifest import Manifest
+from kvbench.store.manifest import PROFILE, Manifest
 from kvbench.store.papers import KVBENCH, Paper, papers_of
 from kvbench.store.records import IMPORTED, WRITING, Cell, Failure
 from kvbench.store.rows import Row
@@ -34,6 +34,12 @@ class Cite:
 
 Part = str | Code | Cite
 
+_LATEX_HEAD = (
+    "% Written by kvbench report --paper.",
+    r"% Its \cite commands need references.bib: your document needs \bibliographystyle{plain}, or another style, and",
+    r"% \bibliography{references} (with the folder before it, if it is in another), and a run of bibtex.",
+)
+
 
 @dataclass(frozen=True)
 class Paragraph:
@@ -48,7 +54,7 @@ def setup_of(manifests: Sequence[Manifest], rows: Sequence[Row], failures: Seque
     cells = [cell for manifest in manifests for cell in manifest.cells]
     found = [
         Paragraph("Models", tuple(_models(manifests))), Paragraph("Data and protocols", tuple(_tasks(manifests, rows))),
-        Paragraph("Methods", tuple(_methods(cells))), Paragraph("Metrics", tuple(_metrics(rows))),
+        Paragraph("Methods", tuple(_methods(cells, rows))), Paragraph("Metrics", tuple(_metrics(rows))),
         Paragraph("Statistics", (_statistics(rows),)), Paragraph("Software and hardware", tuple(_machines(manifests))),
         Paragraph("Commands", tuple(_commands(manifests))),
         Paragraph("Incomplete", tuple(_incomplete(manifests, failures))),
@@ -85,7 +91,7 @@ def as_latex(paragraphs: Sequence[Paragraph]) -> str:
                 after = "\n\n" if text.endswith("\n") else " " * text.endswith(" ")
                 return " " * text.startswith(" ") + escaped(text) + after
 
-    lines = ["% Written by kvbench report --paper.", r"\begingroup\sloppy"]
+    lines = [*_LATEX_HEAD, r"\begingroup\sloppy"]
     for paragraph in paragraphs:
         lines += ["", rf"\paragraph{{{escaped(paragraph.heading)}.}}", "".join(map(shown, paragraph.parts)).strip()]
     return "\n".join([*lines, "", r"\par\endgroup"]) + "\n"
@@ -131,24 +137,45 @@ def _tasks(manifests: Sequence[Manifest], rows: Sequence[Row]) -> Iterable[Part]
             yield f"; {' and '.join(left)}" if left else ""
             yield from ("; protocol ", Code(info.signature), ". ")
         for setting, profile in manifest.profiles.items():
-            yield from ("Profile ", Code(setting), f" in {profile.repeats} processes: ", Code(profile.signature), ". ")
+            cell = next((cell for cell in manifest.cells if cell.setting == setting), None)
+            if cell is not None:
+                yield from ("Profile of ", Code(cell.model), f", seed {cell.seed}, in {profile.repeats} processes: ")
+                yield from (Code(profile.signature), ". ")
 
 
-def _methods(cells: Sequence[Cell]) -> Iterable[Part]:
+def _methods(cells: Sequence[Cell], rows: Sequence[Row]) -> Iterable[Part]:
+    """What was measured of every method; one that was only asked for is not in it."""
     shared = {name for cell in cells if cell.method == "full" for name in cell.options}
-    for name in dict.fromkeys(cell.name for cell in cells):
+    measured = {row.name for row in rows}
+    for name in dict.fromkeys(cell.name for cell in cells if cell.name in measured):
         mine = [cell for cell in cells if cell.name == name]
-        ratios = sorted({cell.ratio_asked for cell in mine if cell.ratio_asked is not None}, key=float)
         options = sorted({
             f"{key}={value}" for cell in mine for key, value in cell.options.items() if key not in shared
         })
-        about = [f"ratio {', '.join(ratios)}"] if ratios else []
+        about = _ratios([row for row in rows if row.name == name])
         about += [f"removal {', '.join(dict.fromkeys(cell.removal for cell in mine))}"]
         about += [f"version {cell.version}" for cell in mine[:1] if cell.version > 1]
+        about += [] if papers_of([mine[0].method]) else ["no reference given"]
         yield from (Code(name), _cited(papers_of([mine[0].method])), f" ({'; '.join(about)}")
         yield from ("; ", Code(", ".join(options))) if options else ()
         yield "). "
     yield " ".join(faults_in((cell.method, remarks_of(cell)) for cell in cells))
+
+
+def _ratios(rows: Sequence[Row]) -> list[str]:
+    """The ratios that a method was measured at: those of most tasks, then those of tasks where they are others."""
+    by_task: dict[str, set[float]] = {}
+    for row in rows:
+        if row.ratio_asked is not None:
+            by_task.setdefault(row.task, set()).add(row.ratio_asked)
+    shown = {task: ", ".join(f"{ratio:g}" for ratio in sorted(ratios)) for task, ratios in by_task.items()}
+    sets = list(shown.values())
+    usual = max(sets, key=sets.count, default="")
+    others = {task: ratios for task, ratios in shown.items() if ratios != usual}
+    found = [f"ratio {usual}"] if usual else []
+    return found + [
+        f"in the profile {ratios}" if task == PROFILE else f"on {task} {ratios}" for task, ratios in others.items()
+    ]
 
 
 def _metrics(rows: Sequence[Row]) -> Iterable[Part]:
@@ -193,29 +220,29 @@ def _statistics(rows: Sequence[Row]) -> str:
 
 
 def _machines(manifests: Sequence[Manifest]) -> Iterable[Part]:
-    seen = list[Any]()
-    for manifest in manifests:
-        environment, machine = manifest.environment, manifest.machine
-        if not environment or (environment, machine) in seen:
-            continue
-        seen.append((environment, machine))
-        if environment.get("imported_from"):
-            yield f"Imported from {environment['imported_from']}. "
-        packages = {name: version for name, version in (environment.get("packages") or {}).items() if version}
-        code = environment.get("code") or {}
-        yield from ("Measured by kvbench", Cite((KVBENCH,)), f" {packages.pop('kvbench', 'of unknown version')}")
-        if code.get("commit"):
-            yield from (" at commit ", Code(code["commit"]), " with changes" if code.get("dirty") else "")
-        named = [f"Python {environment['python']}"] if environment.get("python") else []
-        yield f", {', '.join([*named, *(f'{name} {version}' for name, version in packages.items())])}. "
-        where = [str(environment[name]) for name in ("processor", "platform") if environment.get(name)]
-        cores = [f"{environment['cores']} cores"] if environment.get("cores") else []
-        if machine is not None and machine.device_name:
-            cores.append(machine.device_name)
-        yield f"{', '.join([*where, *cores])}. " if where or cores else ""
+    for parts in dict.fromkeys(tuple(_machine(manifest)) for manifest in manifests if manifest.environment):
+        yield from parts
     dates = sorted(manifest.started[:10] for manifest in manifests if manifest.started)
     if dates:
         yield f"Measured {dates[0]}." if dates[0] == dates[-1] else f"Measured {dates[0]} to {dates[-1]}."
+
+
+def _machine(manifest: Manifest) -> Iterable[Part]:
+    environment, machine = manifest.environment, manifest.machine
+    if environment.get("imported_from"):
+        yield f"Imported from {environment['imported_from']}. "
+    packages = {name: version for name, version in (environment.get("packages") or {}).items() if version}
+    code = environment.get("code") or {}
+    yield from ("Measured by kvbench", Cite((KVBENCH,)), f" {packages.pop('kvbench', 'of unknown version')}")
+    if code.get("commit"):
+        yield from (" at commit ", Code(code["commit"]), " with changes" if code.get("dirty") else "")
+    named = [f"Python {environment['python']}"] if environment.get("python") else []
+    yield f", {', '.join([*named, *(f'{name} {version}' for name, version in packages.items())])}. "
+    where = [str(environment[name]) for name in ("processor", "platform") if environment.get(name)]
+    cores = [f"{environment['cores']} cores"] if environment.get("cores") else []
+    if machine is not None and machine.device_name:
+        cores.append(machine.device_name)
+    yield f"{', '.join([*where, *cores])}. " if where or cores else ""
 
 
 def _commands(manifests: Sequence[Manifest]) -> Iterable[Part]:
@@ -227,9 +254,13 @@ def _commands(manifests: Sequence[Manifest]) -> Iterable[Part]:
 def _incomplete(manifests: Sequence[Manifest], failures: Sequence[Failure]) -> Iterable[Part]:
     for manifest in manifests:
         if manifest.started and manifest.finished is None:
-            yield from ("Run ", Code(manifest.content), " was not finished. ")
+            tasks = dict.fromkeys(cell.task for cell in manifest.cells)
+            yield from ("The run of ", Code(", ".join(tasks)), " was not finished. ")
+    labels = {cell.key: cell.label for manifest in manifests for cell in manifest.cells}
     for failure in failures:
-        yield from (Code(failure.cell or "a command"), f" {failure.word}: {failure.error} ")
+        label = labels.get(failure.cell, "")
+        about = f"{label}: " if label and not failure.error.startswith(label) else ""
+        yield f"{failure.word.capitalize()}: {about}{failure.error} "
 
 
 def _cited(found: Sequence[Paper]) -> Part:

@@ -66,7 +66,7 @@ def latex(table: Table, is_wide: bool = False, size: str = r"\small", align: str
     lines = [
         rf"\begin{{{kind}}}", r"\centering", size, rf"\caption{{{escaped(table.title)}.{note}}}",
         rf"\label{{tab:{slug(table.name)}}}",
-        rf"\begin{{tabular}}{{l{align * (len(table.columns) - 1)}}}", r"\toprule",
+        rf"\begin{{tabular}}{{@{{}}l{align * (len(table.columns) - 1)}@{{}}}}", r"\toprule",
         " & ".join(_heading(column) for column in table.columns) + r" \\", r"\midrule",
         *(" & ".join(row) + r" \\" for row in body), r"\bottomrule", r"\end{tabular}",
         *(f"% {' '.join(note.split())}" for note in table.notes), rf"\end{{{kind}}}",
