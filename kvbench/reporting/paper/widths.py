@@ -27,7 +27,8 @@ def width_of(table: Table) -> float:
     """The width of a table in points, to a few per cent."""
     heads = [max(map(_width, column.split("\n"))) for column in table.columns]
     lines = [[_width_of_cell(cell) for cell in row] for row in table.rows]
-    return float(sum(max(column) + 2 * GAP for column in zip(heads, *lines, strict=True)) - 2 * GAP)  # none at the ends
+    columns: list[float] = [max(column) for column in zip(heads, *lines, strict=True)]
+    return sum(columns) + 2 * GAP * (len(columns) - 1)  # no gap at either end
 
 
 def _width_of_cell(cell: TableCell) -> float:
