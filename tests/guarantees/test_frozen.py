@@ -37,8 +37,9 @@ def old_run(tmp_path: Path) -> Path:
 
 
 def test_numbers_are_what_they_were() -> None:
-    """To 1e-6, since other processors round otherwise; two checkouts are compared to the last digit by hand."""
-    assert differences(measured(warm), read(NUMBERS_SEEN), relative=1e-6) == []
+    """To 1e-5: float32 on a processor with AVX2 only lies up to 7e-6 from one with AVX-512. Two checkouts on one machine are
+    compared to the last digit by hand."""
+    assert differences(measured(warm), read(NUMBERS_SEEN), relative=1e-5) == []
 
 
 def test_keys_of_cells_are_what_they_were(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -57,7 +58,7 @@ def test_an_old_folder_is_continued(old_run: Path) -> None:
     found = carried_out(old_run.parent, "run", *REQUEST, "--out", "old", say=warm)
     assert set(found["cells"]) == there
     assert sum(len(p.read_text("utf-8").splitlines()) for p in old_run.glob("cells/*/records.jsonl")) == cut
-    assert differences({"old": found}, {"old": {**found, **read(FOLDER / "old_run.json")}}, relative=1e-6) == []
+    assert differences({"old": found}, {"old": {**found, **read(FOLDER / "old_run.json")}}, relative=1e-5) == []
 
 
 def test_an_old_folder_is_reported_and_compared(old_run: Path) -> None:
