@@ -37,8 +37,10 @@ def old_run(tmp_path: Path) -> Path:
 
 
 def test_numbers_are_what_they_were() -> None:
-    """To 1e-5: float32 on a processor with AVX2 only lies up to 7e-6 from one with AVX-512. Two checkouts on one machine are
-    compared to the last digit by hand."""
+    """To 1e-5: float32 on a processor with AVX2 only lies up to 7e-6 from one with AVX-512.
+
+    Two checkouts on one machine are compared to the last digit by hand.
+    """
     assert differences(measured(warm), read(NUMBERS_SEEN), relative=1e-5) == []
 
 
