@@ -45,7 +45,7 @@ figures: $(STAMP)
 	find reports/reference/runs -name 'records*.jsonl' -exec gzip -9nf {} +
 	$(MAKE) --no-print-directory gallery
 
-# Its page, figures and tables, from records on disk.
+# Its page, figures and tables, from records on disk. It ends with an error as long as a run is not whole.
 gallery: $(STAMP)
 	$(BIN)/kvbench report reports/reference/runs/* reports/real/runs/* --out reports/reference
 

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import suppress
 from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
 
 from kvbench.cache.shape import cache_shape
+from kvbench.execution.channel import CELL_ERRORS
 from kvbench.inference.opening import ONEPASS, Text, open_session
 from kvbench.inference.session import Session
 from kvbench.inference.shared_context import SharedContext, can_share, keeps_whole
@@ -73,13 +75,18 @@ class Contexts:
 
     def read(self, context: tuple[int, ...], prepared_cell: PreparedCell) -> Session:
         """A session that has read a context and compressed it; the model is prepared for it."""
+        if prepared_cell in self.sharing:
+            with suppress(*CELL_ERRORS):  # of another cell, perhaps: then each reads for itself
+                return self._shared(context, prepared_cell)
         session = self._opened(context, prepared_cell)
-        ids = torch.tensor([context], device=session.device)
-        if prepared_cell not in self.sharing:
-            for _ in session.prefill(ids, len(context)):
-                pass
-            return session
+        for _ in session.prefill(torch.tensor([context], device=session.device), len(context)):
+            pass
+        return session
+
+    def _shared(self, context: tuple[int, ...], prepared_cell: PreparedCell) -> Session:
+        session = self._opened(context, prepared_cell)
         if context not in self.shared:
+            ids = torch.tensor([context], device=session.device)
             self.shared[context] = SharedContext(self.model, ids, [self._opened(context, one) for one in self.sharing])
         self.shared[context].read_into(session)
         return session
@@ -94,5 +101,5 @@ class Contexts:
 
 
 def _can_share(prepared_cell: PreparedCell) -> bool:
-    """Whether a cell reads with the base model and what is masked is removed; its session says when."""
+    """Whether a cell reads with the base model, in the execution that removes entries; its session says the rest."""
     return prepared_cell.adapter is None and prepared_cell.cell.execution != ONEPASS

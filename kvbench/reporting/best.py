@@ -16,8 +16,8 @@ UNDER_FLOOR = (
     "The full cache itself answers less than half: this model does not solve the task; methods are not ranked by it."
 )
 NO_USE = (
-    "The full cache predicts no better than no context (none): this model makes no use of it here; methods are not "
-    "ranked by it."
+    "The full cache does not predict reliably better than no context (none), so that nothing tells what removal costs; "
+    "methods are not ranked."
 )
 UNEQUAL = 0.05
 """Difference between mean ratios from which on methods do not remove equally much."""
@@ -31,16 +31,23 @@ def loss(row: Row) -> float:
     return -value if better == "high" else value
 
 
-def removed(row: Row) -> float:
-    """Share of the entries removed on average, as far as it is known; else at the end, or as asked."""
-    return next((r for r in (row.ratio_mean, row.ratio_realised, row.ratio_asked) if r is not None), 0.0)
+def removed_of(row: Row) -> float | None:
+    """The share of the cache that was removed: the mean over queries, or for answers when the context had been read;
+    None where nobody has measured it."""
+    return row.ratio_mean if row.ratio_mean is not None else row.ratio_realised
+
+
+def removed_or_asked(row: Row) -> float | None:
+    """The same, or what was asked for where nobody has measured it."""
+    measured = removed_of(row)
+    return row.ratio_asked if measured is None else measured
 
 
 def unranked(rows: Sequence[Row], metric: str) -> str:
     """A sentence if the methods of a task cannot be ranked by a metric; else empty.
 
-    They cannot where the model does not solve the task, or where what is removed is worth nothing to it: the interval
-    of the difference between no context and the full cache reaches 0.
+    They cannot where the model does not solve the task, or where what is removed is not seen to be worth anything: the
+    interval of the difference between no context and the full cache reaches 0.
     """
     if any(row.params.get("under_floor") for row in rows):
         return UNDER_FLOOR
@@ -52,14 +59,15 @@ def unranked(rows: Sequence[Row], metric: str) -> str:
 
 
 def are_unequal(rows: Sequence[Row]) -> bool:
-    """Whether rows of one ratio asked for do not remove equally much on average."""
-    shares = [removed(row) for row in rows]
+    """Whether rows of one ratio asked for did not remove equally much."""
+    shares = [share for row in rows if (share := removed_or_asked(row)) is not None]
     return bool(shares) and max(shares) - min(shares) > UNEQUAL
 
 
 def best(rows: Sequence[Row]) -> list[Row]:
     """The rows that no other of them beats with as much removed on average; all that are equal."""
+    points = [(row, loss(row), removed_or_asked(row) or 0.0) for row in rows]
     return [
-        row for row in rows
-        if not any(loss(other) < loss(row) and removed(other) > removed(row) - UNEQUAL for other in rows)
+        row for row, lost, share in points
+        if not any(less < lost and other > share - UNEQUAL for _, less, other in points)
     ]

@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from fractions import Fraction
 
 import pytest
 import torch
 from torch import nn
 
+from kvbench.execution.contexts import Contexts
+from kvbench.execution.worker import PreparedCell
 from kvbench.inference.opening import Text, open_session, prepared
 from kvbench.inference.session import Session
 from kvbench.inference.shared_context import SharedContext, keeps_whole
 from kvbench.methods import METHODS, CachePolicy, Method, make_method
-from kvbench.protocols.pieces import Piece
+from kvbench.protocols.answer import AnswerProtocol
+from kvbench.protocols.pieces import Asked, Cut, Piece
 from kvbench.protocols.scoring import score_pieces, share_context
 from tests.helpers.models import FAMILIES, VOCABULARY, small_model
+from tests.helpers.records import SINKS
 
 N = 90
 ALONE = {"lorc"}
@@ -135,3 +140,21 @@ def test_scores_behind_a_context_that_is_read_in_chunks_for_all_are_those_of_eac
         for name in ("held", "peak", "logical", "physical", "full"):
             assert getattr(together, name) == getattr(alone, name), (method.name, name)
     assert shared.passes == 1
+
+
+@torch.inference_mode()
+def test_a_shared_pass_that_fails_leaves_every_cell_its_own(llama: nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What another cell needs of the pass may be too much for the memory: the full cache is not lost with it."""
+    ids = tuple(range(1, N + 1))
+    piece = Piece("d", (*ids, 5), N, N + 1, 0, 3, asked=Asked(("x",), "contains-all", 2, None, N))
+    cells = [
+        PreparedCell(replace(SINKS, method=name), make_method(name, ratio, {}), None)
+        for name, ratio in (("full", Fraction(0)), ("knorm", Fraction(1, 2)))
+    ]
+    protocol = AnswerProtocol(64, "auto", "", False, N, False, "end", "apart")
+    monkeypatch.setattr(SharedContext, "_read", lambda self: torch.zeros(1 << 62))
+    reading = Contexts(llama, protocol, "g", Cut((piece,), 0), cells)
+    assert reading.sharing == [cells[1], cells[0]]
+    with prepared(llama, None, N + 2):
+        held = [reading.read(ids, cell).kept for cell in cells]
+    assert held == [N, N // 2]

@@ -7,6 +7,7 @@ of equal scores the later entry is kept. Tokens attend first, entries are remove
 
 from __future__ import annotations
 
+import inspect
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, ClassVar, NamedTuple
@@ -222,7 +223,7 @@ class CachePolicy(Method):
         """Indices of the entries to keep: int64 ``[batch, heads, keep]``, ascending."""
         scores = self.scores(view).float()
         if scores.shape != view.keys.shape[:-1]:
-            code = type(self).scores.__code__
+            code = inspect.unwrap(type(self).scores).__code__
             raise UserError(
                 f"scores of {self.name} ({code.co_filename}, line {code.co_firstlineno}) have the shape "
                 f"{list(scores.shape)}, and {list(view.keys.shape[:-1])} was expected.",

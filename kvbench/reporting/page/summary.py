@@ -67,7 +67,8 @@ def _of_model(model: str, tasks: Sequence[list[Row]]) -> list[str]:
         if parts:
             found.append(f"{model}, {ratio:g} removed: {'; '.join(parts)}.")
     for why, said in (
-        (UNDER_FLOOR, "does not solve, even with the full cache"), (NO_USE, "makes no use of the context of"),
+        (UNDER_FLOOR, "does not solve, even with the full cache"),
+        (NO_USE, "does not predict reliably better with a context than without one"),
     ):
         under = [task_of(mine[0]) for mine in tasks if _why(mine) == why]
         if under:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 from kvbench.metrics import SHOWN
-from kvbench.reporting.best import UNDER_FLOOR
-from kvbench.reporting.paper.selection import comparisons, is_paired, removed_of
+from kvbench.reporting.best import removed_of, unranked
+from kvbench.reporting.paper.selection import comparisons, is_paired
 from kvbench.reporting.paper.widths import PAGE, width_of
 from kvbench.reporting.tables.format import CONTROLS, length_of, reading_note, removal_note
 from kvbench.reporting.tables.latex import slug
@@ -154,10 +154,14 @@ def _note(used: Sequence[Row], lines: Sequence[Sequence[TableCell]], removed: st
         f"{removed.capitalize()}: the share of the cache that was removed {when}; methods that fill their budget "
         "differently differ in it although the same was asked of them." if removed else "",
         _dash_note(lines, "not measured"),
-        UNDER_FLOOR if any(row.params.get("under_floor") for row in used) else "", reading_note(used),
+        *dict.fromkeys(unranked(_of_task(used, row), row.metric) for row in used), reading_note(used),
         removal_note(used),
     ]
     return " ".join(filter(None, remarks))
+
+
+def _of_task(rows: Iterable[Row], one: Row) -> list[Row]:
+    return [row for row in rows if (row.task, length_of(row)) == (one.task, length_of(one))]
 
 
 def _dash_note(lines: Sequence[Sequence[TableCell]], what: str) -> str:
@@ -180,7 +184,8 @@ def _cell(
     rivals = [chosen[name, place].value for name in methods if (name, place) in chosen]
     present = [rival for rival in rivals if rival is not None]
     best = {"low": min, "high": max}.get(SHOWN[row.metric].better or "")
-    is_best = method in methods and len(set(present)) > 1 and best is not None and not row.params.get("under_floor")
+    is_ranked = not unranked(_of_task(chosen.values(), row), row.metric)
+    is_best = method in methods and len(set(present)) > 1 and best is not None and is_ranked
     return TableCell(
         _text(row, is_difference), value, is_best and best is not None and row.value == best(present)
     )

@@ -6,7 +6,8 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from kvbench.metrics import SHOWN
-from kvbench.reporting.paper.selection import Comparison, comparisons, is_paired, removed_of
+from kvbench.reporting.best import removed_or_asked
+from kvbench.reporting.paper.selection import Comparison, comparisons, is_paired
 from kvbench.reporting.tables.format import CONTROLS, UNVERIFIED, by_setting, length_of, task_of
 from kvbench.reporting.tables.latex import slug
 from kvbench.store.rows import Row
@@ -66,7 +67,7 @@ def plots_of(rows: Sequence[Row], metrics: Sequence[str] = ()) -> list[Plot]:
     found: list[Plot] = []
     shares = _bytes(rows)
     for key, mine in comparisons(rows, metrics).items():
-        found += _quality(key, mine, "removal", "share of cache entries removed", _removed)
+        found += _quality(key, mine, "removal", "share of cache entries removed", removed_or_asked)
         found += _quality(key, mine, "bytes", "bytes of cache held, % of full", lambda row: shares.get(_cell(row)))
     return _with_own_names([*found, *_binned(rows), *_speed(rows)])
 
@@ -116,11 +117,6 @@ def _when(label: str, rows: Sequence[Row]) -> str:
 
 def _unsure(rows: Sequence[Row]) -> str:
     return " Bars: 95 % bootstrap intervals." if any(row.ci_low is not None for row in rows) else ""
-
-
-def _removed(row: Row) -> float | None:
-    measured = removed_of(row)
-    return row.ratio_asked if measured is None else measured
 
 
 def _bytes(rows: Sequence[Row]) -> dict[tuple[object, ...], float]:

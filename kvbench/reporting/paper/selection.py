@@ -41,12 +41,6 @@ def ranked(rows: Sequence[Row]) -> list[str]:
     return sorted(places, key=lambda name: sum(places[name]) / len(places[name]))
 
 
-def removed_of(row: Row) -> float | None:
-    """The share of the cache that was removed: the mean over queries, or for answers when the context had been read;
-    None where nobody has measured it."""
-    return row.ratio_mean if row.ratio_mean is not None else row.ratio_realised
-
-
 def is_paired(metric: str) -> bool:
     """Whether figures show the paired difference to the full cache: documents differ far more than methods do."""
     return metric in ("ppl", "nll", "bits_per_byte")

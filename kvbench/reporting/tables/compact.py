@@ -14,7 +14,7 @@ from rich.text import Text
 
 from kvbench.metrics import SHOWN
 from kvbench.metrics.base import FLUENCY
-from kvbench.reporting.best import are_unequal, best, loss, removed, unranked
+from kvbench.reporting.best import are_unequal, best, loss, removed_or_asked, unranked
 from kvbench.reporting.tables.format import (
     CONTROLS,
     asked_of,
@@ -40,8 +40,7 @@ _BESIDE, _MOST_BESIDE = ("mauve", "semantic", "chrf", "rougeL", "prefix_match"),
 _MOVED = 0.005
 """Difference between the ratio asked for and the one realised from which on both are shown."""
 UNEQUALLY = (
-    "Methods asked for the same ratio did not remove equally much on average (mean): named are all that none beats "
-    "with as much removed."
+    "Methods asked for the same ratio did not remove equally much: named are all that none beats with as much removed."
 )
 Cells = dict[tuple[str, float | None], dict[str, Row]]
 
@@ -84,7 +83,11 @@ def reading(rows: Sequence[Row], metric: str) -> str:
             continue
         found = sorted(best(alike), key=loss)
         if are_unequal(alike):
-            each = [f"{row.name} ({_difference(row).strip(' *')}, mean {removed(row):.2f})" for row in found]
+            what = "realised" if found[0].ratio_mean is None else "mean"
+            each = [
+                f"{row.name} ({_difference(row).strip(' *')}, {what} {number_of(removed_or_asked(row), 2)})"
+                for row in found
+            ]
             said.append(f"at {alike[0].ratio_asked:g} {_listed(each, 3)}")
         else:
             names = _listed([row.name for row in found], 3)
@@ -133,7 +136,7 @@ def _table(rows: list[Row], metric: str, cells: Cells) -> Table:
     beside = [name for name in _BESIDE if is_text and name in present and name != metric][:_MOST_BESIDE]
     bars = _bars(cells, metric)
     mine = [row for row in rows if row.metric == metric and row.name not in CONTROLS]
-    has_mean = any(map(are_unequal, _by_ratio(mine)))
+    has_mean = any(row.ratio_mean is not None for row in mine) and any(map(are_unequal, _by_ratio(mine)))
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     table.add_column("method", overflow="fold", min_width=12)
     table.add_column("removed", justify="right", no_wrap=True)
