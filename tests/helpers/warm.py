@@ -173,6 +173,7 @@ def _next_request(place: str) -> tuple[dict[str, Any], list[int]]:
 
 def _begin(place: str) -> None:
     """Import, and carry out a request in each fork."""
+    gc.disable()
     for module in IMPORTED:
         import_module(module)
     for module in CHILDREN:  # each child runs its own module itself
@@ -180,6 +181,7 @@ def _begin(place: str) -> None:
     children_begin_warm()
     installed = os.environ.get("PYTHONPATH", "")
     gc.freeze()
+    gc.enable()
     request, files = _next_request(place)
     for number, file in enumerate(files):
         os.dup2(file, number)
