@@ -128,7 +128,7 @@ def test_alone_or_in_a_batch_in_any_order(model: nn.Module, name: str) -> None:
     order = torch.randperm(8, generator=torch.Generator().manual_seed(0))
     shuffled = written(session_of(reader_of(model, case), layout), text[order], numbers[order])
     assert torch.equal(shuffled.view(8, 2, -1), together[order])
-    for row in range(8):
+    for row in (0, 3, 7):
         alone = written(session_of(reader_of(model, case), layout), text[row, None], numbers[row, None])
         assert torch.equal(alone.view(1, 2, -1), together[row, None])
 
