@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before anything reads it: no test waits for a hub
-gc.disable()  # while packages are imported, whose million objects are then left out of every collection
 
 import pytest
 import torch
@@ -24,6 +23,8 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # cores are shared: a command has one c
 from tests.helpers.command import Outcome
 from tests.helpers.models import FAMILIES, small_model
 from tests.helpers.warm import children_begin_warm
+
+gc.disable()  # while packages are imported, whose million objects are then left out of every collection
 
 settings.register_profile("kvbench", deadline=None, max_examples=40)  # shared machines are slow at times
 settings.load_profile("kvbench")
