@@ -6,8 +6,6 @@ import os
 import re
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from itertools import pairwise
@@ -25,7 +23,7 @@ from kvbench.training.loop import CHECKPOINT, Measure, Progress, checkpoint_step
 from kvbench.training.materials import Materials
 from kvbench.training.queue import Queue, Queued
 from kvbench.training.request import AdapterRequest
-from tests.helpers.command import Outcome
+from tests.helpers.command import Outcome, begun
 
 ROOT = Path(__file__).parents[2]
 Call = Callable[[Sequence[str | Path]], Outcome]
@@ -380,10 +378,10 @@ def test_killed_queue_continues_to_the_same_weights(folder: Path) -> None:
         torch.set_num_threads(1)
         Queue(folder / f"{name}.toml", threads=1).run(lambda one: follow)
 
-    victim = subprocess.Popen(
-        [sys.executable, "-m", "kvbench", "train", "--queue", "killed.toml", "--threads", "1"], cwd=folder,
-        env={**os.environ, "HF_HUB_OFFLINE": "1"}, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
-    )
+    with open(os.devnull, "w") as nothing:
+        victim = begun(
+            "train", "--queue", "killed.toml", "--threads", "1", cwd=folder, out=nothing.fileno(), err=nothing.fileno()
+        )
     deadline = time.monotonic() + 120
     while not (folder / "killed" / "window" / CHECKPOINT).exists() and time.monotonic() < deadline:
         time.sleep(0.02)
