@@ -53,9 +53,9 @@ def nothing_removed_is_full(subject: Subject) -> Check:
     worst = max(float((score.nll - full.nll).abs().mean()) for score in scores)
     # In half precision two kernels may decide a near tie differently: texts are compared in float32 only.
     exact = next(subject.loaded.model.parameters()).dtype == torch.float32
-    writing = (*LAYOUTS[:2], *policies(subject)[:2]) if exact else ()
-    own = _written(subject, "full") if exact else None
-    same = all(torch.equal(_written(subject, name), own) for name, _ in writing)
+    names = ("full", *(name for name, _ in (*LAYOUTS[:2], *policies(subject)[:2]))) if exact else ()
+    texts = [_written(subject, name) for name in names]
+    same = all(torch.equal(text, texts[0]) for text in texts)
     return Check(
         "ratio 0 is the full cache", worst <= subject.tolerance and same,
         f"nll differs by {worst:.1e} nats" + (f", greedy texts {'equal' if same else 'DIFFER'}" if exact else ""),

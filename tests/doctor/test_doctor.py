@@ -127,12 +127,16 @@ def test_a_view_that_holds_its_parent_is_seen(subject: Subject, monkeypatch: pyt
 LONG = {"rope_type": "longrope", "rope_theta": 1e4, "original_max_position_embeddings": 300, "factor": 5.0,
         "long_factor": [1.0 + i / 7 for i in range(8)], "short_factor": [1.0] * 8}
 """Rotations that change only beyond what doctor reads."""
+TWO = {"num_hidden_layers": 2}
+"""Enough where layers are alike, or of two kinds in turn."""
+GEMMA3N = {**TWO, "vocab_size_per_layer_input": 4100, "layer_types": ["full_attention"] * 2,
+           "activation_sparsity_pattern": [0.0] * 2, "intermediate_size": [96] * 2}
 
 
 @pytest.mark.parametrize(("kind", "more"), [
-    ("llama", {"rope_parameters": LONG}), ("smollm3", {}), ("gemma3n_text", {"vocab_size_per_layer_input": 4100}),
-    ("llama4_text", {"attention_chunk_size": 80}), ("gpt_oss", {}), ("diffllama", {}), ("deepseek_v3", {}),
-    ("gemma2", {}),
+    ("llama", {"rope_parameters": LONG, **TWO}), ("smollm3", {}), ("gemma3n_text", GEMMA3N),
+    ("llama4_text", {"attention_chunk_size": 80}), ("gpt_oss", TWO), ("diffllama", TWO), ("deepseek_v3", TWO),
+    ("gemma2", TWO),
 ])
 def test_kinds_of_models_that_are_read_right_pass(
     zoo_folder: Callable[..., Path], kind: str, more: dict[str, Any]
@@ -164,7 +168,7 @@ def test_rotations_that_are_not_fixed_are_seen(
 ) -> None:
     """Though the switch lies beyond every text that doctor reads."""
     monkeypatch.setattr(rotary, "_fixed_copy", lambda module, length, model: copy.deepcopy(module))
-    folder = zoo_folder("llama", rope_parameters=LONG)
+    folder = zoo_folder("llama", rope_parameters=LONG, **TWO)
     subject = made(folder)
     assert failing(subject) == ["rotations_are_those_of_one_pass"]
 
@@ -209,7 +213,7 @@ def test_embeddings_that_are_fed_where_ids_are_needed_are_seen(
         found: Tensor = self.model.get_input_embeddings()(ids)  # type: ignore[operator]
         return found
 
-    folder = zoo_folder("gemma3n_text", vocab_size_per_layer_input=4100)
+    folder = zoo_folder("gemma3n_text", **GEMMA3N)
     subject = made(folder)
     monkeypatch.setattr(runtime.Reader, "inputs", embedded)
     assert "targets_are_scored_once" in failing(subject)
@@ -221,12 +225,12 @@ def test_policies_of_a_model_that_attends_otherwise_are_seen(
     """Attention twice per layer; caps that a policy does not know."""
     monkeypatch.setattr(probing._Probe, "_policies", lambda *_: "")
     for kind in ("diffllama", "gemma2"):
-        subject = made(zoo_folder(kind))
+        subject = made(zoo_folder(kind, **TWO))
         assert {"policies_see_attention", "nothing_removed_is_full", "chosen_is_masked"} & set(failing(subject)), kind
 
 
 @pytest.mark.parametrize(("kind", "more"), [
-    ("llama4_text", {"attention_chunk_size": 80}), ("mistral", {"sliding_window": 80}),
+    ("llama4_text", {"attention_chunk_size": 80}), ("mistral", {"sliding_window": 80, **TWO}),
 ])
 def test_attention_that_is_local_is_seen(
     zoo_folder: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, kind: str, more: dict[str, Any]

@@ -163,7 +163,8 @@ def _next_request(place: str) -> tuple[dict[str, Any], list[int]]:
                     return json.loads(message), files
                 for file in files:
                     os.close(file)
-                call.send(str(child).encode())
+                with suppress(BrokenPipeError):  # who asked has been killed meanwhile
+                    call.send(str(child).encode())
                 _, status = os.waitpid(child, 0)
                 with suppress(BrokenPipeError):
                     call.send(str(status).encode())

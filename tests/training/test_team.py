@@ -29,7 +29,7 @@ def test_two_processes_train_the_weights_of_one(tmp_path: Path) -> None:
     """Rows are shared out and gradients averaged; only the first process writes."""
     (tmp_path / "text.txt").write_text("The mill by the old bridge had nine flat stones. " * 300)
     root = Path(__file__).parents[2]
-    command = [
+    command: list[str | Path] = [
         "train", "--method", "ccm-concat", "--data", tmp_path / "text.txt", "--steps", "4", "--batch-size", "4",
         "--length", "64", "--rank", "4", "--every", "2", "--device", "cpu", "--threads", "1",
         "--set", "autocast=none",
