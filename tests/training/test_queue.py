@@ -313,8 +313,11 @@ def test_a_kill_while_an_adapter_is_saved_loses_nothing(
 
 
 def test_the_best_weights_do_not_depend_on_what_other_adapters_have_done(folder: Path) -> None:
+    """Random words are learnt, and text is held out, whose loss rises: the best weights are early ones."""
+    (folder / "held-out.txt").write_text("The ferry leaves at nine, and the tide turns an hour later. " * 40)
     text = QUEUE.split("[[adapter]]", maxsplit=1)[0].replace("slice = 128", "warmup = 128")
-    text += 'set = {keep = "best", adapter = "plain"}\nlr = 0.3\n'
+    text = text.replace('model = "model"', 'model = "kvbench-tiny"').replace('= "text.txt"', '= "held-out.txt"')
+    text += 'set = {keep = "best", adapter = "plain", autocast = "none"}\nlr = 0.03\n'
     text = text.replace("tokens = 384", "tokens = 1280")
     both = '[[adapter]]\nmethod = "sentinel"\nname = "short"\ntokens = 640\n'
     long = '[[adapter]]\nmethod = "sentinel"\nname = "long"\n'
@@ -328,6 +331,7 @@ def test_the_best_weights_do_not_depend_on_what_other_adapters_have_done(folder:
 
         Queue(folder / f"{name}.toml", threads=1).run(lambda one: follow)
         cards.append(read_card(folder / name / "long"))
+    assert cards[0].training["kept_step"] < 4  # where the rate of the shorter one falls
     assert cards[0].training["kept_step"] == cards[1].training["kept_step"]
     assert cards[0].held_out == cards[1].held_out
 
