@@ -4,7 +4,7 @@ documents."""
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import lru_cache
+from functools import cache, lru_cache
 
 import numpy as np
 from numpy.typing import NDArray
@@ -217,15 +217,22 @@ def repeat_interval(values: Array) -> tuple[float, float]:
     the number of one run below the r-th of the other is beta-binomial. With fewer than nine values the interval
     is their range, and its probability is lower.
     """
-    from scipy import stats  # imported late: takes half a second
-
     n = len(values)
     if n < 2:
         return float("nan"), float("nan")
-    ordered, rank = np.sort(values), 1
+    ordered, rank = np.sort(values), _repeat_rank(n)
+    return float(ordered[rank - 1]), float(ordered[n - rank])
+
+
+@cache
+def _repeat_rank(n: int) -> int:
+    """The rank, from either end, of the ends of :func:`repeat_interval` of ``n`` values."""
+    from scipy import stats  # imported late: takes half a second
+
+    rank = 1
     while 2 * stats.betabinom(n, rank + 1, n - rank).sf((n + 1) // 2 - 1) <= 1 - LEVEL:
         rank += 1
-    return float(ordered[rank - 1]), float(ordered[n - rank])
+    return rank
 
 
 def fitted_slope(x: Array, y: Array) -> tuple[float, float, float]:

@@ -42,7 +42,7 @@ class Text:
 
     context: int
     planned: int
-    row_seeds: tuple[int, ...]
+    row_seeds: Sequence[int]
     has_continuation: bool = False
     structure: TextStructure = RUNNING
 

@@ -116,7 +116,7 @@ def method_of(cell: Cell) -> Method:
 
 def _text_of(cell: Cell) -> Text:
     prompt = int(cell.options["seq_len"])
-    return Text(prompt, prompt + int(cell.options["new_tokens"]), tuple(range(int(cell.options["batch_size"]))))
+    return Text(prompt, prompt + int(cell.options["new_tokens"]), range(int(cell.options["batch_size"])))
 
 
 def make_bench(location: str, cell: Cell, positions: int) -> Bench:

@@ -18,7 +18,7 @@ from kvbench.profiling.bench import Bench, make_bench
 from kvbench.profiling.clock import clock_of
 from kvbench.profiling.job import MEMORY, PROBE, ROUNDS, TIME, ProfileJob
 from kvbench.profiling.memory import free_bytes, memory_of, read_bytes, rss_peak, weights_bytes
-from kvbench.profiling.passes import measure_memory, time_request
+from kvbench.profiling.passes import measure_memory, settled, time_request
 from kvbench.store.manifest import Machine
 from kvbench.store.profile_records import FULL, STOCK, MemoryRecord, ProbeRecord, ProfileRecord, TimingRecord
 from kvbench.store.records import Cell
@@ -83,7 +83,8 @@ class Worker:
     def run(self, bench: Bench) -> None:
         """Run the job, and report its end."""
         try:
-            {TIME: self._time, MEMORY: self._memory, PROBE: self._probe}[self.job.kind](bench)
+            with settled():
+                {TIME: self._time, MEMORY: self._memory, PROBE: self._probe}[self.job.kind](bench)
         except CellFailedError:
             return
         self.say(End())

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,8 @@ from torch import Tensor
 
 from kvbench.cache.evicting import EvictingLayer
 from kvbench.cache.shape import CacheShape
-from kvbench.doctor import CHECKS, Subject, checks, make_subject, model_checks, published
+from kvbench.data.documents import embedded_documents
+from kvbench.doctor import CHECKS, Subject, checks, examined, make_subject, model_checks, published
 from kvbench.doctor import mauve as similarity
 from kvbench.errors import UserError
 from kvbench.inference import layout_session as runtime
@@ -34,19 +35,27 @@ from tests.helpers.models import FAMILIES
 UNTIMED = [check for check in CHECKS if check not in (checks.time_repeats, checks.halves_are_alike)]
 
 
+@pytest.fixture(scope="module", autouse=True)
+def _few() -> Iterator[None]:
+    """Two documents, and a block of each that is read in two chunks."""
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(examined, "BLOCK", 96)
+        patched.setattr(examined, "embedded_documents", lambda: embedded_documents()[:2])
+        yield
+
+
 @pytest.fixture(scope="module")
 def subject(model_folder: Callable[..., Path]) -> Subject:
-    return small(make_subject(str(model_folder("llama", context=128)), None, "cpu", "float32"))
+    return made(model_folder("llama", context=128))
 
 
-def small(subject: Subject) -> Subject:
-    """With two documents to cut, and two blocks."""
-    return replace(subject, documents=subject.documents[:2], pieces=subject.pieces[:3])
+def made(folder: Path, dtype: str = "float32") -> Subject:
+    return make_subject(str(folder), None, "cpu", dtype)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_all_hold_on_every_family(model_folder: Callable[..., Path], family: str) -> None:
-    subject = small(make_subject(str(model_folder(family, context=128)), None, "cpu", "float32"))
+    subject = made(model_folder(family, context=128))
     for run in UNTIMED:
         check = run(subject)
         assert check.ok, check
@@ -118,17 +127,21 @@ def test_a_view_that_holds_its_parent_is_seen(subject: Subject, monkeypatch: pyt
 LONG = {"rope_type": "longrope", "rope_theta": 1e4, "original_max_position_embeddings": 300, "factor": 5.0,
         "long_factor": [1.0 + i / 7 for i in range(8)], "short_factor": [1.0] * 8}
 """Rotations that change only beyond what doctor reads."""
+TWO = {"num_hidden_layers": 2}
+"""Enough where layers are alike, or of two kinds in turn."""
+GEMMA3N = {**TWO, "vocab_size_per_layer_input": 4100, "layer_types": ["full_attention"] * 2,
+           "activation_sparsity_pattern": [0.0] * 2, "intermediate_size": [96] * 2}
 
 
 @pytest.mark.parametrize(("kind", "more"), [
-    ("llama", {"rope_parameters": LONG}), ("smollm3", {}), ("gemma3n_text", {"vocab_size_per_layer_input": 4100}),
-    ("llama4_text", {"attention_chunk_size": 100}), ("gpt_oss", {}), ("diffllama", {}), ("deepseek_v3", {}),
-    ("gemma2", {}),
+    ("llama", {"rope_parameters": LONG, **TWO}), ("smollm3", {}), ("gemma3n_text", GEMMA3N),
+    ("llama4_text", {"attention_chunk_size": 80}), ("gpt_oss", TWO), ("diffllama", TWO), ("deepseek_v3", TWO),
+    ("gemma2", TWO),
 ])
 def test_kinds_of_models_that_are_read_right_pass(
     zoo_folder: Callable[..., Path], kind: str, more: dict[str, Any]
 ) -> None:
-    subject = small(make_subject(str(zoo_folder(kind, **more)), None, "cpu", "float32"))
+    subject = made(zoo_folder(kind, **more))
     for run in UNTIMED:
         check = checks.run_check(run, subject)
         assert check.ok, check
@@ -141,7 +154,7 @@ def test_kinds_of_models_that_cannot_be_read_are_refused(
     zoo_folder: Callable[..., Path], kind: str, words: str
 ) -> None:
     with pytest.raises(UserError, match=words):
-        make_subject(str(zoo_folder(kind)), None, "cpu", "float32")
+        made(zoo_folder(kind))
 
 
 def failing(subject: Subject) -> list[str]:
@@ -155,15 +168,15 @@ def test_rotations_that_are_not_fixed_are_seen(
 ) -> None:
     """Though the switch lies beyond every text that doctor reads."""
     monkeypatch.setattr(rotary, "_fixed_copy", lambda module, length, model: copy.deepcopy(module))
-    folder = zoo_folder("llama", rope_parameters=LONG)
-    subject = small(make_subject(str(folder), None, "cpu", "float32"))
+    folder = zoo_folder("llama", rope_parameters=LONG, **TWO)
+    subject = made(folder)
     assert failing(subject) == ["rotations_are_those_of_one_pass"]
 
 
 def test_layers_that_are_taken_to_turn_alike_are_seen(
     zoo_folder: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    subject = small(make_subject(str(zoo_folder("smollm3")), None, "cpu", "float32"))
+    subject = made(zoo_folder("smollm3"))
     found = rotary.find_rotations(subject.loaded.model)
     wrong = rotary.Rotations((found.layers[0],) * len(found.layers), False)
     monkeypatch.setattr(rotary, "find_rotations", lambda _: wrong)
@@ -182,7 +195,7 @@ def test_rotations_that_differ_little_are_not_taken_for_one_another(
             "full_attention": stretched, "sliding_attention": {"rope_type": "default", "rope_theta": 5e5},
         },
     )
-    subject = make_subject(str(folder), None, "cpu", "bfloat16")
+    subject = made(folder, "bfloat16")
     assert model_checks.layers_rotate_as_assumed(subject).ok
     found = rotary.find_rotations(subject.loaded.model)
     wrong = rotary.Rotations((found.layers[1],) * len(found.layers), False)
@@ -200,8 +213,8 @@ def test_embeddings_that_are_fed_where_ids_are_needed_are_seen(
         found: Tensor = self.model.get_input_embeddings()(ids)  # type: ignore[operator]
         return found
 
-    folder = zoo_folder("gemma3n_text", vocab_size_per_layer_input=4100)
-    subject = small(make_subject(str(folder), None, "cpu", "float32"))
+    folder = zoo_folder("gemma3n_text", **GEMMA3N)
+    subject = made(folder)
     monkeypatch.setattr(runtime.Reader, "inputs", embedded)
     assert "targets_are_scored_once" in failing(subject)
 
@@ -212,18 +225,18 @@ def test_policies_of_a_model_that_attends_otherwise_are_seen(
     """Attention twice per layer; caps that a policy does not know."""
     monkeypatch.setattr(probing._Probe, "_policies", lambda *_: "")
     for kind in ("diffllama", "gemma2"):
-        subject = small(make_subject(str(zoo_folder(kind)), None, "cpu", "float32"))
+        subject = made(zoo_folder(kind, **TWO))
         assert {"policies_see_attention", "nothing_removed_is_full", "chosen_is_masked"} & set(failing(subject)), kind
 
 
 @pytest.mark.parametrize(("kind", "more"), [
-    ("llama4_text", {"attention_chunk_size": 100}), ("mistral", {"sliding_window": 100}),
+    ("llama4_text", {"attention_chunk_size": 80}), ("mistral", {"sliding_window": 80, **TWO}),
 ])
 def test_attention_that_is_local_is_seen(
     zoo_folder: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, kind: str, more: dict[str, Any]
 ) -> None:
     monkeypatch.setattr(probing, "attention_span", lambda *_: None)
-    subject = small(make_subject(str(zoo_folder(kind, **more)), None, "cpu", "float32"))
+    subject = made(zoo_folder(kind, **more))
     assert "targets_are_scored_once" in failing(subject)
 
 
@@ -232,14 +245,14 @@ def test_models_that_are_not_refused_are_seen(
     zoo_folder: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, kind: str
 ) -> None:
     monkeypatch.setattr(ModelFacts, "check", lambda *_: None)
-    subject = small(make_subject(str(zoo_folder(kind)), None, "cpu", "float32"))
+    subject = made(zoo_folder(kind))
     assert "targets_are_scored_once" in failing(subject)
 
 
 def test_bytes_that_are_worked_out_from_a_configuration_are_seen(
     zoo_folder: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    subject = small(make_subject(str(zoo_folder("deepseek_v3")), None, "cpu", "float32"))
+    subject = made(zoo_folder("deepseek_v3"))
     monkeypatch.setattr(model_checks, "cache_shape", lambda _: CacheShape.uniform(4, 4, 16, 4))
     assert failing(subject) == ["bytes_are_those_cached"]
 
@@ -323,6 +336,7 @@ def test_the_command_prints_a_line_each(
     called: Call, model_folder: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(similarity, "compare_halves", lambda _: ("0.97", True))
+    monkeypatch.setattr(checks, "ROUNDS", 3)
     folder = model_folder("llama", context=128)
     found = called(["doctor", "--model", folder, "--threads", "1"])
     assert found.code in (0, 1), found.err  # the timing may fail beside other tests

@@ -1,8 +1,7 @@
 """Processes that begin warm: forked from one that has imported what takes seconds, and has done nothing else.
 
 A command and the children that it starts are processes of their own in the tests as they are for users, with their own
-files, settings and ends; only their imports are there already. Tests that kill, and tests of what is imported, start
-processes as users do.
+files, settings and ends; only their imports are there already. Tests of what is imported start processes as users do.
 """
 
 from __future__ import annotations
@@ -109,9 +108,9 @@ def children_begin_warm() -> None:
 
 
 def call_warm(words: Sequence[str], cwd: Path, env: Mapping[str, str], timeout: float) -> tuple[int, str, str]:
-    """Run ``kvbench`` in a fork to its end: its code, and what it said."""
+    """Run a module with its arguments in a fork to its end: its code, and what it said."""
     with open(os.devnull) as nothing, tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err:
-        done = WarmProcess(["kvbench", *words], [file.fileno() for file in (nothing, out, err)], env, cwd)
+        done = WarmProcess(words, [file.fileno() for file in (nothing, out, err)], env, cwd)
         try:
             code = done.wait(timeout)
         finally:
@@ -164,7 +163,8 @@ def _next_request(place: str) -> tuple[dict[str, Any], list[int]]:
                     return json.loads(message), files
                 for file in files:
                     os.close(file)
-                call.send(str(child).encode())
+                with suppress(BrokenPipeError):  # who asked has been killed meanwhile
+                    call.send(str(child).encode())
                 _, status = os.waitpid(child, 0)
                 with suppress(BrokenPipeError):
                     call.send(str(status).encode())
@@ -183,6 +183,7 @@ def _begin(place: str) -> None:
     gc.freeze()
     gc.enable()
     request, files = _next_request(place)
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # it is ignored where tests run in the background
     for number, file in enumerate(files):
         os.dup2(file, number)
         os.close(file)

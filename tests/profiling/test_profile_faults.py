@@ -6,20 +6,20 @@ import dataclasses
 import json
 import os
 import signal
-import subprocess
-import sys
 import time
 from dataclasses import replace
 from io import StringIO
 from pathlib import Path
+from queue import Queue
+from tempfile import TemporaryFile
 from typing import Any
 
-import psutil
 import pytest
 
 from kvbench.analysis.profile import profile_results
 from kvbench.errors import UserError
-from kvbench.execution.channel import At, Channel, End, Failed, Ready, Records, event_of
+from kvbench.execution.channel import At, Channel, End, Event, Failed, Ready, Records, event_of
+from kvbench.execution.process import WorkerProcess
 from kvbench.models.random_models import is_shape
 from kvbench.models.references import resolve_model
 from kvbench.planning.profile import ProfilePlan, ProfileRequest, at_batch, build_profile_plan
@@ -30,7 +30,7 @@ from kvbench.store.folder import RUN, RunFolder
 from kvbench.store.manifest import Machine, ProfileInfo
 from kvbench.store.profile_records import TimingRecord
 from kvbench.store.records import Cell
-from tests.helpers.command import Call, kvbench, refused
+from tests.helpers.command import Call, begun, descendants, kvbench, refused
 from tests.helpers.profiles import SMALL, rows
 
 
@@ -79,12 +79,13 @@ def test_a_child_that_is_killed_for_memory_takes_one_cell_with_it(
 
 
 def test_killed_and_run_again_it_ends_as_if_nothing_had_happened(work: Path) -> None:
-    command = [sys.executable, "-m", "kvbench", *TWO_REPEATS, "--out", "torn"]
-    victim = subprocess.Popen(command, cwd=work, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    with open(os.devnull, "w") as nothing:
+        victim = begun(*TWO_REPEATS, "--out", "torn", cwd=work, out=nothing.fileno(), err=nothing.fileno())
     deadline = time.monotonic() + 100
     while not list((work / "torn").glob("cells/*/records.jsonl")) and time.monotonic() < deadline:
         time.sleep(0.02)
-    children = psutil.Process(victim.pid).children()
+    children = descendants(victim)
+    assert children
     victim.send_signal(signal.SIGKILL)
     victim.wait()
     for child in children:
@@ -252,21 +253,17 @@ def test_a_shape_that_does_not_fit_is_refused_before_it_is_allocated() -> None:
 
 
 @pytest.mark.parametrize("kind", ["time", "memory"])
-def test_memory_that_cannot_be_had_is_a_failed_cell(kind: str) -> None:
+def test_memory_that_cannot_be_had_is_a_failed_cell(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Under a limit on the address space: 64 tokens x 40000 rows x 6 KiB are 14.6 GiB."""
-    job = job_of(kind, cells_of(batch_sizes=(40_000,))[:1])
-    code = (
-        "import resource, runpy\n"
-        "resource.setrlimit(resource.RLIMIT_AS, (3 << 30, 3 << 30))\n"
-        "runpy.run_module('kvbench.profiling.worker', run_name='__main__')"
-    )
-    done = subprocess.run(
-        [sys.executable, "-c", code], input=f"{job.to_json()}\ngo\n", capture_output=True, text=True, check=False,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )
-    last = event_of(done.stdout.splitlines()[-1])
-    assert isinstance(last, Failed), done.stderr[-2000:]
-    assert "--batch-size" in last.failure.hint
+    monkeypatch.setattr(ProfileJob, "module", "tests.profiling.short_worker")
+    monkeypatch.chdir(Path(__file__).parents[2])
+    events: Queue[tuple[int, Event | None]] = Queue()
+    child = WorkerProcess(job_of(kind, cells_of(batch_sizes=(40_000,))[:1]), 0, events)
+    child.tell("go")
+    said = [event for _, event in iter(lambda: events.get(timeout=100), (0, None))]
+    assert isinstance(said[-1], Failed), child.death()
+    assert "--batch-size" in said[-1].failure.hint
+    child.stop()
 
 
 def test_a_probe_that_runs_out_of_memory_does_not_fit() -> None:
@@ -287,19 +284,16 @@ def test_a_probe_that_runs_out_of_memory_does_not_fit() -> None:
 
 
 def test_interrupted_keeps_what_was_measured(work: Path) -> None:
-    start = (
-        "import runpy, signal; signal.signal(signal.SIGINT, signal.default_int_handler); "
-        "runpy.run_module('kvbench', run_name='__main__')"
-    )
-    victim = subprocess.Popen(
-        [sys.executable, "-c", start, *TWO_REPEATS, "--out", "broken-off"], cwd=work, text=True,
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-    )
-    deadline = time.monotonic() + 100
-    while not (work / "broken-off" / RUN).exists() and time.monotonic() < deadline:
-        time.sleep(0.01)
-    victim.send_signal(signal.SIGINT)
-    out, err = victim.communicate(timeout=60)
-    assert (victim.returncode, out) == (130, "")
-    assert "interrupted; what was measured is kept" in err
-    assert "Traceback" not in err
+    with TemporaryFile("w+") as out, TemporaryFile("w+") as err:
+        victim = begun(*TWO_REPEATS, "--out", "broken-off", cwd=work, out=out.fileno(), err=err.fileno())
+        deadline = time.monotonic() + 100
+        while not (work / "broken-off" / RUN).exists() and time.monotonic() < deadline:
+            time.sleep(0.01)
+        victim.send_signal(signal.SIGINT)
+        code = victim.wait(timeout=60)
+        out.seek(0)
+        err.seek(0)
+        printed, said = out.read(), err.read()
+    assert (code, printed) == (130, "")
+    assert "interrupted; what was measured is kept" in said
+    assert "Traceback" not in said

@@ -6,8 +6,6 @@ import os
 import re
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from itertools import pairwise
@@ -25,7 +23,7 @@ from kvbench.training.loop import CHECKPOINT, Measure, Progress, checkpoint_step
 from kvbench.training.materials import Materials
 from kvbench.training.queue import Queue, Queued
 from kvbench.training.request import AdapterRequest
-from tests.helpers.command import Outcome
+from tests.helpers.command import Outcome, begun
 
 ROOT = Path(__file__).parents[2]
 Call = Callable[[Sequence[str | Path]], Outcome]
@@ -33,6 +31,7 @@ Call = Callable[[Sequence[str | Path]], Outcome]
 QUEUE = """
 out = "adapters"
 about = "Which of the two comes first?"
+model = "model"
 data = ["text.txt"]
 held_out = "text.txt"
 tokens = 384
@@ -57,7 +56,9 @@ lr = 1e-3
 
 
 @pytest.fixture
-def folder(tmp_path: Path) -> Path:
+def folder(tmp_path: Path, model_folder: Callable[..., Path]) -> Path:
+    """With text, a queue file, and the model that it names: a small one, whose steps take a tenth of kvbench-tiny's."""
+    (tmp_path / "model").symlink_to(model_folder("llama"), target_is_directory=True)
     words = np.random.default_rng(1).choice(["river", "stone", "bridge", "mill", "the", "of", "and"], 4000)
     (tmp_path / "text.txt").write_text(" ".join(words))
     (tmp_path / "queue.toml").write_text(QUEUE)
@@ -245,7 +246,7 @@ def test_what_is_measured_may_not_change_under_a_checkpoint(called: Call, folder
 @pytest.mark.parametrize(("old", "new", "said"), [
     ('data = ["text.txt"]', 'data = ["other.txt"]', "other settings: data"),
     ("documents = 2", "documents = 1", "other settings: held_out"),
-    ('out = "adapters"', 'out = "adapters"\nmodel = "./other"', "other settings: model"),
+    ('model = "model"', 'model = "./other"', "other settings: model"),
 ])
 def test_finished_adapters_are_those_of_the_file(
     called: Call, folder: Path, model_folder: Callable[..., Path], old: str, new: str, said: str
@@ -254,7 +255,7 @@ def test_finished_adapters_are_those_of_the_file(
     queue = Queue(folder / "queue.toml", threads=1)
     queue.run(lambda one: lambda training, *_: list(training))
     (folder / "other.txt").write_text((folder / "text.txt").read_text() + " more")
-    shutil.copytree(model_folder("llama"), folder / "other")
+    shutil.copytree(model_folder("qwen3"), folder / "other")
     (folder / "queue.toml").write_text((folder / "queue.toml").read_text().replace(old, new))
     done = called(["train", "--queue", "queue.toml"])
     assert done.code == 2
@@ -312,8 +313,11 @@ def test_a_kill_while_an_adapter_is_saved_loses_nothing(
 
 
 def test_the_best_weights_do_not_depend_on_what_other_adapters_have_done(folder: Path) -> None:
+    """Random words are learnt, and text is held out, whose loss rises: the best weights are early ones."""
+    (folder / "held-out.txt").write_text("The ferry leaves at nine, and the tide turns an hour later. " * 40)
     text = QUEUE.split("[[adapter]]", maxsplit=1)[0].replace("slice = 128", "warmup = 128")
-    text += 'set = {keep = "best", adapter = "plain"}\nlr = 0.3\n'
+    text = text.replace('model = "model"', 'model = "kvbench-tiny"').replace('= "text.txt"', '= "held-out.txt"')
+    text += 'set = {keep = "best", adapter = "plain", autocast = "none"}\nlr = 0.03\n'
     text = text.replace("tokens = 384", "tokens = 1280")
     both = '[[adapter]]\nmethod = "sentinel"\nname = "short"\ntokens = 640\n'
     long = '[[adapter]]\nmethod = "sentinel"\nname = "long"\n'
@@ -327,6 +331,7 @@ def test_the_best_weights_do_not_depend_on_what_other_adapters_have_done(folder:
 
         Queue(folder / f"{name}.toml", threads=1).run(lambda one: follow)
         cards.append(read_card(folder / name / "long"))
+    assert cards[0].training["kept_step"] < 4  # where the rate of the shorter one falls
     assert cards[0].training["kept_step"] == cards[1].training["kept_step"]
     assert cards[0].held_out == cards[1].held_out
 
@@ -377,10 +382,10 @@ def test_killed_queue_continues_to_the_same_weights(folder: Path) -> None:
         torch.set_num_threads(1)
         Queue(folder / f"{name}.toml", threads=1).run(lambda one: follow)
 
-    victim = subprocess.Popen(
-        [sys.executable, "-m", "kvbench", "train", "--queue", "killed.toml", "--threads", "1"], cwd=folder,
-        env={**os.environ, "HF_HUB_OFFLINE": "1"}, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
-    )
+    with open(os.devnull, "w") as nothing:
+        victim = begun(
+            "train", "--queue", "killed.toml", "--threads", "1", cwd=folder, out=nothing.fileno(), err=nothing.fileno()
+        )
     deadline = time.monotonic() + 120
     while not (folder / "killed" / "window" / CHECKPOINT).exists() and time.monotonic() < deadline:
         time.sleep(0.02)

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -14,6 +11,7 @@ from safetensors.torch import load_file
 from kvbench.errors import UserError
 from kvbench.models.adapter import ROWS, WEIGHTS
 from kvbench.training.team import assemble
+from tests.helpers.command import module
 
 
 def test_alone_needs_no_launcher(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -28,25 +26,23 @@ def test_alone_needs_no_launcher(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.heavy
 def test_two_processes_train_the_weights_of_one(tmp_path: Path) -> None:
-    """Rows are shared out and gradients averaged; only the first process writes."""
+    """Rows are shared out and gradients averaged; only the first process writes.
+
+    They are started as accelerate launch starts those of several GPUs: on a CPU, it starts one only.
+    """
     (tmp_path / "text.txt").write_text("The mill by the old bridge had nine flat stones. " * 300)
-    command = [
-        "-m", "kvbench", "train", "--method", "ccm-concat", "--data", "text.txt", "--steps", "4", "--batch-size", "4",
+    root = Path(__file__).parents[2]
+    command: list[str | Path] = [
+        "train", "--method", "ccm-concat", "--data", tmp_path / "text.txt", "--steps", "4", "--batch-size", "4",
         "--length", "64", "--rank", "4", "--every", "2", "--device", "cpu", "--threads", "1",
         "--set", "autocast=none",
     ]
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
-    alone = [sys.executable, *command, "--out", "alone"]
     team = [
-        sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2", "--num_machines", "1",
-        "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "29531", *command,
-        "--out", "team",
+        "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "29531", "-m", "tests.helpers.member",
     ]
-    for run in (alone, team):
-        done = subprocess.run(
-            run, cwd=tmp_path, capture_output=True, text=True, env=environment, check=False, timeout=400
-        )
-        assert done.returncode == 0, done.stderr[-3000:]
+    for run, out in ((["kvbench"], "alone"), (team, "team")):
+        done = module(*run, *command, "--out", tmp_path / out, cwd=root, env={"OMP_NUM_THREADS": "1"})
+        assert done.code == 0, done.err[-3000:]
     for name in (WEIGHTS, ROWS):
         one, two = load_file(tmp_path / "alone" / name), load_file(tmp_path / "team" / name)
         assert one.keys() == two.keys()

@@ -253,7 +253,8 @@ def test_train_command_writes_an_adapter_that_run_uses(
     called: Callable[[Sequence[str | Path]], Outcome], text_file: Path, tmp_path: Path
 ) -> None:
     command = ["train", "--method", "sentinel", "--data", text_file, "--out", "adapter", "--steps", "3",
-               "--batch-size", "2", "--length", "64", "--rank", "4", "--held-out", text_file, "--every", "2"]
+               "--batch-size", "2", "--length", "64", "--rank", "4", "--held-out", text_file, "--every", "2",
+               "--set", "autocast=none"]
     done = called(command)
     assert (done.code, done.out.strip()) == (0, "adapter: adapter"), done.err
     card = read_card(tmp_path / "adapter")
@@ -280,7 +281,8 @@ def test_the_best_weights_are_kept_in_half_precision(
     held_out = tmp_path / "held-out.txt"
     held_out.write_text("The ferry leaves at nine, and the tide turns an hour later. " * 40)
     command = ["train", "--method", "local-tuned", "--data", text_file, "--out", "adapter", "--steps", "6",
-               "--length", "64", "--rank", "4", "--every", "1", "--lr", "0.03", "--set", "keep=best"]
+               "--length", "64", "--rank", "4", "--every", "1", "--lr", "0.03", "--set", "keep=best",
+               "--set", "autocast=none"]
     refused = called(command)
     assert (refused.code, "Give --held-out" in refused.err) == (2, True)
     done = called([*command, "--held-out", held_out, "--set", "stored=bfloat16"])

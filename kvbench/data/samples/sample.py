@@ -107,8 +107,8 @@ class Filler:
         return sentences(self.first(words))
 
     def first(self, words: int) -> list[str]:
-        times = -(-words // len(self.words))
-        return (self.words * times)[:words]
+        times, rest = divmod(words, len(self.words))
+        return self.words * times + self.words[:rest]
 
 
 def sentences(words: Sequence[str]) -> list[str]:
