@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from kvbench.inference.attention_statistics import received_attention
 from kvbench.inference.policy_session import PolicySession
-from kvbench.methods.policies.subgen import farthest_first, nearest
+from kvbench.methods.policies import subgen
+from kvbench.methods.policies.subgen import far_apart, nearest
 from kvbench.models.attention import masked_attention
 from tests.helpers.policies import LENGTH, policy_of, read, text, view
 
@@ -107,19 +108,20 @@ def test_tokens_with_one_key_lose_nothing() -> None:
     assert float((attention(torch.ones_like(merged.weights)) - full).abs().max()) > 1e-2
 
 
-def test_centres_are_those_of_a_plain_loop() -> None:
+def test_centres_are_those_of_a_plain_loop(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In runs of 8 points, and in rounds: 20, 15, 12, 9, 7, 6."""
+    monkeypatch.setattr(subgen, "AT_ONCE", 8)
     points = torch.randn(2, 3, 20, 4, generator=torch.Generator().manual_seed(1))
-    found, near = farthest_first(points, 6), nearest(points, points[:, :, :5])
+    found, near = far_apart(points, 6), nearest(points, points[:, :, :5])
     for row in range(2):
         for head in range(3):
-            mine, taken = points[row, head], [0]
-            while len(taken) < 6:
-                apart = [min(float((point - mine[i]).norm()) for i in taken) for point in mine]
-                taken.append(apart.index(max(apart)))
-            assert found[row, head].tolist() == sorted(taken)
-            apart = torch.cdist(mine[None], mine[None, :5])[0]
-            assert near[row, head].tolist() == apart.argmin(-1).tolist()
-    assert farthest_first(torch.zeros(1, 1, 4, 2), 3).tolist() == [[[0, 1, 2]]]  # all alike
+            mine, stay = points[row, head], list(range(20))
+            for count in (15, 12, 9, 7, 6):
+                apart = {i: min(float((mine[i] - mine[j]).norm()) for j in stay if j < i) for i in stay[1:]}
+                stay = [stay[0], *sorted(sorted(apart, key=apart.__getitem__)[len(stay) - count :])]
+            assert found[row, head].tolist() == stay
+            assert near[row, head].tolist() == torch.cdist(mine[None], mine[None, :5])[0].argmin(-1).tolist()
+    assert far_apart(torch.zeros(1, 1, 4, 2), 3)[0, 0, 0] == 0  # all alike: the first stays
 
 
 def test_a_sample_is_any_of_its_tokens_alike() -> None:
