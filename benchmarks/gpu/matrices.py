@@ -38,12 +38,12 @@ IN_CHUNKS = ("ccm-concat", "gist", "meanpool", "pic", "prompt")
 
 SHORT = {
     "window": "8", "kernel": "3", "lag": "8", "size": "4", "residual": "16", "group": "8", "recent": "8",
-    "spread": "4", "future": "32",
+    "spread": "4", "future": "32", "count": "false",
 }
 """Options with which policies have something to do in a short text."""
 KEEPS_POSITIONS = {"streaming-llm", "cascading"}
 """Policies that count positions in the cache, for which no mask could stand: told not to."""
-CHANGING = ("cam", "d2o", "fp8", "kivi", "lorc", "think")
+CHANGING = ("cam", "d2o", "fp8", "kivi", "lorc", "subgen", "think")
 """Policies after which entries are not what was computed: compared with the cache of transformers."""
 
 

@@ -50,7 +50,7 @@ class PolicyLayer(EvictingLayer):
         self.ragged: Ragged | None = None
         self.read = self._packed_entries = 0
         self._positions = torch.empty(0, dtype=torch.long)
-        self._sums = torch.empty(0)
+        self._sums, self._weights = torch.empty(0), torch.empty(0)
         self._subset_positions = torch.empty(0, dtype=torch.long)
 
     @property
@@ -80,11 +80,24 @@ class PolicyLayer(EvictingLayer):
     @property
     def sums(self) -> Tensor:
         """Attention that each entry has received, if the policy needs it, float32 ``[batch, heads, entries]``."""
-        missing = self.held - self._sums.shape[-1]
-        if missing or self._sums.dim() == 1:
-            new = torch.zeros(*self.keys.shape[:2], missing, device=self.keys.device)
-            self._sums = new if self._sums.dim() == 1 else torch.cat([self._sums, new], -1)
+        self._sums = self._completed(self._sums, 0)
         return self._sums
+
+    @property
+    def weights(self) -> Tensor | None:
+        """How many tokens each entry stands for, float32 ``[batch, heads, entries]``; None if each is one token."""
+        if self._weights.dim() == 1:
+            return None
+        self._weights = self._completed(self._weights, 1)
+        return self._weights
+
+    def _completed(self, known: Tensor, new: float) -> Tensor:
+        """``known``, float32 ``[batch, heads, entries]``, with the value of a new entry for those stored since."""
+        missing = self.held - known.shape[-1]
+        if known.dim() > 1 and not missing:
+            return known
+        latest = torch.full((*self.keys.shape[:2], missing), float(new), device=self.keys.device)
+        return latest if known.dim() == 1 else torch.cat([known, latest], -1)
 
     def extend(self, keys: Tensor, values: Tensor, read: int) -> None:
         """Store the entries of new tokens, which ``read`` tokens precede in the text."""
@@ -145,12 +158,13 @@ class PolicyLayer(EvictingLayer):
         self.subset.append(gather_entries(keys, entries), gather_entries(values, entries), NO_HOLES)
         self._subset_positions = self.positions.gather(-1, entries)
 
-    def choose(self, entries: Tensor, present: tuple[Tensor, Tensor]) -> None:
+    def choose(self, entries: Tensor, present: tuple[Tensor, Tensor], weights: Tensor | None = None) -> None:
         """Keep only these entries of ``present``; they are copied, so that the others are freed.
 
         Args:
             entries: int64 ``[batch, heads, kept]``, ascending; -1 in front if a head keeps fewer than another.
             present: keys and values of all entries, as they are to be stored.
+            weights: how many tokens each of all entries stands for; None if each is one token.
         """
         keys, values = present
         positions, sums = self.positions, self.sums if self._sums.dim() > 1 else None
@@ -164,14 +178,19 @@ class PolicyLayer(EvictingLayer):
         self._positions = positions.gather(-1, at).masked_fill_(none, -1)
         if sums is not None:
             self._sums = sums.gather(-1, at).masked_fill_(none, 0)
+        if weights is not None:
+            self._weights = weights.gather(-1, at)
 
     def forget(self, count: int) -> None:
         """Drop the last ``count`` entries, as if their tokens had not been read; no entries may be packed yet."""
-        positions, sums = self.positions[..., :-count], self.sums if self._sums.dim() > 1 else None
+        positions, weights = self.positions[..., :-count], self.weights
+        sums = self.sums if self._sums.dim() > 1 else None
         self.keep(torch.arange(self.held - count, device=self.keys.device))
         self._positions, self.read = positions, self.read - count
         if sums is not None:
             self._sums = sums[..., :-count].clone()
+        if weights is not None:
+            self._weights = weights[..., :-count].clone()
 
     def pack(self, packed: StoredEntries, count: int) -> None:
         """Replace the first ``count`` plain entries by ``packed``, which stores the same entries in another form."""
@@ -181,7 +200,8 @@ class PolicyLayer(EvictingLayer):
 
     def tensors(self) -> list[Tensor]:
         copies = [] if self.subset is None else [self.subset.keys, self.subset.values]
-        return [self.keys, self.values, *self._packed_tensors(), *copies]
+        weights = [] if self.weights is None else [self.weights]
+        return [self.keys, self.values, *self._packed_tensors(), *copies, *weights]
 
     def _packed_tensors(self) -> list[Tensor]:
         if self.ragged is not None:
@@ -217,6 +237,8 @@ class PolicyLayer(EvictingLayer):
         self._positions = more(self.positions)
         if self._sums.dim() > 1:
             self._sums = more(self.sums)
+        if self.weights is not None:
+            self._weights = more(self.weights)
         self.pending = [more(query) for query in self.pending]
         self.queries = None if self.queries is None else more(self.queries)
         if self.moments is not None:

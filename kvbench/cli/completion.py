@@ -13,7 +13,7 @@ METHODS = (
     "full", "none", "window", "sinks", "local", "scattered", "sentinel", "ccm-concat", "ccm-merge", "gist", "meanpool",
     "pic", "prompt", "local-tuned", "scattered-tuned", "sinks-tuned", "adapted", "streaming-llm", "random", "knorm",
     "keydiff", "lagkv", "tova", "h2o", "snapkv", "pyramidkv", "chunkkv", "adakv", "expected-attention", "cascading",
-    "cam", "d2o", "kivi", "fp8", "think", "refreshkv", "lorc",
+    "cam", "d2o", "subgen", "kivi", "fp8", "think", "refreshkv", "lorc",
 )
 TRAINED = (
     "sentinel", "ccm-concat", "ccm-merge", "gist", "pic", "prompt", "local-tuned", "scattered-tuned", "sinks-tuned",

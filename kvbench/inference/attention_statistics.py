@@ -11,7 +11,9 @@ QUERIES_AT_ONCE = 64
 """Number of queries whose attention is computed at a time."""
 
 
-def received_attention(query: Tensor, keys: Tensor, scaling: float, positions: Tensor, decay: float = 1.0) -> Tensor:
+def received_attention(
+    query: Tensor, keys: Tensor, scaling: float, positions: Tensor, decay: float = 1.0, bias: Tensor | None = None
+) -> Tensor:
     """Causal attention that entries receive from the last queries, summed over queries and query heads.
 
     Args:
@@ -19,6 +21,7 @@ def received_attention(query: Tensor, keys: Tensor, scaling: float, positions: T
         keys: ``[batch, heads, entries, d]``.
         positions: int64 ``[batch, heads, entries]``; negative where there is no entry.
         decay: factor applied to the attention of a query for every query after it.
+        bias: ``[batch, heads, entries]``, added to the logits; None for nothing.
 
     Returns:
         float32 ``[batch, heads, entries]``.
@@ -36,6 +39,8 @@ def received_attention(query: Tensor, keys: Tensor, scaling: float, positions: T
         seen = slice(entries - count + start + part.shape[3])  # later entries are hidden from all of them
         hidden = (place[seen] > own[:, None] + entries - count) | none[..., seen]
         logits = (part.flatten(2, 3) @ spread[..., seen]).mul_(scaling).view(*part.shape[:4], -1)
+        if bias is not None:
+            logits += bias[:, :, None, None, seen]
         weights = logits.masked_fill_(hidden, float("-inf")).softmax(-1).sum(2)
         if decay != 1:
             weights *= decay ** (count - 1 - own)[:, None]

@@ -265,7 +265,7 @@ class PolicySession:
                 layer.attend_only(entries, self.context)
             else:
                 merged = Merged(*policy.merged(view, entries))
-                layer.choose(entries, (merged.keys, merged.values))
+                layer.choose(entries, (merged.keys, merged.values), merged.weights)
                 layer.carried = merged.carried
         if policy.packs:
             found = policy.pack(self._view(number, layer.first_plain), layer.packed)
@@ -286,13 +286,24 @@ class PolicySession:
             seed=self.seed, query_moments=layer.moments,
             inv_freq=self.inv_freq[number] if self.inv_freq else None,
             carried=layer.carried, known=self.known[number] if self.known else {},
+            weights=None if layer.weights is None else layer.weights[..., first:last],
         )
 
     def mask(self, layer: int, queries: int, keys: int, device: torch.device) -> Tensor | None:
-        """Causal mask over all entries that the layer holds; None where the kernel's own causal mask is equivalent."""
-        if queries in (1, keys):
+        """Causal mask over all entries that the layer holds; None where the kernel's own causal mask is equivalent.
+
+        It is bool, or float and added to the logits where entries stand for several tokens.
+        """
+        bias = self._bias(layer)
+        if bias is None and queries in (1, keys):
             return None
-        return torch.ones(queries, keys, dtype=torch.bool, device=device).tril(keys - queries)
+        causal = torch.ones(queries, keys, dtype=torch.bool, device=device).tril(keys - queries)
+        return causal if bias is None else bias[:, :, None].masked_fill(~causal, float("-inf"))
+
+    def _bias(self, layer: int) -> Tensor | None:
+        """What is added to the logits of each entry ``[batch, heads, entries]``; None for nothing."""
+        weights = self.cache.layers[layer].weights if self.policy.weighs else None
+        return None if weights is None else weights.log()
 
     def attend(self, layer: int, query: Tensor, scaling: float | None) -> Tensor | None:
         """Attention computed head by head, if heads hold different numbers of entries; None otherwise."""
@@ -339,7 +350,9 @@ class PolicySession:
             keys = self.cache.rerotate(number, layer.present()[0]) if keys is None else keys
             if policy.needs.decay != 1:
                 layer.sums.mul_(policy.needs.decay ** query.shape[2])
-            layer.sums.add_(received_attention(query, keys, layer.scaling, layer.positions, policy.needs.decay))
+            layer.sums.add_(received_attention(
+                query, keys, layer.scaling, layer.positions, policy.needs.decay, self._bias(number)
+            ))
         if policy.needs.moments:
             first = layer.read - query.shape[2]
             inv_freq = self.inv_freq[number] if self.inv_freq else None

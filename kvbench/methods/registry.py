@@ -40,6 +40,7 @@ from kvbench.methods.policies.random import Random
 from kvbench.methods.policies.refreshkv import RefreshKV
 from kvbench.methods.policies.snapkv import SnapKV
 from kvbench.methods.policies.streaming_llm import StreamingLLM
+from kvbench.methods.policies.subgen import SubGen
 from kvbench.methods.policies.think import ThinK
 from kvbench.methods.policies.tova import TOVA
 from kvbench.store.faults import GROUP
@@ -48,7 +49,7 @@ _OWN: tuple[type[Method], ...] = (
     Full, NoContext, Window, Sinks, Local, Scattered, Sentinel, CCMConcat, CCMMerge, Gist, MeanPool, PIC, Prompt,
     LocalTuned, ScatteredTuned, SinksTuned, Adapted,
     StreamingLLM, Random, KNorm, KeyDiff, LagKV, TOVA, H2O, SnapKV, PyramidKV, ChunkKV, AdaKV, ExpectedAttention,
-    Cascading, CaM, D2O, KIVI, FP8, ThinK, RefreshKV,
+    Cascading, CaM, D2O, SubGen, KIVI, FP8, ThinK, RefreshKV,
     LoRC,
 )
 _OF_0_1 = frozenset({

@@ -138,10 +138,12 @@ def _watched(
 
 
 def masked_attention(mask: Tensor | None, query: Tensor, key: Tensor, value: Tensor, scaling: float | None) -> Tensor:
-    """Attention ``[batch, query heads, q, width]`` under a bool mask; causal if there is none.
+    """Attention ``[batch, query heads, q, width]`` under a mask, bool or added to the logits; causal if there is none.
 
     The mask's heads, if it has any, are those of the queries or of the keys.
     """
+    if mask is not None and mask.is_floating_point():
+        mask = mask.to(query.dtype)
     if mask is not None and mask.dim() == 4 and mask.shape[1] not in (1, query.shape[1]):
         mask = mask.repeat_interleave(query.shape[1] // mask.shape[1], dim=1)
     if mask is None and _is_folded(query, key):

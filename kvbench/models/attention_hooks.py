@@ -15,7 +15,8 @@ class AttentionObserver(Protocol):
     """Sets the mask of every layer and sees its queries and keys, after the new entries were stored in the cache."""
 
     def mask(self, layer: int, queries: int, keys: int, device: torch.device) -> Tensor | None:
-        """bool ``[queries, keys]`` or ``[batch, heads or query heads, queries, keys]``; None for causal attention."""
+        """bool, or float and added to the logits: ``[queries, keys]`` or ``[batch, heads or query heads, queries,
+        keys]``; None for causal attention."""
 
     def attend(self, layer: int, query: Tensor, scaling: float | None) -> Tensor | None:
         """The output ``[batch, query heads, q, width]`` if the observer computes attention itself; None otherwise."""

@@ -140,7 +140,7 @@ def test_going_on_with_a_returned_cache_is_one_long_reading(llama: Any) -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["snapkv", "adakv", "kivi", "think", "refreshkv", "expected-attention", "sinks", "d2o"]
+    "name", ["snapkv", "adakv", "kivi", "think", "refreshkv", "expected-attention", "sinks", "d2o", "subgen"]
 )
 def test_a_context_is_compressed_once_and_asked_often(llama: Any, tmp_path: Path, name: str) -> None:
     """Answers do not depend on what was asked before, nor on whether the snapshot was stored."""
@@ -288,7 +288,7 @@ def test_trained_methods_go_with_their_adapter(llama: Any, tmp_path: Path, name:
 
 ONLY_REMOVE = [
     name for name in POLICIES
-    if name not in ("cam", "d2o", "kivi", "fp8", "think", "lorc", "refreshkv", "streaming-llm", "cascading")
+    if name not in ("cam", "d2o", "kivi", "fp8", "think", "lorc", "refreshkv", "streaming-llm", "cascading", "subgen")
 ]
 """Those that neither merge, store in another form, attend less, nor rotate again."""
 

@@ -174,7 +174,7 @@ def test_values_are_spread_over_the_next_entries(last: int) -> None:
     """A third of each, also where there are but two to take it."""
     policy, seen = policy_of("cam", sinks="4", spread="3"), view(last)
     entries = torch.tensor([0, 1, 2, 3, *range(14, last)]).expand(2, 2, last - 10)
-    keys, values, _ = policy.merged(seen, entries)
+    keys, values, *_ = policy.merged(seen, entries)
     assert torch.equal(keys, seen.keys)
     chance, stop = random_numbers(seen), min(17, last)
     for row in range(2):
@@ -197,7 +197,7 @@ def test_entries_are_merged_into_the_nearest() -> None:
     entries = torch.tensor([0, 1, 2, 3, *range(14, 24)]).expand(2, 2, 14)
     stay = entries[0, 0].tolist()
     for before in (None, torch.tensor([0.9, -0.2])):
-        keys, values, carried = policy.merged(dataclasses.replace(seen, carried=before), entries)
+        keys, values, carried, _ = policy.merged(dataclasses.replace(seen, carried=before), entries)
         assert carried is not None
         for row in range(2):
             found: list[list[tuple[float, int, int]]] = []

@@ -21,9 +21,10 @@ class D2O(H2O):
     An entry is merged if the cosine of the two keys reaches a threshold, one number per layer and text: at the first
     removal the mean of these cosines over all heads and entries, then half way from there to the new mean at every
     removal. Keys and values (``merge=values``: values alone) become the mean of the kept entry and of those merged into
-    it, the latter weighted by their cosines. Departures: every layer gets the same budget, where the published code
-    gives some layers more; an entry is merged by its own cosine, where the published code merges the j-th entry of all
-    heads by the mean of their cosines.
+    it, the latter weighted by their cosines. With ``count=true`` an entry into which n others were merged takes n + 1
+    times the attention of one (as in ``subgen``; not in the paper). Departures: every layer gets the same budget, where
+    the published code gives some layers more; an entry is merged by its own cosine, where the published code merges the
+    j-th entry of all heads by the mean of their cosines.
     """
 
     name = "d2o"
@@ -33,6 +34,11 @@ class D2O(H2O):
 
     sinks: int = option(4, "first entries that stay")
     merge: str = option("both", "what is merged", choices=("both", "values"))
+    count: bool = option(False, "whether an entry takes attention for each that was merged into it", later=True)
+
+    @property
+    def weighs(self) -> bool:
+        return self.count
 
     def recent(self, read: int) -> int:
         return min(super().recent(read), max(0, self.held_after(read) - self.sinks))
@@ -58,4 +64,8 @@ class D2O(H2O):
             return (total / number[..., None]).to(tensor.dtype)
 
         keys = with_merged(view.keys) if self.merge == "both" else view.keys
-        return Merged(keys, with_merged(view.values), threshold)
+        weights = None
+        if self.count:
+            weights = torch.ones_like(number) if view.weights is None else view.weights
+            weights = weights.scatter_add(-1, target, weights.gather(-1, gone) * merges)
+        return Merged(keys, with_merged(view.values), threshold, weights)

@@ -43,6 +43,7 @@ class LayerView:
             ``[batch, query heads, width]`` and sum of outer products.
         inv_freq: inverse frequencies of the rotary embedding ``[d / 2]``, if needed and if keys are rotated.
         carried: what :meth:`CachePolicy.merged` returned when entries were last removed from this layer; None before.
+        weights: float32 ``[batch, heads, entries]``, how many tokens each entry stands for; None if each is one token.
         known: mean attention by number of queries, shared by all policies that choose from the same entries.
     """
 
@@ -60,6 +61,7 @@ class LayerView:
     query_moments: tuple[int, Tensor, Tensor] | None = None
     inv_freq: Tensor | None = None
     carried: Tensor | None = None
+    weights: Tensor | None = None
     known: dict[int, Tensor] = field(default_factory=dict)
 
     @property
@@ -73,6 +75,8 @@ class LayerView:
         queries = self.queries[:, :, -last:]
         grouped = queries.reshape(batch, heads, -1, width).float()  # grouped, so that keys need not be repeated
         logits = (grouped @ self.keys.float().transpose(-1, -2)).mul_(self.scaling)
+        if self.weights is not None:
+            logits += self.weights.log()[:, :, None]
         logits = logits.view(batch, heads, -1, queries.shape[2], self.entries)
         places = torch.arange(self.read - queries.shape[2], self.read, device=logits.device)
         positions = self.positions[:, :, None, None, :]
@@ -93,11 +97,13 @@ class Merged(NamedTuple):
     Attributes:
         keys, values: ``[batch, heads, entries, width]``, of all entries, those to be removed included.
         carried: ``[batch, ...]``, state for the next removal from the layer; None for nothing.
+        weights: float32 ``[batch, heads, entries]``, how many tokens each entry stands for; None if each is one token.
     """
 
     keys: Tensor
     values: Tensor
     carried: Tensor | None = None
+    weights: Tensor | None = None
 
 
 class Needs(NamedTuple):
@@ -167,6 +173,11 @@ class CachePolicy(Method):
     def merges(self) -> bool:
         """Whether removed entries are merged into those that stay."""
         return type(self).merged is not CachePolicy.merged
+
+    @property
+    def weighs(self) -> bool:
+        """Whether an entry that stands for n tokens takes n times the attention: log n is added to its logit."""
+        return False
 
     @property
     def observes(self) -> bool:
