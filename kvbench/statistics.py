@@ -139,8 +139,8 @@ def _flips(groups: int, seed: int) -> Array:
 
 def _all_flips(groups: int) -> Array:
     """Every choice of signs once, ``[2 ** groups, groups]``."""
-    bits = np.arange(2**groups)[:, None] >> np.arange(groups) & 1
-    return 2.0 * bits - 1
+    bits = (np.arange(2**groups)[:, None] >> np.arange(groups) & 1).astype(np.float64)
+    return 2 * bits - 1
 
 
 def exchanged_p_values(

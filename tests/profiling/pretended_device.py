@@ -11,6 +11,7 @@ import json
 import sys
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -165,8 +166,9 @@ def main() -> None:
     from benchmarks.gpu.workshop import SMALL, Workshop
 
     wrong, tried = [], []
+    scale = replace(SMALL, chunks=(16,), steps=("16",))  # each operation is slow here, and none depends on how often
     with Device():
-        for cell in planned(Workshop(SMALL, set_up())):
+        for cell in planned(Workshop(scale, set_up())):
             if cell.group not in TRIED:
                 continue
             found = Found()
