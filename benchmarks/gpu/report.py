@@ -77,8 +77,10 @@ class Report:
         """Both files, whole or as they were."""
         from kvbench.store.folder import write_atomic
 
-        document = {"schema": 1, **self.about, "ended": self.ended, "cells": [o.plain() for o in self.outcomes]}
-        write_atomic(self.folder / RESULTS, json.dumps(document, indent=1, allow_nan=False) + "\n")
+        # A line for each cell: what is indented is written by Python itself, slower than many a cell is.
+        head = json.dumps({"schema": 1, **self.about, "ended": self.ended}, allow_nan=False)
+        cells = ",\n".join(json.dumps(outcome.plain(), allow_nan=False) for outcome in self.outcomes)
+        write_atomic(self.folder / RESULTS, f'{head[:-1]}, "cells": [\n{cells}\n]}}\n')
         write_atomic(self.folder / TABLE, self.table())
 
     def table(self) -> str:

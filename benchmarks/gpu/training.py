@@ -98,7 +98,7 @@ def _request(given: argparse.Namespace, method: str, place: Path) -> AdapterRequ
     return AdapterRequest(
         method=method, data=(data,) if data else (), out=place / method,
         model="kvbench-tiny" if given.small else given.model, revision=None, steps=5 if given.small else 4001,
-        batch=2, length=64 if given.small else 512, lr=given.lr, rank=4 if given.small else 16, held_out=held_out,
+        batch=2, length=32 if given.small else 512, lr=given.lr, rank=4 if given.small else 16, held_out=held_out,
         every=2 if given.small else 100, seed=0, options={}, device=given.device, threads=0,
         ratios=("0.5", "0.9") if given.small else ("0.3", "0.5", "0.7", "0.9"), documents=2 if given.small else 8,
         recall=False,

@@ -57,8 +57,8 @@ class Scale:
 
 
 SMALL = Scale(
-    model="kvbench-tiny", dtype="float32", lengths=(128, 192), batches=(1, 2), tokens=4, chunk=64, text=48,
-    chunks=(7,), steps=("7",), ratios=("0.7",), block=48, blocks=2, trained=(2, 64), pairs=1,
+    model="kvbench-tiny", dtype="float32", lengths=(128, 192), batches=(1, 2), tokens=2, chunk=64, text=48,
+    chunks=(7,), steps=("7",), ratios=("0.7",), block=32, blocks=2, trained=(1, 32), pairs=1,
 )
 """For a CPU, and a minute: everything is run, and no number means anything."""
 

@@ -25,12 +25,18 @@ from kvbench.integrations.split import SplitRule
 from kvbench.methods import RUNNING, kept, make_layout, make_method
 from tests.helpers.command import Call, refused
 from tests.helpers.dense import dense_logits
+from tests.helpers.harness import without_surroundings
 from tests.helpers.zoo import zoo_model
 
 WORDS = ("the", "mill", "by", "the", "old", "bridge", "had", "nine", "flat", "stones", "and", "an", "otter", "kept")
 CHOICES = [" The mill", " An otter kept", " Nobody on the old bridge at all", " nine"]
 LENGTHS = (90, 20, 120, 90)
 """Words of the prompts; 20 are too few to be compressed."""
+
+
+@pytest.fixture(autouse=True)
+def _only_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    without_surroundings(monkeypatch)
 
 
 def told(words: int, seed: int) -> str:

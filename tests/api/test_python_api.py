@@ -19,6 +19,7 @@ from kvbench.api.identity import model_hash
 from kvbench.errors import UserError
 from kvbench.methods import METHODS
 from kvbench.models.references import assets
+from tests.helpers.harness import without_surroundings
 
 ROOT = Path(__file__).parents[2]
 LM_EVAL = ROOT / "docs" / "lm-eval.md"
@@ -27,6 +28,7 @@ EXAMPLES = ROOT / "examples"
 
 def test_the_code_of_the_page_on_lm_eval_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """With a task of its own, since those of the harness are on the hub."""
+    without_surroundings(monkeypatch)
     monkeypatch.chdir(tmp_path)
     (tmp_path / "rows.jsonl").write_text(json.dumps({"text": "The mill by the bridge stood still. " * 20}) + "\n")
     task = {

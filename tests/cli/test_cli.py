@@ -155,31 +155,46 @@ def test_report_needs_neither_torch_nor_model(finished: Outcome, work: Path) -> 
         assert word in table
 
 
+def said_and_imported(work: Path, *asked: list[str]) -> list[tuple[list[str], list[str], tuple[int | None, str]]]:
+    """Commands one after another in a process that begins cold: each with what has been imported by its end, with its
+    code, and with what it printed. What one imports is there for those after it, so that it is seen all the more."""
+    code = (
+        "import contextlib, io, json, sys\n"
+        "from kvbench.cli.app import main\n"
+        "found = []\n"
+        "for arguments in json.loads(sys.argv[1]):\n"
+        "    sys.argv, said, code = ['kvbench', *arguments], io.StringIO(), None\n"
+        "    with contextlib.redirect_stdout(said):\n"
+        "        try:\n            main()\n"
+        "        except SystemExit as end:\n            code = end.code\n"
+        "    found.append((arguments, list(sys.modules), (code, said.getvalue())))\n"
+        "print(json.dumps(found))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, json.dumps(asked)], cwd=work, capture_output=True, text=True, check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    found: list[tuple[list[str], list[str], tuple[int | None, str]]] = json.loads(done.stdout)
+    assert len(found) == len(asked)
+    return found
+
+
 def test_help_and_version_are_instant(work: Path) -> None:
-    for arguments in (["--help"], ["--version"], ["run", "--help"], ["train", "--help"], ["report", "--help"]):
-        code = (
-            f"import sys; sys.argv = ['kvbench', *{arguments!r}]\n"
-            "from kvbench.cli.app import main\n"
-            "try:\n    main()\nexcept SystemExit as end:\n    assert end.code in (0, None), end.code\n"
-            "heavy = {'torch', 'pandas', 'transformers', 'matplotlib', 'scipy', 'numpy'} & set(sys.modules)\n"
-            "assert not heavy, heavy"
-        )
-        done = subprocess.run([sys.executable, "-c", code], cwd=work, capture_output=True, text=True, check=False)
-        assert done.returncode == 0, (arguments, done.stderr)
-        assert "kvbench" in done.stdout
+    asked = ["--help"], ["--version"], ["run", "--help"], ["train", "--help"], ["report", "--help"]
+    for arguments, modules, (code, said) in said_and_imported(work, *asked):
+        assert code in (0, None), arguments
+        assert not {"torch", "pandas", "transformers", "matplotlib", "scipy", "numpy"} & set(modules), arguments
+        assert "kvbench" in said
 
 
 def test_what_is_planned_needs_no_transformers(work: Path) -> None:
     """Three seconds that only those who load a model have to wait."""
-    for arguments in (["run", "--dry-run"], ["profile", "--dry-run"], ["run", "--method", "nope"]):
-        code = (
-            f"import sys; sys.argv = ['kvbench', *{arguments!r}]\n"
-            "from kvbench.cli.app import main\n"
-            "try:\n    main()\nexcept SystemExit:\n    pass\n"
-            "print('transformers' in sys.modules)"
-        )
-        done = subprocess.run([sys.executable, "-c", code], cwd=work, capture_output=True, text=True, check=False)
-        assert done.stdout.splitlines()[-1:] == ["False"], (arguments, done.stderr)
+    asked = ["run", "--dry-run"], ["profile", "--dry-run"], ["run", "--method", "nope"]
+    codes = []
+    for arguments, modules, (code, _) in said_and_imported(work, *asked):
+        assert "transformers" not in modules, arguments
+        codes.append(code or 0)
+    assert codes == [0, 0, 2]
 
 
 def test_dry_run_prints_the_cells_and_writes_nothing(

@@ -28,7 +28,7 @@ from typing import IO, Any
 PLACE = "KVBENCH_TESTS_WARM"
 """The variable that names the socket of the process that is forked."""
 
-_READ_ONCE = {name: os.environ.get(name) for name in ("HF_HOME", "HF_HUB_CACHE", "XDG_CACHE_HOME")}
+_READ_ONCE = {name: os.environ.get(name) for name in ("HF_HOME", "XDG_CACHE_HOME")}
 """Variables that packages read when they are imported: where a test sets them, children begin cold."""
 
 CHILDREN = ("kvbench.execution.worker", "kvbench.profiling.worker")
@@ -47,9 +47,9 @@ class WarmProcess:
     ) -> None:
         self.returncode: int | None = None
         self.call = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        place = _place()
-        self.call.connect(place)
-        request = {"words": list(words), "env": {**env, PLACE: place}, "cwd": str(cwd or Path.cwd())}
+        door = place()
+        self.call.connect(door)
+        request = {"words": list(words), "env": {**env, PLACE: door}, "cwd": str(cwd or Path.cwd())}
         socket.send_fds(self.call, [json.dumps(request).encode()], files)
         self.pid = int(self.call.recv(64))
 
@@ -122,20 +122,20 @@ def call_warm(words: Sequence[str], cwd: Path, env: Mapping[str, str], timeout: 
     return code, said[0], said[1]
 
 
-def _place() -> str:
+def place() -> str:
     """The socket of the process that is forked; it begins when it is first needed, and ends with this one."""
     if PLACE not in os.environ:
-        place = Path(tempfile.mkdtemp(prefix="kvbench-warm-")) / "s"
-        atexit.register(shutil.rmtree, place.parent, ignore_errors=True)
+        door = Path(tempfile.mkdtemp(prefix="kvbench-warm-")) / "s"
+        atexit.register(shutil.rmtree, door.parent, ignore_errors=True)
         source = subprocess.Popen(
-            [sys.executable, "-m", "tests.helpers.warm", str(place)], cwd=Path(__file__).parents[2], text=True,
+            [sys.executable, "-m", "tests.helpers.warm", str(door)], cwd=Path(__file__).parents[2], text=True,
             stdin=subprocess.PIPE, stdout=subprocess.PIPE,
             env={**os.environ, "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"},
         )
         assert source.stdout is not None
         assert source.stdout.readline() == "ready\n"
         _kept.append(source)
-        os.environ[PLACE] = str(place)
+        os.environ[PLACE] = str(door)
     return os.environ[PLACE]
 
 
@@ -190,6 +190,8 @@ def _begin(place: str) -> None:
     os.chdir(request["cwd"])
     os.environ.clear()
     os.environ.update(request["env"])
+    if "HF_HUB_CACHE" in os.environ:  # read when the hub's package was imported
+        import_module("huggingface_hub.constants").HF_HUB_CACHE = os.environ["HF_HUB_CACHE"]  # type: ignore[attr-defined]
     module, *words = request["words"]
     also = os.environ.get("PYTHONPATH", "")
     sys.argv, sys.path[:1] = [module, *words], [request["cwd"], *also.split(os.pathsep)]
@@ -200,5 +202,11 @@ def _begin(place: str) -> None:
     runpy.run_module(module, run_name="__main__", alter_sys=True)
 
 
+def _as_command() -> None:
+    """Be the command, in a pipe: one that has begun warm has this process's streams, and its code is this one's."""
+    code = WarmProcess(["kvbench", *sys.argv[2:]], (0, 1, 2), os.environ).wait()
+    sys.exit(code if code >= 0 else 128 - code)
+
+
 if __name__ == "__main__":
-    _begin(sys.argv[1])
+    _as_command() if sys.argv[1] == "kvbench" else _begin(sys.argv[1])

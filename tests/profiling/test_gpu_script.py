@@ -289,5 +289,5 @@ def test_training_on_a_gpu_is_tried_on_the_cpu(tmp_path: Path) -> None:
     found = json.loads((out / "training.json").read_text(encoding="utf-8"))["methods"]
     assert list(found) == ["sentinel", "local-tuned", "adapted"]
     for method in found.values():
-        assert (method["tokens"], [point["step"] for point in method["curve"]]) == (4 * 2 * 64, [2, 4])
+        assert (method["tokens"], [point["step"] for point in method["curve"]]) == (4 * 2 * 32, [2, 4])
         assert all(score["nll"] > 0 for point in method["curve"] for score in point["held_out"].values())
