@@ -155,34 +155,30 @@ def test_report_needs_neither_torch_nor_model(finished: Outcome, work: Path) -> 
         assert word in table
 
 
-def said_and_imported(work: Path, *asked: list[str]) -> list[tuple[list[str], list[str], tuple[int | None, str]]]:
+def said_and_imported(work: Path, *asked: list[str]) -> list[tuple[list[str], list[str], int, str]]:
     """Commands one after another in a process that begins cold: each with what has been imported by its end, with its
     code, and with what it printed. What one imports is there for those after it, so that it is seen all the more."""
     code = (
-        "import contextlib, io, json, sys\n"
+        "import json, sys\n"
         "from kvbench.cli.app import main\n"
-        "found = []\n"
         "for arguments in json.loads(sys.argv[1]):\n"
-        "    sys.argv, said, code = ['kvbench', *arguments], io.StringIO(), None\n"
-        "    with contextlib.redirect_stdout(said):\n"
-        "        try:\n            main()\n"
-        "        except SystemExit as end:\n            code = end.code\n"
-        "    found.append((arguments, list(sys.modules), (code, said.getvalue())))\n"
-        "print(json.dumps(found))"
+        "    sys.argv, code = ['kvbench', *arguments], 0\n"
+        "    try:\n        main()\n"
+        "    except SystemExit as end:\n        code = end.code or 0\n"
+        "    print('\\0', json.dumps([list(sys.modules), code]), end='\\0', flush=True)"
     )
     done = subprocess.run(
         [sys.executable, "-c", code, json.dumps(asked)], cwd=work, capture_output=True, text=True, check=False,
     )
     assert done.returncode == 0, done.stderr
-    found: list[tuple[list[str], list[str], tuple[int | None, str]]] = json.loads(done.stdout)
-    assert len(found) == len(asked)
-    return found
+    said, told = done.stdout.split("\0")[:-1:2], [json.loads(part) for part in done.stdout.split("\0")[1::2]]
+    return [(words, *two, text) for words, two, text in zip(asked, told, said, strict=True)]
 
 
 def test_help_and_version_are_instant(work: Path) -> None:
     asked = ["--help"], ["--version"], ["run", "--help"], ["train", "--help"], ["report", "--help"]
-    for arguments, modules, (code, said) in said_and_imported(work, *asked):
-        assert code in (0, None), arguments
+    for arguments, modules, code, said in said_and_imported(work, *asked):
+        assert code == 0, arguments
         assert not {"torch", "pandas", "transformers", "matplotlib", "scipy", "numpy"} & set(modules), arguments
         assert "kvbench" in said
 
@@ -191,9 +187,9 @@ def test_what_is_planned_needs_no_transformers(work: Path) -> None:
     """Three seconds that only those who load a model have to wait."""
     asked = ["run", "--dry-run"], ["profile", "--dry-run"], ["run", "--method", "nope"]
     codes = []
-    for arguments, modules, (code, _) in said_and_imported(work, *asked):
+    for arguments, modules, code, _ in said_and_imported(work, *asked):
         assert "transformers" not in modules, arguments
-        codes.append(code or 0)
+        codes.append(code)
     assert codes == [0, 0, 2]
 
 
