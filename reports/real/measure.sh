@@ -48,11 +48,16 @@ step wikitext2-prefix $METHODS $FOUR --task wikitext2 ${WIKITEXT:+--data "$WIKIT
 step books-stream $SIX $FOUR --task books ${BOOKS:+--data "$BOOKS"} --protocol stream --set tokens=2048 --limit 6
 step wikitext2-stream $SIX $FOUR --task wikitext2 ${WIKITEXT:+--data "$WIKITEXT"} --protocol stream --set tokens=2048 --limit 6
 
-# In float32, which is faster where the processor has no arithmetic in bfloat16: samples of 4096 tokens (for the full cache
-# twenty of the plain needles), lists, and text that is written after a compressed prefix.
+# In float32, which is faster where the processor has no arithmetic in bfloat16: samples of 4096 tokens, of what the full
+# cache solves there too (twenty of the plain needles, one of them in books as well), lists, and text that is written
+# after a compressed prefix.
 DTYPE=float32
-step answers-4096 $METHODS $RATIOS $SOLVED --set stop=line --set length=4096 --limit 10
 step full-4096 --method full $(tasks ruler-niah-single-1 ruler-niah-single-2) $LINE --set length=4096 --limit 20
+step full-books-4096 --method full --task ruler-niah-single-2 ${BOOKS:+--data "$BOOKS"} $LINE --set length=4096 --limit 20
+step full-others-4096 --method full $(tasks ruler-niah-single-3 ruler-niah-multikey-1 needles passkey) $LINE \
+  --set length=4096 --limit 10
+step answers-4096 $METHODS $RATIOS $(tasks ruler-niah-single-1 ruler-niah-single-2 needles) --set stop=line \
+  --set length=4096 --limit 10
 step answers-lists-1024 $METHODS $RATIOS $MANY --set length=1024 --limit 20
 step written $METHODS --ratio 0.5 --ratio 0.9 --task minidocs-gen --limit 24
 }
