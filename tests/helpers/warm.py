@@ -18,12 +18,13 @@ import socket
 import subprocess
 import sys
 import tempfile
+import threading
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from importlib import import_module
 from pathlib import Path
 from types import SimpleNamespace
-from typing import IO, Any
+from typing import IO, Any, NoReturn
 
 PLACE = "KVBENCH_TESTS_WARM"
 """The variable that names the socket of the process that is forked."""
@@ -199,7 +200,31 @@ def _begin(place: str) -> None:
         for name in [name for name in sys.modules if name.partition(".")[0] == "kvbench"]:
             del sys.modules[name]
         children_begin_warm()
-    runpy.run_module(module, run_name="__main__", alter_sys=True)
+    _end(_code_of(module))
+
+
+def _code_of(module: str) -> int:
+    """Run a module as Python does, and return the code that it ends with."""
+    try:
+        runpy.run_module(module, run_name="__main__", alter_sys=True)
+    except SystemExit as end:
+        if end.code is None or isinstance(end.code, int):
+            return end.code or 0
+        print(end.code, file=sys.stderr)
+        return 1
+    except BaseException:
+        sys.excepthook(*sys.exc_info())  # type: ignore[arg-type]
+        return 1
+    return 0
+
+
+def _end(code: int) -> NoReturn:
+    """End as Python does, but for the last look at all objects: it would copy the memory that forks share."""
+    threading._shutdown()  # type: ignore[attr-defined]  # waits for threads
+    atexit._run_exitfuncs()
+    for stream in (sys.stdout, sys.stderr):
+        stream.flush()
+    os._exit(code)
 
 
 def _as_command() -> None:
