@@ -54,6 +54,7 @@ step wikitext2-stream $SIX $FOUR --task wikitext2 ${WIKITEXT:+--data "$WIKITEXT"
 DTYPE=float32
 step full-4096 --method full $(tasks ruler-niah-single-1 ruler-niah-single-2) $LINE --set length=4096 --limit 20
 step full-books-4096 --method full --task ruler-niah-single-2 ${BOOKS:+--data "$BOOKS"} $LINE --set length=4096 --limit 20
+step full-plain-4096 --method full --task ruler-niah-single-2 --set template=none $LINE --set length=4096 --limit 20
 step full-others-4096 --method full $(tasks ruler-niah-single-3 ruler-niah-multikey-1 needles passkey) $LINE \
   --set length=4096 --limit 10
 step answers-4096 $METHODS $RATIOS $(tasks ruler-niah-single-1 ruler-niah-single-2 needles) --set stop=line \

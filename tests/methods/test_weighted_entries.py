@@ -186,6 +186,14 @@ def test_texts_that_are_written_go_on_being_clustered(llama: nn.Module) -> None:
     assert layer.held == policy.held_after(60)
 
 
+@pytest.mark.parametrize("budget", [("--budget-bytes", "9KB"), ("--equal-bytes",)])
+def test_bytes_are_not_promised(budget: tuple[str, ...], called: Callable[..., Any]) -> None:
+    """Counts come on top of what entries take."""
+    found = called(["run", "--method", "subgen", *budget, "--limit", "1"])
+    assert found.code == 2
+    assert "bytes" in found.err
+
+
 @pytest.mark.parametrize(("option", "message"), [
     ("share=96", "share=96: not a whole number of 0 to 95"), ("estimate=best", "estimate"), ("count=2", "count"),
     ("sinks=400", "below the 401"),

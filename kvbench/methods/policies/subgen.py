@@ -37,6 +37,7 @@ class SubGen(CachePolicy):
     name = "subgen"
     summary = "the 4 first entries, a window, and clusters of the other keys that count as often as they have tokens"
     paper = "arXiv 2402.06082"
+    budgets = ("ratio", "tokens")  # a number of bytes would have to leave room for the counts
 
     sinks: int = option(4, "first entries that stay")
     share: int = option(50, "per cent of what is kept that is the window", most=95)
