@@ -10,13 +10,15 @@ from kvbench.errors import UserError
 def pick_device(name: str) -> torch.device:
     """The device of that name; for ``auto``, CUDA if it is available and the CPU otherwise.
 
+    A GPU is named with its number, which some of PyTorch's functions need.
+
     Raises:
         UserError: the device is unknown, or not present on this machine.
     """
     if name.partition(":")[0] not in ("auto", "cpu", "cuda"):
         raise UserError(f"Device {name!r} is not available here.", "kvbench runs on cpu and on cuda.")
     if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         device = torch.device(name)
         torch.empty(1, device=device)
@@ -25,4 +27,4 @@ def pick_device(name: str) -> torch.device:
         raise UserError(
             f"Device {name!r} is not available here.", f"Available: {', '.join(present)}."
         ) from error
-    return device
+    return torch.device("cuda", torch.cuda.current_device()) if device == torch.device("cuda") else device

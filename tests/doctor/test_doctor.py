@@ -23,6 +23,7 @@ from kvbench.inference import layout_session as runtime
 from kvbench.inference import opening
 from kvbench.judges.encoder import SentenceEncoder
 from kvbench.methods.layouts import windows
+from kvbench.methods.policies.knorm import KNorm
 from kvbench.methods.policies.policy import CachePolicy
 from kvbench.models import rope as rotary
 from kvbench.models.facts import ModelFacts
@@ -93,6 +94,22 @@ def test_a_model_that_mixes_rows_is_seen(subject: Subject) -> None:
         assert not checks.batches_change_nothing(subject).ok
     finally:
         handle.remove()
+
+
+@pytest.mark.parametrize(("size", "is_right"), [(1e-7, True), (1e-2, False)])
+def test_a_near_tie_that_a_batch_decides_otherwise_is_no_fault(
+    subject: Subject, size: float, is_right: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A batch is rounded otherwise, and a policy goes by the last digits of keys."""
+    monkeypatch.setattr(KNorm, "scores", lambda self, view: (view.keys.float().sum(-1) * 1e4).frac())
+    torch.manual_seed(0)
+    handle = hooked(subject, lambda out: out * (1 + size * torch.randn_like(out)) if len(out) > 1 else out)
+    try:
+        check = checks.batches_change_nothing(subject)
+    finally:
+        handle.remove()
+    assert check.ok == is_right, check
+    assert "knorm" in check.found
 
 
 def test_a_model_that_remembers_is_seen(subject: Subject) -> None:
