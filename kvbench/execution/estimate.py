@@ -13,6 +13,7 @@ from typing import NamedTuple
 import numpy as np
 
 from kvbench.data.documents import Document
+from kvbench.data.tasks import load_task
 from kvbench.models.sizes import sizes_of
 from kvbench.parsing import parse_json
 from kvbench.planning.quality import Plan
@@ -169,6 +170,8 @@ def _tokens(plan: Plan, cell: Cell) -> Tokens:
         asked = [len(document.sample.questions) for document in documents if document.sample is not None]
         lengths = [min(len(document.text.encode()) // BYTES_PER_TOKEN, length) for document in documents]
         return Tokens(float(np.mean(lengths)), max(lengths), USUAL_ANSWER * float(np.mean(asked)))
+    if documents and documents[0].turns:
+        return _of_turns(plan, cell, documents)
     cap = 1 << 40 if cell.protocol in ("block", "stream") else LONGEST
     lengths = [min(len(document.text.encode()) // BYTES_PER_TOKEN, cap) for document in documents]
     block = cell.options.get("block", "")
@@ -177,6 +180,14 @@ def _tokens(plan: Plan, cell: Cell) -> Tokens:
         return Tokens(float(np.mean(lengths)), longest, 0.0)
     new = cell.options.get("new_tokens", "")
     return Tokens(256.0, 512, (int(new) if new.isdecimal() else 64) / min(len(documents), TOGETHER))
+
+
+def _of_turns(plan: Plan, cell: Cell, documents: tuple[Document, ...]) -> Tokens:
+    """A dialogue is read anew at every step: so many turns, the one after them, and its answer."""
+    spec = load_task(plan.task_files[cell.task]).online
+    sizes = [[len(turn.encode()) // BYTES_PER_TOKEN for turn in document.turns] for document in documents]
+    lengths = [sum(one[: t + 2]) for one in sizes for t in (spec.steps if spec else ()) if t + 2 <= len(one)]
+    return Tokens(sum(lengths) / len(documents), max(lengths, default=0), 0.0)
 
 
 @cache

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -40,6 +41,16 @@ def test_time_and_memory_are_said(called: Call, monkeypatch: pytest.MonkeyPatch)
     assert re.search(r"About \d+ s on this machine", out)
     monkeypatch.setattr("psutil.virtual_memory", lambda: type("Free", (), {"available": 1 << 20}))
     assert "NOT FIT" in called([*ASKED, "--task", "minidocs"]).out
+
+
+def test_a_dialogue_is_read_at_every_step(called: Call, tmp_path: Path) -> None:
+    """Turns of 400 characters, some 100 tokens: steps 1, 2 and 4 read 3, 4 and 6 of them."""
+    data = tmp_path / "turns.jsonl"
+    data.write_text(json.dumps({"turns": ["word " * 80] * 6, "answer": "word"}) + "\n")
+    out = called([*ASKED, "--task", "online", "--data", data]).out
+    entry = 6144  # bytes of an entry of kvbench-tiny
+    assert re.search(rf"full cache of the longest text {600 * entry / 2**20:.1f} MiB", out), out
+    assert "About 0 s" not in out
 
 
 def test_a_dtype_without_instructions_is_named(called: Call, monkeypatch: pytest.MonkeyPatch) -> None:
