@@ -62,6 +62,8 @@ def train(
     curves: Annotated[bool, typer.Option(
         "--curves", help="With --queue: print what has been measured so far, and train nothing.")] = False,
     json_: Annotated[bool, typer.Option("--json", help="With --curves: print one JSON document on stdout.")] = False,
+    figure: Annotated[Path | None, typer.Option(
+        parser=options.path, help="With --curves: also draw them, as FIGURE.png and FIGURE.pdf.")] = None,
 ) -> None:
     """Train the adapter of a compression method on a frozen base model, or a queue of them.
 
@@ -77,7 +79,9 @@ def train(
 
     Then: kvbench run --method sentinel --adapter my-adapter
 
-    Example: kvbench train --queue adapters.toml, and at any moment: kvbench train --queue adapters.toml --curves
+    Example: kvbench train --queue adapters.toml
+
+    Then, at any moment: kvbench train --queue adapters.toml --curves --figure curves
     """
     if context.invoked_subcommand is not None:
         return
@@ -86,11 +90,11 @@ def train(
     if queue is not None:
         from kvbench.cli.train_queue import run_queue, show_curves
 
-        _check_alone(context, ("queue", "device", "threads", "curves", "json_"))
-        if json_ and not curves:
-            raise UserError("--json is for --curves.", "Add --curves, or leave --json out.")
+        _check_alone(context, ("queue", "device", "threads", "curves", "json_", "figure"))
+        if (json_ or figure) and not curves:
+            raise UserError("--json and --figure are for --curves.", "Add --curves, or leave them out.")
         if curves:
-            show_curves(queue, json_)
+            show_curves(queue, json_, figure)
         else:
             run_queue(queue, device or "auto", threads or 0)
         return
@@ -98,8 +102,8 @@ def train(
     from kvbench.training.adapter_recipe import run_adapter_training
     from kvbench.training.request import AdapterRequest
 
-    if curves or json_:
-        raise UserError("--curves and --json are for --queue FILE.")
+    if curves or json_ or figure:
+        raise UserError("--curves, --json and --figure are for --queue FILE.")
     if method is None or out is None:
         raise UserError("Training needs --method and --out, or --queue.", "See kvbench train --help.")
     request: AdapterRequest = AdapterRequest(

@@ -14,6 +14,7 @@ import typer
 if TYPE_CHECKING:
     from rich.progress import Progress as Bar
 
+    from kvbench.training.curve import Scores
     from kvbench.training.loop import Follow, Measure, Progress
     from kvbench.training.queue import Queue, Queued
 
@@ -79,11 +80,14 @@ class _Lines:
         return followed
 
 
-def show_curves(path: Path, as_json: bool) -> None:
+def show_curves(path: Path, as_json: bool, figure: Path | None = None) -> None:
     """Print the held-out curves of a queue as a table, or as one JSON document.
 
+    Args:
+        figure: where to draw them as well, without an ending.
+
     Raises:
-        UserError: the file is faulty.
+        UserError: the file is faulty, or the figure cannot be written.
     """
     from rich import box
     from rich.console import Console
@@ -93,6 +97,8 @@ def show_curves(path: Path, as_json: bool) -> None:
 
     queue = Queue(path)
     rows = list(curve_rows(queue))
+    if figure is not None:
+        _draw(queue, rows, figure)
     if as_json:
         names = ("name", "tokens", "of", "loss", "held_out")
         found = [{**dict(zip(names, row, strict=True)), "loss": _number(row[3])} for row in rows]
@@ -117,6 +123,29 @@ def show_curves(path: Path, as_json: bool) -> None:
     if not console.is_terminal:
         console = Console(file=console.file, width=140)
     console.print(table)
+
+
+def _draw(queue: Queue, rows: list[tuple[str, int, int, float | None, Scores]], figure: Path) -> None:
+    """Draw the curves of a queue.
+
+    Raises:
+        UserError: nothing has been measured, or the files cannot be written.
+    """
+    from kvbench.errors import UserError
+    from kvbench.reporting.figures.training import Curve, training_figure
+
+    methods = {one.name: one.request.method for one in queue.queued}
+    points: dict[str, list[tuple[int, dict[str, float]]]] = {}
+    for name, tokens, _, _, scores in rows:
+        points.setdefault(name, []).append((tokens, {ratio: score["nll"] for ratio, score in scores.items()}))
+    curves = [Curve(name, methods.get(name, name), found) for name, found in points.items()]
+    try:
+        written = training_figure(curves, figure.parent, figure.name.removesuffix(".png").removesuffix(".pdf"))
+    except OSError as error:
+        raise UserError(f"{figure} cannot be written: {error.strerror}.", "Choose another place.") from error
+    if not written:
+        raise UserError(f"{queue.path}: nothing has been measured on held-out text yet.", "Draw the curves later.")
+    typer.echo(f"figure: {', '.join(map(str, written))}", err=True)
 
 
 def _number(value: float | None) -> float | None:

@@ -158,6 +158,10 @@ def test_command_and_curves(called: Call, folder: Path) -> None:
         ("window", 256),
     ]
     assert all(list(row["held_out"]) == ["0.5"] for row in rows[1:])
+    drawn = called(["train", "--queue", "queue.toml", "--curves", "--figure", "drawn/curves.png"])
+    assert drawn.code == 0
+    assert "figure: drawn/curves.png, drawn/curves.pdf" in drawn.err
+    assert {path.name for path in (folder / "drawn").iterdir()} == {"curves.png", "curves.pdf"}
     card = read_card(folder / "adapters" / "window")
     assert (card.method, card.training["lr"], card.training["tokens"]) == ("local-tuned", 1e-3, 256)
     assert card.held_out == rows[-1]["held_out"]

@@ -36,14 +36,14 @@ _STYLES = {
     "refreshkv": ("#AAAA00", "<", ":"), "lorc": ("#555555", "+", "--"),
     "human": ("#882255", "_", "-."), "full-again": ("0.6", "_", ":"), "full-dynamic": ("#882255", "1", "--"),
 }
-_LINES = ("full", "adapted", "none", "human")
+LINES = ("full", "adapted", "none", "human")
 """Methods without a ratio, drawn as horizontal lines."""
 _SPARE = ("#332288", ".", "-.")
 _MARKERS, _DASHES = "os^vDPX*hp<>8d", ("--", "-.", ":")
 _FEW = 7
+"""Maximum number of lines in a legend inside a panel."""
 _TITLE = 52
 """Characters of a title that fit above a panel."""
-"""Maximum number of lines in a legend inside a panel."""
 SETTINGS: dict[Any, Any] = {
     "font.size": 9, "axes.spines.top": False, "axes.spines.right": False, "pdf.fonttype": 42,
     "ps.fonttype": 42, "legend.frameon": False, "axes.grid": True, "grid.alpha": 0.25,
@@ -172,10 +172,10 @@ def removal_figure(rows: list[Row], metric: str, folder: Path, metric_label: str
     """
     chosen = [
         r for r in rows if r.metric == metric and r.params.get("bin") is None and r.value is not None
-        and not (r.removal == UNVERIFIED and r.ratio_asked is None and r.name not in _LINES)
+        and not (r.removal == UNVERIFIED and r.ratio_asked is None and r.name not in LINES)
     ]
     # A task under the floor has the full cache only: its panel would be one line.
-    panels = [mine for mine in by_setting(chosen).values() if any(r.name not in _LINES for r in mine)]
+    panels = [mine for mine in by_setting(chosen).values() if any(r.name not in LINES for r in mine)]
     chosen = [row for mine in panels for row in mine]
     is_answer = any(r.protocol == "answer" for r in chosen)
 
@@ -184,10 +184,10 @@ def removal_figure(rows: list[Row], metric: str, folder: Path, metric_label: str
         return (row.ratio_asked if measured is None and row.removal == UNVERIFIED else measured) or 0.0
 
     def panel(place: Axes, mine: list[Row]) -> None:
-        for method in methods_of(mine, _LINES):
+        for method in methods_of(mine, LINES):
             points = sorted((r for r in mine if r.name == method), key=removed)
             curve(place, method, [removed(r) for r in points], points)
-        for name in _LINES:
+        for name in LINES:
             line = {k: v for k, v in style_of(name).items() if k in ("color", "linestyle")}
             for row in (r for r in mine if r.name == name):
                 place.axhline(row.value or 0.0, linewidth=1, label=name, **line)
