@@ -15,7 +15,6 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from fractions import Fraction
-from pathlib import Path
 
 import torch
 
@@ -44,7 +43,7 @@ from kvbench.methods.layouts.mask_example import Mask
 from kvbench.models.adapter import Adapter
 from kvbench.models.fingerprint import check_unchanged
 from kvbench.models.loading import load_model
-from kvbench.models.references import ModelReference
+from kvbench.models.references import ModelReference, given_adapter
 from kvbench.models.rope import has_rotary
 from kvbench.probe.cached import apart_at, probed
 from kvbench.protocols.answer import AnswerProtocol
@@ -95,8 +94,9 @@ class Worker:
         self.adapters: dict[str, Adapter] = {}
         for cell in job.cells:
             if cell.adapter is not None and cell.adapter not in self.adapters:
-                adapter = Adapter.load(Path(cell.adapter), self.loaded.model)
-                check_unchanged(Path(cell.adapter), cell.adapter_hash or "")
+                folder = given_adapter(cell.adapter)
+                adapter = Adapter.load(folder, self.loaded.model)
+                check_unchanged(folder, cell.adapter_hash or "")
                 parameter = next(self.loaded.model.parameters())
                 self.adapters[cell.adapter] = adapter.to(parameter.device, parameter.dtype)
         names = dict.fromkeys(cell.workload for cell in job.cells)

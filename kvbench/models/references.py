@@ -213,6 +213,16 @@ def given_adapter(name: str) -> Path:
     return folder
 
 
+def adapter_name(folder: Path) -> str:
+    """What :func:`given_adapter` finds a folder by: its name if that is enough, as on other machines, else its path."""
+    try:
+        is_enough = given_adapter(folder.name).resolve() == folder.resolve()
+    except UserError:
+        is_enough = False
+    in_a_known_place = folder.resolve().parent in [place.resolve() for place in adapter_folders()]
+    return folder.name if is_enough and in_a_known_place else str(folder)
+
+
 def adapter_folders() -> list[Path]:
     """Where adapters lie that need no path: in the package, in ``adapters/`` of a checkout, and in kvbench's cache."""
     package = Path(kvbench.__file__).parent

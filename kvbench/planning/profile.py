@@ -15,7 +15,7 @@ from kvbench.errors import UserError, unknown
 from kvbench.methods import METHODS, Method, make_method, parse_ratio, ratio_text
 from kvbench.models.fingerprint import fingerprint
 from kvbench.models.random_models import check_shape, is_shape
-from kvbench.models.references import ModelReference, resolve_model
+from kvbench.models.references import ModelReference, adapter_name, resolve_model
 from kvbench.parsing import parse_bytes
 from kvbench.planning.adapters import Adapters, Entry, known_adapter
 from kvbench.planning.methods import parse_choice
@@ -125,7 +125,7 @@ def build_profile_plan(request: ProfileRequest) -> ProfilePlan:
                 "rounds": str(request.rounds), **more,
                 **method.resolved,
             },
-            adapter=(str(folder) if folder else RANDOM) if method.adapter_kinds else None,
+            adapter=(adapter_name(folder) if folder else RANDOM) if method.adapter_kinds else None,
             adapter_hash=fingerprint(folder) if folder else None, seed=request.seed,
             position_rule=method.position_rule, removes=method.removes(), version=method.version, note=method.note,
             variant=entry.variant, source=source_of(type(method)),

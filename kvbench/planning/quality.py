@@ -20,7 +20,7 @@ from kvbench.judges.choice import ENCODER, NOTHING, SENTENCES, JudgeChoice
 from kvbench.methods import Method, parse_ratio, ratio_text
 from kvbench.metrics import GENERATION_NAMES, NEED_ENCODER, NEED_SCORER
 from kvbench.models.fingerprint import fingerprint
-from kvbench.models.references import ModelReference, resolve_model
+from kvbench.models.references import ModelReference, adapter_name, resolve_model
 from kvbench.planning.adapters import Adapters, Entry
 from kvbench.planning.methods import BASELINES, NO_BUDGET, Budget, Choice, entries_of, feasible, parse_choice
 from kvbench.planning.request import MeasurementRequest
@@ -160,7 +160,7 @@ def build_plan(request: Request, skip_infeasible: bool = False) -> Plan:
             cells.append(Cell(
                 method=method.name, ratio_asked=ratio_text(method.ratio) if with_ratio else None, role=role,
                 options={**options, **method.resolved, **method.budget_given},
-                adapter=None if adapter is None else str(adapter),
+                adapter=None if adapter is None else adapter_name(adapter),
                 adapter_hash=None if adapter is None else fingerprint(adapter),
                 position_rule=method.position_rule, removes=method.removes(), version=method.rule_version,
                 note=method.note, variant=variant, source=source_of(type(method)), **measured,

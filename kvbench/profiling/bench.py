@@ -6,7 +6,6 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from fractions import Fraction
-from pathlib import Path
 
 import torch
 from torch import nn
@@ -20,7 +19,7 @@ from kvbench.models.facts import ModelFacts
 from kvbench.models.fingerprint import check_unchanged
 from kvbench.models.loading import load_model
 from kvbench.models.random_models import is_shape, make_shape, random_model
-from kvbench.models.references import ModelReference
+from kvbench.models.references import ModelReference, given_adapter
 from kvbench.models.rope import has_rotary
 from kvbench.parsing import bytes_of
 from kvbench.planning.profile import RANDOM
@@ -63,8 +62,9 @@ class Bench:
                 card = AdapterCard(cell.method, method.adapter_kinds[0], RANK, float(RANK), method.n_rows, "random", "")
                 adapter = Adapter.fresh(card, self.model)
             else:
-                adapter = Adapter.load(Path(cell.adapter), self.model)
-                check_unchanged(Path(cell.adapter), cell.adapter_hash or "")
+                folder = given_adapter(cell.adapter)
+                adapter = Adapter.load(folder, self.model)
+                check_unchanged(folder, cell.adapter_hash or "")
             self._adapters[cell.key] = adapter.eval().requires_grad_(False).to(self.device, self.dtype)
         return self._adapters[cell.key]
 

@@ -37,7 +37,7 @@ class Cell:
         position_rule: ``absolute``, or ``shared`` where a sentinel repeats its predecessor's position.
         role: ``method``, ``baseline``, ``control``, or ``reference`` (compared with, but not shown).
         options: resolved options of method and protocol.
-        adapter: folder of the adapter, None if the method has none.
+        adapter: name or path of the adapter's folder, None if the method has none.
         adapter_hash: hash of the adapter's files.
         removes: whether the method makes the cache smaller; otherwise it saves computation, or shows quality only.
         version: version of the method's rule; part of the key if above 1, so that older keys stay valid.

@@ -24,7 +24,7 @@ from kvbench.judges.loading import load_judges
 from kvbench.models.adapter import Adapter, AdapterCard, read_card
 from kvbench.models.fingerprint import fingerprint, former_fingerprint
 from kvbench.models.loading import load_model
-from kvbench.models.references import ModelReference, resolve_model
+from kvbench.models.references import ModelReference, adapter_name, given_adapter, resolve_model
 from kvbench.planning.profile import ProfileRequest, build_profile_plan
 from kvbench.planning.quality import Plan, Request, build_plan
 from kvbench.reporting import report
@@ -308,3 +308,19 @@ def test_cards_say_what_they_were_made_for(model: Path, tmp_path: Path) -> None:
             continue
         with pytest.raises(UserError, match="another base model"):
             plan_of(str(model), **asked)
+
+
+def test_an_adapter_is_recorded_by_its_name_where_that_finds_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """So that nothing in a run folder is about one machine; a shadowed one is found by its path."""
+    shipped = given_adapter("kvbench-tiny-sentinel")
+    assert adapter_name(shipped) == "kvbench-tiny-sentinel"
+    monkeypatch.setenv("KVBENCH_CACHE", str(tmp_path))
+    cached = {name: tmp_path / "adapters" / name for name in ("mine", "kvbench-tiny-sentinel")}
+    for folder in cached.values():
+        shutil.copytree(shipped, folder)
+    assert adapter_name(cached["mine"]) == "mine"
+    assert adapter_name(cached["kvbench-tiny-sentinel"]) == str(cached["kvbench-tiny-sentinel"])
+    elsewhere = shutil.copytree(shipped, tmp_path / "elsewhere")
+    assert adapter_name(elsewhere) == str(elsewhere)
