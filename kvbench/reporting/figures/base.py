@@ -114,6 +114,8 @@ def save(figure: Figure, folder: Path, name: str) -> list[Path]:
     """Save a figure as PDF with embedded fonts, and as PNG with a colour palette, which takes a third of the bytes."""
     folder.mkdir(parents=True, exist_ok=True)
     picture, page = (folder / f"{name}.{ending}" for ending in ("png", "pdf"))
+    figure.draw_without_rendering()
+    figure.set_layout_engine("none")  # laid out once for both
     figure.savefig(page)
     figure.savefig(picture, dpi=160)
     with Image.open(picture) as drawn:
