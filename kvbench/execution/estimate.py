@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Mapping
 from functools import cache
@@ -14,6 +13,7 @@ import numpy as np
 
 from kvbench.data.documents import Document
 from kvbench.data.tasks import load_task
+from kvbench.execution.pool import PROCESS, children
 from kvbench.models.sizes import sizes_of
 from kvbench.parsing import parse_json
 from kvbench.planning.quality import Plan
@@ -31,8 +31,6 @@ ROW = 0.25
 """Assumed time of a token in one row of many, relative to a token alone."""
 TOGETHER = 16
 """Documents that are continued together, at most: their tokens share forward passes."""
-PROCESS = 700 << 20
-"""Bytes of a process with PyTorch and transformers, before it has loaded a model."""
 LONGEST = 1280
 """Maximum number of tokens assumed per document, unless the protocol reads all of it (``block``, ``stream``)."""
 CHUNK = 64
@@ -69,7 +67,7 @@ def estimate_seconds(
                 cost = float(np.mean(known)) if known else _by_arithmetic(plan, cell, documents, together)
                 if cell.method == HUMAN and cost is not None:
                     cost = 0.0  # its texts are there
-            found[cell.key] = None if cost is None else max(0, left) * cost / _at_a_time(plan)
+            found[cell.key] = None if cost is None else max(0, left) * cost / children(plan)
     return found
 
 
@@ -89,7 +87,7 @@ def estimate_memory(plan: Plan) -> Memory | None:
     weights, cache = plan.model.weight_bytes * width // 4, longest * sizes.entry_bytes * width // 4
     scored = any(not cell.answers and not cell.writes for cell in plan.cells)
     logits = (3 if scored else 1) * min(longest, LONGEST) * sizes.vocabulary * 4
-    return Memory(weights, cache, weights + cache + logits + PROCESS, _at_a_time(plan))
+    return Memory(weights, cache, weights + cache + logits + PROCESS, children(plan))
 
 
 class Memory(NamedTuple):
@@ -100,14 +98,6 @@ class Memory(NamedTuple):
     cache: int
     peak: int
     processes: int
-
-
-def _at_a_time(plan: Plan) -> int:
-    """Number of child processes that measure at the same time: up to one per core if the model is small, else one."""
-    from kvbench.execution.pool import MOST_CHILDREN, SMALL_MODEL_BYTES
-
-    is_small = 0 < plan.model.weight_bytes <= SMALL_MODEL_BYTES and plan.request.device in ("cpu", "auto")
-    return min(plan.request.threads or os.cpu_count() or 1, MOST_CHILDREN) if is_small else 1
 
 
 def _measured(folder: RunFolder, cell: Cell) -> float | None:

@@ -6,6 +6,8 @@ import os
 import queue
 import time
 
+import psutil
+
 from kvbench.execution.channel import Event
 from kvbench.execution.job import Job
 from kvbench.execution.process import WorkerProcess
@@ -13,8 +15,11 @@ from kvbench.execution.shards import FEW, Shard
 from kvbench.judges.choice import JudgeChoice
 from kvbench.planning.quality import Plan
 
-SMALL_MODEL_BYTES = 256 << 20
+SMALL_MODEL_BYTES = 1 << 30
+"""Weights in float32 of which every child may hold its own, if the memory is enough."""
 MOST_CHILDREN = 4
+PROCESS = 700 << 20
+"""Bytes of a process with PyTorch and transformers, before it has loaded a model."""
 
 Events = queue.Queue[tuple[int, Event | None]]
 
@@ -70,20 +75,15 @@ class WorkerHandle:
 def started_workers(plan: Plan, most: int, skip_infeasible: bool, events: Events) -> list[WorkerHandle]:
     """Start the child processes of a plan.
 
-    A small model on a CPU is limited by the overhead of calls, not by arithmetic, so several single-threaded children
-    are faster than one with several threads. If the user gives their number, other processes may run on the same
-    machine, and a single child uses one thread: several threads per process would compete for the cores.
-
     Args:
         most: maximum number of children; 0 for as many as are useful.
         skip_infeasible: see :class:`Job`.
     """
-    request = plan.request
+    request, count = plan.request, children(plan, most)
     cores = request.threads or os.cpu_count() or 1
-    on_cpu = request.device == "cpu" or (request.device == "auto" and not _cuda())
-    small = on_cpu and 0 < plan.model.weight_bytes <= SMALL_MODEL_BYTES and not _has_large_judge(plan.judging)
-    count = min(cores, most or MOST_CHILDREN, _most_shards(plan)) if small else 1
-    alone = 1 if small and most else 0  # 0: PyTorch's choice
+    # If the user gives the number of children, others may run on the same machine: one alone then takes one thread,
+    # since several threads per process would compete for the cores.
+    alone = 1 if most and _is_small(plan) else 0  # 0: PyTorch's choice
     threads = max(1, cores // count) if count > 1 or request.threads else alone
     data = str(request.data) if request.data else None
     job = Job(
@@ -91,6 +91,31 @@ def started_workers(plan: Plan, most: int, skip_infeasible: bool, events: Events
         request.column,
     )
     return [WorkerHandle(job, number, events) for number in range(count)]
+
+
+def children(plan: Plan, most: int = 0) -> int:
+    """Number of child processes that measure at the same time.
+
+    On a CPU several single-threaded children are faster than one with several threads, since a model that reads a few
+    tokens at a time is limited by the overhead of calls. Models too large for that are measured by one child, and so is
+    any model on a GPU, unless the user asks for more.
+
+    Args:
+        most: what the user asks for; 0 for as many as are useful.
+    """
+    if most and not _is_small(plan):
+        return min(most, _most_shards(plan))
+    if not _is_small(plan):
+        return 1
+    cores, a_child = plan.request.threads or os.cpu_count() or 1, PROCESS + 3 * plan.model.weight_bytes
+    room = most or psutil.virtual_memory().available // a_child
+    return max(1, min(cores, most or MOST_CHILDREN, _most_shards(plan), room))
+
+
+def _is_small(plan: Plan) -> bool:
+    """Whether a model is measured on a CPU, and is small enough for several children."""
+    on_cpu = plan.request.device == "cpu" or (plan.request.device == "auto" and not _cuda())
+    return on_cpu and 0 < plan.model.weight_bytes <= SMALL_MODEL_BYTES and not _has_large_judge(plan.judging)
 
 
 def _most_shards(plan: Plan) -> int:
