@@ -17,7 +17,13 @@ from kvbench.planning.quality import Plan
 
 SMALL_MODEL_BYTES = 1 << 30
 """Weights in float32 of which every child may hold its own, if the memory is enough."""
+TINY_MODEL_BYTES = 256 << 20
+"""Weights of a model so small that a second thread helps a child little."""
 MOST_CHILDREN = 4
+SHARDS_EACH = 4
+"""Shards that there must be for every child of a model that is not tiny: the last ones are measured by few children."""
+UNKNOWN = 1 << 16
+"""Shards of texts whose number nobody knows yet: enough."""
 PROCESS = 700 << 20
 """Bytes of a process with PyTorch and transformers, before it has loaded a model."""
 
@@ -108,8 +114,11 @@ def children(plan: Plan, most: int = 0) -> int:
     if not _is_small(plan):
         return 1
     cores, a_child = plan.request.threads or os.cpu_count() or 1, PROCESS + 3 * plan.model.weight_bytes
-    room = most or psutil.virtual_memory().available // a_child
-    return max(1, min(cores, most or MOST_CHILDREN, _most_shards(plan), room))
+    found = min(cores, most or MOST_CHILDREN, _most_shards(plan))
+    if most or plan.model.weight_bytes <= TINY_MODEL_BYTES:
+        return found
+    found = max(1, min(found, psutil.virtual_memory().available // a_child))
+    return found if _most_shards(plan) >= SHARDS_EACH * found else 1
 
 
 def _is_small(plan: Plan) -> bool:
@@ -121,7 +130,7 @@ def _is_small(plan: Plan) -> bool:
 def _most_shards(plan: Plan) -> int:
     """Upper bound on the number of shards; a child without a shard would load the model for nothing."""
     if not plan.request.limit or any(cell.protocol == "online" for cell in plan.cells):
-        return MOST_CHILDREN  # one document becomes many trials
+        return UNKNOWN  # one document becomes many trials
     return len({cell.workload for cell in plan.cells}) * -(-plan.request.limit // FEW)
 
 

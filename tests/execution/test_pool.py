@@ -28,7 +28,9 @@ def plan(weights: int, device: str = "cpu", judge: int = 1, limit: int = 0, thre
     (plan(GIB // 2), 0, 5 * GIB, 2),  # each takes three times its weights, and a process of its own
     (plan(GIB // 2), 0, GIB, 1),
     (plan(GIB // 2), 2, GIB, 2),  # the user knows better
-    (plan(GIB // 2, limit=4), 0, 64 * GIB, 1),  # one shard
+    (plan(GIB // 64, limit=12), 0, 64 * GIB, 2),  # two shards
+    (plan(GIB // 2, limit=100), 0, 64 * GIB, 1),  # 13 shards: one child would be left alone with the last ones
+    (plan(GIB // 2, limit=128), 0, 64 * GIB, 4),
     (plan(GIB // 2, threads=2), 0, 64 * GIB, 2),
     (plan(GIB // 2, judge=2 * GIB), 0, 64 * GIB, 1),
     (plan(2 * GIB), 0, 64 * GIB, 1),
