@@ -111,9 +111,10 @@ def batches_change_nothing(subject: Subject) -> Check:
 
 def _alone(subject: Subject, name: str, ratio: str, rounded: bool = False) -> torch.Tensor:
     """Scores of all blocks, one at a time; ``rounded``: with embeddings that differ in their last digit."""
+    generator = torch.Generator().manual_seed(0)
 
     def last_digit(_module: nn.Module, _inputs: object, out: torch.Tensor) -> torch.Tensor:
-        return out * (1 + torch.finfo(out.dtype).eps * torch.randn_like(out))
+        return out * (1 + torch.finfo(out.dtype).eps * torch.randn(out.shape, generator=generator).to(out))
 
     embeddings: nn.Module = subject.loaded.model.get_input_embeddings()  # type: ignore[operator]
     handle = embeddings.register_forward_hook(last_digit) if rounded else None

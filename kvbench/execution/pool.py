@@ -109,16 +109,15 @@ def children(plan: Plan, most: int = 0) -> int:
     Args:
         most: what the user asks for; 0 for as many as are useful.
     """
-    if most and not _is_small(plan):
-        return min(most, _most_shards(plan))
+    shards = _most_shards(plan)
     if not _is_small(plan):
-        return 1
-    cores, a_child = plan.request.threads or os.cpu_count() or 1, PROCESS + 3 * plan.model.weight_bytes
-    found = min(cores, most or MOST_CHILDREN, _most_shards(plan))
+        return min(most or 1, shards)
+    found = min(plan.request.threads or os.cpu_count() or 1, most or MOST_CHILDREN, shards)
     if most or plan.model.weight_bytes <= TINY_MODEL_BYTES:
         return found
-    found = max(1, min(found, psutil.virtual_memory().available // a_child))
-    return found if _most_shards(plan) >= SHARDS_EACH * found else 1
+    fitting = psutil.virtual_memory().available // (PROCESS + 3 * plan.model.weight_bytes)
+    found = max(1, min(found, fitting))
+    return found if shards >= SHARDS_EACH * found else 1
 
 
 def _is_small(plan: Plan) -> bool:
