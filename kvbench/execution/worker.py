@@ -106,7 +106,7 @@ class Worker:
             self._check_reach(work)
         self._check_any_left()
         self._check_at_length(cell)
-        self.judges = load_judges(job.judging, self.loaded, cell.device, cell.dtype)
+        self.judges = load_judges(job.judging, self.loaded, self.facts, cell.device, cell.dtype)
         for work in self.works:
             if isinstance(work.protocol, Generate):
                 check_mauve(job.judging, work.task.name, len(work.documents))

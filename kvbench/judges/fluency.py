@@ -7,13 +7,13 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn import functional
 
-from kvbench.models.rope import dynamic_rotary, fixed_rotations
-from kvbench.protocols.pieces import make_tokenizer
-
-ROWS = 16
+from kvbench.cache.evicting import EvictingCache
+from kvbench.inference.opening import prepared
+from kvbench.inference.reader import Reader
+from kvbench.protocols.pieces import Tokenizer, make_tokenizer
 
 
 class Fluency(NamedTuple):
@@ -29,12 +29,19 @@ class Scorer:
 
     Prefix and continuation are tokenised together by the scorer's own tokenizer, whichever model wrote
     the text; a token that spans the boundary belongs to the continuation. If both do not fit the scorer's
-    context, the beginning of the prefix is dropped.
+    context, the beginning of the prefix is dropped. A text is never read beside another one: its value does not
+    depend on what else is scored, down to the last digit.
+
+    Attributes:
+        context: the longest text that the model reads, in tokens.
+        shared_up_to: the longest text, in tokens, whose prefix is read once for all texts after it; longer ones, and
+            all texts under models that kvbench cannot keep a full cache for, are read with their prefix.
     """
 
     model: nn.Module
     tokenizer: Any
     context: int
+    shared_up_to: int = 0
 
     def score(self, pairs: Sequence[tuple[str, str]]) -> list[Fluency]:
         """The fluency of each text in (prefix, text) pairs; an empty text has no tokens.
@@ -42,53 +49,68 @@ class Scorer:
         Raises:
             RuntimeError: the scorer's predictions are not finite.
         """
-        cut = make_tokenizer(self.tokenizer, "auto")
-        lead = list(cut.lead())
-        rows: list[tuple[int, list[int], list[int]]] = []
-        for i, (prefix, text) in enumerate(pairs):
-            before, after = (list(part.ids) for part in cut.split((prefix, text)))
-            ids = after[: self.context - len(lead) - 1]
-            if ids:
-                room = self.context - len(lead) - len(ids)
-                rows.append((i, [*lead, *before[-room:]], ids))
-        found = [Fluency(0.0, 0)] * len(pairs)
-        rows.sort(key=lambda row: (len(row[1]), len(row[2])))
-        for alike in self._alike(rows):
-            for start in range(0, len(alike), ROWS):
-                with fixed_rotations(self.model, len(alike[0][1]) + len(alike[0][2])):
-                    self._score(alike[start : start + ROWS], found)
+        by_prefix: dict[str, list[int]] = {}
+        for place, (prefix, text) in enumerate(pairs):
+            if text:
+                by_prefix.setdefault(prefix, []).append(place)
+        found, cut = [Fluency(0.0, 0)] * len(pairs), make_tokenizer(self.tokenizer, "auto")
+        for prefix, places in by_prefix.items():
+            read = [*cut.lead(), *cut.split((prefix,))[0].ids][: self.shared_up_to]
+            entries = self._entries(read)
+            for place in places:
+                found[place] = self._fluency(*self._cut(cut, *pairs[place]), read, entries)
         return found
 
-    def _alike(self, rows: list[tuple[int, list[int], list[int]]]) -> list[list[tuple[int, list[int], list[int]]]]:
-        """Groups of rows that can share a batch: rows of equal length if rotations depend on it, otherwise all."""
-        if not dynamic_rotary(self.model):
-            return [rows] if rows else []
-        whole: dict[int, list[tuple[int, list[int], list[int]]]] = {}
-        for row in rows:
-            whole.setdefault(len(row[1]) + len(row[2]), []).append(row)
-        return list(whole.values())
+    def _cut(self, cut: Tokenizer, prefix: str, text: str) -> tuple[list[int], int]:
+        """The tokens to read, and the index of the continuation's first; without any prefix, of its second."""
+        lead = list(cut.lead())
+        before, after = (list(part.ids) for part in cut.split((prefix, text)))
+        after = after[: self.context - len(lead) - 1]
+        before = [*lead, *before[-(self.context - len(lead) - len(after)) :]]
+        return [*before, *after], max(1, len(before))
 
-    def _score(self, rows: list[tuple[int, list[int], list[int]]], found: list[Fluency]) -> None:
-        """Score a batch of rows, padded on the right, where causal attention never reaches, into ``found``."""
-        device = next(self.model.parameters()).device
-        longest = max(len(prefix) + len(text) for _, prefix, text in rows)
-        ids = torch.zeros(len(rows), longest, dtype=torch.long)
-        for row, (_, prefix, text) in enumerate(rows):
-            ids[row, : len(prefix) + len(text)] = torch.tensor([*prefix, *text])
-        first = max(0, min(len(prefix) for _, prefix, _ in rows) - 1)
-        keep = torch.arange(first, longest - 1, device=device)
-        with torch.inference_mode():
-            logits = self.model(
-                ids.to(device), attention_mask=torch.ones_like(ids, device=device), use_cache=False,
-                logits_to_keep=keep,
-            ).logits.float()
-            nll = functional.cross_entropy(
-                logits.flatten(0, 1), ids[:, first + 1 :].to(device).flatten(), reduction="none"
-            ).view(len(rows), -1).double().cpu()
-        for row, (i, prefix, text) in enumerate(rows):
-            start = len(prefix) - 1 - first
-            skip = 1 if start < 0 else 0  # without any prefix the first token is context only
-            mine = nll[row, start + skip : start + len(text)]
-            if not bool(torch.isfinite(mine).all()):
-                raise RuntimeError("the scorer's predictions are not finite (overflow, or damaged weights)")
-            found[i] = Fluency(float(mine.sum()), len(mine))
+    def _entries(self, ids: list[int]) -> list[tuple[Tensor, Tensor]]:
+        """Keys and values of a prefix, by layer."""
+        if not ids:
+            return []
+        cache = EvictingCache()
+        with torch.inference_mode(), prepared(self.model, None, len(ids)):
+            whole = self._tensor(ids)
+            last = torch.tensor([len(ids) - 1], device=whole.device)
+            Reader(self.model).forward(
+                whole, None, torch.arange(len(ids), device=whole.device), last, cache, 0
+            )
+        return [(layer.keys, layer.values) for layer in cache.layers]
+
+    def _fluency(
+        self, ids: list[int], start: int, read: list[int], entries: list[tuple[Tensor, Tensor]]
+    ) -> Fluency:
+        """The fluency of the tokens from ``start`` on, given the entries of a text that they begin with in part."""
+        if start >= len(ids):
+            return Fluency(0.0, 0)
+        common = min(_in_common(read, ids), start - 1) if len(ids) <= self.shared_up_to else 0
+        whole = self._tensor(ids)
+        with torch.inference_mode(), prepared(self.model, None, len(ids)):
+            if common:
+                cache = EvictingCache()
+                for place, (keys, values) in enumerate(entries):
+                    cache.update(keys[:, :, :common], values[:, :, :common], place)
+                logits = Reader(self.model).extend(whole[:, common:-1], common, cache)[0, start - 1 - common :]
+            else:
+                keep = torch.arange(start - 1, len(ids) - 1, device=whole.device)
+                logits = self.model(
+                    whole, attention_mask=torch.ones_like(whole), use_cache=False, logits_to_keep=keep
+                ).logits[0]
+            nll = functional.cross_entropy(logits.float(), whole[0, start:], reduction="none").double().cpu()
+        if not bool(torch.isfinite(nll).all()):
+            raise RuntimeError("the scorer's predictions are not finite (overflow, or damaged weights)")
+        return Fluency(float(nll.sum()), len(nll))
+
+    def _tensor(self, ids: list[int]) -> Tensor:
+        return torch.tensor([ids], device=next(self.model.parameters()).device)
+
+
+def _in_common(one: Sequence[int], other: Sequence[int]) -> int:
+    """How many first tokens two texts share."""
+    pairs = enumerate(zip(one, other, strict=False))
+    return next((at for at, (a, b) in pairs if a != b), min(len(one), len(other)))

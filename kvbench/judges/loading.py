@@ -10,8 +10,10 @@ from kvbench.judges.choice import NOTHING, SENTENCES, JudgeChoice
 from kvbench.judges.encoder import Encoder, SentenceEncoder, StateEncoder, packed
 from kvbench.judges.fluency import Scorer
 from kvbench.metrics.mauve import LEAST_TEXTS
+from kvbench.models.facts import ModelFacts
 from kvbench.models.loading import Loaded, load_model
 from kvbench.models.references import ModelReference
+from kvbench.models.rope import dynamic_rotary
 from kvbench.probe.cached import probed
 from kvbench.store.records import ITSELF, Output
 
@@ -24,16 +26,18 @@ class Judges:
     encoder: Encoder | None = None
     features: Encoder | None = None
 
-    def judged(self, prefixes: Sequence[str], outputs: Sequence[Output]) -> list[Output]:
-        """The outputs with fluency and vectors added; ``prefixes`` holds the prefix of each output."""
-        texts = [output.text for output in outputs]
-        found = list(outputs)
-        if self.scorer is not None:
-            pairs = list(zip(prefixes, texts, strict=True))
-            found = [
-                replace(o, nll=f.nll, nll_tokens=f.tokens)
-                for o, f in zip(found, self.scorer.score(pairs), strict=True)
-            ]
+    def scored(self, prefixes: Sequence[str], outputs: Sequence[Output]) -> list[Output]:
+        """The outputs with fluency added; ``prefixes`` holds the prefix of each output, which is read once."""
+        if self.scorer is None:
+            return list(outputs)
+        pairs = [(prefix, output.text) for prefix, output in zip(prefixes, outputs, strict=True)]
+        return [
+            replace(o, nll=f.nll, nll_tokens=f.tokens) for o, f in zip(outputs, self.scorer.score(pairs), strict=True)
+        ]
+
+    def embedded(self, outputs: Sequence[Output]) -> list[Output]:
+        """The outputs with the vectors of their texts added."""
+        texts, found = [output.text for output in outputs], list(outputs)
         if self.encoder is not None:
             found = [replace(o, vector=packed(v)) for o, v in zip(found, self.encoder.encode(texts), strict=True)]
         if self.features is not None:
@@ -41,21 +45,21 @@ class Judges:
         return found
 
 
-def load_judges(judging: JudgeChoice, loaded: Loaded, device: str, dtype: str) -> Judges:
-    """Load the judges.
+def load_judges(judging: JudgeChoice, loaded: Loaded, facts: ModelFacts, device: str, dtype: str) -> Judges:
+    """Load the judges; ``loaded`` is the model under test, and ``facts`` are its.
 
     Raises:
         UserError: a model is missing, unreachable or unsuitable.
     """
     scorer = None
     if judging.scorer == ITSELF:
-        scorer = Scorer(loaded.model, loaded.tokenizer, loaded.context)
+        scorer = _scorer(loaded, facts)
     elif judging.scorer != NOTHING:
         other = _load("--scorer", judging.models[judging.scorer], device, dtype)
-        facts = probed(other, judging.models[judging.scorer].fingerprint)
-        if facts.forward_refusal:
-            raise UserError(f"--scorer {judging.scorer}: {facts.forward_refusal}", "Choose another model.")
-        scorer = Scorer(other.model, other.tokenizer, other.context)
+        its_facts = probed(other, judging.models[judging.scorer].fingerprint)
+        if its_facts.forward_refusal:
+            raise UserError(f"--scorer {judging.scorer}: {its_facts.forward_refusal}", "Choose another model.")
+        scorer = _scorer(other, its_facts)
     encoder: Encoder | None = None
     if judging.encoder:
         encoder = SentenceEncoder.load(str(next(loaded.model.parameters()).device))
@@ -65,6 +69,12 @@ def load_judges(judging: JudgeChoice, loaded: Loaded, device: str, dtype: str) -
             other = _load("--mauve-features", judging.models[judging.features], device, dtype)
         features = StateEncoder(other.model, other.tokenizer, other.context)
     return Judges(scorer, encoder, features)
+
+
+def _scorer(loaded: Loaded, facts: ModelFacts) -> Scorer:
+    shares = not facts.refusal and not dynamic_rotary(loaded.model)
+    shared_up_to = min(facts.window or loaded.context, loaded.context) if shares else 0
+    return Scorer(loaded.model, loaded.tokenizer, loaded.context, shared_up_to)
 
 
 def _load(option: str, model: ModelReference, device: str, dtype: str) -> Loaded:

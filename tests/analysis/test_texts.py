@@ -154,10 +154,12 @@ def test_distinct_and_its_jackknife() -> None:
 
 # --- judges ------------------------------------------------------------------------------------------------------
 
-def test_fluency_is_the_models_own_loss(llama_4096: nn.Module, tiny_tokenizer: Any) -> None:
+@pytest.mark.parametrize("shared_up_to", [0, 256])
+def test_fluency_is_the_models_own_loss(llama_4096: nn.Module, tiny_tokenizer: Any, shared_up_to: int) -> None:
     pairs = [("The mill by the", " old bridge had nine"), ("The mill by the", " stones"), ("Once upon", ""),
-             ("A longer prefix than the others, it is", " said.")]
-    found = Scorer(llama_4096, tiny_tokenizer, 256).score(pairs)
+             ("A longer prefix than the others, it is", " said."), ("The mill by the", "ory of it"),
+             ("A longer prefix than the others, it is", " not")]
+    found = Scorer(llama_4096, tiny_tokenizer, 256, shared_up_to).score(pairs)
     for (prefix, text), fluency in zip(pairs, found, strict=True):
         before, after = (tiny_tokenizer(part, add_special_tokens=False).input_ids for part in (prefix, text))
         assert fluency.tokens == len(after)
@@ -166,6 +168,21 @@ def test_fluency_is_the_models_own_loss(llama_4096: nn.Module, tiny_tokenizer: A
             labels = torch.tensor([[-100] * len(before) + after])
             loss = float(llama_4096(ids, labels=labels).loss) * len(after)  # type: ignore[operator]
             assert fluency.nll == pytest.approx(loss, rel=1e-5)
+
+
+def test_a_prefix_is_read_once_for_all_its_texts(llama_4096: nn.Module, tiny_tokenizer: Any) -> None:
+    """And by itself where the model does not attend the whole text in full: there a cache would hold too much."""
+    prefix, texts = "The mill by the old bridge had nine stones. " * 5, [" An otter kept", " them", " all of the time"]
+    before, *after = (len(tiny_tokenizer(part, add_special_tokens=False).input_ids) for part in (prefix, *texts))
+    read: list[int] = []
+    hook = llama_4096.get_input_embeddings().register_forward_pre_hook(lambda _, ids: read.append(ids[0].numel()))  # type: ignore[operator]
+    with hook:
+        shared = Scorer(llama_4096, tiny_tokenizer, 256, before + max(after)).score([(prefix, t) for t in texts])
+        assert sum(read) == before + sum(after)  # the prefix, its last token again, and no text's last
+        read.clear()
+        alone = Scorer(llama_4096, tiny_tokenizer, 256, before + max(after) - 1).score([(prefix, t) for t in texts])
+        assert sum(read) == 2 * before + sum(after)  # the longest with its prefix
+    assert [found.nll for found in shared] == pytest.approx([found.nll for found in alone], rel=1e-5)
 
 
 def test_a_prefix_beyond_the_scorers_context_loses_its_beginning(llama_4096: nn.Module, tiny_tokenizer: Any) -> None:

@@ -22,6 +22,7 @@ from kvbench.execution.worker import Worker
 from kvbench.judges.choice import JudgeChoice
 from kvbench.judges.loading import load_judges
 from kvbench.models.adapter import Adapter, AdapterCard, read_card
+from kvbench.models.facts import ModelFacts
 from kvbench.models.fingerprint import fingerprint, former_fingerprint
 from kvbench.models.loading import load_model
 from kvbench.models.references import ModelReference, adapter_name, given_adapter, resolve_model
@@ -238,11 +239,11 @@ def test_judges_are_named_by_their_files_and_loaded_as_named(model: Path, texts:
     assert {(c.options["scorer"], c.options["mauve_features"]) for c in plan.cells} == {(named, named)}
     judging = JudgeChoice.load(json.loads(json.dumps(dataclasses.asdict(plan.judging))))
     assert judging == plan.judging
-    loaded = load_model(resolve_model("kvbench-tiny"), "cpu", "float32")
-    assert load_judges(replace(judging, encoder=False), loaded, "cpu", "float32").scorer is not None
+    loaded, facts = load_model(resolve_model("kvbench-tiny"), "cpu", "float32"), ModelFacts("LlamaForCausalLM")
+    assert load_judges(replace(judging, encoder=False), loaded, facts, "cpu", "float32").scorer is not None
     (model / "special_tokens_map.json").write_text("{}")
     with pytest.raises(UserError, match=r"--scorer .*have changed"):
-        load_judges(replace(judging, encoder=False), loaded, "cpu", "float32")
+        load_judges(replace(judging, encoder=False), loaded, facts, "cpu", "float32")
     assert plan_of("kvbench-tiny", **settings).content != plan.content
 
 
