@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
 from itertools import accumulate, groupby
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -12,7 +11,7 @@ import torch
 from torch import Tensor
 
 from kvbench.data.documents import Document
-from kvbench.execution.channel import CELL_ERRORS, Advanced, At
+from kvbench.execution.channel import Advanced, At
 from kvbench.execution.evidence import kept_by_token
 from kvbench.inference.generation import generate, read_prompt
 from kvbench.inference.opening import open_session, prepared, rows_together
@@ -39,10 +38,9 @@ def write_window(
     worker: Worker, cells: Sequence[Cell], protocol: Generate, documents: Sequence[tuple[Document, Cut]],
     done: dict[str, set[str]],
 ) -> None:
-    """Generate and judge the texts that are not on disk yet, and record them; an error affects only its own cell."""
+    """Generate and record the texts that are not on disk yet; an error affects only its own cell."""
     groups = {document.id: document.group for document, _ in documents}
     for batch in _batches([cut.pieces[0] for _, cut in documents], protocol):
-        written: list[tuple[Cell, list[GenerationRecord]]] = []
         for cell in cells:
             todo = [piece for piece in batch if piece.document not in done.get(cell.key, ())]
             if todo and cell.key not in worker.failed:
@@ -52,35 +50,9 @@ def write_window(
                         worker, cell, protocol, batch, groups
                     )
                     wanted = {piece.document for piece in todo}
-                    written.append((cell, [record for record in records if record.document in wanted]))
+                    worker.record(cell, [record for record in records if record.document in wanted])
             worker.say(Advanced(sum(len(piece.ids) for piece in batch)))
-        prefixes = {piece.document: _text(worker.loaded.tokenizer, piece.ids[: piece.context]) for piece in batch}
-        for cell, records in _scored(worker, written, prefixes):
-            worker.record(cell, records)
-
-
-def _scored(
-    worker: Worker, written: list[tuple[Cell, list[GenerationRecord]]], prefixes: dict[str, str]
-) -> list[tuple[Cell, list[GenerationRecord]]]:
-    """The records with the fluency of their outputs: those of all cells together, so that a prefix is read once; if
-    that fails, those of each cell by themselves, so that only those are lost that it fails for."""
-
-    def scored(records: Sequence[GenerationRecord]) -> list[GenerationRecord]:
-        outputs = iter(worker.judges.scored(
-            [prefixes[record.document] for record in records for _ in record.outputs],
-            [output for record in records for output in record.outputs],
-        ))
-        return [replace(record, outputs=tuple(next(outputs) for _ in record.outputs)) for record in records]
-
-    try:
-        together = iter(scored([record for _, records in written for record in records]))
-    except CELL_ERRORS:
-        found = []
-        for cell, records in written:
-            with worker.guarded(cell):
-                found.append((cell, scored(records)))
-        return found
-    return [(cell, [next(together) for _ in records]) for cell, records in written]
+        worker.judges.forget()
 
 
 def _batches(pieces: Sequence[Piece], protocol: Generate) -> Iterator[list[Piece]]:
@@ -101,12 +73,12 @@ def _human(worker: Worker, batch: list[Piece], groups: dict[str, str]) -> list[G
         _output(hf, piece.ids[: piece.context], "human", 0, piece.ids[piece.context :], False) for piece in batch
     ]
     outputs += [_output(hf, piece.ids, "after", 0, piece.after, False) for piece in batch]
-    outputs = worker.judges.embedded(outputs)
+    judged = worker.judges.judged(prefixes * 2, outputs)
     encoder = worker.judges.encoder
     vectors = [None] * len(batch) if encoder is None else [packed(v) for v in encoder.encode(prefixes)]
     return [
         GenerationRecord(
-            piece.document, groups[piece.document], (outputs[i], outputs[len(batch) + i]),
+            piece.document, groups[piece.document], (judged[i], judged[len(batch) + i]),
             0, 0, 0.0, 0, 0, 0.0, 0.0, 0.0, prefix=prefixes[i],
             prefix_ids=piece.ids[: piece.context], prefix_vector=vectors[i],
             prefix_ends=_ends(hf, piece.ids[: piece.context]),
@@ -134,6 +106,7 @@ def _continued(
     names = [
         (kind, protocol.decodings[:place].count(kind)) for place, kind in enumerate(protocol.decodings)
     ]
+    prefixes = [_text(loaded.tokenizer, piece.ids[: piece.context]) for piece in pieces]
     outputs = [
         _output(
             loaded.tokenizer, piece.ids[: piece.context], kind, draw, ids, len(ids) < len(piece.ids) - piece.context
@@ -141,10 +114,10 @@ def _continued(
         for piece, rows in zip(pieces, written.ids, strict=True)
         for (kind, draw), ids in zip(names, rows, strict=True)
     ]
-    outputs = worker.judges.embedded(outputs)
+    judged = worker.judges.judged([prefix for prefix in prefixes for _ in names], outputs)
     return [
         GenerationRecord(
-            piece.document, groups[piece.document], tuple(outputs[i * len(names) : (i + 1) * len(names)]),
+            piece.document, groups[piece.document], tuple(judged[i * len(names) : (i + 1) * len(names)]),
             written.read, written.kept, visible[i], queries[i], written.peak,
             kv_logical=sizes.logical / len(pieces), kv_physical=sizes.physical / len(pieces),
             kv_full=sizes.full / len(pieces),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
@@ -23,6 +23,13 @@ class Fluency(NamedTuple):
     tokens: int
 
 
+class _Prefix(NamedTuple):
+    """The tokens of a prefix, and its keys and values by layer; without any if it is read again for every text."""
+
+    ids: list[int]
+    entries: list[tuple[Tensor, Tensor]]
+
+
 @dataclass(frozen=True)
 class Scorer:
     """A causal language model with its full cache, which scores texts.
@@ -36,12 +43,14 @@ class Scorer:
         context: the longest text that the model reads, in tokens.
         shared_up_to: the longest text, in tokens, whose prefix is read once for all texts after it; longer ones, and
             all texts under models that kvbench cannot keep a full cache for, are read with their prefix.
+        read: the prefixes that have been read, for texts that are scored later; cleared by the caller.
     """
 
     model: nn.Module
     tokenizer: Any
     context: int
     shared_up_to: int = 0
+    read: dict[str, _Prefix] = field(default_factory=dict)
 
     def score(self, pairs: Sequence[tuple[str, str]]) -> list[Fluency]:
         """The fluency of each text in (prefix, text) pairs; an empty text has no tokens.
@@ -49,16 +58,12 @@ class Scorer:
         Raises:
             RuntimeError: the scorer's predictions are not finite.
         """
-        by_prefix: dict[str, list[int]] = {}
-        for place, (prefix, text) in enumerate(pairs):
-            if text:
-                by_prefix.setdefault(prefix, []).append(place)
-        found, cut = [Fluency(0.0, 0)] * len(pairs), make_tokenizer(self.tokenizer, "auto")
-        for prefix, places in by_prefix.items():
-            read = [*cut.lead(), *cut.split((prefix,))[0].ids][: self.shared_up_to]
-            entries = self._entries(read)
-            for place in places:
-                found[place] = self._fluency(*self._cut(cut, *pairs[place]), read, entries)
+        cut = make_tokenizer(self.tokenizer, "auto")
+        found = []
+        for prefix, text in pairs:
+            if self.shared_up_to and prefix not in self.read:
+                self.read[prefix] = self._read(cut, prefix)
+            found.append(self._fluency(*self._cut(cut, prefix, text), self.read.get(prefix, _Prefix([], []))))
         return found
 
     def _cut(self, cut: Tokenizer, prefix: str, text: str) -> tuple[list[int], int]:
@@ -69,31 +74,27 @@ class Scorer:
         before = [*lead, *before[-(self.context - len(lead) - len(after)) :]]
         return [*before, *after], max(1, len(before))
 
-    def _entries(self, ids: list[int]) -> list[tuple[Tensor, Tensor]]:
-        """Keys and values of a prefix, by layer."""
+    def _read(self, cut: Tokenizer, prefix: str) -> _Prefix:
+        ids = [*cut.lead(), *cut.split((prefix,))[0].ids][: self.shared_up_to]
         if not ids:
-            return []
+            return _Prefix([], [])
         cache = EvictingCache()
         with torch.inference_mode(), prepared(self.model, None, len(ids)):
             whole = self._tensor(ids)
-            last = torch.tensor([len(ids) - 1], device=whole.device)
-            Reader(self.model).forward(
-                whole, None, torch.arange(len(ids), device=whole.device), last, cache, 0
-            )
-        return [(layer.keys, layer.values) for layer in cache.layers]
+            places = torch.arange(len(ids), device=whole.device)
+            Reader(self.model).forward(whole, None, places, places[-1:], cache, 0)
+        return _Prefix(ids, [(layer.keys, layer.values) for layer in cache.layers])
 
-    def _fluency(
-        self, ids: list[int], start: int, read: list[int], entries: list[tuple[Tensor, Tensor]]
-    ) -> Fluency:
-        """The fluency of the tokens from ``start`` on, given the entries of a text that they begin with in part."""
+    def _fluency(self, ids: list[int], start: int, prefix: _Prefix) -> Fluency:
+        """The fluency of the tokens from ``start`` on of a text that begins with the prefix, or with a part of it."""
         if start >= len(ids):
             return Fluency(0.0, 0)
-        common = min(_in_common(read, ids), start - 1) if len(ids) <= self.shared_up_to else 0
+        common = min(_in_common(prefix.ids, ids), start - 1) if len(ids) <= self.shared_up_to else 0
         whole = self._tensor(ids)
         with torch.inference_mode(), prepared(self.model, None, len(ids)):
             if common:
                 cache = EvictingCache()
-                for place, (keys, values) in enumerate(entries):
+                for place, (keys, values) in enumerate(prefix.entries):
                     cache.update(keys[:, :, :common], values[:, :, :common], place)
                 logits = Reader(self.model).extend(whole[:, common:-1], common, cache)[0, start - 1 - common :]
             else:

@@ -26,23 +26,26 @@ class Judges:
     encoder: Encoder | None = None
     features: Encoder | None = None
 
-    def scored(self, prefixes: Sequence[str], outputs: Sequence[Output]) -> list[Output]:
-        """The outputs with fluency added; ``prefixes`` holds the prefix of each output, which is read once."""
-        if self.scorer is None:
-            return list(outputs)
-        pairs = [(prefix, output.text) for prefix, output in zip(prefixes, outputs, strict=True)]
-        return [
-            replace(o, nll=f.nll, nll_tokens=f.tokens) for o, f in zip(outputs, self.scorer.score(pairs), strict=True)
-        ]
-
-    def embedded(self, outputs: Sequence[Output]) -> list[Output]:
-        """The outputs with the vectors of their texts added."""
-        texts, found = [output.text for output in outputs], list(outputs)
+    def judged(self, prefixes: Sequence[str], outputs: Sequence[Output]) -> list[Output]:
+        """The outputs with fluency and vectors added; ``prefixes`` holds the prefix of each output."""
+        texts = [output.text for output in outputs]
+        found = list(outputs)
+        if self.scorer is not None:
+            pairs = list(zip(prefixes, texts, strict=True))
+            found = [
+                replace(o, nll=f.nll, nll_tokens=f.tokens)
+                for o, f in zip(found, self.scorer.score(pairs), strict=True)
+            ]
         if self.encoder is not None:
             found = [replace(o, vector=packed(v)) for o, v in zip(found, self.encoder.encode(texts), strict=True)]
         if self.features is not None:
             found = [replace(o, features=packed(v)) for o, v in zip(found, self.features.encode(texts), strict=True)]
         return found
+
+    def forget(self) -> None:
+        """Free what was kept of prefixes: no text after them follows."""
+        if self.scorer is not None:
+            self.scorer.read.clear()
 
 
 def load_judges(judging: JudgeChoice, loaded: Loaded, facts: ModelFacts, device: str, dtype: str) -> Judges:

@@ -177,7 +177,8 @@ def test_a_prefix_is_read_once_for_all_its_texts(llama_4096: nn.Module, tiny_tok
     read: list[int] = []
     hook = llama_4096.get_input_embeddings().register_forward_pre_hook(lambda _, ids: read.append(ids[0].numel()))  # type: ignore[operator]
     with hook:
-        shared = Scorer(llama_4096, tiny_tokenizer, 256, before + max(after)).score([(prefix, t) for t in texts])
+        scorer = Scorer(llama_4096, tiny_tokenizer, 256, before + max(after))
+        shared = [scorer.score([(prefix, text)])[0] for text in texts]
         assert sum(read) == before + sum(after)  # the prefix, its last token again, and no text's last
         read.clear()
         alone = Scorer(llama_4096, tiny_tokenizer, 256, before + max(after) - 1).score([(prefix, t) for t in texts])

@@ -10,11 +10,8 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import replace
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -22,10 +19,10 @@ import pytest
 import torch
 
 from kvbench.analysis.results import compute_results
-from kvbench.execution.generation import _output, _scored
+from kvbench.execution.generation import _output
 from kvbench.metrics import GENERATION_NAMES
 from kvbench.store.folder import MAUVE, RunFolder
-from kvbench.store.records import HUMAN, Cell, GenerationRecord, Output
+from kvbench.store.records import HUMAN, Cell, GenerationRecord
 from tests.helpers.command import Call, Outcome, kvbench, refused
 
 SHORT = ["--set", "prefix=48", "--set", "new_tokens=12"]
@@ -58,39 +55,6 @@ def finished(work: Path) -> Outcome:
     found = kvbench(*COMMAND, "--out", "run", "--json", cwd=work)
     assert found.code == 0, found.err
     return found
-
-
-def test_a_scorer_that_fails_on_one_method_leaves_the_others() -> None:
-    """All texts are scored together, each with its own prefix."""
-    failed: list[str] = []
-
-    @contextmanager
-    def guarded(cell: str) -> Iterator[None]:
-        try:
-            yield
-        except RuntimeError:
-            failed.append(cell)
-
-    def scored(prefixes: Sequence[str], outputs: Sequence[Output]) -> list[Output]:
-        if any(output.text == "bad" for output in outputs):
-            raise RuntimeError
-        return [replace(o, nll=float(p + o.text)) for p, o in zip(prefixes, outputs, strict=True)]
-
-    def record(document: str, *said: str) -> GenerationRecord:
-        outputs = tuple(Output("sample", draw, (), text, False) for draw, text in enumerate(said))
-        return GenerationRecord(document, "g", outputs, 0, 0, 0.0, 0, 0, 0.0, 0.0, 0.0)
-
-    worker: Any = SimpleNamespace(judges=SimpleNamespace(scored=scored), guarded=guarded)
-    written: list[tuple[Any, list[GenerationRecord]]] = [
-        ("a", [record("x", "1", "2"), record("y", "3", "4")]), ("b", [record("y", "5")]), ("c", [record("x", "bad")]),
-    ]
-    wanted = [("a", [11, 12, 23, 24]), ("b", [25])]
-    for given, failing in ((written[:2], []), (written, ["c"])):
-        found: list[Any] = [
-            (cell, [output.nll for record in records for output in record.outputs])
-            for cell, records in _scored(worker, given, {"x": "1", "y": "2"})
-        ]
-        assert (found, failed) == (wanted, failing)
 
 
 def texts(folder: Path, by: str = "document") -> dict[tuple[str, str], Any]:
