@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import base64
+import gzip
 import json
 import os
 import re
@@ -81,9 +83,9 @@ def page(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def content(page: Path) -> dict[str, Any]:
-    found = re.search(r'<script type="application/json" id="data">(.*?)</script>', page.read_text(), re.S)
+    found = re.search(r'<script type="application/gzip" id="data">(.*?)</script>', page.read_text(), re.S)
     assert found is not None
-    return json.loads(found.group(1))  # type: ignore[no-any-return]
+    return json.loads(gzip.decompress(base64.b64decode(found.group(1))))  # type: ignore[no-any-return]
 
 
 def test_the_page_holds_every_number_with_its_recipe(page: Path, content: dict[str, Any]) -> None:

@@ -1,7 +1,6 @@
 "use strict";
 // The figures of the page, each a function from chosen rows to Plotly's traces and layout. Texts are escaped, since Plotly reads some tags in them.
-const kvbench = (() => {
-  const data = JSON.parse(document.getElementById("data").textContent);
+const kvbench = data => {
   const rows = data.rows.map((row, place) => ({...Object.fromEntries(data.columns.map((name, i) => [name, row[i]])), place}));
   const style = name => getComputedStyle(document.documentElement).getPropertyValue(name).trim();
   const isDark = () => document.documentElement.dataset.theme === "dark";
@@ -130,4 +129,4 @@ const kvbench = (() => {
   };
 
   return {data, rows, prefix, unique, by, number, interval, bytes, named, cell, held, differs, lines, plain, curves, maps, predicted, X, style};
-})();
+};

@@ -1,7 +1,10 @@
 "use strict";
 // The controls of the page. One state (`lit`, the highlighted method) is shared by all sections; each section draws itself when it comes into view.
-(() => {
-  const {data, rows, unique, by, number, interval, bytes, named, held, differs, lines, curves, maps, predicted, X, style} = kvbench;
+(async () => {
+  // The numbers are packed, since they are most of the page: seven times smaller.
+  const packed = Uint8Array.from(atob(document.getElementById("data").textContent), letter => letter.charCodeAt(0));
+  const figures = kvbench(await new Response(new Blob([packed]).stream().pipeThrough(new DecompressionStream("gzip"))).json());
+  const {data, rows, unique, by, number, interval, bytes, named, held, differs, lines, curves, maps, predicted, X, style} = figures;
   const $ = id => document.getElementById(id);
   const element = (tag, properties = {}, ...children) => { const made = Object.assign(document.createElement(tag), properties); made.append(...children); return made; };
   const whole = rows.filter(row => row.bin === null);
@@ -161,7 +164,7 @@
       const list = [...by(chosen, row => row.method)].map(([method, some]) => {
         const xs = over ? ascending(chosen.map(row => row.length)) : ascending(some.map(row => row.asked ?? 0));
         const at = (y, x) => some.find(row => depth(row) === y && (over ? row.length === x : (row.asked ?? 0) === x)) ?? null;
-        return {title: data.methods[method].name, method, x: xs.map(String), y: depths.map(d => `${d} %`), z: depths.map(y => xs.map(x => at(y, x)?.value ?? null)), text: depths.map(y => xs.map(x => { const row = at(y, x); return row ? kvbench.plain(lines(row).slice(0, 2).join("\n")).replace("\n", "<br>") : ""; }))};
+        return {title: data.methods[method].name, method, x: xs.map(String), y: depths.map(d => `${d} %`), z: depths.map(y => xs.map(x => at(y, x)?.value ?? null)), text: depths.map(y => xs.map(x => { const row = at(y, x); return row ? figures.plain(lines(row).slice(0, 2).join("\n")).replace("\n", "<br>") : ""; }))};
       });
       plot(self, maps(list, {xTitle: over ? "tokens of the context" : "share removed (0: full cache)", yTitle: "depth", lit, reversed: true}));
       self.notes.textContent = "Accuracy from 0 (dark) to 1 (bright); a gap: not measured.";
@@ -174,7 +177,7 @@
       const mine = data.survival.filter(one => name(one) === task.value), xs = unique(mine.map(one => one.asked)).sort();
       const list = [...by(mine, one => one.method)].map(([method, some]) => {
         const at = x => some.find(one => one.asked === x), layers = some[0].layers.map((_, layer) => layer);
-        return {title: method, method: data.methods.findIndex(one => one.name === method), x: xs, y: layers.map(String), z: layers.map(layer => xs.map(x => at(x)?.layers[layer] ?? null)), text: layers.map(layer => xs.map(x => kvbench.plain(`${method} ${x}, layer ${layer}: ${at(x)?.layers[layer] ?? "–"}`)))};
+        return {title: method, method: data.methods.findIndex(one => one.name === method), x: xs, y: layers.map(String), z: layers.map(layer => xs.map(x => at(x)?.layers[layer] ?? null)), text: layers.map(layer => xs.map(x => figures.plain(`${method} ${x}, layer ${layer}: ${at(x)?.layers[layer] ?? "–"}`)))};
       });
       plot(self, maps(list, {xTitle: "share removed", yTitle: "layer", lit, reversed: true}));
       self.notes.textContent = "Share of the evidence's entries that are still held, mean over heads and contexts: 0 (dark) to 1 (bright).";
@@ -210,7 +213,7 @@
       const chosen = written.filter(line => (line[1] === null || line[1] === ratio.value) && (!one.texts || line[2] === kind.value));
       place.classList.toggle("long", Boolean(one.texts));
       place.replaceChildren(
-        ...(one.prefix ? [Object.assign(card(null, one.kept.length ? "prefix: click a method above to see what it kept of it (the stronger, the more layers and heads)" : "prefix", kvbench.prefix(one, lit === null ? null : data.methods[lit].name, ratio.value)), {className: "source"}), card(null, "human", one.human)] : []),
+        ...(one.prefix ? [Object.assign(card(null, one.kept.length ? "prefix: click a method above to see what it kept of it (the stronger, the more layers and heads)" : "prefix", figures.prefix(one, lit === null ? null : data.methods[lit].name, ratio.value)), {className: "source"}), card(null, "human", one.human)] : []),
         ...chosen.map(line => one.texts
           ? card(line[0], heading(line), ...(line[4] === null || line[4] >= line[3].length ? [line[3] || "(empty)"] : [element("span", {className: "same", textContent: line[3].slice(0, line[4])}), element("span", {className: "from", textContent: "|"}), line[3].slice(line[4])]))
           : card(line[0], `${heading(line)}${line[4] === null ? "" : `, evidence held ${(100 * line[4]).toFixed(0)} %`}`, ...line[2].map((text, i) => element("div", {className: line[3][i] < 1 ? "wrong" : "", textContent: `${line[3][i] < 1 ? "✗" : "✓"} ${text || "(empty)"}`})))),
