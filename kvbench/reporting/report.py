@@ -10,6 +10,7 @@ from pathlib import Path
 from kvbench.analysis.results import compute_results
 from kvbench.errors import UserError
 from kvbench.metrics import SHOWN
+from kvbench.reporting.apart import told_apart
 from kvbench.reporting.figures.base import removal_figure
 from kvbench.reporting.figures.masks import mask_figure
 from kvbench.reporting.figures.needles import needle_figures
@@ -55,7 +56,7 @@ def write_report(runs: Sequence[Path], out: Path, metrics: Sequence[str] = ()) -
     """
     folders = [RunFolder(run) for run in runs]
     found = [compute_results(folder) for folder in folders]
-    by_run = _told_apart(folders, found)
+    by_run = told_apart(folders, found)
     rows = [row for mine in by_run for row in mine]
     _check_budgets(rows)
     _check_signatures(rows)
@@ -70,20 +71,6 @@ def write_report(runs: Sequence[Path], out: Path, metrics: Sequence[str] = ()) -
     except OSError as error:
         raise UserError(f"The folder {out} cannot be written: {error.strerror}.") from error
     return Report(results, tuple(figures), tuple(tables), page)
-
-
-def _told_apart(folders: Sequence[RunFolder], results: Sequence[Results]) -> list[list[Row]]:
-    """The rows of each run. Models with the same name but different files are named with their fingerprints, so that
-    no table or curve mixes them."""
-    hashes: dict[str, set[str]] = {}
-    for cell in (cell for folder in folders for cell in folder.cells()):
-        hashes.setdefault(cell.model, set()).add(cell.model_hash)
-    rows: list[list[Row]] = []
-    for folder, found in zip(folders, results, strict=True):
-        mine = {cell.model: cell.model_hash for cell in folder.cells()}
-        names = {name: f"{name}@{mine[name][:8] or 'unknown'}" for name in mine if len(hashes[name]) > 1}
-        rows.append([replace(row, model=names.get(row.model, row.model)) for row in found.rows])
-    return rows
 
 
 def _check_budgets(rows: Sequence[Row]) -> None:

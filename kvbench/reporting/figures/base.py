@@ -62,6 +62,10 @@ def style_of(method: str) -> dict[str, Any]:
     return {"color": colour, "marker": marker, "linestyle": line, "label": method, "markersize": 5, "linewidth": 1.4}
 
 
+_HANDLE, _LETTER = 0.62, 0.062
+"""Inches that a line's sample and the space around it take in a legend, and a letter."""
+
+
 def draw(rows: Sequence[Row], panel: Panel, folder: Path, name: str) -> list[Path]:
     """Draw one panel per task, model and seed, side by side, and save them as PNG and PDF.
 
@@ -101,13 +105,23 @@ def add_legend(figure: Figure, places: Sequence[Axes]) -> None:
         for place in places:
             place.legend(fontsize=8)
     elif found:
-        columns = max(3, round(figure.get_size_inches()[0] / 1.35))
+        columns = _columns(list(found), float(figure.get_size_inches()[0]))
         figure.legend(
             list(found.values()), list(found), loc="outside lower center", ncols=columns, fontsize=7.5,
             handlelength=2.6,
         )
         width, height = figure.get_size_inches()
         figure.set_size_inches(width, height + 0.2 * -(-len(found) // columns))
+
+
+def _columns(labels: Sequence[str], width: float) -> int:
+    """The most columns of a legend, filled from the top, that are together no wider than ``width`` inches."""
+    for columns in range(len(labels), 1, -1):
+        rows = -(-len(labels) // columns)
+        longest = [max(map(len, labels[start : start + rows])) for start in range(0, len(labels), rows)]
+        if sum(_HANDLE + _LETTER * letters for letters in longest) <= width:
+            return columns
+    return 1
 
 
 def save(figure: Figure, folder: Path, name: str) -> list[Path]:

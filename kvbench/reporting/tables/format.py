@@ -44,10 +44,10 @@ def by_setting(rows: Sequence[Row]) -> dict[tuple[str, str, str, int], list[Row]
 
 def task_of(row: Row) -> str:
     """The task, with the length of its contexts and the question if it has them: ``needles, length 1024``, or ``recall,
-    question known``."""
-    length, question = length_of(row), row.params.get("question")
-    task = row.task if length is None else f"{row.task}, length {length}"
-    return task if question is None else f"{task}, question {question}"
+    question known``; and with its number of documents where runs over others are reported as well."""
+    length, question, documents = length_of(row), row.params.get("question"), row.params.get("documents")
+    parts = (row.task, length and f"length {length}", question and f"question {question}", documents)
+    return ", ".join(part for part in parts if part)
 
 
 def length_of(row: Row) -> int | None:

@@ -64,10 +64,11 @@ def tables_of(rows: Sequence[Row]) -> list[Table]:
 
 
 def _file_name(row: Row, rows: Sequence[Row]) -> str:
-    """The task as part of file names, with the length of its contexts if it was measured at several."""
+    """The task as part of file names, with the length of its contexts if it was measured at several, and documents."""
     several = len({length_of(other) for other in rows if other.task == row.task}) > 1
     known = "-known" if row.params.get("question") == "known" else ""
-    return f"{row.task}{f'-{length_of(row)}' if several else ''}{known}"
+    documents = f"-{row.params['documents'].replace(' ', '-')}" if row.params.get("documents") else ""
+    return f"{row.task}{f'-{length_of(row)}' if several else ''}{known}{documents}"
 
 
 def _table(
