@@ -47,7 +47,7 @@ figures: $(STAMP)
 
 # Its page, figures and tables, from records on disk. It ends with an error as long as a run is not whole.
 gallery: $(STAMP)
-	$(BIN)/kvbench report reports/reference/runs/* reports/real/runs/* --out reports/reference
+	$(BIN)/kvbench report reports/real/runs/* reports/reference/runs/* --out reports/reference
 
 # The results on SmolLM2-135M, reports/real: ten to fifteen hours on two cores, as --dry-run estimates. It goes on where it was interrupted.
 real-figures: real

@@ -78,7 +78,9 @@ def page(tmp_path_factory: pytest.TempPathFactory) -> Path:
     ])
     texts = written(folder / "texts")
     runs = [(RunFolder(path), compute_results(RunFolder(path)).rows) for path in (prose, needles, texts)]
-    return write_page(runs, [Failure("c", f"sinks fell {EVIL}", "Mend it.")], folder)
+    return write_page(runs, [
+        Failure("c", f"sinks fell {EVIL}", "Mend it."), Failure("d", "snapkv keeps too little.", left_out=True),
+    ], folder)
 
 
 @pytest.fixture(scope="module")
@@ -111,6 +113,12 @@ def test_nothing_in_a_run_can_become_code(page: Path) -> None:
     assert policy.group(1).count("sha256-") == text.count("<script>") == 4
     assert "script-src" in policy.group(1)
     assert "unsafe-inline" not in policy.group(1).split("script-src")[1].split(";")[0]
+
+
+def test_what_was_left_out_stands_behind_the_summary(page: Path) -> None:
+    text = page.read_text()
+    failed, summary, left_out = (text.index(f'<section id="{name}"') for name in ("failures", "summary", "left-out"))
+    assert failed < text.index("sinks fell") < summary < left_out < text.index("snapkv keeps too little")
 
 
 def test_the_summary_says_who_keeps_most(page: Path) -> None:

@@ -26,6 +26,8 @@ from kvbench.store.rows import Row
 
 _SCRIPTS = ("vendor/plotly.min.js", "vendor/tabulator.min.js", "figures.js", "page.js")
 _STYLES = ("vendor/tabulator.min.css", "page.css")
+_FEW = 4
+"""Number of runs that the heading names."""
 
 
 def write_page(runs: Sequence[tuple[RunFolder, Sequence[Row]]], failures: Sequence[Failure], out: Path) -> Path:
@@ -47,8 +49,10 @@ def write_page(runs: Sequence[tuple[RunFolder, Sequence[Row]]], failures: Sequen
     }
     scripts = [_read(name) for name in _SCRIPTS]
     text = Environment(autoescape=True, trim_blocks=True).from_string(_read("page.html.j2")).render(
-        name=", ".join(folder.path.resolve().name for folder in folders), about=list(map(_about, manifests)),
-        failures=failures, summary=summary_of(rows), content=content, commands=commands,
+        name=_name([folder.path.resolve().name for folder in folders]), about=list(map(_about, manifests)),
+        failures=[failure for failure in failures if not failure.left_out],
+        left_out=list(dict.fromkeys(failure.sentence for failure in failures if failure.left_out)),
+        summary=summary_of(rows), content=content, commands=commands,
         worst=[one for folder in folders for one in worst_documents(folder)],
         notes=list(dict.fromkeys(note for table in tables_of(rows) for note in table.notes)),
         environment=json.dumps([manifest.environment for manifest in manifests], indent=1, ensure_ascii=False),
@@ -62,6 +66,11 @@ def write_page(runs: Sequence[tuple[RunFolder, Sequence[Row]]], failures: Sequen
 
 def _read(name: str) -> str:
     return files("kvbench.reporting.page").joinpath(name).read_text(encoding="utf-8")
+
+
+def _name(runs: Sequence[str]) -> str:
+    named = runs if len(runs) <= _FEW else [*runs[: _FEW - 1], f"and {len(runs) - _FEW + 1} more runs"]
+    return ", ".join(named)
 
 
 def _packed(content: dict[str, Any]) -> str:
