@@ -12,7 +12,7 @@ from kvbench.analysis.results import compute_results
 from kvbench.reporting import report
 from kvbench.reporting.apart import told_apart
 from kvbench.reporting.report import write_report
-from kvbench.reporting.tables.format import name_of, task_of
+from kvbench.reporting.tables.format import is_control, name_of, task_of
 from kvbench.store.folder import RunFolder
 from kvbench.store.records import Cell
 from kvbench.store.rows import Row
@@ -48,6 +48,11 @@ def test_adapters_of_one_method_are_named(tmp_path: Path) -> None:
     assert [row.name for row in together(first, first)] == ["full", "sentinel"]
     names = [row.name for row in together(first, alike)]
     assert names == ["full", "sentinel:adapter=long@aaaaaaaa", "sentinel:adapter=long@cccccccc"]
+    tuned = [
+        run(tmp_path / name, replace(TRAINED, method="adapted", ratio_asked=None, adapter=name, adapter_hash=name * 16))
+        for name in ("e", "f")
+    ]
+    assert [is_control(row.name) for row in together(*tuned, first)] == [True, True, True, False]
     variant = run(tmp_path / "d", FULL, replace(TRAINED, variant="sinks=4", adapter_hash="d" * 16))
     assert [name_of(row) for row in together(first, variant)] == ["full", "sentinel", "sentinel:sinks=4"]
 

@@ -174,8 +174,13 @@ def log_scale(panel: Axes, values: Sequence[float | None]) -> None:
         panel.yaxis.set_minor_locator(LogLocator(subs=(2, 5) if is_wide else (1.5, 2, 3, 4, 5, 6, 7, 8, 9)))
 
 
-def methods_of(rows: Sequence[Row], without: Sequence[str] = ()) -> list[str]:
-    return [m for m in dict.fromkeys(r.name for r in rows) if m not in without]
+def methods_of(rows: Sequence[Row]) -> list[str]:
+    return list(dict.fromkeys(row.name for row in rows))
+
+
+def _is_line(name: str) -> bool:
+    """Whether a method has no ratio, and is drawn as a line across; also with its adapter's name behind it."""
+    return name.partition(":")[0] in LINES
 
 
 def removal_figure(rows: list[Row], metric: str, folder: Path, metric_label: str) -> list[Path]:
@@ -188,10 +193,10 @@ def removal_figure(rows: list[Row], metric: str, folder: Path, metric_label: str
     """
     chosen = [
         r for r in rows if r.metric == metric and r.params.get("bin") is None and r.value is not None
-        and not (r.removal == UNVERIFIED and r.ratio_asked is None and r.name not in LINES)
+        and not (r.removal == UNVERIFIED and r.ratio_asked is None and not _is_line(r.name))
     ]
     # A task under the floor has the full cache only: its panel would be one line.
-    panels = [mine for mine in by_setting(chosen).values() if any(r.name not in LINES for r in mine)]
+    panels = [mine for mine in by_setting(chosen).values() if any(not _is_line(r.name) for r in mine)]
     chosen = [row for mine in panels for row in mine]
     is_answer = any(r.protocol == "answer" for r in chosen)
 
@@ -200,10 +205,10 @@ def removal_figure(rows: list[Row], metric: str, folder: Path, metric_label: str
         return (row.ratio_asked if measured is None and row.removal == UNVERIFIED else measured) or 0.0
 
     def panel(place: Axes, mine: list[Row]) -> None:
-        for method in methods_of(mine, LINES):
+        for method in (name for name in methods_of(mine) if not _is_line(name)):
             points = sorted((r for r in mine if r.name == method), key=removed)
             curve(place, method, [removed(r) for r in points], points)
-        for name in LINES:
+        for name in sorted(filter(_is_line, methods_of(mine)), key=lambda name: LINES.index(name.partition(":")[0])):
             line = {k: v for k, v in style_of(name).items() if k in ("color", "linestyle")}
             for row in (r for r in mine if r.name == name):
                 place.axhline(row.value or 0.0, linewidth=1, label=name, **line)

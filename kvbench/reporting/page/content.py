@@ -16,7 +16,7 @@ from kvbench.metrics.base import Shown
 from kvbench.reporting.best import unranked
 from kvbench.reporting.figures.base import style_of
 from kvbench.reporting.tables.compact import main_metric
-from kvbench.reporting.tables.format import CONTROLS, by_setting, length_of, name_of
+from kvbench.reporting.tables.format import by_setting, is_control, length_of, name_of
 from kvbench.store.rows import Row
 
 COLUMNS = (
@@ -102,7 +102,7 @@ def _method(name: str) -> dict[str, Any]:
     symbol, glyph = _SYMBOLS[style["marker"]]
     return {
         "name": name, "colour": to_hex(style["color"]), "symbol": symbol, "glyph": glyph,
-        "dash": _DASHES[style["linestyle"]], "control": name.partition(" ")[0] in CONTROLS,
+        "dash": _DASHES[style["linestyle"]], "control": is_control(name.partition(" ")[0]),
     }
 
 

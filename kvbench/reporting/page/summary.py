@@ -11,7 +11,7 @@ from kvbench.analysis.largest_ratio import FOUND
 from kvbench.metrics.largest_ratio import LARGEST_RATIO
 from kvbench.reporting.best import NO_USE, UNDER_FLOOR, are_unequal, best, unranked
 from kvbench.reporting.tables.compact import main_metric, reading, too_few_to_test
-from kvbench.reporting.tables.format import CONTROLS, by_setting, name_of, task_of
+from kvbench.reporting.tables.format import by_setting, is_control, name_of, task_of
 from kvbench.statistics import SIGNIFICANT
 from kvbench.store.rows import Row
 
@@ -147,7 +147,7 @@ def _rivals(rows: Sequence[Row]) -> list[Row]:
     """The rows of a task that are compared with each other: its main metric, without controls and bins."""
     whole = list(filter(_is_whole, rows))
     metric = main_metric(whole) if whole else ""
-    return [row for row in whole if row.metric == metric and row.name not in CONTROLS and row.value is not None]
+    return [row for row in whole if row.metric == metric and not is_control(row.name) and row.value is not None]
 
 
 def _is_whole(row: Row) -> bool:

@@ -17,7 +17,7 @@ from kvbench.reporting.paper.selection import comparisons, ranked
 from kvbench.reporting.paper.setup import as_latex, as_text, setup_of
 from kvbench.reporting.paper.widths import GAP, is_wide
 from kvbench.reporting.parallel import in_parallel
-from kvbench.reporting.tables.format import CONTROLS, name_of
+from kvbench.reporting.tables.format import is_control, name_of
 from kvbench.reporting.tables.latex import escaped, latex, slug
 from kvbench.reporting.tables.plain import Table
 from kvbench.store.folder import RunFolder, write_atomic
@@ -91,7 +91,7 @@ def looks_of(plot: Plot, order: Sequence[str]) -> dict[str, dict[str, object]]:
     profile, which are of a method at a ratio, are coloured in their order."""
     names = list(dict.fromkeys(line.name for panel in plot.panels for line in panel.lines))
     known = [name for name in order if name in names]
-    return coloured(order if known else [name for name in names if name not in CONTROLS], style())
+    return coloured(order if known else [name for name in names if not is_control(name)], style())
 
 
 def document(plots: Sequence[Plot], tables: Sequence[Table], order: Sequence[str]) -> str:

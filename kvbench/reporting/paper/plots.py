@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from kvbench.metrics import SHOWN
 from kvbench.reporting.best import removed_or_asked
 from kvbench.reporting.paper.selection import Comparison, comparisons, is_paired
-from kvbench.reporting.tables.format import CONTROLS, UNVERIFIED, by_setting, length_of, task_of
+from kvbench.reporting.tables.format import UNVERIFIED, by_setting, is_control, length_of, task_of
 from kvbench.reporting.tables.latex import slug
 from kvbench.store.rows import Row
 
@@ -82,7 +82,7 @@ def _quality(
     for mine in by_setting([_difference(row) for row in rows] if paired else rows).values():
         levels = {row.name: row.value or 0.0 for row in mine if row.name in ("full", "adapted", "none", "human")}
         top = _CEILING * levels["none"] if paired and levels.get("none", 0) > 0 else None
-        drawn = [row for row in mine if row.name not in CONTROLS and place(row) is not None]
+        drawn = [row for row in mine if not is_control(row.name) and place(row) is not None]
         points = [(row, place(row) or 0.0) for row in drawn]
         beyond += [_label(row) for row, _ in points if top is not None and (row.value or 0.0) > top]
         low = min((row.ci_low or row.value or 0.0 for row in drawn), default=0.0)
@@ -165,7 +165,7 @@ def _binned(rows: Sequence[Row]) -> Iterator[Plot]:
         ]
         shown = [_difference(row) for row in chosen] if metric == "nll" else chosen
         for (task, protocol, model, seed), mine in by_setting(shown).items():
-            fixed = [row for row in mine if row.ratio_asked is None and (metric != "nll" or row.name not in CONTROLS)]
+            fixed = [row for row in mine if row.ratio_asked is None and (metric != "nll" or not is_control(row.name))]
             ratios = sorted({row.ratio_asked for row in mine if row.ratio_asked is not None})
             panels = [
                 Panel(

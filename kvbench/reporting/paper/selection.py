@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from kvbench.metrics import SHOWN
 from kvbench.reporting.tables.compact import main_metric
-from kvbench.reporting.tables.format import CONTROLS, by_setting
+from kvbench.reporting.tables.format import by_setting, is_control
 from kvbench.store.rows import Row
 
 Comparison = tuple[str, str, str, int, str | None]
@@ -34,7 +34,7 @@ def ranked(rows: Sequence[Row]) -> list[str]:
         better = SHOWN[metric].better
         for mine in by_setting(compared).values():
             for ratio in {row.ratio_asked for row in mine}:
-                alike = [row for row in mine if row.ratio_asked == ratio and row.name not in CONTROLS]
+                alike = [row for row in mine if row.ratio_asked == ratio and not is_control(row.name)]
                 alike.sort(key=lambda row: (row.value or 0.0) * {"low": 1, "high": -1, None: 0}[better])
                 for place, row in enumerate(alike):
                     places[row.name].append(place / max(1, len(alike) - 1))

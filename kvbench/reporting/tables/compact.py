@@ -16,10 +16,10 @@ from kvbench.metrics import SHOWN
 from kvbench.metrics.base import FLUENCY
 from kvbench.reporting.best import are_unequal, best, loss, removed_or_asked, unranked
 from kvbench.reporting.tables.format import (
-    CONTROLS,
     asked_of,
     cells_of,
     held_of,
+    is_control,
     number_of,
     reading_note,
     removal_note,
@@ -74,7 +74,7 @@ def main_metric(rows: Sequence[Row]) -> str:
 def reading(rows: Sequence[Row], metric: str) -> str:
     """What the table says, in words: the best at each ratio, and what could be told apart from the full cache."""
     mine = [row for row in rows if row.metric == metric and row.value is not None]
-    rivals = [row for row in mine if row.name not in CONTROLS and row.delta is not None]
+    rivals = [row for row in mine if not is_control(row.name) and row.delta is not None]
     if not rivals:
         return "Nothing is compared with the full cache."
     said = []
@@ -135,7 +135,7 @@ def _table(rows: list[Row], metric: str, cells: Cells) -> Table:
     is_text = rows[0].protocol in WRITING
     beside = [name for name in _BESIDE if is_text and name in present and name != metric][:_MOST_BESIDE]
     bars = _bars(cells, metric)
-    mine = [row for row in rows if row.metric == metric and row.name not in CONTROLS]
+    mine = [row for row in rows if row.metric == metric and not is_control(row.name)]
     has_mean = any(row.ratio_mean is not None for row in mine) and any(map(are_unequal, _by_ratio(mine)))
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     table.add_column("method", overflow="fold", min_width=12)

@@ -23,6 +23,11 @@ CONTROLS = ("human", "full", "full-again", "full-dynamic", "adapted", "none")
 """Methods that the others are compared with, or that bound them."""
 
 
+def is_control(name: str) -> bool:
+    """Whether the others are compared with a method, or bounded by it; also with its adapter's name behind it."""
+    return name.partition(":")[0] in CONTROLS
+
+
 Key = tuple[str, float | None]
 """Name of a method as shown, and requested ratio."""
 

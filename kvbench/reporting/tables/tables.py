@@ -11,10 +11,10 @@ from kvbench.parsing import bytes_of
 from kvbench.reporting.best import unranked
 from kvbench.reporting.tables.bins import bin_tables
 from kvbench.reporting.tables.format import (
-    CONTROLS,
     by_setting,
     cells_of,
     entry_of,
+    is_control,
     length_of,
     number_of,
     reading_note,
@@ -130,7 +130,7 @@ def _best(cells: dict[tuple[str, float | None], dict[str, Row]], metric: str) ->
     for ratio in {ratio for method, ratio in cells if ratio is not None}:
         rows = [
             (sign * row.value, key, row) for key, metrics in cells.items()
-            if key[1] == ratio and key[0] not in CONTROLS
+            if key[1] == ratio and not is_control(key[0])
             and (row := metrics.get(metric)) is not None and row.value is not None
         ]
         ordered = sorted(rows, key=lambda item: item[0])
