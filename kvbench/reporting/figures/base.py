@@ -11,6 +11,7 @@ from zlib import crc32
 from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.textpath import TextPath
 from matplotlib.ticker import LogLocator, ScalarFormatter
 from PIL import Image
 
@@ -62,8 +63,8 @@ def style_of(method: str) -> dict[str, Any]:
     return {"color": colour, "marker": marker, "linestyle": line, "label": method, "markersize": 5, "linewidth": 1.4}
 
 
-_HANDLE, _LETTER = 0.62, 0.062
-"""Inches that a line's sample and the space around it take in a legend, and a letter."""
+_SMALL, _SAMPLE = 7.5, 0.62
+"""Points of a letter in a legend below all panels, and inches that a line's sample and the space around it take."""
 
 
 def draw(rows: Sequence[Row], panel: Panel, folder: Path, name: str) -> list[Path]:
@@ -107,7 +108,7 @@ def add_legend(figure: Figure, places: Sequence[Axes]) -> None:
     elif found:
         columns = _columns(list(found), float(figure.get_size_inches()[0]))
         figure.legend(
-            list(found.values()), list(found), loc="outside lower center", ncols=columns, fontsize=7.5,
+            list(found.values()), list(found), loc="outside lower center", ncols=columns, fontsize=_SMALL,
             handlelength=2.6,
         )
         width, height = figure.get_size_inches()
@@ -116,10 +117,14 @@ def add_legend(figure: Figure, places: Sequence[Axes]) -> None:
 
 def _columns(labels: Sequence[str], width: float) -> int:
     """The most columns of a legend, filled from the top, that are together no wider than ``width`` inches."""
+    widths = [_SAMPLE + TextPath((0, 0), label, size=_SMALL).get_extents().width / 72 for label in labels]
     for columns in range(len(labels), 1, -1):
-        rows = -(-len(labels) // columns)
-        longest = [max(map(len, labels[start : start + rows])) for start in range(0, len(labels), rows)]
-        if sum(_HANDLE + _LETTER * letters for letters in longest) <= width:
+        needed, rest = 0.0, widths
+        for place in range(columns):
+            rows = -(-len(rest) // (columns - place))  # as matplotlib fills them: the first ones are longest
+            needed += max(rest[:rows])
+            rest = rest[rows:]
+        if needed <= width:
             return columns
     return 1
 

@@ -10,7 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.ticker import StrMethodFormatter
 
 from kvbench.reporting.figures.base import curve, draw, log_scale, methods_of, style_of
-from kvbench.reporting.tables.format import task_of
+from kvbench.reporting.tables.format import by_setting, is_control, task_of
 from kvbench.store.rows import Row
 
 
@@ -116,6 +116,7 @@ def pareto_figure(rows: list[Row], folder: Path) -> list[Path]:
     """Draw quality against bytes for all methods and ratios, with the Pareto front.
 
     Perplexity is drawn as the paired difference to the full cache, since documents differ far more than methods do.
+    Where entries were only masked, no bytes were freed: such rows are left out.
     """
     quality = {"ppl": "perplexity above that of the full cache (paired)", "accuracy": "recall accuracy"}
     whole = [r for r in rows if r.params.get("bin") is None and r.value is not None]
@@ -128,7 +129,9 @@ def pareto_figure(rows: list[Row], folder: Path) -> list[Path]:
     floors = {
         _cell(r)[:4]: r.value for r in compared if r.name == "none" and r.metric == "ppl" and (r.value or 0.0) > 0
     }
-    chosen = [r for r in compared if kept.get(_cell(r)) and r.name != "none"]
+    freeing = [r for r in compared if kept.get(_cell(r)) and r.name != "none" and r.removal != "masked"]
+    panels = [mine for mine in by_setting(freeing).values() if any(not is_control(r.name) for r in mine)]
+    chosen = [row for mine in panels for row in mine]
 
     def panel(place: Axes, mine: list[Row]) -> None:
         best = max if mine[0].metric == "accuracy" else min
