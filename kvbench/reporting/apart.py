@@ -63,7 +63,7 @@ def told_apart(folders: Sequence[RunFolder], results: Sequence[Results]) -> list
     different = {origin.documents for mine in origins for origin in mine if origin.documents}
     sizes = Counter(map(len, different))
 
-    def with_documents(row: Row, origin: _Origin, folder: RunFolder) -> Row:
+    def of_documents(row: Row, origin: _Origin, folder: RunFolder) -> Row:
         count = len(origin.documents or ())
         where = f" of {folder.path.resolve().name}" if sizes[count] > 1 else ""
         return replace(row, params={**row.params, "documents": f"{count} documents{where}"})
@@ -83,7 +83,7 @@ def told_apart(folders: Sequence[RunFolder], results: Sequence[Results]) -> list
         _setting, lambda origin: origin.dtype,
         lambda row, origin, _: replace(row, model=f"{row.model} ({origin.dtype})"),
     )
-    apart(_setting, lambda origin: origin.documents, with_documents)
+    apart(_setting, lambda origin: origin.documents, of_documents)
     apart(lambda row: (row.model, row.name), lambda origin: origin.adapter, with_adapter)
     return _once(by_run)
 

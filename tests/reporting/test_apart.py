@@ -11,6 +11,7 @@ import pytest
 from kvbench.analysis.results import compute_results
 from kvbench.reporting import report
 from kvbench.reporting.apart import told_apart
+from kvbench.reporting.paper.columns import paper_tables
 from kvbench.reporting.report import write_report
 from kvbench.reporting.tables.format import is_control, name_of, task_of
 from kvbench.store.folder import RunFolder
@@ -61,15 +62,18 @@ def test_other_documents_are_another_table(tmp_path: Path, monkeypatch: pytest.M
     first, few = run(tmp_path / "a", FULL, CELL), run(tmp_path / "b", FULL, CELL, documents=DOCUMENTS[:8])
     found = [(task_of(row), row.name, row.n) for row in together(first, few)]
     assert found == [
-        ("minidocs, 20 documents", "full", 20), ("minidocs, 20 documents", "sinks", 20),
-        ("minidocs, 8 documents", "full", 8), ("minidocs, 8 documents", "sinks", 8),
+        ("minidocs (20 documents)", "full", 20), ("minidocs (20 documents)", "sinks", 20),
+        ("minidocs (8 documents)", "full", 8), ("minidocs (8 documents)", "sinks", 8),
     ]
     others = run(tmp_path / "c", FULL, documents=DOCUMENTS[8:16])
     tasks = {task_of(row) for row in together(first, few, others)}
-    assert tasks == {"minidocs, 20 documents", "minidocs, 8 documents of b", "minidocs, 8 documents of c"}
+    assert tasks == {"minidocs (20 documents)", "minidocs (8 documents of b)", "minidocs (8 documents of c)"}
     monkeypatch.setattr(report, "write_figures", lambda *_: [])
     tables = {path.name for path in write_report([first, few], tmp_path / "both").tables}
     assert {"minidocs-20-documents.csv", "minidocs-8-documents.csv"} <= tables
+    rows = [row for row in write_report([first, few], tmp_path / "both").results.rows if row.metric == "ppl"]
+    heads = paper_tables(rows, ["sinks"])[0].columns
+    assert [head for head in heads if "minidocs" in head] == ["minidocs (20 documents)", "minidocs (8 documents)"]
 
 
 def test_precisions_are_two_models(tmp_path: Path) -> None:

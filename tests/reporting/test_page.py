@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import base64
-import gzip
 import json
 import os
 import re
@@ -23,6 +21,7 @@ from kvbench.reporting.page.summary import summary_of
 from kvbench.store.folder import RunFolder
 from kvbench.store.records import HUMAN, Cell, Failure, GenerationRecord, Output
 from kvbench.store.rows import Row
+from tests.helpers.page import numbers_of
 from tests.helpers.records import ASKED, FULL_ASKED, LOCAL, SINKS, asked, made, sample
 
 ROOT = Path(__file__).parents[2]
@@ -85,9 +84,7 @@ def page(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def content(page: Path) -> dict[str, Any]:
-    found = re.search(r'<script type="application/gzip" id="data">(.*?)</script>', page.read_text(), re.S)
-    assert found is not None
-    return json.loads(gzip.decompress(base64.b64decode(found.group(1))))  # type: ignore[no-any-return]
+    return numbers_of(page)
 
 
 def test_the_page_holds_every_number_with_its_recipe(page: Path, content: dict[str, Any]) -> None:

@@ -74,8 +74,8 @@ def _name(runs: Sequence[str]) -> str:
 
 
 def _packed(content: dict[str, Any]) -> str:
-    """JSON, compressed, in letters that cannot end the element that they stand in."""
-    text = json.dumps(content, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
+    """JSON, compressed, in letters that cannot end the element that they stand in; names may hold half characters."""
+    text = json.dumps(content, separators=(",", ":"), allow_nan=False)
     return base64.b64encode(gzip.compress(text.encode(), mtime=0)).decode()
 
 

@@ -9,7 +9,7 @@ from kvbench.metrics import SHOWN
 from kvbench.reporting.best import removed_of, unranked
 from kvbench.reporting.paper.selection import comparisons, is_paired
 from kvbench.reporting.paper.widths import PAGE, width_of
-from kvbench.reporting.tables.format import CONTROLS, length_of, reading_note, removal_note
+from kvbench.reporting.tables.format import CONTROLS, length_of, reading_note, removal_note, with_documents
 from kvbench.reporting.tables.latex import slug
 from kvbench.reporting.tables.plain import Table, TableCell
 from kvbench.reporting.tables.tables import renamed
@@ -48,7 +48,7 @@ def paper_tables(rows: Sequence[Row], order: Sequence[str], metrics: Sequence[st
     found: list[Table] = []
     columns: list[Place]
     for (protocol, metric, model, seed, question), mine in comparisons(rows, metrics).items():
-        tasks = list(dict.fromkeys((row.task, length_of(row)) for row in mine))
+        tasks = list(dict.fromkeys((with_documents(row), length_of(row)) for row in mine))
         ratios = sorted({row.ratio_asked for row in mine if row.ratio_asked is not None})
         asked = "" if question is None else f", question {question}"
         about = f"{model}, protocol {protocol}{asked}, seed {seed}"
@@ -85,7 +85,7 @@ def _tables(plan: _Plan) -> list[Table]:
 
 def _table(plan: _Plan, columns: Sequence[Place], name: str) -> Table:
     rows = plan.rows
-    at = {(row.name, (row.task, length_of(row), row.ratio_asked)): row for row in rows}
+    at = {(row.name, (with_documents(row), length_of(row), row.ratio_asked)): row for row in rows}
     controls = [name for name in CONTROLS if any(row.name == name for row in rows)]
     methods = [name for name in plan.order if any(row.name == name for row in rows)]
     chosen = {
@@ -161,7 +161,7 @@ def _note(used: Sequence[Row], lines: Sequence[Sequence[TableCell]], removed: st
 
 
 def _of_task(rows: Iterable[Row], one: Row) -> list[Row]:
-    return [row for row in rows if (row.task, length_of(row)) == (one.task, length_of(one))]
+    return [row for row in rows if (with_documents(row), length_of(row)) == (with_documents(one), length_of(one))]
 
 
 def _dash_note(lines: Sequence[Sequence[TableCell]], what: str) -> str:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from kvbench.metrics import SHOWN
 from kvbench.reporting.best import removed_or_asked
 from kvbench.reporting.paper.selection import Comparison, comparisons, is_paired
-from kvbench.reporting.tables.format import UNVERIFIED, by_setting, is_control, length_of, task_of
+from kvbench.reporting.tables.format import UNVERIFIED, by_setting, is_control, length_of, task_of, with_documents
 from kvbench.reporting.tables.latex import slug
 from kvbench.store.rows import Row
 
@@ -89,7 +89,8 @@ def _quality(
         bounds = (-0.02, 1.02) if "accuracy" in metric else (None, None)
         if top is not None:
             bounds = (min(0.0, low) - 0.05 * top, top)
-        title = mine[0].task if len(lengths) < 2 else f"{mine[0].task}, {length_of(mine[0])}"
+        task = with_documents(mine[0])
+        title = task if len(lengths) < 2 else f"{task}, {length_of(mine[0])}"
         what = f"{shown.axis} above the full cache" if paired else shown.axis
         axis = f"mean {label}" if label.startswith("share") and protocol != "answer" else label
         panels.append(Panel(title, _lines(points, shown.scale), axis, what, tuple(levels.items()), bounds))
@@ -101,7 +102,7 @@ def _quality(
         counts = sorted({row.n for row in rows})
         over = f" Beyond the panel: {', '.join(dict.fromkeys(beyond))}." if beyond else ""
         yield Plot(
-            slug(f"{name}-{metric}-{rows[0].task if len(panels) == 1 else protocol}{asked}"), tuple(panels),
+            slug(f"{name}-{metric}-{with_documents(rows[0]) if len(panels) == 1 else protocol}{asked}"), tuple(panels),
             f"{said[0].upper()}{said[1:]}: {model}, protocol {protocol}{at}{asked}, seed {seed}, "
             f"{_range(counts)} {rows[0].unit}s per task.{_unsure(rows)}{over}",
         )

@@ -49,10 +49,16 @@ def by_setting(rows: Sequence[Row]) -> dict[tuple[str, str, str, int], list[Row]
 
 def task_of(row: Row) -> str:
     """The task, with the length of its contexts and the question if it has them: ``needles, length 1024``, or ``recall,
-    question known``; and with its number of documents where runs over others are reported as well."""
-    length, question, documents = length_of(row), row.params.get("question"), row.params.get("documents")
-    parts = (row.task, length and f"length {length}", question and f"question {question}", documents)
-    return ", ".join(part for part in parts if part)
+    question known``."""
+    length, question = length_of(row), row.params.get("question")
+    task = with_documents(row) if length is None else f"{with_documents(row)}, length {length}"
+    return task if question is None else f"{task}, question {question}"
+
+
+def with_documents(row: Row) -> str:
+    """The task, with its number of documents where runs over others are reported as well: ``books (8 documents)``."""
+    documents = row.params.get("documents")
+    return row.task if documents is None else f"{row.task} ({documents})"
 
 
 def length_of(row: Row) -> int | None:
