@@ -2,6 +2,7 @@
 // The controls of the page. One state (`lit`, the highlighted method) is shared by all sections; each section draws itself when it comes into view.
 (async () => {
   // The numbers are packed, since they are most of the page: seven times smaller.
+  if (!("DecompressionStream" in window)) document.querySelector("#curves .notes").textContent = "Figures and tables need a browser of 2023 or later.";
   const packed = Uint8Array.from(atob(document.getElementById("data").textContent), letter => letter.charCodeAt(0));
   const figures = kvbench(await new Response(new Blob([packed]).stream().pipeThrough(new DecompressionStream("gzip"))).json());
   const {data, rows, unique, by, number, interval, bytes, named, held, differs, lines, curves, maps, predicted, X, style} = figures;
