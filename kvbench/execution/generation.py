@@ -14,9 +14,9 @@ from kvbench.data.documents import Document
 from kvbench.execution.channel import Advanced, At
 from kvbench.execution.evidence import kept_by_token
 from kvbench.inference.generation import generate, read_prompt
-from kvbench.inference.opening import open_session, prepared, rows_together
+from kvbench.inference.opening import joined, open_session, prepared, rows_together
 from kvbench.inference.sampling import Sampling
-from kvbench.inference.session import CacheBytes
+from kvbench.inference.session import CacheBytes, Session
 from kvbench.judges.encoder import packed
 from kvbench.models.loading import Loaded, end_tokens
 from kvbench.protocols.generate import Generate, uniforms
@@ -90,18 +90,25 @@ def _human(worker: Worker, batch: list[Piece], groups: dict[str, str]) -> list[G
 def _written(
     worker: Worker, cell: Cell, protocol: Generate, batch: list[Piece], groups: dict[str, str]
 ) -> list[GenerationRecord]:
-    prepared_cell, records = worker.prepared_cells[cell.key], []
-    for rows in rows_together(prepared_cell.method, [piece.layout for piece in batch]):
-        records += _continued(worker, prepared_cell, protocol, [batch[row] for row in rows], groups)
-    return records
+    """Records of a batch, whose pieces are read in groups that share a session, and written together."""
+    prepared_cell = worker.prepared_cells[cell.key]
+    together = [
+        [batch[row] for row in rows] for rows in rows_together(prepared_cell.method, [piece.layout for piece in batch])
+    ]
+    started = time.perf_counter()
+    found = write_texts(worker.loaded, prepared_cell, protocol, together, can_join=not worker.facts.policy_refusal)
+    seconds = (time.perf_counter() - started) / len(batch)
+    return [
+        record for pieces, written in zip(together, found, strict=True)
+        for record in _records(worker, protocol, pieces, written, seconds, groups)
+    ]
 
 
-def _continued(
-    worker: Worker, prepared_cell: PreparedCell, protocol: Generate, pieces: list[Piece], groups: dict[str, str]
+def _records(
+    worker: Worker, protocol: Generate, pieces: list[Piece], written: WrittenTexts, seconds: float,
+    groups: dict[str, str],
 ) -> list[GenerationRecord]:
-    loaded, started = worker.loaded, time.perf_counter()
-    written = write_texts(loaded, prepared_cell, protocol, pieces)
-    sizes, seconds = written.sizes, (time.perf_counter() - started) / len(pieces)
+    loaded, sizes = worker.loaded, written.sizes
     visible, queries = _visibility(written.shares, written.ids)
     names = [
         (kind, protocol.decodings[:place].count(kind)) for place, kind in enumerate(protocol.decodings)
@@ -150,36 +157,76 @@ class WrittenTexts(NamedTuple):
 
 
 def write_texts(
-    loaded: Loaded, prepared_cell: PreparedCell, protocol: Generate, pieces: list[Piece]
-) -> WrittenTexts:
-    """Generate the continuations of the pieces' prefixes."""
-    first, model, cell = pieces[0], loaded.model, prepared_cell.cell
-    drawn = torch.stack([torch.from_numpy(uniforms(piece, protocol, cell.seed)) for piece in pieces])
-    ends = end_tokens(loaded)
+    loaded: Loaded, prepared_cell: PreparedCell, protocol: Generate, groups: Sequence[Sequence[Piece]],
+    can_join: bool = True,
+) -> list[WrittenTexts]:
+    """Generate the continuations of the pieces' prefixes, by group of pieces that share a session.
+
+    Args:
+        can_join: whether one forward pass may serve several sessions: the model is one that policies can be used on.
+    """
+    model, cell, first = loaded.model, prepared_cell.cell, groups[0][0]
     with torch.inference_mode(), prepared(model, prepared_cell.adapter, len(first.ids)):
-        session = open_session(
-            model, prepared_cell.method, text_of(pieces), adapter=prepared_cell.adapter, seed=cell.seed,
-            execution=cell.execution, chunk=protocol.chunk, is_late=protocol.compresses_late,
-        )
-        prefix = torch.tensor([piece.ids[: piece.context] for piece in pieces], device=session.device)
-        logits = read_prompt(session, prefix)
+        sessions = [
+            open_session(
+                model, prepared_cell.method, text_of(pieces), adapter=prepared_cell.adapter, seed=cell.seed,
+                execution=cell.execution, chunk=protocol.chunk, is_late=protocol.compresses_late,
+            )
+            for pieces in groups
+        ]
+        ends = list(accumulate(len(pieces) for pieces in groups))
+        rows = torch.arange(ends[-1], device=sessions[0].device).tensor_split(ends[:-1])
+        together = joined(model, list(zip(rows, sessions, strict=True)), layouts=True) if can_join else None
+        if len(groups) == 1 or together is not None:
+            prefixes = [_read(session, protocol, pieces) for session, pieces in zip(sessions, groups, strict=True)]
+            drawn = [torch.from_numpy(uniforms(piece, protocol, cell.seed)) for pieces in groups for piece in pieces]
+            steps = generate(
+                sessions[0] if together is None else together,
+                torch.cat([prefix.logits for prefix in prefixes]), torch.stack(drawn),
+                Sampling(protocol.top_p, protocol.temperature), end_tokens(loaded),
+            )
+            outputs = len(protocol.decodings)
+            ids = torch.stack(list(steps), dim=1).cpu().tensor_split([end * outputs for end in ends[:-1]])
+            return [
+                _texts(session, prefix, protocol, pieces, one, end_tokens(loaded))
+                for session, prefix, pieces, one in zip(sessions, prefixes, groups, ids, strict=True)
+            ]
+    return [written for pieces in groups for written in write_texts(loaded, prepared_cell, protocol, [pieces])]
+
+
+class _Prefix(NamedTuple):
+    """What a session held when it had read the prefixes of a group, and the logits after them."""
+
+    logits: Tensor
+    kept: int
+    sizes: CacheBytes
+    by_token: list[str | None]
+
+
+def _read(session: Session, protocol: Generate, pieces: Sequence[Piece]) -> _Prefix:
+    context = pieces[0].context
+    ids = torch.tensor([piece.ids[:context] for piece in pieces], device=session.device)
+    logits = read_prompt(session, ids)
+    by_token: list[str | None] = [None] * len(pieces)
+    if not protocol.compresses_late:
+        by_token = kept_by_token(session, len(pieces), context)
+    return _Prefix(logits, session.kept, session.bytes(), by_token)
+
+
+def _texts(
+    session: Session, prefix: _Prefix, protocol: Generate, pieces: Sequence[Piece], ids: Tensor, ends: tuple[int, ...]
+) -> WrittenTexts:
+    context, outputs = pieces[0].context, len(protocol.decodings)
+    read, kept, sizes = context, prefix.kept, prefix.sizes
+    if protocol.compresses_late:
+        read = context + ids.shape[1] - 1
         kept, sizes = session.kept, session.bytes()
-        by_token: list[str | None] = [None] * len(pieces)
-        if not protocol.compresses_late:
-            by_token = kept_by_token(session, len(pieces), first.context)
-        steps = generate(session, logits, drawn, Sampling(protocol.top_p, protocol.temperature), ends)
-        ids = torch.stack(list(steps), dim=1).cpu()
-        read = first.context
-        if protocol.compresses_late:
-            read = first.context + ids.shape[1] - 1
-            kept, sizes = session.kept, session.bytes()
-            sizes = sizes._replace(full=sizes.full * read // first.context)
-            sizes = CacheBytes(*(size // len(protocol.decodings) for size in sizes))  # of one text for each prefix
+        sizes = sizes._replace(full=sizes.full * read // context)
+        sizes = CacheBytes(*(size // outputs for size in sizes))  # of one text for each prefix
     found = [tuple(i for i in row if i >= 0 and i not in ends) for row in ids.tolist()]
-    outputs = len(protocol.decodings)
-    queries = torch.arange(max(1, first.context - 1), len(first.ids) - 1)
+    queries = torch.arange(max(1, context - 1), len(pieces[0].ids) - 1)
     texts = [found[i : i + outputs] for i in range(0, len(found), outputs)]
-    return WrittenTexts(texts, read, kept, session.peak, sizes, session.visible(queries) / queries, by_token)
+    return WrittenTexts(texts, read, kept, session.peak, sizes, session.visible(queries) / queries, prefix.by_token)
 
 
 def _visibility(shares: Tensor, texts: list[list[tuple[int, ...]]]) -> tuple[list[float], list[int]]:

@@ -97,9 +97,9 @@ def _written(ids: Sequence[int], asked: Asked, ends: Ends) -> Written:
 def _extended(model: nn.Module, sessions: Sequence[Session], ids: Sequence[Sequence[int]]) -> Tensor:
     """Logits ``[sessions, vocabulary]`` after more text in each of them."""
     tokens = torch.tensor(ids, device=sessions[0].device)
-    together = joined([(torch.tensor([row]), session) for row, session in enumerate(sessions)])
+    together = joined(model, [(torch.tensor([row]), session) for row, session in enumerate(sessions)])
     if together is not None:
-        return together.extend(model, tokens)[:, -1]
+        return together.extend(tokens)[:, -1]
     parts = []
     for session, row in zip(sessions, tokens, strict=True):
         *_, part = session.extend(row[None])

@@ -142,9 +142,11 @@ class CompressedCache(Cache):  # type: ignore[misc]
         return self.groups[-1]
 
     def _go_on(self, ids: Tensor, wanted: int) -> Tensor:
-        together = joined([(group.rows, group.session) for group in self.groups]) if ids.shape[1] == 1 else None
+        setting = self.compression
+        groups = [(group.rows, group.session) for group in self.groups]
+        together = joined(setting.model, groups) if ids.shape[1] == 1 else None
         if together is not None:
-            return together.feed(self.compression.model, ids, removes=self.compression.during != PREFILL)
+            return together.feed(ids, removes=setting.during != PREFILL)
         out: Tensor | None = None
         for group in self.groups:
             logits = self._advance(group.session, ids[group.rows])[:, -wanted:]

@@ -9,12 +9,23 @@ its order, and all methods use the same random numbers.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from kvbench.inference.sampling import Sampling, choose
 from kvbench.inference.session import Session
+
+
+class Rows(Protocol):
+    """What text is written in: a session, or the rows of several."""
+
+    def expand(self, copies: int) -> None:
+        """Repeat every row ``copies`` times, copies of a row next to each other."""
+
+    def step(self, ids: Tensor) -> Tensor:
+        """Read one generated token per row, int64 ``[rows]``, and return logits ``[rows, vocabulary]``."""
 
 
 def read_prompt(session: Session, ids: Tensor) -> Tensor:
@@ -24,7 +35,7 @@ def read_prompt(session: Session, ids: Tensor) -> Tensor:
 
 
 def generate(
-    session: Session, logits: Tensor, uniforms: Tensor, sampling: Sampling, ends: tuple[int, ...] = (),
+    session: Rows, logits: Tensor, uniforms: Tensor, sampling: Sampling, ends: tuple[int, ...] = (),
     check: bool = True,
 ) -> Iterator[Tensor]:
     """Generate tokens: yields their ids, int64 ``[batch * outputs]``, step by step; -1 in rows that have ended.

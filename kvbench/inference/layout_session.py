@@ -6,6 +6,7 @@ All rows of a batch share a layout, so eviction is aligned and no padding is nee
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 
 import torch
@@ -23,15 +24,22 @@ from kvbench.methods.layouts.layout import OPEN, Layout
 class LayoutSession:
     """Feeds a batch under a layout and removes the entries that no later token may see.
 
+    A forward pass is prepared by ``begin``, accounted for by ``end`` and followed by ``settle``, so that one pass can
+    serve several sessions (:mod:`kvbench.inference.together`).
+
     Attributes:
         context: number of text tokens that are read first; the rest of the layout is generated, or read one by one.
         chunk: number of slots that are fed at a time.
         evicts: whether dead entries are removed; otherwise they are only masked.
-        is_loose: whether a few dead entries may stay, masked, until new ones overwrite them; otherwise they are removed
-            at once.
+        is_loose: whether a few dead entries may stay, masked, until new ones overwrite them, as while text is written;
+            otherwise they are removed at once.
+        is_kept_whole: whether the text being read comes after the layout's, and is kept.
         fed: number of slots fed so far; ``read``: number of text tokens.
         stored: int64, the slots that the cache holds, by cache index.
         holes: int64, the cache indices of dead entries.
+        present: int64, the slots stored and being fed, by cache index.
+        shown: bool ``[1, 1, fed, present]``, what the slots being fed attend to; None where the kernel's own causal
+            mask is equivalent.
         kept, peak, removals: see :class:`kvbench.inference.session.Session`.
     """
 
@@ -42,6 +50,7 @@ class LayoutSession:
     evicts: bool = True
     cache: EvictingCache = field(default_factory=EvictingCache)
     is_loose: bool = False
+    is_kept_whole: bool = False
     fed: int = 0
     read: int = 0
     kept: int = 0
@@ -49,6 +58,8 @@ class LayoutSession:
     removals: int = 0
     stored: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.long))
     holes: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.long))
+    present: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.long))
+    shown: Tensor | None = None
 
     def prefill(self, ids: Tensor, first: int = 0, ahead: Tensor | None = None) -> Iterator[Scored]:
         """Feed ``chunk`` slots at a time and remove dead entries after each chunk; ``ahead`` is ignored."""
@@ -61,29 +72,34 @@ class LayoutSession:
             if len(text):
                 yield Scored(token, token + len(text), logits)
                 token += len(text)
-        self.read = self.context
 
     def extend(self, ids: Tensor) -> Iterator[Scored]:
         """Feed text without further compression."""
-        if ids.shape[1]:
-            self.peak = max(self.peak, self.cache.entries() + ids.shape[1])
-            position = self.read
-            self.read, self.kept = self.read + ids.shape[1], self.kept + ids.shape[1]
-            yield Scored(0, ids.shape[1], self.reader.extend(ids, position, self.cache))
+        count = ids.shape[1]
+        if count:
+            with self.kept_whole():
+                yield Scored(0, count, self._forward(ids, torch.arange(count)))
+
+    @contextmanager
+    def kept_whole(self) -> Iterator[None]:
+        """Within the block, text after the layout's is read: no entries of it will be removed."""
+        self.is_kept_whole = True
+        try:
+            yield
+        finally:
+            self.is_kept_whole = False
 
     def expand(self, copies: int) -> None:
         self.cache.batch_repeat_interleave(copies)
 
     def step(self, ids: Tensor) -> Tensor:
         """Feed one token per row, and the special tokens up to the next text token."""
-        self.is_loose = True
         if self.read >= self.layout.n_raw:
             raise UserError(
                 f"The layout was planned for {self.layout.n_raw} tokens, and more follow.",
                 "Remove entries of the prompt only, or read the whole text in one call.",
             )
         stop, wanted = self._stop(self.read), self.layout.read_slots[self.read][None]
-        self.read += 1
         return self.feed(self.reader.generated_inputs(ids[:, None], self.layout, slice(self.fed, stop)), wanted)[:, 0]
 
     def fill(self, batch: int, seed: int) -> None:
@@ -150,26 +166,70 @@ class LayoutSession:
         Returns:
             Logits ``[batch, wanted, vocabulary]``.
         """
-        device, layout, reader = inputs.device, self.layout, self.reader
-        start, stop = self.fed, self.fed + inputs.shape[1]
-        fed = torch.arange(start, stop)
-        with reader.overhead():
-            present = self._place(fed)
-            special = layout.special_slots
-            inside = special[(special >= start) & (special < stop)] - start
-            reader.open_gate(to_device(inside, device))
-            self.cache.merge_step = reader.merge_step(layout, start, present, device)
-            mask = self._mask(fed, present)
-        logits = reader.forward(
-            inputs, None if mask is None else to_device(mask[None, None], device),
-            to_device(layout.position[start:stop], device), to_device(wanted - start, device), self.cache,
-            int(layout.position[start]),
-        )
-        with reader.overhead():
-            self.peak = max(self.peak, len(present))
-            self.fed = stop
-            self._settle(present)
+        logits = self._forward(inputs, wanted - self.fed)
+        self.settle()
         return logits
+
+    def _forward(self, inputs: Tensor, keep: Tensor) -> Tensor:
+        count, places = inputs.shape[1], self.begin(inputs.shape[1])
+        logits = self.reader.forward(
+            inputs, self.shown, to_device(places, inputs.device), to_device(keep, inputs.device), self.cache,
+            int(places[0]),
+        )
+        self.end(count)
+        return logits
+
+    def begin(self, count: int) -> Tensor:
+        """Prepare for a forward pass over the next ``count`` slots, and return their positions, int64 ``[count]``."""
+        device, layout, reader = self.device, self.layout, self.reader
+        start, stop = self.fed, self.fed + count
+        with reader.overhead():
+            if self.is_kept_whole:
+                none = torch.empty(0, dtype=torch.long, device=device)
+                # One by one there is spare room, so that the cache is not copied for each of them.
+                self.cache.holes, self.cache.merge_step = none if count == 1 else None, None
+                reader.open_gate(none)
+                held = self.cache.entries()
+                mask = None if count == 1 else torch.ones(count, held + count, dtype=torch.bool).tril(held)
+            else:
+                fed = torch.arange(start, stop)
+                self.is_loose = start >= self._stop(self.context - 1)
+                self.present = self._place(fed)
+                special = layout.special_slots
+                inside = special[(special >= start) & (special < stop)] - start
+                reader.open_gate(to_device(inside, device))
+                self.cache.merge_step = reader.merge_step(layout, start, self.present, device)
+                mask = self._mask(fed, self.present)
+            self.shown = None if mask is None else to_device(mask[None, None], device)
+        return torch.arange(self.read, self.read + count) if self.is_kept_whole else layout.position[start:stop]
+
+    def end(self, count: int) -> None:
+        """Account for ``count`` slots that have been fed."""
+        if self.is_kept_whole:
+            self.read, self.kept = self.read + count, self.kept + count
+            self.peak = max(self.peak, self.cache.entries())
+            return
+        self.fed += count
+        self.read = int(torch.searchsorted(self.layout.raw_slots, self.fed))
+        self.peak = max(self.peak, len(self.present))
+
+    def settle(self) -> None:
+        """Remove the entries that no later slot may see."""
+        with self.reader.overhead():
+            self._settle(self.present)
+
+    def patched(self) -> AbstractContextManager[None]:
+        """Nothing: a layout leaves what the model computes as it is."""
+        return nullcontext()
+
+    def mask(self, layer: int, queries: int, keys: int, device: torch.device) -> Tensor | None:
+        return self.shown
+
+    def attend(self, layer: int, query: Tensor, scaling: float | None) -> Tensor | None:
+        return None
+
+    def observe(self, layer: int, query: Tensor, keys: Tensor, scaling: float) -> None:
+        """Nothing: a layout does not depend on what is attended to."""
 
     def _stop(self, token: int) -> int:
         """One past the last slot fed along with a text token; opening sentinels are fed with the text after them."""

@@ -93,10 +93,19 @@ def prepared(model: nn.Module, adapter: Adapter | None, length: int) -> Iterator
         yield
 
 
-def joined(groups: Sequence[tuple[Tensor, Session]]) -> Together | None:
-    """One forward pass for the next token of several sessions, with their rows; None if each must be fed by itself."""
-    members = [(rows, session) for rows, session in groups if can_join(session)]
-    return Together(members) if len(members) == len(groups) > 1 else None
+def joined(
+    model: nn.Module, groups: Sequence[tuple[Tensor, Session]], layouts: bool = False
+) -> Together | None:
+    """One forward pass for the next token of several sessions, with their rows; None if each must be fed by itself.
+
+    Args:
+        layouts: whether sessions of layouts may join, too; the model must be one that policies can be used on.
+    """
+    members = [
+        (rows, session) for rows, session in groups
+        if can_join(session) and (layouts or isinstance(session, PolicySession))
+    ]
+    return Together(model, members) if len(members) == len(groups) > 1 else None
 
 
 def rows_together(method: Method, row_seeds: Sequence[int]) -> list[list[int]]:

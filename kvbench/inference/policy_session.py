@@ -124,8 +124,7 @@ class PolicySession:
 
     def step(self, ids: Tensor) -> Tensor:
         logits = self.feed(ids[:, None])
-        if self.is_due:
-            self.remove()
+        self.settle()
         return logits[:, -1]
 
     def fill(self, batch: int, seed: int) -> None:
@@ -209,11 +208,10 @@ class PolicySession:
     def feed(self, ids: Tensor, wanted: slice = _ALL) -> Tensor:
         """Feed text ``[batch, m]`` and return logits ``[batch, wanted, vocabulary]``; nothing is removed."""
         m = ids.shape[1]
-        self.begin(m)
-        places = torch.arange(self.read, self.read + m, device=ids.device)
+        places = self.begin(m).to(ids.device)
         token = OBSERVER.set(self)
         try:
-            with self.policy.patched(self.model):
+            with self.patched():
                 out = self.model(
                     input_ids=ids, attention_mask=torch.ones(1, 1, m, 1, dtype=torch.bool, device=ids.device),
                     position_ids=places[None], use_cache=True, past_key_values=self.cache,
@@ -225,8 +223,12 @@ class PolicySession:
         logits: Tensor = out.logits
         return logits
 
-    def begin(self, count: int) -> None:
-        """Prepare for a forward pass over the next ``count`` tokens."""
+    def patched(self) -> AbstractContextManager[None]:
+        """Context manager around forward passes, within which the model computes what the policy changes."""
+        return self.policy.patched(self.model)
+
+    def begin(self, count: int) -> Tensor:
+        """Prepare for a forward pass over the next ``count`` tokens, and return their positions, int64 ``[count]``."""
         cache = self.cache
         cache.is_full_step = self.policy.is_full_step(self.read)
         held = cache.mean_entries() if cache.is_full_step else cache.mean_seen()
@@ -234,11 +236,17 @@ class PolicySession:
         if self.history is not None:
             self.history.append([(x.positions if cache.is_full_step else x.seen()).clone() for x in cache.layers])
         cache.read = cache.begin = self.read
+        return torch.arange(self.read, self.read + count)
 
     def end(self, count: int) -> None:
         """Account for ``count`` tokens that have been fed."""
         self.read, self.since = self.read + count, self.since + count
         self.peak = max(self.peak, self.cache.most_entries())
+
+    def settle(self) -> None:
+        """Remove entries if that is due."""
+        if self.is_due:
+            self.remove()
 
     def remove(self) -> None:
         """Let the policy remove entries in every layer that holds more than its budget."""

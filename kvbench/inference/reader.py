@@ -97,26 +97,6 @@ class Reader:
             layout.read_slots[keep].to(device), cache, 0,
         )
 
-    def extend(self, ids: Tensor, position: int, cache: EvictingCache) -> Tensor:
-        """Feed text ``[batch, m]`` after a compressed context, without further compression.
-
-        Args:
-            position: position id of the first of these tokens.
-
-        Returns:
-            Logits ``[batch, m, vocabulary]``.
-        """
-        held, m, none = cache.entries(), ids.shape[1], torch.empty(0, dtype=torch.long, device=ids.device)
-        mask = None
-        if m == 1:  # generated one by one: with spare room, the cache is not copied for each of them
-            cache.holes = none
-        else:
-            mask = torch.ones(m, held + m, dtype=torch.bool).tril(held)[None, None].to(ids.device)
-        self.open_gate(none)
-        cache.merge_step = None
-        places = torch.arange(position, position + m, device=ids.device)
-        return self.forward(ids, mask, places, torch.arange(m, device=ids.device), cache, position)
-
     def merge_step(self, layout: Layout, first: int, present: Tensor, device: torch.device) -> MergeStep | None:
         """The merges to apply when the slots from ``first`` on are fed, given the slots ``present`` in the cache."""
         merge_plan = layout.merge_plan

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from kvbench.inference.session import Session
+from kvbench.inference.together import repeated
 
 
 @dataclass(frozen=True)
@@ -66,8 +66,7 @@ class RowGroup:
     def expand(self, copies: int) -> None:
         """Repeat every row, copies of a row next to each other, in the batch and in the session."""
         self.session.expand(copies)
-        steps = torch.arange(copies, device=self.rows.device)
-        self.rows = (self.rows[:, None] * copies + steps).flatten()
+        self.rows = repeated(self.rows, copies)
         self.seeds = tuple(seed for seed in self.seeds for _ in range(copies))
 
     def usage(self, generated: int) -> CacheUsage:

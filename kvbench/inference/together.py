@@ -1,4 +1,5 @@
-"""One forward pass for the next tokens of several sessions of policies, whose rows have read texts of unequal length.
+"""One forward pass for the next tokens of several sessions, whose rows hold different entries or have read texts of
+unequal length.
 
 Everything but attention is computed for all rows at once; in every layer, each session stores and attends the entries
 of its own rows.
@@ -8,20 +9,29 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import ExitStack
-from typing import Any, TypeGuard
+from typing import Any, TypeAlias, TypeGuard
 
 import torch
 from torch import Tensor, nn
 from transformers.cache_utils import Cache
 
+from kvbench.inference.layout_session import LayoutSession
 from kvbench.inference.policy_session import PolicySession
 from kvbench.inference.session import Session
 from kvbench.models.attention import masked_attention
 from kvbench.models.attention_hooks import OBSERVER
 
+Joining: TypeAlias = PolicySession | LayoutSession
 
-def can_join(session: Session) -> TypeGuard[PolicySession]:
-    """Whether the next tokens of a session can be fed together with those of others that change the model alike."""
+
+def can_join(session: Session) -> TypeGuard[Joining]:
+    """Whether the next tokens of a session can be fed together with those of others that change the model alike.
+
+    A layout's can if it reads nothing but text. The model must be one that policies can be used on, since each session
+    then attends its own entries.
+    """
+    if isinstance(session, LayoutSession):
+        return not len(session.layout.special_slots)
     return isinstance(session, PolicySession) and not session.policy.keeps_all
 
 
@@ -32,32 +42,41 @@ class Together(Cache):  # type: ignore[misc]
         members: rows of the batch, int64, and the session that reads them.
     """
 
-    def __init__(self, members: Sequence[tuple[Tensor, PolicySession]]) -> None:
+    def __init__(self, model: nn.Module, members: Sequence[tuple[Tensor, Joining]]) -> None:
         super().__init__(layers=[])
-        self.members = members
+        self.model, self.members = model, members
         self.attended: dict[int, list[tuple[Tensor, Tensor]]] = {}
 
-    def extend(self, model: nn.Module, ids: Tensor) -> Tensor:
+    def extend(self, ids: Tensor) -> Tensor:
         """Read text ``[batch, m]`` after the contexts without compressing it; logits ``[batch, 1, vocabulary]``."""
         with ExitStack() as stack:
             for _, session in self.members:
                 stack.enter_context(session.kept_whole())
-            return self.feed(model, ids, removes=False)
+            return self.feed(ids, removes=False)
 
-    def feed(self, model: nn.Module, ids: Tensor, removes: bool) -> Tensor:
+    def expand(self, copies: int) -> None:
+        """Repeat every row ``copies`` times, copies of a row next to each other."""
+        for _, session in self.members:
+            session.expand(copies)
+        self.members = [(repeated(rows, copies), session) for rows, session in self.members]
+
+    def step(self, ids: Tensor) -> Tensor:
+        """Read one generated token per row, int64 ``[rows]``, and return logits ``[rows, vocabulary]``."""
+        return self.feed(ids[:, None], removes=True)[:, -1]
+
+    def feed(self, ids: Tensor, removes: bool) -> Tensor:
         """Read the next tokens ``[batch, m]`` of all rows and return the logits after them, ``[batch, 1, vocabulary]``.
 
         Args:
-            removes: let the policy remove entries afterwards where that is due.
+            removes: let the sessions remove entries afterwards where that is due.
         """
         count, positions = ids.shape[1], torch.empty_like(ids)
         for rows, session in self.members:
-            session.begin(count)
-            positions[rows] = torch.arange(session.read, session.read + count, device=ids.device)
+            positions[rows] = session.begin(count).to(ids.device)
         token = OBSERVER.set(self)
         try:
-            with self.members[0][1].policy.patched(model):
-                out = model(
+            with self.members[0][1].patched():
+                out = self.model(
                     input_ids=ids, attention_mask=torch.ones(1, 1, count, 1, dtype=torch.bool, device=ids.device),
                     position_ids=positions, use_cache=True, past_key_values=self, logits_to_keep=1,
                 )
@@ -65,8 +84,8 @@ class Together(Cache):  # type: ignore[misc]
             OBSERVER.reset(token)
         for _, session in self.members:
             session.end(count)
-            if removes and session.is_due:
-                session.remove()
+            if removes:
+                session.settle()
         logits: Tensor = out.logits
         return logits
 
@@ -101,3 +120,8 @@ class Together(Cache):  # type: ignore[misc]
 
     def observe(self, layer: int, query: Tensor, keys: Tensor, scaling: float) -> None:
         """Nothing: sessions have observed their own rows."""
+
+
+def repeated(rows: Tensor, copies: int) -> Tensor:
+    """The rows of a batch in which every row is repeated, copies of a row next to each other."""
+    return (rows[:, None] * copies + torch.arange(copies, device=rows.device)).flatten()

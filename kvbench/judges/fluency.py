@@ -11,8 +11,11 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from kvbench.cache.evicting import EvictingCache
+from kvbench.inference.layout_session import LayoutSession
 from kvbench.inference.opening import prepared
 from kvbench.inference.reader import Reader
+from kvbench.methods import make_layout
+from kvbench.methods.layouts.full import Full
 from kvbench.protocols.pieces import Tokenizer, make_tokenizer
 
 
@@ -93,10 +96,10 @@ class Scorer:
         whole = self._tensor(ids)
         with torch.inference_mode(), prepared(self.model, None, len(ids)):
             if common:
-                cache = EvictingCache()
-                for place, (keys, values) in enumerate(prefix.entries):
-                    cache.update(keys[:, :, :common], values[:, :, :common], place)
-                logits = Reader(self.model).extend(whole[:, common:-1], common, cache)[0, start - 1 - common :]
+                session = LayoutSession(Reader(self.model), make_layout(Full(), common, 0, 0), common)
+                session.take_over((keys[:, :, :common], values[:, :, :common]) for keys, values in prefix.entries)
+                (part,) = session.extend(whole[:, common:-1])
+                logits = part.logits[0, start - 1 - common :]
             else:
                 keep = torch.arange(start - 1, len(ids) - 1, device=whole.device)
                 logits = self.model(

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from kvbench.cache.evicting import EvictingCache
+from kvbench.inference.layout_session import MaskedSession
 from kvbench.inference.reader import Reader
 from kvbench.methods import METHODS, Layout, LayoutMethod, TextStructure, make_layout
 from kvbench.methods.layouts.chunked import chunk_layout
@@ -81,18 +81,16 @@ def test_turns_of_any_length_and_what_follows(model: nn.Module, name: str) -> No
     held = layout.held_after(len(layout))
     assert len(held) == expected
     with run.ready():
-        at_once, one_by_one = (read_all(run, text[:, :context], layout, 7).session.cache for _ in range(2))
-        together = run.extend(text[:, context:], context, at_once)
-        steps = [
-            run.extend(text[:, context + i : context + i + 1], context + i, one_by_one) for i in range(more)
-        ]
-        after_one_pass = EvictingCache()
-        run.one_pass(text[:, :context], layout, cache=after_one_pass)
-        after_one_pass.keep(held)
-        masked = run.extend(text[:, context:], context, after_one_pass)
-    assert (torch.cat(steps, 1) - together).abs().max() < TOLERANCE
-    assert (together - masked).abs().max() < TOLERANCE
-    assert one_by_one.entries() == len(held) + more
+        at_once, one_by_one = (read_all(run, text[:, :context], layout, 7).session for _ in range(2))
+        (together,) = at_once.extend(text[:, context:])
+        steps = [next(one_by_one.extend(text[:, context + i : context + i + 1])).logits for i in range(more)]
+        after_one_pass = MaskedSession(run, layout, context)
+        for _ in after_one_pass.prefill(text[:, :context]):
+            pass
+        (masked,) = after_one_pass.extend(text[:, context:])
+    assert (torch.cat(steps, 1) - together.logits).abs().max() < TOLERANCE
+    assert (together.logits - masked.logits).abs().max() < TOLERANCE
+    assert one_by_one.cache.entries() == one_by_one.kept == len(held) + more
 
 
 @torch.inference_mode()
@@ -108,15 +106,14 @@ def test_what_follows_a_context_is_masked_by_hand(llama: nn.Module) -> None:
     mask[size:, held] = True
     mask[size:, size:] = torch.ones(more, more, dtype=torch.bool).tril()
     with run.ready():
-        cache = read_all(run, text[:, :context], layout, 7).session.cache
-        together = run.extend(text[:, context:], context, cache)
+        (together,) = read_all(run, text[:, :context], layout, 7).session.extend(text[:, context:])
         assert run.adapter is not None
         run.adapter.open_gate(layout.special_slots)
         embeddings = llama.get_input_embeddings()(text[:, context:])
         inputs = torch.cat([run.inputs(text[:, :context], layout), embeddings], 1)
         position = torch.cat([layout.position, torch.arange(context, context + more)])
         out = llama(inputs_embeds=inputs, attention_mask=mask[None, None], position_ids=position[None])
-    assert (together - out.logits[:, size:]).abs().max() < TOLERANCE
+    assert (together.logits - out.logits[:, size:]).abs().max() < TOLERANCE
 
 
 @pytest.mark.parametrize(
