@@ -14,6 +14,7 @@ import numpy as np
 from kvbench.data.documents import Document
 from kvbench.data.tasks import load_task
 from kvbench.execution.pool import PROCESS, children
+from kvbench.execution.workload import rows_at_once
 from kvbench.models.sizes import sizes_of
 from kvbench.parsing import parse_json
 from kvbench.planning.quality import Plan
@@ -86,7 +87,9 @@ def estimate_memory(plan: Plan) -> Memory | None:
     longest = max(_tokens(plan, cell)[1] for cell in plan.cells)
     weights, cache = plan.model.weight_bytes * width // 4, longest * sizes.entry_bytes * width // 4
     scored = any(not cell.answers and not cell.writes for cell in plan.cells)
-    logits = (3 if scored else 1) * min(longest, LONGEST) * sizes.vocabulary * 4
+    targets = min(longest, LONGEST)
+    rows = rows_at_once(targets, sizes.vocabulary) if scored else 1
+    logits = (3 if scored else 1) * rows * targets * sizes.vocabulary * 4
     return Memory(weights, cache, weights + cache + logits + PROCESS, children(plan))
 
 

@@ -23,7 +23,7 @@ from kvbench.protocols.registry import protocol_of
 from kvbench.store.manifest import TaskInfo
 from kvbench.store.records import Cell
 
-MAX_ROWS, MAX_SCORES = 8, 1 << 25
+MAX_ROWS, MAX_SCORES = 8, 1 << 27
 """Upper bounds on a batch: rows, and scores (rows x targets x vocabulary)."""
 
 
@@ -107,10 +107,14 @@ def batches(documents: tuple[tuple[Document, Cut], ...], vocabulary: int) -> Ite
             groups.setdefault(piece.shape, []).append(piece)
     for pieces in groups.values():
         ordered = sorted(pieces, key=lambda piece: piece.layout)
-        targets = len(pieces[0].ids) - pieces[0].scored
-        rows = max(1, min(MAX_ROWS, MAX_SCORES // max(1, targets * vocabulary)))
+        rows = rows_at_once(len(pieces[0].ids) - pieces[0].scored, vocabulary)
         for start in range(0, len(ordered), rows):
             yield ordered[start : start + rows]
+
+
+def rows_at_once(targets: int, vocabulary: int) -> int:
+    """Number of texts that are scored in one batch: matrix products of few rows are slow, and scores take memory."""
+    return max(1, min(MAX_ROWS, MAX_SCORES // max(1, targets * vocabulary)))
 
 
 def _tokenizer_hash(loaded: Loaded) -> str:
