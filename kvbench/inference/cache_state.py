@@ -8,13 +8,16 @@ import torch
 from torch import Tensor
 
 from kvbench.cache.evicting import EvictingLayer
+from kvbench.cache.latents import Basis, Latents
 from kvbench.cache.policy_cache import PolicyLayer
 from kvbench.cache.pruned_channels import PrunedChannels
 from kvbench.cache.quantized import Codes, Float8, Quantised
 from kvbench.cache.ragged import Ragged
 
 _KINDS = {
-    kind.__name__: kind for kind in (PolicyLayer, EvictingLayer, Ragged, Codes, Quantised, Float8, PrunedChannels)
+    kind.__name__: kind for kind in (
+        PolicyLayer, EvictingLayer, Ragged, Codes, Quantised, Float8, PrunedChannels, Basis, Latents,
+    )
 }
 _SESSION = (
     "read", "since", "seen", "peak", "context", "removals", "fed", "kept", "stored", "holes", "is_loose",

@@ -141,7 +141,7 @@ def check_method(method: Method, model: nn.Module, name: str, facts: ModelFacts)
                 f"{name} has learned positions, which cannot be counted anew in the cache.",
                 "Use --set positions=absolute.",
             )
-        if method.needs.moments:
+        if method.needs.moments or method.needs.rotations:
             inv_freq_by_layer(model)
         with method.patched(model):
             pass

@@ -66,7 +66,8 @@ class PolicySession:
     is_kept_whole: bool = False
 
     def __post_init__(self) -> None:
-        needs_inv_freq = self.policy.rerotated or self.policy.needs.moments
+        needs = self.policy.needs
+        needs_inv_freq = self.policy.rerotated or needs.moments or needs.rotations
         self.inv_freq = (inv_freq_by_layer(self.model) if needs_inv_freq else None) or ()
         self.cache = PolicyCache(self.policy.rerotated, self.inv_freq)
         self.read = self.since = 0
@@ -294,7 +295,7 @@ class PolicySession:
             seed=self.seed, query_moments=layer.moments,
             inv_freq=self.inv_freq[number] if self.inv_freq else None,
             carried=layer.carried, known=self.known[number] if self.known else {},
-            weights=None if layer.weights is None else layer.weights[..., first:last],
+            weights=None if layer.weights is None else layer.weights[..., first:last], model=self.model,
         )
 
     def mask(self, layer: int, queries: int, keys: int, device: torch.device) -> Tensor | None:

@@ -106,7 +106,7 @@ def _cached_probe(model: nn.Module) -> Rotations:
 def _probe(model: nn.Module) -> Rotations:
     read = {
         position: found for position in (0, *_probe_positions(model))
-        if (found := _read_token_at(model, position)) is not None
+        if (found := read_token_at(model, position)) is not None
     }
     if _NEAR_POSITIONS[0] not in read:  # a table of positions that ends before this one
         return Rotations((), True)
@@ -129,7 +129,7 @@ def _probe_positions(model: nn.Module) -> list[int]:
     return sorted({*(position for position in _NEAR_POSITIONS if position <= max(last, _NEAR_POSITIONS[0])), last})
 
 
-def _read_token_at(model: nn.Module, position: int) -> tuple[list[AttentionCall], Tensor] | None:
+def read_token_at(model: nn.Module, position: int) -> tuple[list[AttentionCall], Tensor] | None:
     """Attention calls and logits of a token read alone at a position; None beyond the table of positions."""
     calls: list[AttentionCall] = []
     device = next(model.parameters()).device

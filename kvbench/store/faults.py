@@ -16,6 +16,7 @@ GROUP = "kvbench.methods"
 FAULTS = {
     ("cam", 1): "merged twice as often as published, with too large shares, under a growing budget",
     ("d2o", 1): "merged by the mean of one removal and head, so that one entry at a time always was",
+    ("lorc", 1): "stored entries in full, and its bytes and memory were those of the full cache",
     ("refreshkv", 1): "attended only a part of what follows a compressed prefix",
     ("think", 1): "held up to 4 % more bytes than its budget",
 }

@@ -21,6 +21,7 @@ from kvbench.methods import METHODS, kept
 from kvbench.methods.policies.policy import LayerView, highest
 from kvbench.models.attention_hooks import OBSERVER
 from kvbench.models.rope import rotated
+from tests.helpers.models import normalises_keys
 from tests.helpers.policies import BATCH, LENGTH, POLICIES, Replayed, masked, policy_of, read, runs_of, seen_at, text
 from tests.helpers.sessions import texts
 
@@ -54,6 +55,8 @@ def test_removed_is_masked_by_what_was_kept(model: nn.Module, name: str) -> None
 def test_what_is_stored_is_what_transformers_would_attend(model: nn.Module, name: str) -> None:
     """On every family: each run of tokens, fed to the model itself with the entries that were held before it."""
     ids, policy = text(), policy_of(name, step="7", count="false")  # counts: test_weighted_entries.py
+    if name == "lorc" and normalises_keys(model):
+        pytest.skip("refused: test_latents.py")
     run = PolicySession(model, policy, LENGTH, (3, 5))
     with torch.inference_mode():
         for start, stop in runs_of(policy, LENGTH):
@@ -69,7 +72,7 @@ def test_what_is_stored_is_what_transformers_would_attend(model: nn.Module, name
             assert float((run.feed(part) - stock.logits).abs().max()) < 1e-5
             run.remove()
     assert 1 <= run.cache.physical_bytes() / run.cache.logical_bytes() <= 1.05
-    assert name == "lorc" or run.cache.logical_bytes() < 0.8 * LENGTH * run.cache.entry_bytes()
+    assert run.cache.logical_bytes() < 0.8 * LENGTH * run.cache.entry_bytes()
 
 
 @pytest.mark.parametrize("step", [1, 16])

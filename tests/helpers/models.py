@@ -61,6 +61,11 @@ def small_model(family: str, **sizes: int) -> nn.Module:
     return model.eval().requires_grad_(False)
 
 
+def normalises_keys(model: nn.Module) -> bool:
+    """Whether keys are normalised after their projection, so that coordinates of it (lorc) do not give them."""
+    return "Qwen3" in type(model).__name__
+
+
 def small_card(gate: str = "gated", method: str = "sentinel", n_rows: int = 2, **options: str) -> AdapterCard:
     return AdapterCard(method, gate, 4, 4.0, n_rows, "small", "hash", options=options)
 

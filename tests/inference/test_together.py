@@ -23,7 +23,7 @@ from kvbench.protocols.generate import Generate
 from kvbench.protocols.pieces import Piece
 from tests.helpers.models import FAMILIES, VOCABULARY, small_model
 from tests.helpers.records import SINKS
-from tests.inference.test_shared_context import N, methods, opened
+from tests.inference.test_shared_context import N, methods, opened, runs_on
 
 
 @torch.inference_mode()
@@ -32,7 +32,7 @@ def test_rows_of_many_policies_are_as_if_fed_alone(family: str) -> None:
     model = small_model(family)
     ids = torch.randint(1, VOCABULARY, (1, N + 12), generator=torch.Generator().manual_seed(3))
     context, question, answer = ids[:, :N], ids[:, N : N + 7], ids[0, N + 7 :]
-    tried = [method for method in methods() if not (family in ("opt", "gpt2") and getattr(method, "rerotated", 0))]
+    tried = [method for method in methods() if runs_on(method, family)]
     with prepared(model, None, N + 12):
         sessions = [session for session in (opened(model, method) for method in tried) if can_share(session)]
         sessions = [session for session in sessions if can_join(session)]

@@ -1,4 +1,4 @@
-"""LoRC (arXiv 2410.03111): low-rank projections of keys and values. Shows their quality only: nothing is removed."""
+"""LoRC (arXiv 2410.03111): keys and values of low rank, stored as coordinates."""
 
 from __future__ import annotations
 
@@ -7,31 +7,60 @@ from dataclasses import dataclass
 
 from torch import nn
 
+from kvbench.cache.latents import Latents
+from kvbench.cache.stored import StoredEntries
 from kvbench.methods.base import Effect
-from kvbench.methods.policies.low_rank import columns_of, low_rank
-from kvbench.methods.policies.policy import CachePolicy
+from kvbench.methods.options import option
+from kvbench.methods.policies.low_rank import columns_of, depth_weights, low_rank, parts_of, shared_out
+from kvbench.methods.policies.policy import CachePolicy, LayerView, Needs
+
+LEAST = 0.5
+"""Smallest share of the largest rank that a layer gets."""
 
 
 @dataclass(frozen=True)
 class LoRC(CachePolicy):
-    """Computes keys and values with low-rank weights, so that a cache could store fewer numbers per entry.
+    """Computes keys and values with weights of low rank, and stores their coordinates: all heads of a layer together.
 
-    The ratio is what such a cache would save: of the d numbers of all heads it would store kept(d, r), the rank. Here
-    entries are stored in full, and the table shows no saving: with rotary embeddings, keys would have to be
-    reconstructed and rotated again at every step. Departure: the same rank in every layer, where the published method
-    gives shallow layers a higher one, by the condition numbers of the layers after them.
+    Of the d numbers of a layer's keys, and as many of its values, kept(d, r) are stored on average over the layers; no
+    token is removed. Keys and values are rebuilt whenever they are attended, and keys rotated to their positions. The
+    last tokens, up to ``step``, are whole. The bases are weights of the model and are not counted as cache.
+
+    All layers have the same rank (``ranks=uniform``). Published are higher ranks in the first layers, by the condition
+    numbers of the weights of each and all later layers (``ranks=progressive``); the formula is recalled and not
+    verified: shares fall linearly with the logarithm of their product, from the largest rank to half of it. On
+    kvbench-tiny they predict worse than uniform ones. Version 1 stored entries in full and freed nothing.
     """
 
     name = "lorc"
-    summary = "keys and values by weights of low, uniform rank: the quality of it, nothing is removed yet"
-    note = "uniform rank"
+    summary = "all entries, as coordinates of low-rank keys and values that are rebuilt when attended"
     paper = "arXiv 2410.03111"
     budgets = ("ratio",)
-    effect = Effect.COMPUTES_LESS
+    effect = Effect.PACKS
+    version = 2
+    needs = Needs(rotations=True)
 
-    def budget(self, read: int, total: int, layer: int, layers: int) -> int:
-        return read
+    ranks: str = option(
+        "uniform", "whether all layers have one rank, or the first a higher one", choices=("uniform", "progressive"),
+        later=True,
+    )
+
+    def by_layer(self, model: nn.Module) -> tuple[int, ...]:
+        """The rank of keys and of values, by layer."""
+        size, parts = columns_of(model), parts_of(model)
+        layers = len(parts) // 2
+        total = layers * max(1, size - int(self.ratio * size))
+        even = self.ranks == "uniform"
+        return shared_out(total, (1.0,) * layers if even else depth_weights(parts, LEAST), size)
 
     def patched(self, model: nn.Module) -> AbstractContextManager[None]:
-        size = columns_of(model)
-        return low_rank(model, max(1, size - int(self.ratio * size)))
+        return low_rank(model, self.by_layer(model))
+
+    def pack(self, view: LayerView, earlier: tuple[StoredEntries, ...]) -> tuple[StoredEntries, int] | None:
+        assert view.model is not None, "a session has one"
+        rank = self.by_layer(view.model)[view.layer]
+        if not view.entries or rank >= columns_of(view.model):
+            return None
+        of_keys, of_values = (part.cut(rank) for part in parts_of(view.model)[2 * view.layer : 2 * view.layer + 2])
+        first = int(view.positions[0, 0, 0])
+        return Latents.of(view.keys, view.values, (of_keys, of_values), first, view.inv_freq), view.entries

@@ -45,6 +45,7 @@ class LayerView:
         carried: what :meth:`CachePolicy.merged` returned when entries were last removed from this layer; None before.
         weights: float32 ``[batch, heads, entries]``, how many tokens each entry stands for; None if each is one token.
         known: mean attention by number of queries, shared by all policies that choose from the same entries.
+        model: whose entries these are; None where a policy is tried without one.
     """
 
     keys: Tensor
@@ -63,6 +64,7 @@ class LayerView:
     carried: Tensor | None = None
     weights: Tensor | None = None
     known: dict[int, Tensor] = field(default_factory=dict)
+    model: nn.Module | None = None
 
     @property
     def entries(self) -> int:
@@ -112,11 +114,13 @@ class Needs(NamedTuple):
     Attributes:
         attention: attention of all queries, summed; ``decay``: the factor applied to the sums for every further query.
         moments: mean and covariance of the queries.
+        rotations: how keys are rotated.
     """
 
     attention: bool = False
     decay: float = 1.0
     moments: bool = False
+    rotations: bool = False
 
 
 @dataclass(frozen=True)
