@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,6 +23,10 @@ class Basis:
 
     columns: Tensor
     bias: Tensor | None
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Basis:
+        """The basis itself: it belongs to the model, whose caches share it."""
+        return self
 
     def latents(self, vectors: Tensor) -> Tensor:
         """Coordinates ``[..., rank]`` of vectors ``[..., heads * width]``, in float32."""

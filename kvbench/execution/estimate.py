@@ -14,7 +14,7 @@ import numpy as np
 from kvbench.data.documents import Document
 from kvbench.data.tasks import load_task
 from kvbench.execution.pool import PROCESS, children
-from kvbench.execution.workload import rows_at_once
+from kvbench.execution.workload import rows_at_once, scores_at_once
 from kvbench.models.sizes import sizes_of
 from kvbench.parsing import parse_json
 from kvbench.planning.quality import Plan
@@ -89,8 +89,9 @@ def estimate_memory(plan: Plan) -> Memory | None:
     scored = any(not cell.answers and not cell.writes for cell in plan.cells)
     targets = min(longest, LONGEST)
     rows = rows_at_once(targets, sizes.vocabulary) if scored else 1
-    logits = (3 if scored else 1) * rows * targets * sizes.vocabulary * 4
-    return Memory(weights, cache, weights + cache + logits + PROCESS, children(plan))
+    scores = scores_at_once(targets, sizes.vocabulary) if scored else targets * sizes.vocabulary
+    logits = (3 if scored else 1) * scores * 4
+    return Memory(weights, cache, weights + rows * cache + logits + PROCESS, children(plan))
 
 
 class Memory(NamedTuple):

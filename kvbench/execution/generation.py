@@ -185,11 +185,11 @@ def write_texts(
                 torch.cat([prefix.logits for prefix in prefixes]), torch.stack(drawn),
                 Sampling(protocol.top_p, protocol.temperature), end_tokens(loaded),
             )
-            outputs = len(protocol.decodings)
-            ids = torch.stack(list(steps), dim=1).cpu().tensor_split([end * outputs for end in ends[:-1]])
+            splits = [end * len(protocol.decodings) for end in ends[:-1]]
+            written = _written_by(steps, sessions, splits, end_tokens(loaded))
             return [
                 _texts(session, prefix, protocol, pieces, one, end_tokens(loaded))
-                for session, prefix, pieces, one in zip(sessions, prefixes, groups, ids, strict=True)
+                for session, prefix, pieces, one in zip(sessions, prefixes, groups, written, strict=True)
             ]
     return [written for pieces in groups for written in write_texts(loaded, prepared_cell, protocol, [pieces])]
 
@@ -213,20 +213,55 @@ def _read(session: Session, protocol: Generate, pieces: Sequence[Piece]) -> _Pre
     return _Prefix(logits, session.kept, session.bytes(), by_token)
 
 
+class _Written(NamedTuple):
+    """What a session has written, ids ``[rows, tokens]``, and what it held when the last of its rows ended."""
+
+    ids: Tensor
+    peak: int
+    kept: int
+    sizes: CacheBytes
+
+
+def _written_by(
+    steps: Iterator[Tensor], sessions: Sequence[Session], splits: Sequence[int], ends: tuple[int, ...]
+) -> list[_Written]:
+    """Collect the tokens of all rows; a session goes on being fed until those of the others have ended as well."""
+    columns: list[Tensor] = []
+    found: dict[int, _Written] = {}
+
+    def note(place: int) -> None:
+        session, ids = sessions[place], torch.stack(columns, 1).tensor_split(splits)[place].cpu()
+        found[place] = _Written(ids, session.peak, session.kept, session.bytes())
+
+    ended = torch.zeros((), dtype=torch.bool)
+    for ids in steps:
+        columns.append(ids)
+        if len(sessions) > 1 and ends:
+            ended = ended.to(ids.device) | torch.isin(ids, torch.tensor(ends, device=ids.device))
+            for place, rows in enumerate(ended.tensor_split(splits)):
+                if place not in found and bool(rows.all()):
+                    note(place)
+    for place in range(len(sessions)):
+        if place not in found:
+            note(place)
+    return [found[place] for place in range(len(sessions))]
+
+
 def _texts(
-    session: Session, prefix: _Prefix, protocol: Generate, pieces: Sequence[Piece], ids: Tensor, ends: tuple[int, ...]
+    session: Session, prefix: _Prefix, protocol: Generate, pieces: Sequence[Piece], written: _Written,
+    ends: tuple[int, ...],
 ) -> WrittenTexts:
-    context, outputs = pieces[0].context, len(protocol.decodings)
+    context, outputs, ids = pieces[0].context, len(protocol.decodings), written.ids
     read, kept, sizes = context, prefix.kept, prefix.sizes
     if protocol.compresses_late:
         read = context + ids.shape[1] - 1
-        kept, sizes = session.kept, session.bytes()
+        kept, sizes = written.kept, written.sizes
         sizes = sizes._replace(full=sizes.full * read // context)
         sizes = CacheBytes(*(size // outputs for size in sizes))  # of one text for each prefix
     found = [tuple(i for i in row if i >= 0 and i not in ends) for row in ids.tolist()]
     queries = torch.arange(max(1, context - 1), len(pieces[0].ids) - 1)
     texts = [found[i : i + outputs] for i in range(0, len(found), outputs)]
-    return WrittenTexts(texts, read, kept, session.peak, sizes, session.visible(queries) / queries, prefix.by_token)
+    return WrittenTexts(texts, read, kept, written.peak, sizes, session.visible(queries) / queries, prefix.by_token)
 
 
 def _visibility(shares: Tensor, texts: list[list[tuple[int, ...]]]) -> tuple[list[float], list[int]]:

@@ -117,6 +117,11 @@ def rows_at_once(targets: int, vocabulary: int) -> int:
     return max(1, min(MAX_ROWS, MAX_SCORES // max(1, targets * vocabulary)))
 
 
+def scores_at_once(targets: int, vocabulary: int) -> int:
+    """Largest number of scores in a batch of texts with at most so many targets: shorter ones fill it better."""
+    return min(MAX_ROWS * targets * vocabulary, max(MAX_SCORES, targets * vocabulary))
+
+
 def _tokenizer_hash(loaded: Loaded) -> str:
     vocabulary = sorted(loaded.tokenizer.get_vocab().items(), key=lambda item: item[1])
     return hashlib.sha256(json.dumps(vocabulary).encode()).hexdigest()[:8]

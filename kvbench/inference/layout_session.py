@@ -94,12 +94,7 @@ class LayoutSession:
 
     def step(self, ids: Tensor) -> Tensor:
         """Feed one token per row, and the special tokens up to the next text token."""
-        if self.read >= self.layout.n_raw:
-            raise UserError(
-                f"The layout was planned for {self.layout.n_raw} tokens, and more follow.",
-                "Remove entries of the prompt only, or read the whole text in one call.",
-            )
-        stop, wanted = self._stop(self.read), self.layout.read_slots[self.read][None]
+        stop, wanted = self._stop(self.read), self.layout.read_slots[self.read : self.read + 1]
         return self.feed(self.reader.generated_inputs(ids[:, None], self.layout, slice(self.fed, stop)), wanted)[:, 0]
 
     def fill(self, batch: int, seed: int) -> None:
@@ -171,12 +166,12 @@ class LayoutSession:
         return logits
 
     def _forward(self, inputs: Tensor, keep: Tensor) -> Tensor:
-        count, places = inputs.shape[1], self.begin(inputs.shape[1])
+        places = self.begin(inputs.shape[1])
         logits = self.reader.forward(
             inputs, self.shown, to_device(places, inputs.device), to_device(keep, inputs.device), self.cache,
             int(places[0]),
         )
-        self.end(count)
+        self.end(inputs.shape[1])
         return logits
 
     def begin(self, count: int) -> Tensor:
@@ -192,6 +187,11 @@ class LayoutSession:
                 held = self.cache.entries()
                 mask = None if count == 1 else torch.ones(count, held + count, dtype=torch.bool).tril(held)
             else:
+                if start >= len(layout):
+                    raise UserError(
+                        f"The layout was planned for {layout.n_raw} tokens, and more follow.",
+                        "Remove entries of the prompt only, or read the whole text in one call.",
+                    )
                 fed = torch.arange(start, stop)
                 self.is_loose = start >= self._stop(self.context - 1)
                 self.present = self._place(fed)

@@ -30,7 +30,7 @@ def can_join(session: Session) -> TypeGuard[Joining]:
     A layout's can if it reads nothing but text. The model must be one that policies can be used on, since each session
     then attends its own entries.
     """
-    if isinstance(session, LayoutSession):
+    if type(session) is LayoutSession:
         return not len(session.layout.special_slots)
     return isinstance(session, PolicySession) and not session.policy.keeps_all
 

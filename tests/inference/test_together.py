@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import nn
 
+from kvbench.execution import generation
 from kvbench.execution.generation import write_texts
 from kvbench.execution.worker import PreparedCell
 from kvbench.inference.generation import read_prompt
@@ -108,8 +109,11 @@ def test_layouts_with_special_tokens_are_fed_by_themselves(llama: nn.Module) -> 
     assert joined(llama, groups, layouts=True) is None
 
 
-def test_texts_of_a_batch_of_random_layouts_are_those_of_each_alone(llama: nn.Module) -> None:
-    """And one forward pass serves all of them per token, however many layouts there are."""
+@pytest.mark.parametrize("end", [0, 60])
+def test_texts_of_a_batch_of_random_layouts_are_those_of_each_alone(
+    llama: nn.Module, monkeypatch: pytest.MonkeyPatch, end: int
+) -> None:
+    """And one forward pass serves all of them per token, however many layouts there are and when their texts end."""
     cell = replace(SINKS, method="scattered", execution="streamed")
     prepared_cell = PreparedCell(cell, make_method("scattered", Fraction(1, 2)), None)
     protocol = Generate(
@@ -123,15 +127,20 @@ def test_texts_of_a_batch_of_random_layouts_are_those_of_each_alone(llama: nn.Mo
     ]
     groups = [pieces[:2], pieces[2:3], pieces[3:]]
     loaded = Loaded(llama, SimpleNamespace(eos_token_id=None), 512, VOCABULARY)
+    monkeypatch.setattr(generation, "end_tokens", lambda _: tuple(range(end)))
     calls: list[int] = []
     hook = llama.register_forward_pre_hook(lambda *_: calls.append(1))
     found = []
-    for at_once in (True, False):
+    for at_once in (True, True, False):  # the first call looks at the model, too
         calls.clear()
         found.append((write_texts(loaded, prepared_cell, protocol, groups, at_once), len(calls)))
     hook.remove()
-    (together, passes), (alone, more) = found
-    assert more - passes == 2 * 9, "nine tokens are read back in three sessions, or in one pass"
+    _, (together, passes), (alone, more) = found
+    if not end:
+        assert more - passes == 2 * 9, "nine tokens are read back in three sessions, or in one pass"
+    else:
+        lengths = [max(len(text) for texts in written.ids for text in texts) for written in together]
+        assert len(set(lengths)) > 1, "texts end at different times"
     for mine, theirs in zip(together, alone, strict=True):
         assert mine.ids == theirs.ids
         assert mine._replace(ids=[], shares=None) == theirs._replace(ids=[], shares=None)  # type: ignore[arg-type]

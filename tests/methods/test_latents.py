@@ -96,6 +96,32 @@ def test_keys_that_are_normalised_are_refused_by_name() -> None:
         check_method(policy_of("lorc"), small_model("qwen3"), "qwen3", ModelFacts("Qwen3ForCausalLM"))
 
 
+def test_values_that_are_limited_are_refused_by_name() -> None:
+    model: Any = small_model("llama")
+    model.config.clip_qkv = 30.0  # too high for the text that is tried
+    with pytest.raises(UserError, match="a limit"):
+        check_method(policy_of("lorc"), model, "olmo", ModelFacts("Olmo"))
+
+
+@pytest.mark.parametrize("family", ["llama", "neox", "gpt2"])
+def test_models_as_they_are_loaded_by_others(family: str) -> None:
+    """With parameters that want gradients, in half precision, outside any inference mode; a cache can be copied."""
+    model = small_model(family).requires_grad_(True).to(torch.bfloat16)
+    policy = policy_of("lorc", "0.5", step="7")
+    check_method(policy, model, family, ModelFacts(family))
+    run = PolicySession(model, policy, 40, (3, 5), chunk=40)
+    with torch.no_grad():
+        for _ in run.prefill(text(40)):
+            pass
+        layers = copy.deepcopy(run.cache.layers)
+    mine, theirs = run.cache.layers[0].packed[0], layers[0].packed[0]
+    assert isinstance(mine, Latents)
+    assert isinstance(theirs, Latents)
+    assert theirs.keys.data_ptr() != mine.keys.data_ptr()
+    assert theirs.of_keys is mine.of_keys, "the bases belong to the model"
+    assert run.cache.logical_bytes() < 0.6 * 40 * run.cache.entry_bytes()
+
+
 @given(
     some.lists(some.floats(0.25, 1), min_size=1, max_size=9), some.integers(1, 40), some.floats(0, 1),
 )

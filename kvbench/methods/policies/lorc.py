@@ -10,8 +10,9 @@ from torch import nn
 from kvbench.cache.latents import Latents
 from kvbench.cache.stored import StoredEntries
 from kvbench.methods.base import Effect
+from kvbench.methods.budget import kept
 from kvbench.methods.options import option
-from kvbench.methods.policies.low_rank import columns_of, depth_weights, low_rank, parts_of, shared_out
+from kvbench.methods.policies.low_rank import columns_of, low_rank, parts_of, ranks_by_layer
 from kvbench.methods.policies.policy import CachePolicy, LayerView, Needs
 
 LEAST = 0.5
@@ -47,11 +48,8 @@ class LoRC(CachePolicy):
 
     def by_layer(self, model: nn.Module) -> tuple[int, ...]:
         """The rank of keys and of values, by layer."""
-        size, parts = columns_of(model), parts_of(model)
-        layers = len(parts) // 2
-        total = layers * max(1, size - int(self.ratio * size))
-        even = self.ranks == "uniform"
-        return shared_out(total, (1.0,) * layers if even else depth_weights(parts, LEAST), size)
+        rank = max(1, kept(columns_of(model), self.ratio))
+        return ranks_by_layer(model, rank, 1.0 if self.ranks == "uniform" else LEAST)
 
     def patched(self, model: nn.Module) -> AbstractContextManager[None]:
         return low_rank(model, self.by_layer(model))

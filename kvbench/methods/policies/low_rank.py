@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from functools import lru_cache
+from heapq import heapify, heappop, heapreplace
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -18,6 +18,7 @@ from kvbench.errors import UserError
 from kvbench.models.rope import read_token_at
 
 _FOUND: WeakKeyDictionary[nn.Module, list[Part]] = WeakKeyDictionary()
+_RANKS: WeakKeyDictionary[nn.Module, dict[tuple[int, float], tuple[int, ...]]] = WeakKeyDictionary()
 
 
 @dataclass(frozen=True)
@@ -27,7 +28,8 @@ class Part:
     Attributes:
         module: the projection.
         columns: int64 ``[heads * width]``.
-        basis: left singular vectors of the weights ``[heads * width, heads * width]``, by descending singular value.
+        basis: left singular vectors of the weights, by descending singular value: ``[heads * width, n]``, where n is
+            the smaller of heads * width and the model's width.
         bias: ``[heads * width]``; None if there is none.
         log_condition: logarithm of the largest over the smallest singular value.
     """
@@ -70,6 +72,7 @@ def low_rank(model: nn.Module, ranks: Sequence[int]) -> Iterator[None]:
         yield
 
 
+@torch.no_grad()
 def parts_of(model: nn.Module) -> list[Part]:
     """The projections of keys and of values in turn, layer by layer; found at the first call.
 
@@ -83,13 +86,26 @@ def parts_of(model: nn.Module) -> list[Part]:
     return _FOUND[model]
 
 
-@lru_cache(maxsize=256)
-def shared_out(total: int, weights: tuple[float, ...], most: int) -> tuple[int, ...]:
+def ranks_by_layer(model: nn.Module, rank: int, least: float) -> tuple[int, ...]:
+    """Ranks of the layers, ``rank`` on average: those of :func:`depth_weights`; computed at the first call."""
+    parts, known = parts_of(model), _RANKS.setdefault(model, {})
+    if (rank, least) not in known:
+        known[rank, least] = shared_out(rank * len(parts) // 2, depth_weights(parts, least), columns_of(model))
+    return known[rank, least]
+
+
+def shared_out(total: int, weights: Sequence[float], most: int) -> tuple[int, ...]:
     """Share out a total in proportion to weights, by D'Hondt: at least 1 each, and at most ``most``."""
     found = [1] * len(weights)
+    waiting = [(-weight / 2, place) for place, weight in enumerate(weights) if most > 1]
+    heapify(waiting)
     for _ in range(min(total, most * len(weights)) - len(weights)):
-        open_ = [place for place, count in enumerate(found) if count < most]
-        found[max(open_, key=lambda place: weights[place] / (found[place] + 1))] += 1
+        _, place = waiting[0]
+        found[place] += 1
+        if found[place] < most:
+            heapreplace(waiting, (-weights[place] / (found[place] + 1), place))
+        else:
+            heappop(waiting)
     return tuple(found)
 
 
@@ -142,28 +158,28 @@ def _parts(model: nn.Module) -> Iterator[Part]:
 
 
 def _check_stored(model: nn.Module, parts: Sequence[Part]) -> None:
-    """Check that a key at position 0, where no rotation changes it, is what its projection gives.
+    """Check that a key at position 0, where no rotation changes it, and a value are what their projections give.
 
     Raises:
-        UserError: it is not: keys are normalised, or scaled.
+        UserError: they are not: they are normalised, scaled, or clipped.
     """
     given: list[Tensor] = []
     with ExitStack() as stack:
-        for part in parts[::2]:
+        for part in parts:
             def hook(module: nn.Module, inputs: Any, output: Tensor, part: Part = part) -> None:
                 given.append(output[0, 0, part.columns].float())
 
             stack.callback(part.module.register_forward_hook(hook).remove)
         read = read_token_at(model, 0)
     assert read is not None, "every model reads position 0"
-    for call, mine in zip(read[0], given, strict=True):
-        key = call.key[0, :, 0].flatten().float()
-        if float((key - mine).abs().max()) > 0.01 * float(mine.abs().max()):
-            raise UserError(
-                f"{type(model).__name__} changes its keys after their projection (a norm, or a scale), so that "
-                "coordinates of the projection do not give them.",
-                "Measure lorc on a model such as Llama, Qwen2, GPT-NeoX, OPT or GPT-2.",
-            )
+    stored = [tensor[0, :, 0].flatten().float() for call in read[0] for tensor in (call.key, call.value)]
+    apart = [float((one - other).abs().max() / other.abs().max()) for one, other in zip(stored, given, strict=True)]
+    if max(apart) > 0.01 or getattr(model.config, "clip_qkv", None):
+        raise UserError(
+            f"{type(model).__name__} changes its keys or values after their projection (a norm, a scale, a limit), "
+            "so that coordinates of the projection do not give them.",
+            "Measure lorc on a model such as Llama, Qwen2, GPT-NeoX, OPT or GPT-2.",
+        )
 
 
 def _part(module: Any, columns: Tensor) -> Part:
