@@ -13,8 +13,8 @@ import numpy as np
 
 from kvbench.data.documents import Document
 from kvbench.data.tasks import load_task
+from kvbench.execution.batch_size import rows_at_once, scores_at_once
 from kvbench.execution.pool import PROCESS, children
-from kvbench.execution.workload import rows_at_once, scores_at_once
 from kvbench.models.sizes import sizes_of
 from kvbench.parsing import parse_json
 from kvbench.planning.quality import Plan

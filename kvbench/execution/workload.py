@@ -12,6 +12,7 @@ from typing import Any
 from kvbench.data.documents import Document, load_corpus
 from kvbench.data.tasks import Task, load_task
 from kvbench.errors import UserError
+from kvbench.execution.batch_size import rows_at_once
 from kvbench.execution.job import Job
 from kvbench.judges.choice import NOTHING
 from kvbench.models.facts import ModelFacts
@@ -22,9 +23,6 @@ from kvbench.protocols.pieces import Cut, Piece, make_tokenizer
 from kvbench.protocols.registry import protocol_of
 from kvbench.store.manifest import TaskInfo
 from kvbench.store.records import Cell
-
-MAX_ROWS, MAX_SCORES = 8, 1 << 27
-"""Upper bounds on a batch: rows, and scores (rows x targets x vocabulary)."""
 
 
 @dataclass(frozen=True)
@@ -110,16 +108,6 @@ def batches(documents: tuple[tuple[Document, Cut], ...], vocabulary: int) -> Ite
         rows = rows_at_once(len(pieces[0].ids) - pieces[0].scored, vocabulary)
         for start in range(0, len(ordered), rows):
             yield ordered[start : start + rows]
-
-
-def rows_at_once(targets: int, vocabulary: int) -> int:
-    """Number of texts that are scored in one batch: matrix products of few rows are slow, and scores take memory."""
-    return max(1, min(MAX_ROWS, MAX_SCORES // max(1, targets * vocabulary)))
-
-
-def scores_at_once(targets: int, vocabulary: int) -> int:
-    """Largest number of scores in a batch of texts with at most so many targets: shorter ones fill it better."""
-    return min(MAX_ROWS * targets * vocabulary, max(MAX_SCORES, targets * vocabulary))
 
 
 def _tokenizer_hash(loaded: Loaded) -> str:

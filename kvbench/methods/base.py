@@ -25,13 +25,12 @@ TRAINED_PERCENT = (5, 95)
 
 
 class Effect(StrEnum):
-    """What a method does to the cache: evict entries, store them smaller, attend to fewer, or approximate them."""
+    """What a method does to the cache: evict entries, store them smaller, or attend to fewer."""
 
     NONE = "none"
     EVICTS = "evicts"
     PACKS = "packs"
     ATTENDS_LESS = "attends less"
-    COMPUTES_LESS = "computes less"
 
 
 @dataclass(frozen=True)

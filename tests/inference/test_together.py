@@ -11,8 +11,8 @@ import pytest
 import torch
 from torch import nn
 
-from kvbench.execution import generation
-from kvbench.execution.generation import write_texts
+from kvbench.execution import texts
+from kvbench.execution.texts import write_texts
 from kvbench.execution.worker import PreparedCell
 from kvbench.inference.generation import read_prompt
 from kvbench.inference.opening import Text, joined, open_session, prepared
@@ -127,7 +127,7 @@ def test_texts_of_a_batch_of_random_layouts_are_those_of_each_alone(
     ]
     groups = [pieces[:2], pieces[2:3], pieces[3:]]
     loaded = Loaded(llama, SimpleNamespace(eos_token_id=None), 512, VOCABULARY)
-    monkeypatch.setattr(generation, "end_tokens", lambda _: tuple(range(end)))
+    monkeypatch.setattr(texts, "end_tokens", lambda _: tuple(range(end)))
     calls: list[int] = []
     hook = llama.register_forward_pre_hook(lambda *_: calls.append(1))
     found = []
@@ -139,7 +139,7 @@ def test_texts_of_a_batch_of_random_layouts_are_those_of_each_alone(
     if not end:
         assert more - passes == 2 * 9, "nine tokens are read back in three sessions, or in one pass"
     else:
-        lengths = [max(len(text) for texts in written.ids for text in texts) for written in together]
+        lengths = [max(len(text) for row in written.ids for text in row) for written in together]
         assert len(set(lengths)) > 1, "texts end at different times"
     for mine, theirs in zip(together, alone, strict=True):
         assert mine.ids == theirs.ids

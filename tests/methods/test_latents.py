@@ -92,7 +92,7 @@ def test_entries_are_rebuilt_where_they_stood(model: nn.Module) -> None:
 
 
 def test_keys_that_are_normalised_are_refused_by_name() -> None:
-    with pytest.raises(UserError, match="Qwen3ForCausalLM changes its keys after their projection"):
+    with pytest.raises(UserError, match="Qwen3ForCausalLM changes its keys or values after their projection"):
         check_method(policy_of("lorc"), small_model("qwen3"), "qwen3", ModelFacts("Qwen3ForCausalLM"))
 
 
@@ -137,7 +137,7 @@ def test_ranks_are_shared_out_whole(weights: list[float], most: int, part: float
 
 
 def test_the_first_layers_get_the_highest_ranks(llama: nn.Module) -> None:
-    policy = policy_of("lorc", "0.5")
+    policy = policy_of("lorc", "0.5", ranks="progressive")
     assert isinstance(policy, LoRC)
     ranks = policy.by_layer(llama)
     assert list(ranks) == sorted(ranks, reverse=True)
