@@ -11,6 +11,7 @@ from importlib.metadata import EntryPoint, entry_points
 
 from kvbench.errors import UserError, unknown
 from kvbench.methods.base import Method
+from kvbench.methods.layouts.beacon import Beacon
 from kvbench.methods.layouts.ccm import CCMConcat, CCMMerge
 from kvbench.methods.layouts.full import Adapted, Full, NoContext
 from kvbench.methods.layouts.gist import Gist
@@ -20,6 +21,8 @@ from kvbench.methods.layouts.pic import PIC
 from kvbench.methods.layouts.prompt import Prompt
 from kvbench.methods.layouts.scattered import Scattered, ScatteredTuned
 from kvbench.methods.layouts.sentinel import Sentinel
+from kvbench.methods.layouts.strided import Strided, StridedTuned
+from kvbench.methods.layouts.unigist import UniGist, UniGistTuned
 from kvbench.methods.layouts.windows import Local, LocalTuned, Sinks, SinksTuned, Window
 from kvbench.methods.policies.adakv import AdaKV
 from kvbench.methods.policies.cam import CaM
@@ -47,7 +50,7 @@ from kvbench.store.faults import GROUP
 
 _OWN: tuple[type[Method], ...] = (
     Full, NoContext, Window, Sinks, Local, Scattered, Sentinel, CCMConcat, CCMMerge, Gist, MeanPool, PIC, Prompt,
-    LocalTuned, ScatteredTuned, SinksTuned, Adapted,
+    UniGist, UniGistTuned, Beacon, Strided, LocalTuned, ScatteredTuned, SinksTuned, StridedTuned, Adapted,
     StreamingLLM, Random, KNorm, KeyDiff, LagKV, TOVA, H2O, SnapKV, PyramidKV, ChunkKV, AdaKV, ExpectedAttention,
     Cascading, CaM, D2O, SubGen, KIVI, FP8, ThinK, RefreshKV,
     LoRC,

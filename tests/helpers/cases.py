@@ -36,7 +36,7 @@ CASES = [
     Case("full", "0", {}, N), Case("none", "0", {}, N % 32), Case("adapted", "0", {}, N),
     *(
         Case(name, ratio, {}, kept(N, Fraction(ratio)))
-        for name in ("window", "local", "scattered", "sentinel", "local-tuned", "scattered-tuned")
+        for name in ("window", "local", "scattered", "sentinel", "strided", "beacon", "local-tuned", "scattered-tuned")
         for ratio in ("0.3", "0.7", "0.9")
     ),
     *(
@@ -66,6 +66,11 @@ CASES = [
     Case("pic", "0.8", {}, in_chunks(2, 10)), Case("pic", "0.8", {"sees": "memory"}, in_chunks(2, 10)),
     Case("prompt", "0.8", {}, in_chunks(2, 10)),
     Case("sinks", "0", STREAM, 36),
+    Case("unigist", "0.3", {}, 68), Case("unigist", "0.7", {"window": "8", "sinks": "2"}, 29),
+    Case("unigist", "0.9", {"window": "5"}, 10), Case("unigist-tuned", "0.5", {"window": "16"}, 48),
+    Case("beacon", "0.6", {"window": "20", "sinks": "3"}, 39),
+    Case("beacon", "0.6", {"positions": "absolute", "sinks": "0"}, 39),
+    Case("strided", "0.7", {"share": "20", "sinks": "3"}, 29), Case("strided-tuned", "0.5", {"share": "0"}, 48),
 ]
 CASES += [  # methods of other packages
     Case(name, "0.5", {}) for name, kind in METHODS.items()

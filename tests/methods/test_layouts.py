@@ -38,6 +38,8 @@ def closed_form(name: str, n: int, ratio: Fraction) -> int:
             return n % 32
         case "sinks" | "sinks-tuned":
             return min(n, max(5, kept(n, ratio)))
+        case "unigist" | "unigist-tuned":
+            return max(5, kept(n, ratio)) if ratio else n
         case _:
             return kept(n, ratio)
 

@@ -21,8 +21,8 @@ import torch
 from torch import Tensor
 
 TEXT, OPEN, CLOSE, COMP, SUM = 0, 1, 2, 3, 4
-"""Kinds of tokens: a token of the text; a sentinel that opens a span, one that closes it; a token whose entry becomes
-memory; a slot whose entry is computed from other entries."""
+"""Kinds of tokens: a token of the text; one that opens a span, or stands before the text, one that closes a span; a
+token whose entry becomes memory; a slot whose entry is computed from other entries."""
 
 OUTSIDE = -1
 """The segment of a token that belongs to no span or chunk."""
