@@ -24,7 +24,7 @@ from kvbench.models.adapter import Adapter, AdapterCard
 from kvbench.models.loading import load_model
 from kvbench.models.lora import attention_linears
 from kvbench.models.references import resolve_model
-from kvbench.training.adapter_training import AdapterPlan, step_layout, step_loss, text_loss
+from kvbench.training.adapter_training import AdapterPlan, step_loss, step_sample, text_loss
 
 SHAPES = ((8, 256), (4, 512))
 """Rows x text tokens; 256 is the block length of the paper's code."""
@@ -75,7 +75,7 @@ def against_lora(base: nn.Module, location: str) -> None:
                 steps: Any = steps,
             ) -> None:
                 with torch.autocast("cpu", torch.bfloat16):
-                    loss = step_loss(plan, base, reader, ids, step_layout(plan, next(steps)))
+                    loss = step_loss(plan, base, reader, ids, step_sample(plan, next(steps)))
                 update(loss, optimiser)
 
             with reader.ready():

@@ -26,7 +26,7 @@ from kvbench.profiling.clock import clock_of
 from kvbench.profiling.memory import memory_of
 from kvbench.profiling.passes import Timed, measure_memory, time_request
 from kvbench.store.records import Cell
-from kvbench.training.adapter_training import AdapterPlan, step_layout, text_loss
+from kvbench.training.adapter_training import AdapterPlan, step_sample, text_loss
 
 T = TypeVar("T")
 RANK = 64
@@ -98,7 +98,7 @@ def training(shop: Workshop, found: Found, until: float) -> None:
     ids = torch.randint(bench.vocabulary, (rows, length), generator=generator).to(bench.device)
     plan = AdapterPlan("sentinel", length=length, batch=rows, rank=RANK)
     plain = make_layout(METHODS["full"](), length, 0, 0)
-    mine = _Step(bench, METHODS["sentinel"](), "gated", ids, lambda step: step_layout(plan, step))
+    mine = _Step(bench, METHODS["sentinel"](), "gated", ids, lambda step: step_sample(plan, step))
     lora = _Step(bench, METHODS["adapted"](), "plain", ids, lambda _: plain)
     for step in (mine, lora, mine):
         step(0)

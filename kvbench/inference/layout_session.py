@@ -222,7 +222,7 @@ class LayoutSession:
         """Nothing: a layout leaves what the model computes as it is."""
         return nullcontext()
 
-    def mask(self, layer: int, queries: int, keys: int, device: torch.device) -> Tensor | None:
+    def mask(self, layer: int, query: Tensor, keys: Tensor, values: Tensor) -> Tensor | None:
         return self.shown
 
     def attend(self, layer: int, query: Tensor, scaling: float | None) -> Tensor | None:
@@ -254,11 +254,13 @@ class LayoutSession:
         return present
 
     def _mask(self, fed: Tensor, present: Tensor) -> Tensor | None:
-        """Attention mask, bool ``[fed, present]``; None where the kernel's own causal mask is equivalent."""
+        """Attention mask ``[fed, present]``, as :meth:`Layout.biased` gives it; None where the kernel's own causal mask is equivalent."""
         if self.layout.is_plain and (len(fed) == 1 or len(fed) == len(present)):
             return None
         mask = self.layout.visible(fed, present)
-        return None if len(fed) == 1 and bool(mask.all()) else mask
+        if len(fed) == 1 and self.layout.bias is None and bool(mask.all()):
+            return None
+        return self.layout.biased(mask, present)
 
     def _settle(self, present: Tensor) -> None:
         """Remove the entries that no later slot may see, after ``fed`` slots have been fed."""

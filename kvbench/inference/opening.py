@@ -13,11 +13,13 @@ from torch import Tensor, nn
 from kvbench.cache.shape import cache_shape
 from kvbench.errors import UserError
 from kvbench.inference.layout_session import LayoutSession, MaskedSession
+from kvbench.inference.masked_policy import MaskedPolicySession, masked_logits
 from kvbench.inference.policy_session import PolicySession
 from kvbench.inference.reader import Reader
 from kvbench.inference.session import Session
 from kvbench.inference.together import Together, can_join
 from kvbench.methods import RUNNING, Layout, LayoutMethod, Method, TextStructure, make_layout
+from kvbench.methods.policies.masking import check_maskable
 from kvbench.methods.policies.policy import CachePolicy
 from kvbench.models.adapter import Adapter
 from kvbench.models.facts import OTHER_METHOD, ModelFacts
@@ -73,7 +75,10 @@ def open_session(
         method = method.with_budget_for(text.context, cache_shape(model))
     if isinstance(method, CachePolicy):
         once = (text.has_continuation or text.is_written) and method.prefill == "once"
-        return PolicySession(
+        is_masked = execution == ONEPASS and not once and not text.is_written
+        if is_masked:
+            check_maskable(method)
+        return (MaskedPolicySession if is_masked else PolicySession)(
             model, method, text.context, text.row_seeds, seed, (text.context if at_once else chunk) if once else None,
             overhead=overhead, compresses_context=compresses_context and not is_late,
         )
@@ -84,6 +89,13 @@ def open_session(
         chunk = len(layout)
     kind = MaskedSession if execution == ONEPASS and not text.is_written else LayoutSession
     return kind(Reader(model, adapter, overhead), layout, text.context, chunk, evicts=execution != ONEPASS)
+
+
+def one_pass(reader: Reader, ids: Tensor, drawn: Layout | CachePolicy, wanted: slice) -> Tensor:
+    """Logits ``[batch, wanted, vocabulary]`` of a text in one masked pass, through which gradients can flow."""
+    if isinstance(drawn, CachePolicy):
+        return masked_logits(reader.model, drawn, ids, wanted)
+    return reader.one_pass(ids, drawn, wanted)
 
 
 @contextmanager

@@ -298,15 +298,15 @@ class PolicySession:
             weights=None if layer.weights is None else layer.weights[..., first:last], model=self.model,
         )
 
-    def mask(self, layer: int, queries: int, keys: int, device: torch.device) -> Tensor | None:
+    def mask(self, layer: int, query: Tensor, keys: Tensor, values: Tensor) -> Tensor | None:
         """Causal mask over all entries that the layer holds; None where the kernel's own causal mask is equivalent.
 
         It is bool, or float and added to the logits where entries stand for several tokens.
         """
-        bias = self._bias(layer)
-        if bias is None and queries in (1, keys):
+        bias, queries, entries = self._bias(layer), query.shape[2], keys.shape[2]
+        if bias is None and queries in (1, entries):
             return None
-        causal = torch.ones(queries, keys, dtype=torch.bool, device=device).tril(keys - queries)
+        causal = torch.ones(queries, entries, dtype=torch.bool, device=query.device).tril(entries - queries)
         return causal if bias is None else bias[:, :, None].masked_fill(~causal, float("-inf"))
 
     def _bias(self, layer: int) -> Tensor | None:

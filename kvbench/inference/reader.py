@@ -91,7 +91,7 @@ class Reader:
         if layout.merge_plan is not None:
             cache = EvictingCache() if cache is None else cache
             cache.merge_step = self.merge_step(layout, 0, torch.arange(len(layout)), device)
-        mask = None if layout.is_plain else layout.mask[None, None].to(device)
+        mask = None if layout.is_plain else layout.biased(layout.mask, torch.arange(len(layout)))[None, None].to(device)
         return self.forward(
             self.inputs(ids, layout), mask, layout.position.to(device),
             layout.read_slots[keep].to(device), cache, 0,

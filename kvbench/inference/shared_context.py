@@ -144,8 +144,8 @@ class _Reading(Cache):  # type: ignore[misc]
         assert first is not None, "somebody reads"
         return first.keys, first.values
 
-    def mask(self, layer: int, queries: int, keys: int, device: torch.device) -> Tensor | None:
-        return self.readers[0].mask(layer, queries, keys, device)
+    def mask(self, layer: int, query: Tensor, keys: Tensor, values: Tensor) -> Tensor | None:
+        return self.readers[0].mask(layer, query, keys, values)
 
     def attend(self, layer: int, query: Tensor, scaling: float | None) -> Tensor | None:
         return None

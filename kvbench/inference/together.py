@@ -100,7 +100,7 @@ class Together(Cache):  # type: ignore[misc]
         ]
         return key_states, value_states
 
-    def mask(self, layer: int, queries: int, keys: int, device: torch.device) -> Tensor | None:
+    def mask(self, layer: int, query: Tensor, keys: Tensor, values: Tensor) -> Tensor | None:
         return None
 
     def attend(self, layer: int, query: Tensor, scaling: float | None) -> Tensor | None:
@@ -110,7 +110,7 @@ class Together(Cache):  # type: ignore[misc]
             mine = query[rows]
             found = session.attend(layer, mine, scaling)
             if found is None:
-                mask = session.mask(layer, mine.shape[2], keys.shape[2], mine.device)
+                mask = session.mask(layer, mine, keys, values)
                 found = masked_attention(mask, mine, keys, values, scaling)
             session.observe(layer, mine, keys, mine.shape[-1] ** -0.5 if scaling is None else scaling)
             if out is None:

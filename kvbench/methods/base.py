@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from kvbench.cache.shape import CacheShape
     from kvbench.methods.layouts.layout import Layout
     from kvbench.methods.layouts.mask_example import Mask
+    from kvbench.methods.policies.policy import CachePolicy
 
 
 TRAINED_PERCENT = (5, 95)
@@ -143,6 +144,17 @@ class Method(ABC):
     def uses_ratio(self, in_chunks: bool) -> bool:
         """Whether the ratio decides how much is removed; ``in_chunks`` as in :meth:`check`."""
         return "ratio" in self.budgets
+
+    @classmethod
+    def training_sample(
+        cls, n: int, rng: np.random.Generator, options: dict[str, str]
+    ) -> Layout | CachePolicy:
+        """What one step of adapter training reads a text of ``n`` tokens under: a layout, or a policy with a mask.
+
+        Raises:
+            UserError: the method trains nothing.
+        """
+        return cls.training_layout(n, rng, options)
 
     @classmethod
     def training_layout(cls, n: int, rng: np.random.Generator, options: dict[str, str]) -> Layout:

@@ -35,7 +35,7 @@ from kvbench.methods.policies.h2o import H2O
 from kvbench.methods.policies.keydiff import KeyDiff
 from kvbench.methods.policies.kivi import KIVI
 from kvbench.methods.policies.knorm import KNorm
-from kvbench.methods.policies.lagkv import LagKV
+from kvbench.methods.policies.lagkv import LagKV, LagKVTuned
 from kvbench.methods.policies.lorc import LoRC
 from kvbench.methods.policies.policy import CachePolicy
 from kvbench.methods.policies.pyramidkv import PyramidKV
@@ -51,9 +51,8 @@ from kvbench.store.faults import GROUP
 _OWN: tuple[type[Method], ...] = (
     Full, NoContext, Window, Sinks, Local, Scattered, Sentinel, CCMConcat, CCMMerge, Gist, MeanPool, PIC, Prompt,
     UniGist, UniGistTuned, Beacon, Strided, LocalTuned, ScatteredTuned, SinksTuned, StridedTuned, Adapted,
-    StreamingLLM, Random, KNorm, KeyDiff, LagKV, TOVA, H2O, SnapKV, PyramidKV, ChunkKV, AdaKV, ExpectedAttention,
-    Cascading, CaM, D2O, SubGen, KIVI, FP8, ThinK, RefreshKV,
-    LoRC,
+    StreamingLLM, Random, KNorm, KeyDiff, LagKV, LagKVTuned, TOVA, H2O, SnapKV, PyramidKV, ChunkKV, AdaKV,
+    ExpectedAttention, Cascading, CaM, D2O, SubGen, KIVI, FP8, ThinK, RefreshKV, LoRC,
 )
 _OF_0_1 = frozenset({
     "known", "takes_ratio", "takes_budget", "needs_adapter", "trainable", "sums", "decay", "takes_moments",

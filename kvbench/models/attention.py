@@ -59,6 +59,8 @@ def attention(
                 module, query.float(), key.float(), value.float(), attention_mask, **extra
             )
         return out, None
+    if attention_mask is not None and attention_mask.is_floating_point():
+        attention_mask = attention_mask.to(query.dtype)
     q, k = query.shape[2], key.shape[2]
     is_dense = attention_mask is not None and attention_mask.dtype == torch.bool
     is_short = is_dense and 1 < q < SHORTEST and query.device.type == "cpu"
@@ -131,8 +133,12 @@ def _watched(
     scaling, number = extra.get("scaling"), int(module.layer_idx)
     out = observer.attend(number, query, scaling)
     if out is None:
-        mask = observer.mask(number, query.shape[2], key.shape[2], query.device)
-        out = masked_attention(mask, query, key, value, scaling)
+        mask = observer.mask(number, query, key, value)
+        if torch.is_grad_enabled() and query.device.type == "cpu":
+            with torch.autocast("cpu", enabled=False):
+                out = masked_attention(mask, query.float(), key.float(), value.float(), scaling)
+        else:
+            out = masked_attention(mask, query, key, value, scaling)
     observer.observe(number, query, key, query.shape[-1] ** -0.5 if scaling is None else scaling)
     return out.transpose(1, 2).contiguous()
 

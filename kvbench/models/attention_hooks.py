@@ -7,16 +7,15 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any, NamedTuple, Protocol
 
-import torch
 from torch import Tensor
 
 
 class AttentionObserver(Protocol):
     """Sets the mask of every layer and sees its queries and keys, after the new entries were stored in the cache."""
 
-    def mask(self, layer: int, queries: int, keys: int, device: torch.device) -> Tensor | None:
+    def mask(self, layer: int, query: Tensor, keys: Tensor, values: Tensor) -> Tensor | None:
         """bool, or float and added to the logits: ``[queries, keys]`` or ``[batch, heads or query heads, queries,
-        keys]``; None for causal attention."""
+        keys]``; None for causal attention. Given are what is attended with, and the entries that are attended."""
 
     def attend(self, layer: int, query: Tensor, scaling: float | None) -> Tensor | None:
         """The output ``[batch, query heads, q, width]`` if the observer computes attention itself; None otherwise."""

@@ -1,7 +1,8 @@
 """Training the adapter of a compression method on a frozen base model.
 
-Each step is one forward pass under a layout's mask, which trains all spans (or chunks) of a sequence at once. They and
-the ratio are sampled anew for every batch, so that one adapter serves all ratios. The loss is over all text tokens: the
+Each step is one forward pass under a layout's mask, which trains all spans (or chunks) of a sequence at once, or under
+a mask that a policy makes in every layer. Spans and ratio are sampled anew for every batch, so that one adapter serves
+all ratios. The loss is over all text tokens: the
 language-model loss (``text``, as published), or the KL divergence from the uncompressed base model's predictions
 (``distil``), which takes a second pass and is free of the noise of the text itself.
 """
@@ -19,9 +20,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from kvbench.inference.opening import one_pass
 from kvbench.inference.reader import Reader
 from kvbench.methods import METHODS
 from kvbench.methods.layouts.layout import Layout, plain_tokens, sees_everything
+from kvbench.methods.policies.policy import CachePolicy
 from kvbench.models.adapter import Adapter
 from kvbench.models.rope import fixed_rotations
 from kvbench.training.loop import (
@@ -93,10 +96,10 @@ class AdapterPlan:
     keep: str = "last"
 
 
-def step_layout(plan: AdapterPlan, step: int) -> Layout:
-    """The layout of a step: ratio and spans are functions of (seed, step)."""
+def step_sample(plan: AdapterPlan, step: int) -> Layout | CachePolicy:
+    """What a step reads its text under: ratio and spans are functions of (seed, step)."""
     rng = np.random.default_rng([plan.seed, step, 1])
-    return METHODS[plan.method].training_layout(plan.length, rng, plan.options)
+    return METHODS[plan.method].training_sample(plan.length, rng, plan.options)
 
 
 def text_loss(logits: Tensor, ids: Tensor, weights: Tensor | None = None) -> Tensor:
@@ -123,25 +126,27 @@ def _mean(every: Tensor, weights: Tensor | None) -> Tensor:
     return (every * rows).sum() / rows.sum()
 
 
-def boundary_weights(plan: AdapterPlan, layout: Layout) -> Tensor | None:
-    """The weight of each predicted token of a layout; None if all are equal."""
-    since = None if plan.boundary == 1 else layout.since_boundary(torch.arange(1, plan.length))
+def boundary_weights(plan: AdapterPlan, drawn: Layout | CachePolicy) -> Tensor | None:
+    """The weight of each predicted token; None if all are equal."""
+    since = None if plan.boundary == 1 else drawn.since_boundary(torch.arange(1, plan.length))
     if since is None:
         return None
     return torch.where((since >= 0) & (since < AFTER), plan.boundary, 1.0)
 
 
-def step_loss(plan: AdapterPlan, model: nn.Module, reader: Reader, ids: Tensor, layout: Layout) -> Tensor:
+def step_loss(
+    plan: AdapterPlan, model: nn.Module, reader: Reader, ids: Tensor, drawn: Layout | CachePolicy
+) -> Tensor:
     """The loss of one step under the plan's objective; what the last text token predicts is left out."""
-    weights = boundary_weights(plan, layout)
+    weights = boundary_weights(plan, drawn)
     weights = None if weights is None else weights.to(ids.device)
     if plan.objective == "text":
-        return text_loss(reader.one_pass(ids, layout, slice(0, -1)), ids, weights)
+        return text_loss(one_pass(reader, ids, drawn, slice(0, -1)), ids, weights)
     with torch.no_grad(), reader.without_adapter():
         # The base model reads the text alone: no special tokens, nothing hidden.
         plain = Layout(plain_tokens(plan.length), torch.arange(plan.length), sees_everything, plan.length)
         teacher = Reader(model).one_pass(ids, plain, slice(0, -1))
-    return distil_loss(reader.one_pass(ids, layout, slice(0, -1)), teacher, weights)
+    return distil_loss(one_pass(reader, ids, drawn, slice(0, -1)), teacher, weights)
 
 
 def train_adapter(
@@ -184,7 +189,7 @@ def train_adapter(
                 group["lr"] = plan.lr * rate_factor(step, plan.steps, plan.warmup, plan.decay_from)
             ids = team.own_rows(torch.from_numpy(data.batch(step, plan.batch))).to(device)
             with torch.autocast(device.type, torch.bfloat16, enabled=plan.autocast != "none"):
-                loss = step_loss(plan, model, reader, ids, step_layout(plan, step))
+                loss = step_loss(plan, model, reader, ids, step_sample(plan, step))
             optimiser.zero_grad(set_to_none=True)
             loss.backward()  # type: ignore[no-untyped-call]
             team.average_gradients(adapter.parameters())

@@ -11,10 +11,16 @@ from torch import Tensor, nn
 
 from kvbench.inference.attention_statistics import received_attention
 from kvbench.inference.policy_session import PolicySession
+from kvbench.inference.reader import Reader
+from kvbench.methods import make_layout
+from kvbench.methods.layouts.layout import SUM, TEXT
 from kvbench.methods.policies import subgen
 from kvbench.methods.policies.subgen import far_apart, nearest
 from kvbench.models.attention import masked_attention
+from kvbench.models.attention_hooks import LISTENER, AttentionCall
+from tests.helpers.models import adapter_for
 from tests.helpers.policies import LENGTH, policy_of, read, text, view
+from tests.helpers.sessions import layout_method
 
 WEIGHTED = [("subgen", {}), ("subgen", {"estimate": "sample"}), ("d2o", {"count": "true"})]
 
@@ -55,6 +61,43 @@ def test_an_entry_takes_what_its_tokens_take(model: nn.Module, name: str, option
     weights = weighed.cache.layers[0].weights
     assert weights is not None
     assert float(weights.max()) > 1
+
+
+@pytest.mark.parametrize(("name", "ratio", "options"), [
+    ("meanpool", "0.8", {}), ("meanpool", "0.75", {"n_comp": "3", "merge_at": "unrotated"}),
+    ("ccm-merge", "0", {"segment": "16"}),
+])
+def test_a_mean_takes_what_its_sources_take(llama: nn.Module, name: str, ratio: str, options: dict[str, str]) -> None:
+    """Every call of attention against one over as many copies of each mean as it has sources, without a bias."""
+    method = layout_method(name, ratio, count="true", **options)
+    layout = make_layout(method, LENGTH, 0, 0)
+    calls: list[AttentionCall] = []
+    reader = Reader(llama, adapter_for(llama, method))
+    token = LISTENER.set(calls.append)
+    try:
+        with torch.inference_mode(), reader.ready():
+            reader.one_pass(text(), layout)
+    finally:
+        LISTENER.reset(token)
+    segment = layout.tokens.segment
+    chunk = int((segment[layout.tokens.kind == TEXT] == 0).sum())
+    sources = segment + 1 if name == "ccm-merge" else torch.full_like(segment, chunk // int(options.get("n_comp", 2)))
+    times = torch.where(layout.tokens.kind == SUM, sources, 1)
+    assert int(times.max()) > 2
+    if name == "meanpool":
+        last = layout.tokens.kind == SUM
+        last &= segment == segment.max()  # a shorter chunk at the end: its means are of fewer
+        end = int((segment[layout.tokens.kind == TEXT] == segment.max()).sum())
+        runs = torch.arange(int(last.sum()) + 1) * end // int(last.sum())
+        times[last] = runs.diff()
+    copies = torch.arange(len(layout)).repeat_interleave(times)
+    assert len(calls) == 3
+    for call in calls:
+        assert call.mask is not None
+        found = masked_attention(call.mask, call.query, call.key, call.value, None)
+        plain = layout.mask[:, copies]
+        expected = masked_attention(plain, call.query, call.key[:, :, copies], call.value[:, :, copies], None)
+        assert float((found - expected).abs().max()) < 1e-5
 
 
 @pytest.mark.parametrize("estimate", ["centroid", "sample"])

@@ -24,7 +24,7 @@ from kvbench.methods.layouts.sentinel import span_layout
 from kvbench.models.adapter import WEIGHTS, Adapter, AdapterCard, read_card
 from kvbench.models.loading import load_model
 from kvbench.models.references import resolve_model
-from kvbench.training.adapter_training import AdapterPlan, step_layout, step_loss, text_loss, train_adapter
+from kvbench.training.adapter_training import AdapterPlan, step_loss, step_sample, text_loss, train_adapter
 from kvbench.training.base_training import BasePlan, new_model, train_base, train_tokenizer
 from kvbench.training.curve import read_curve
 from kvbench.training.held_out import HeldOut
@@ -158,12 +158,12 @@ def test_a_checkpoint_is_continued_with_the_same_model_and_texts_only(tmp_path: 
 
 def test_ratios_and_spans_are_drawn_anew_every_step() -> None:
     plan = replace(PLAN, length=256)
-    layouts = [step_layout(plan, step) for step in range(60)]
+    layouts = [step_sample(plan, step) for step in range(60)]
     held = [len(layout.held_after(len(layout))) for layout in layouts]
     assert min(held) < 40
     assert max(held) > 200
     assert len(set(held)) > 30
-    assert len(step_layout(plan, 7)) == len(step_layout(plan, 7))
+    assert len(step_sample(plan, 7)) == len(step_sample(plan, 7))
 
 
 def test_rate_warms_up_and_falls_to_three_per_cent() -> None:
@@ -176,7 +176,7 @@ def test_rate_warms_up_and_falls_to_three_per_cent() -> None:
 
 def test_ratios_out_of_reach_are_not_drawn() -> None:
     plan = replace(PLAN, length=256, options={"closing": "4", "sees": "previous"})
-    held = [len(layout.held_after(len(layout))) for layout in (step_layout(plan, step) for step in range(60))]
+    held = [len(layout.held_after(len(layout))) for layout in (step_sample(plan, step) for step in range(60))]
     assert 40 < min(held) < 70  # at most 21 of 25 tokens can leave
 
 

@@ -62,7 +62,8 @@ class CCMMerge(Streaming):
     After each chunk the memory becomes the mean of all chunks' COMP entries (``merge=mean``) or half old and half new
     (``merge=ema``). Keys are averaged as cached, each with the rotary embedding of its own position, as published, or
     before the rotary embedding (``merge_at=unrotated``). SUM tokens are the slots that merged entries are written to;
-    what the model computes at them is not used. Merged values are averages of values, also in the streaming form.
+    what the model computes at them is not used. Merged values are averages of values, also in the streaming form. With
+    ``count=true`` (no part of the paper) the mean of t entries takes t times the attention: log t is added to its logit.
     """
 
     name = "ccm-merge"
@@ -77,6 +78,7 @@ class CCMMerge(Streaming):
         "rotated", "whether keys are averaged as cached or before their rotation", choices=("rotated", "unrotated"),
         trained=True,
     )
+    count: bool = option(False, "a merged entry takes the attention of all it was made of", later=True)
     segment: int = option(64, "tokens of a chunk of running text", least=SHORTEST, most=LONGEST)
 
     @property
@@ -90,4 +92,4 @@ class CCMMerge(Streaming):
         return ChunkVisibility(chunks, text=self.recurrent, memory=self.recurrent, latest=True, kind=SUM)
 
     def merge_rule(self) -> Merge:
-        return Merge(self.merge == "ema", self.averages_pre_rope)
+        return Merge(self.merge == "ema", self.averages_pre_rope, self.count)

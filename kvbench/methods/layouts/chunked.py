@@ -86,10 +86,15 @@ def chunk_layout(
 
 @dataclass(frozen=True)
 class Merge:
-    """``SUM_t = (1 - a_t) SUM_(t-1) + a_t COMP_t``: a running mean (a_t = 1/t) or an exponential one (1/2)."""
+    """``SUM_t = (1 - a_t) SUM_(t-1) + a_t COMP_t``: a running mean (a_t = 1/t) or an exponential one (1/2).
+
+    Attributes:
+        counts: whether ``SUM_t`` takes as much attention as the t entries that it was made of.
+    """
 
     ema: bool
     unrotated: bool
+    counts: bool = False
 
     def of(self, tokens: Tokens, chunks: list[int], n_comp: int) -> MergePlan:
         slots = tokens.slot[tokens.kind == SUM].view(-1, n_comp)
@@ -100,14 +105,20 @@ class Merge:
         share[:1] = 1.0
         weights = torch.stack([1 - share, share], -1)[:, None].expand(-1, n_comp, -1)
         sources = torch.stack([before, fresh], -1)
-        return MergePlan(slots.flatten(), sources.flatten(0, 1), weights.flatten(0, 1), self.unrotated)
+        counts = step.repeat_interleave(n_comp) if self.counts else None
+        return MergePlan(slots.flatten(), sources.flatten(0, 1), weights.flatten(0, 1), self.unrotated, counts)
 
 
 @dataclass(frozen=True)
 class Pool:
-    """Each memory entry is the mean of one of ``n_comp`` equal runs of its chunk's tokens."""
+    """Each memory entry is the mean of one of ``n_comp`` equal runs of its chunk's tokens.
+
+    Attributes:
+        counts: whether it takes as much attention as they would.
+    """
 
     unrotated: bool
+    counts: bool = False
 
     def of(self, tokens: Tokens, chunks: list[int], n_comp: int) -> MergePlan:
         slots = tokens.slot[tokens.kind == SUM]
@@ -124,4 +135,6 @@ class Pool:
             begin += length
         if not sources:
             return MergePlan(slots, slots[:, None], torch.ones(0, 1), self.unrotated)
-        return MergePlan(slots, torch.stack(sources), torch.stack(weights), self.unrotated)
+        shares = torch.stack(weights)
+        counts = (shares > 0).sum(1).float() if self.counts else None
+        return MergePlan(slots, torch.stack(sources), shares, self.unrotated, counts)

@@ -99,12 +99,15 @@ class MergePlan:
         weights: float32 ``[m, s]``; 0 where a slot has fewer than s sources.
         unrotated: whether keys are averaged before the rotary embedding, and rotated to the position of the slot;
             otherwise they are averaged as cached, each rotated to its own position.
+        counts: float32 ``[m]``, how many entries each of them stands for: an entry that stands for n takes n times the
+            attention, log n being added to its logit; None if each is one entry.
     """
 
     slots: Tensor
     sources: Tensor
     weights: Tensor
     unrotated: bool = False
+    counts: Tensor | None = None
 
     def among(self, first: int, present: Tensor) -> tuple[Tensor, Tensor]:
         """What to merge once the slots from ``first`` on have been fed.
@@ -188,6 +191,21 @@ class Layout:
         """bool ``[q, k]``: which of the slots ``keys`` each of the slots ``queries`` may see."""
         q, k = self.tokens.at(queries).as_queries(), self.tokens.at(keys)
         return (self.visibility(q, k) & (k.slot < q.slot)) | (k.slot == q.slot)
+
+    @cached_property
+    def bias(self) -> Tensor | None:
+        """float32 ``[T]``: what is added to the logits of each entry; None for nothing."""
+        plan = self.merge_plan
+        if plan is None or plan.counts is None:
+            return None
+        return torch.zeros(len(self)).index_copy_(0, plan.slots, plan.counts.log())
+
+    def biased(self, mask: Tensor, keys: Tensor) -> Tensor:
+        """A mask ``[queries, keys]`` over the slots ``keys`` as attention takes it: bool, or float and added to the
+        logits where entries stand for several."""
+        if self.bias is None:
+            return mask
+        return self.bias[keys].expand(mask.shape).masked_fill(~mask, float("-inf"))
 
     @cached_property
     def last_query(self) -> Tensor:

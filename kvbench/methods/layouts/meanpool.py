@@ -14,7 +14,8 @@ from kvbench.methods.options import option
 class MeanPool(Chunked):
     """Each memory entry is the mean of the keys and values over a run of its chunk's tokens; no parameters.
 
-    Keys are averaged as cached, or before the rotary embedding (``merge_at=unrotated``).
+    Keys are averaged as cached, or before the rotary embedding (``merge_at=unrotated``). With ``count=true`` the mean of
+    n entries takes n times the attention: log n is added to its logit.
     """
 
     name = "meanpool"
@@ -24,6 +25,7 @@ class MeanPool(Chunked):
     merge_at: str = option(
         "rotated", "whether keys are averaged as cached or before their rotation", choices=("rotated", "unrotated")
     )
+    count: bool = option(False, "an entry takes the attention of all it was made of", later=True)
 
     @property
     def averages_pre_rope(self) -> bool:
@@ -33,4 +35,4 @@ class MeanPool(Chunked):
         return ChunkVisibility(chunks, text=True, memory=True, latest=False, kind=SUM)
 
     def merge_rule(self) -> Pool:
-        return Pool(self.averages_pre_rope)
+        return Pool(self.averages_pre_rope, self.count)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from fractions import Fraction
+from typing import ClassVar
 
 import numpy as np
 import torch
@@ -40,7 +41,7 @@ class UniGist(LayoutMethod):
     name = "unigist"
     summary = "learnt sinks, a trained gist after every few tokens, and a window of text"
     paper = "arXiv 2509.15763"
-    adapter_kinds = ("gated", "plain", "full")
+    adapter_kinds: ClassVar[tuple[str, ...]] = ("gated", "plain", "full")
     position_rule = "shared"
 
     sinks: int = option(SINKS, "learnt first entries", least=0, most=32, trained=True)

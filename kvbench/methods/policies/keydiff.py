@@ -21,6 +21,7 @@ class KeyDiff(CachePolicy):
     name = "keydiff"
     summary = "the entries whose keys are least like the mean key"
     paper = "arXiv 2504.15364"
+    executions = ("streamed", "onepass")
 
     def scores(self, view: LayerView) -> Tensor:
         keys = view.keys.float()

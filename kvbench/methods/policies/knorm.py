@@ -22,6 +22,7 @@ class KNorm(CachePolicy):
     name = "knorm"
     summary = "the entries with the smallest keys"
     paper = "arXiv 2406.11430"
+    executions = ("streamed", "onepass")
 
     skip: int = option(0, "first layers that stay whole")
 

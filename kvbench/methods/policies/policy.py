@@ -211,6 +211,10 @@ class CachePolicy(Method):
         """Context manager around the model's forward passes, for policies that change what it computes."""
         return nullcontext()
 
+    def since_boundary(self, targets: Tensor) -> Tensor | None:
+        """None: entries are removed at many places (compare :meth:`Layout.since_boundary`)."""
+        return None
+
     def run_length(self, read: int) -> int:
         """Number of tokens that are fed at a time if entries are removed while a context is read."""
         return self.step
