@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from kvbench.models.attention_hooks import without_observer
+from kvbench.models.sharing import sharing_of
 
 
 class LayerShape(NamedTuple):
@@ -46,6 +47,12 @@ class CacheShape:
     def widths(self) -> set[int]:
         """The distinct widths of keys and values."""
         return {width for layer in self.layers for width in (layer.keys, layer.values)}
+
+
+def whole_entry_bytes(model: nn.Module, entry_bytes: int) -> int:
+    """Bytes of an entry if no layer shared those of another, given the bytes of one in this model's cache."""
+    sharing = sharing_of(model)
+    return entry_bytes if sharing is None else sharing.whole_bytes(entry_bytes)
 
 
 _SEEN: WeakKeyDictionary[nn.Module, CacheShape] = WeakKeyDictionary()

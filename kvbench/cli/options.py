@@ -17,6 +17,20 @@ def text(given: str) -> str:
     return given
 
 
+def shared(model: str, share: str | None) -> str:
+    """The name of a model whose layers share entries as asked.
+
+    Raises:
+        UserError: it is a shape.
+    """
+    from kvbench.errors import UserError
+    from kvbench.models.sharing import MARK
+
+    if share and model.startswith("shape:"):
+        raise UserError(f"--share is for models with weights, and {model} has none.", "Leave --share out.")
+    return f"{model}{MARK}{share}" if share and MARK not in model else model
+
+
 def path(given: str) -> Path:
     return Path(text(given))
 
@@ -25,6 +39,10 @@ Model = Annotated[str | None, typer.Option(
     parser=text, autocompletion=completion.model,
     help="Hub id, folder or .gguf file of any causal language model. \\[default: kvbench-tiny, embedded]",
     envvar="KVBENCH_MODEL", show_default=False, rich_help_panel="What to run")]
+Share = Annotated[str | None, typer.Option(
+    parser=text, metavar="PATTERN",
+    help="Layers that read the entries of another layer: pairs, yoco, the source of each as in 0_0_2_2, or a folder "
+         "that was trained so. \\[default: none]", show_default=False, rich_help_panel="What to run")]
 Method = Annotated[list[str] | None, typer.Option(
     autocompletion=completion.method,
     help="Compression method; repeatable, with options of its own as in snapkv:window=16,pool=mean (kvbench list "

@@ -41,6 +41,7 @@ def profile(
         "\\[default: kvbench-tiny, embedded]", envvar="KVBENCH_MODEL", show_default=False,
         rich_help_panel=_WHAT)] = None,
     revision: options.Revision = None,
+    share: options.Share = None,
     adapter: Annotated[list[str] | None, typer.Option(
         parser=options.text,
         help="Adapter folder of a trained method; repeatable. \\[default: the shipped one, or random weights]",

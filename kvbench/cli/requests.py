@@ -67,7 +67,8 @@ def _shared(
     from kvbench.planning.quality import parse_options
 
     return {
-        "model": model, "revision": given["revision"], "adapters": tuple(given["adapter"] or ()),
+        "model": options.shared(model, given["share"]), "revision": given["revision"],
+        "adapters": tuple(given["adapter"] or ()),
         "methods": tuple(given["method"] or settings.method),
         "ratios": tuple(given["ratio"] or (f"{ratio:.10g}" for ratio in settings.ratio)), "seed": seed,
         "options": parse_options(given["set_"] or []), "out": given["out"], "reports": Path(settings.out),

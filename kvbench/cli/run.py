@@ -23,6 +23,7 @@ def run(
     column: options.Column = "text",
     model: options.Model = None,
     revision: options.Revision = None,
+    share: options.Share = None,
     adapter: options.Adapter = None,
     protocol: options.Protocol = None,
     execution: options.Execution = "streamed",

@@ -49,6 +49,7 @@ def sweep(
     data: options.Data = None,
     column: options.Column = "text",
     revision: options.Revision = None,
+    share: options.Share = None,
     adapter: options.Adapter = None,
     protocol: options.Protocol = None,
     execution: options.Execution = "streamed",
@@ -127,7 +128,7 @@ def sweep(
     name = executor or settings.executor
     if name not in ("local", *EXECUTORS):
         raise unknown("executor", name, ("local", *EXECUTORS))
-    models = model or settings.model
+    models = [options.shared(each, share) for each in model or settings.model]
     seeds = [options.checked_seed(each, 0) for each in (seed if seed else settings.seed)]
     if timeout is not None and timeout <= 0:
         raise UserError(f"--timeout {timeout:g} is not above 0.", "It is a number of seconds.")

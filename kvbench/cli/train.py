@@ -40,6 +40,7 @@ def train(
     out: Out = None,
     model: options.Model = None,
     revision: options.Revision = None,
+    share: options.Share = None,
     steps: Annotated[int, typer.Option(help="Optimiser steps.", min=1)] = 2000,
     batch_size: Annotated[int, typer.Option(help="Sequences per step; at equal tokens, few are better.", min=1)] = 2,
     length: Annotated[int, typer.Option(help="Text tokens per sequence.", min=32)] = 512,
@@ -107,7 +108,7 @@ def train(
     if method is None or out is None:
         raise UserError("Training needs --method and --out, or --queue.", "See kvbench train --help.")
     request: AdapterRequest = AdapterRequest(
-        method=method, data=tuple(data or ()), out=out, model=model or "kvbench-tiny",
+        method=method, data=tuple(data or ()), out=out, model=options.shared(model or "kvbench-tiny", share),
         revision=revision, steps=steps, batch=batch_size, length=length, lr=lr, rank=rank,
         held_out=held_out, every=every, seed=seed or 0, options=parse_options(set_ or []),
         device=device or "auto", threads=threads or 0, fresh=fresh, column=column,

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from kvbench.cache.evicting import ROOM, EvictingCache
+from kvbench.cache.shape import whole_entry_bytes
 from kvbench.errors import UserError
 from kvbench.inference.filling import random_entries
 from kvbench.inference.reader import Reader, to_device
@@ -138,7 +139,8 @@ class LayoutSession:
 
     def bytes(self) -> CacheBytes:
         per_entry = self.cache.entry_bytes()
-        return CacheBytes(self.kept * per_entry, self.cache.physical_bytes(), self.context * per_entry)
+        whole = self.context * whole_entry_bytes(self.reader.model, per_entry)
+        return CacheBytes(self.kept * per_entry, self.cache.physical_bytes(), whole)
 
     def tensors(self) -> list[Tensor]:
         return self.cache.tensors()
@@ -254,7 +256,8 @@ class LayoutSession:
         return present
 
     def _mask(self, fed: Tensor, present: Tensor) -> Tensor | None:
-        """Attention mask ``[fed, present]``, as :meth:`Layout.biased` gives it; None where the kernel's own causal mask is equivalent."""
+        """Attention mask ``[fed, present]`` as :meth:`Layout.biased` gives it; None where the kernel's own causal mask
+        is equivalent."""
         if self.layout.is_plain and (len(fed) == 1 or len(fed) == len(present)):
             return None
         mask = self.layout.visible(fed, present)

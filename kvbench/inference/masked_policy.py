@@ -32,11 +32,12 @@ class PolicyMasks:
     last: list[Tensor] = field(default_factory=list)
 
     def mask(self, layer: int, query: Tensor, keys: Tensor, values: Tensor) -> Tensor:
-        self.last.append(last_queries(
-            self.policy, keys, values, layer=layer, layers=self.layers,
-            row_seeds=torch.tensor(list(self.row_seeds), device=keys.device), seed=self.seed,
-        ))
-        return mask_of(self.last[-1])
+        if layer == len(self.last):  # the first layer that reads these entries
+            self.last.append(last_queries(
+                self.policy, keys, values, layer=layer, layers=self.layers,
+                row_seeds=torch.tensor(list(self.row_seeds), device=keys.device), seed=self.seed,
+            ))
+        return mask_of(self.last[layer])
 
     def attend(self, layer: int, query: Tensor, scaling: float | None) -> Tensor | None:
         return None

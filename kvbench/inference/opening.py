@@ -24,6 +24,7 @@ from kvbench.methods.policies.policy import CachePolicy
 from kvbench.models.adapter import Adapter
 from kvbench.models.facts import OTHER_METHOD, ModelFacts
 from kvbench.models.rope import fixed_rotations, inv_freq_by_layer
+from kvbench.models.sharing import sharing_of
 
 ONEPASS = "onepass"
 """The execution in which entries are masked instead of removed."""
@@ -113,6 +114,8 @@ def joined(
     Args:
         layouts: whether sessions of layouts may join, too; the model must be one that policies can be used on.
     """
+    if sharing_of(model) is not None:  # each session hands its own entries from layer to layer
+        return None
     members = [
         (rows, session) for rows, session in groups
         if can_join(session) and (layouts or isinstance(session, PolicySession))

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from kvbench.cache.policy_cache import PolicyCache, PolicyLayer
-from kvbench.cache.shape import cache_shape
+from kvbench.cache.shape import cache_shape, whole_entry_bytes
 from kvbench.inference.attention_statistics import QUERIES_AT_ONCE, received_attention, with_moments, with_queries
 from kvbench.inference.filling import random_entries
 from kvbench.inference.session import CacheBytes, Scored
@@ -173,7 +173,8 @@ class PolicySession:
 
     def bytes(self) -> CacheBytes:
         cache = self.cache
-        return CacheBytes(cache.logical_bytes(), cache.physical_bytes(), self.total * cache.entry_bytes())
+        whole = self.total * whole_entry_bytes(self.model, cache.entry_bytes())
+        return CacheBytes(cache.logical_bytes(), cache.physical_bytes(), whole)
 
     def tensors(self) -> list[Tensor]:
         return self.cache.tensors()

@@ -23,6 +23,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import causal_mask_function, sdpa_mask
 
 from kvbench.models.attention_hooks import LISTENER, MASKS, OBSERVER, AttentionCall, AttentionObserver, MaskFunction
+from kvbench.models.sharing import shares
 
 NAME = "kvbench"
 """Must not contain "sdpa": transformers would refuse models with soft-capped logits, which are supported here."""
@@ -42,7 +43,7 @@ def attention(
     """
     softcap, sinks = extra.get("softcap"), extra.get("s_aux")
     listener = LISTENER.get()
-    if listener is not None:
+    if listener is not None and not shares(module):  # told of the layers that keep entries, as caches number them
         extra_terms = [name for name, term in (("softcap", softcap), ("s_aux", sinks)) if term is not None]
         listener(AttentionCall(
             getattr(module, "layer_idx", None), query, key, value, tuple(extra_terms), attention_mask,
@@ -139,7 +140,8 @@ def _watched(
                 out = masked_attention(mask, query.float(), key.float(), value.float(), scaling)
         else:
             out = masked_attention(mask, query, key, value, scaling)
-    observer.observe(number, query, key, query.shape[-1] ** -0.5 if scaling is None else scaling)
+    if not shares(module):  # entries are chosen by the queries of the layer that keeps them
+        observer.observe(number, query, key, query.shape[-1] ** -0.5 if scaling is None else scaling)
     return out.transpose(1, 2).contiguous()
 
 

@@ -11,11 +11,13 @@ from safetensors import SafetensorError
 from torch import nn
 
 from kvbench.errors import UserError
+from kvbench.models.adapter import Adapter
 from kvbench.models.attention import register
 from kvbench.models.configuration import context_of, text_config
 from kvbench.models.device import pick_device
-from kvbench.models.references import ModelReference
+from kvbench.models.references import ModelReference, expand_home
 from kvbench.models.rope import dynamic_rotary
+from kvbench.models.sharing import Sharing, share_layers
 
 
 class Loaded(NamedTuple):
@@ -69,8 +71,31 @@ def load_model(reference: ModelReference, device: str, dtype: str) -> Loaded:
         )
     _check_tokenizer(reference, model, tokenizer)
     model.eval().requires_grad_(False).to(where)
+    if reference.share:
+        _share(reference, model)
     dynamic_rotary(model)  # examine stateful rotary embeddings before the first forward pass
     return Loaded(model, tokenizer, context_of(config), int(text_config(config).vocab_size))
+
+
+def _share(reference: ModelReference, model: nn.Module) -> None:
+    """Make layers share entries, under weights that were trained so if a folder is named.
+
+    Raises:
+        UserError: the model cannot, or the folder holds no whole weights of it.
+    """
+    layers = int(text_config(model.config).num_hidden_layers)
+    share_layers(model, Sharing.parse(reference.pattern, layers), reference.name)
+    if reference.pattern == reference.share:
+        return
+    adapter = Adapter.load(expand_home(reference.share), model)
+    if adapter.card.gate != "full":
+        raise UserError(
+            f"{reference.share} holds no whole weights (adapter={adapter.card.gate}).",
+            f"Give it as --adapter beside --share {reference.pattern}, or train with --set adapter=full.",
+        )
+    with torch.no_grad():
+        for name, weight in adapter.whole.items():
+            model.get_parameter(name).copy_(weight)
 
 
 def end_tokens(loaded: Loaded) -> tuple[int, ...]:

@@ -7,7 +7,7 @@ import json
 import re
 from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from importlib.resources import files
 from pathlib import Path
@@ -17,6 +17,8 @@ from kvbench.errors import UserError
 from kvbench.models.fingerprint import check_snapshot, check_unchanged, fingerprint, former_fingerprint
 from kvbench.models.gguf import dequantised
 from kvbench.models.packaged import PACKAGED
+from kvbench.models.sharing import MARK, Sharing
+from kvbench.models.sizes import sizes_of
 from kvbench.store.cached import cache_folder
 
 DEFAULT_MODEL = "kvbench-tiny"
@@ -38,6 +40,8 @@ class ModelReference:
         fingerprint: hash of the files in the folder, or the commit on the hub; empty if unknown.
         weight_bytes: size of the safetensors files; 0 for the hub.
         shown: what rows call it; empty for what its folder is called.
+
+    A name may end in ``:share=`` and how layers share entries (:mod:`kvbench.models.sharing`); so does the fingerprint.
     """
 
     name: str
@@ -53,9 +57,38 @@ class ModelReference:
         return bool(self.fingerprint) and self.revision is None
 
     @property
+    def share(self) -> str:
+        """How layers share entries: a pattern, or a folder that was trained so; empty if they do not."""
+        return parted(self.name)[1]
+
+    @property
+    def pattern(self) -> str:
+        """Which layers share: what was asked for, or what the folder was trained with.
+
+        Raises:
+            UserError: the folder was trained for another model, or without sharing.
+        """
+        card = expand_home(self.share) / "card.json"
+        if not card.is_file():
+            return self.share
+        try:
+            made_for = str(json.loads(card.read_text(encoding="utf-8"))["base_hash"])
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise UserError(f"The adapter card {card} is damaged.", "Train it again.") from error
+        own, _, pattern = made_for.partition(MARK)
+        if not pattern or own != self.fingerprint.partition(MARK)[0]:
+            raise UserError(
+                f"{self.share} was not trained with shared layers of {parted(self.name)[0]}.",
+                "Train it: kvbench train --method adapted --set adapter=full --share pairs.",
+            )
+        return pattern
+
+    @property
     def short_name(self) -> str:
         """The hub id, or the last component of the path; of a GGUF file, with the word ``dequantised``."""
-        return self.shown or Path(self.location).name if self.is_folder else self.name
+        if not self.is_folder:
+            return self.name
+        return (self.shown or Path(self.location).name) + (f"{MARK}{Path(self.share).name}" if self.share else "")
 
     def has_fingerprint(self, written: str) -> bool:
         """Whether a stored fingerprint is this model's, by the current rule or by that of kvbench 0.1."""
@@ -63,7 +96,12 @@ class ModelReference:
 
     @cached_property
     def _former(self) -> str:
-        return former_fingerprint(Path(self.location))
+        return former_fingerprint(Path(self.location)) + self._shared
+
+    @property
+    def _shared(self) -> str:
+        """What sharing adds to a fingerprint."""
+        return f"{MARK}{self.fingerprint.partition(MARK)[2]}" if self.share else ""
 
     def check_unchanged(self) -> None:
         """Check, after loading, that the files still match the fingerprint.
@@ -76,10 +114,16 @@ class ModelReference:
                 f"The Hugging Face hub can be reached only now, and has not said which commit {self.name} is.",
                 "Run the same command again.",
             )
+        own = self.fingerprint.partition(MARK)[0]
         if self.is_folder:
-            check_unchanged(Path(self.location), self.fingerprint)
+            check_unchanged(Path(self.location), own)
         else:
-            _check_kept(self.name, self.fingerprint)
+            _check_kept(parted(self.name)[0], own)
+        if self.share and _share_mark(self.share) != self.fingerprint.partition(MARK)[2]:
+            raise UserError(
+                f"The files in {self.share} have changed since this command began.",
+                "Run it again once they are complete.",
+            )
 
 
 def expand_home(name: str) -> Path:
@@ -98,12 +142,38 @@ def assets() -> Path:
     return Path(str(files("kvbench").joinpath("assets")))
 
 
+def parted(name: str) -> tuple[str, str]:
+    """The name of a model, and how its layers share entries; empty if they do not."""
+    base, _, share = name.partition(MARK)
+    return base, share
+
+
 def resolve_model(name: str, revision: str | None = None) -> ModelReference:
     """Find a model by its name: the embedded one, one of PyPI, a folder, a GGUF file, or a hub id.
 
     Raises:
         UserError: the path is missing or cannot be read, or the name can be neither a path nor a hub id.
     """
+    base, share = parted(name)
+    found = _resolve(base, revision)
+    if MARK not in name:
+        return found
+    named = replace(
+        found, name=f"{found.name}{MARK}{share}", fingerprint=f"{found.fingerprint}{MARK}{_share_mark(share)}"
+    )
+    sizes = sizes_of(Path(found.location)) if found.is_folder else None
+    Sharing.parse(named.pattern, sizes.layers if sizes else None)
+    return named
+
+
+def _share_mark(share: str) -> str:
+    """What stands for a way of sharing in a fingerprint: the pattern, or a hash of the folder that was trained so."""
+    folder = expand_home(share)
+    return fingerprint(folder) if (folder / "card.json").is_file() else share
+
+
+def _resolve(name: str, revision: str | None) -> ModelReference:
+    """The model without what it shares."""
     if name in PACKAGED:
         return _reference(name, PACKAGED[name].folder(), revision, name)
     folder = assets() / DEFAULT_MODEL if name == DEFAULT_MODEL else expand_home(name)

@@ -13,6 +13,7 @@ from pathlib import Path
 from kvbench.data.rows import TEXT
 from kvbench.errors import UserError, unknown
 from kvbench.methods import METHODS, make_method
+from kvbench.models.sharing import MARK
 from kvbench.training.adapter_training import AdapterPlan
 from kvbench.training.data import hash_of
 from kvbench.training.held_out import DOCUMENTS, RATIOS
@@ -93,6 +94,11 @@ def make_plan(request: AdapterRequest) -> AdapterPlan:
         raise UserError(
             f"--set boundary= weighs the loss behind compressed pieces of text, and {request.method} makes none.",
             "Leave it out.",
+        )
+    if MARK in request.model and given.get("objective") == "distil":
+        raise UserError(
+            "Under --share, --set objective=distil would learn from the shared model itself, not from the one that "
+            "shares nothing.", "Leave it out.",
         )
     added = {name for name, option in kind.options().items() if option.later}
     options = {

@@ -63,7 +63,8 @@ class CCMMerge(Streaming):
     (``merge=ema``). Keys are averaged as cached, each with the rotary embedding of its own position, as published, or
     before the rotary embedding (``merge_at=unrotated``). SUM tokens are the slots that merged entries are written to;
     what the model computes at them is not used. Merged values are averages of values, also in the streaming form. With
-    ``count=true`` (no part of the paper) the mean of t entries takes t times the attention: log t is added to its logit.
+    ``count=true`` (no part of the paper) the mean of t entries takes t times the attention: log t is added to its
+    logit.
     """
 
     name = "ccm-merge"

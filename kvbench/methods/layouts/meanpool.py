@@ -14,8 +14,8 @@ from kvbench.methods.options import option
 class MeanPool(Chunked):
     """Each memory entry is the mean of the keys and values over a run of its chunk's tokens; no parameters.
 
-    Keys are averaged as cached, or before the rotary embedding (``merge_at=unrotated``). With ``count=true`` the mean of
-    n entries takes n times the attention: log n is added to its logit.
+    Keys are averaged as cached, or before the rotary embedding (``merge_at=unrotated``). With ``count=true`` the mean
+    of n entries takes n times the attention: log n is added to its logit.
     """
 
     name = "meanpool"

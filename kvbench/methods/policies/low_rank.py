@@ -16,6 +16,7 @@ from kvbench.cache.latents import Basis
 from kvbench.cache.shape import cache_shape
 from kvbench.errors import UserError
 from kvbench.models.rope import read_token_at
+from kvbench.models.sharing import shares
 
 _FOUND: WeakKeyDictionary[nn.Module, list[Part]] = WeakKeyDictionary()
 _RANKS: WeakKeyDictionary[nn.Module, dict[tuple[int, float], tuple[int, ...]]] = WeakKeyDictionary()
@@ -147,6 +148,8 @@ def _parts(model: nn.Module) -> Iterator[Part]:
     }
     count = 0
     for name, module in model.named_modules():
+        if shares(model.get_submodule(name.rpartition(".")[0])):
+            continue
         for columns in known.get(name.rpartition(".")[2], ()) if hasattr(module, "weight") else ():
             count += 1
             yield _part(module, columns)
