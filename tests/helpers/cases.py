@@ -66,7 +66,7 @@ CASES = [
     Case("ccm-merge", "0", {**STREAM, "memory": "2", "merge": "ema", "count": "true"}, 34),
     Case("meanpool", "0.8", {"merge_at": "unrotated", "n_comp": "3"}, in_chunks(3, 15)),
     Case("pic", "0.8", {}, in_chunks(2, 10)), Case("pic", "0.8", {"sees": "memory"}, in_chunks(2, 10)),
-    Case("prompt", "0.8", {}, in_chunks(2, 10)),
+    Case("prompt", "0.8", {}, in_chunks(2, 10)), Case("prompt", "0", STREAM, 36),
     Case("sinks", "0", STREAM, 36),
     Case("unigist", "0.3", {}, 68), Case("unigist", "0.7", {"window": "8", "sinks": "2"}, 29),
     Case("unigist", "0.9", {"window": "5"}, 10), Case("unigist-tuned", "0.5", {"window": "16"}, 48),

@@ -27,7 +27,7 @@ class Streaming(StreamingBudget, Chunked):
 
     def layout(self, n: int, rng: np.random.Generator, text: TextStructure = RUNNING) -> Layout:
         if self.streams and not text.chunks:
-            return budget_layout(self, n, self.n_comp, self.merge_rule())
+            return budget_layout(self, n, self.n_comp, self.merge_rule(), reads=self.visibility(1).reads)
         return super().layout(n, rng, text)
 
 

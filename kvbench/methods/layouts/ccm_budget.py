@@ -122,11 +122,13 @@ class BudgetVisibility:
         until: int64 ``[T]``: the last slot from which text may see each entry.
         kind: token kind of memory entries.
         sink: number of first raw tokens that stay.
+        reads: whether memory tokens see text at all.
     """
 
     until: Tensor
     kind: int
     sink: int
+    reads: bool = True
 
     def __call__(self, queries: Tokens, keys: Tokens) -> Tensor:
         held = queries.slot <= self.until[keys.slot]
@@ -135,7 +137,7 @@ class BudgetVisibility:
         earlier = memory & (keys.segment < queries.segment) & held
         text = held & (raw | memory)
         is_sink = raw & (keys.raw < self.sink)
-        made = (own & (raw | (keys.kind == COMP))) | is_sink | earlier
+        made = (own & ((raw & self.reads) | (keys.kind == COMP))) | (is_sink & self.reads) | earlier
         mixed = own & (keys.kind == COMP) | (memory & (keys.segment == queries.segment - 1))
         return torch.where(
             queries.kind == TEXT, text, torch.where(queries.kind == COMP, made, mixed & (queries.kind == SUM))
@@ -143,7 +145,8 @@ class BudgetVisibility:
 
 
 def budget_layout(
-    method: StreamingBudget, n: int, n_comp: int, rule: Merge | Pool | None, with_memory: bool = True
+    method: StreamingBudget, n: int, n_comp: int, rule: Merge | Pool | None, with_memory: bool = True,
+    reads: bool = True,
 ) -> Layout:
     """The layout of ``n`` tokens under a budget: with memory tokens, or as a plain window with equally many entries."""
     sink = method.sink
@@ -177,7 +180,7 @@ def budget_layout(
     for e in range(len(made)):
         last = ends[e + lasts] if e + lasts < len(made) else _NEVER
         until[(kind == memory_kind) & (segment == e)] = last
-    visibility = BudgetVisibility(until, memory_kind, sink)
+    visibility = BudgetVisibility(until, memory_kind, sink, reads)
     chunks = [cut.stop - cut.start for cut in made]
     return Layout(
         tokens, raw + row + 1, visibility, n, next_segment=len(made),

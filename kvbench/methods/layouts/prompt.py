@@ -4,18 +4,19 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from kvbench.methods.layouts.ccm import Streaming
 from kvbench.methods.layouts.chunked import ChunkVisibility
-from kvbench.methods.layouts.chunks import Chunked
 from kvbench.methods.layouts.layout import COMP
 
 
 @dataclass(frozen=True)
-class Prompt(Chunked):
+class Prompt(Streaming):
     """Replaces each chunk by ``n_comp`` trained entries that have never seen any text.
 
     The layout is that of ``ccm-concat``: as many entries, at the same positions, seen by the same tokens. But COMP
     tokens see each other and those of earlier chunks only, so that what a memory gains over this one is what it has
-    taken from the text; the rest is what trained rows do to a model by themselves.
+    taken from the text; the rest is what trained rows do to a model by themselves. Under ``budget=160`` the same holds
+    of the streaming form.
     """
 
     name = "prompt"
