@@ -30,7 +30,8 @@ WAYS: dict[str, tuple[dict[str, str], ...]] = {
         {"segment": "16"}, {"segment": "16", "merge": "ema"}, {"segment": "16", "merge_at": "unrotated"},
         {**BUDGET, "memory": "2"},
     ),
-    "meanpool": ({}, {"merge_at": "unrotated"}), "pic": ({}, {"sees": "memory"}),
+    "meanpool": ({}, {"merge_at": "unrotated"}, {"count": "true"}), "pic": ({}, {"sees": "memory"}),
+    "unigist": ({"window": "8"},), "unigist-tuned": ({"window": "8"},), "beacon": ({"window": "16"},),
 }
 """Options that layouts are tried with, where the default alone would leave code unused."""
 IN_CHUNKS = ("ccm-concat", "gist", "meanpool", "pic", "prompt")

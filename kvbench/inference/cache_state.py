@@ -8,23 +8,24 @@ import torch
 from torch import Tensor
 
 from kvbench.cache.evicting import EvictingLayer
-from kvbench.cache.latents import Basis, Latents
+from kvbench.cache.latents import Latents
 from kvbench.cache.policy_cache import PolicyLayer
 from kvbench.cache.pruned_channels import PrunedChannels
 from kvbench.cache.quantized import Codes, Float8, Quantised
 from kvbench.cache.ragged import Ragged
+from kvbench.methods.policies.low_rank import parts_of
 
 _KINDS = {
     kind.__name__: kind for kind in (
-        PolicyLayer, EvictingLayer, Ragged, Codes, Quantised, Float8, PrunedChannels, Basis, Latents,
+        PolicyLayer, EvictingLayer, Ragged, Codes, Quantised, Float8, PrunedChannels, Latents,
     )
 }
 _SESSION = (
     "read", "since", "seen", "peak", "context", "removals", "fed", "kept", "stored", "holes", "is_loose",
 )
 _CACHE = ("read", "begin", "is_full_step")
-_SPARE = ("_room",)
-"""Attributes of layers that are made again when they are needed."""
+_SPARE = ("_room", "of_keys", "of_values")
+"""Attributes that are made again when they are needed, or are the model's."""
 
 
 def session_state(session: Any, tensors: dict[str, Tensor]) -> dict[str, Any]:
@@ -49,6 +50,11 @@ def restore_session(session: Any, state: dict[str, Any], tensors: dict[str, Tens
                 raise ValueError(f"a session has no {name}")
             setattr(owner, name, _decoded(value, tensors, device))
     session.cache.layers = [_decoded(layer, tensors, device) for layer in state["layers"]]
+    for number, layer in enumerate(session.cache.layers):
+        for latents in (stored for stored in getattr(layer, "packed", ()) if isinstance(stored, Latents)):
+            parts = parts_of(session.model)[2 * number : 2 * number + 2]
+            for name, part, one in zip(("of_keys", "of_values"), parts, latents.tensors(), strict=True):
+                object.__setattr__(latents, name, part.cut(one.shape[-1]))
 
 
 def _encoded(value: Any, tensors: dict[str, Tensor]) -> Any:

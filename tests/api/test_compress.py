@@ -30,7 +30,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "expected-attention": {"future": 16}, "kivi": {"group": 8, "recent": 8}, "think": {"recent": 8, "window": 4},
     "h2o": {}, "refreshkv": {"window": 4},
 }
-POLICIES = [name for name, kind in METHODS.items() if issubclass(kind, CachePolicy)]
+POLICIES = [name for name, kind in METHODS.items() if issubclass(kind, CachePolicy) and not kind.adapter_kinds]
 LAYOUTS = ["full", "none", "window", "sinks", "local", "scattered"]
 GENERATE: dict[str, Any] = {"do_sample": False, "max_new_tokens": NEW, "eos_token_id": 10_000, "pad_token_id": 0}
 
@@ -140,7 +140,7 @@ def test_going_on_with_a_returned_cache_is_one_long_reading(llama: Any) -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["snapkv", "adakv", "kivi", "think", "refreshkv", "expected-attention", "sinks", "d2o", "subgen"]
+    "name", ["snapkv", "adakv", "kivi", "think", "refreshkv", "expected-attention", "sinks", "d2o", "subgen", "lorc"]
 )
 def test_a_context_is_compressed_once_and_asked_often(llama: Any, tmp_path: Path, name: str) -> None:
     """Answers do not depend on what was asked before, nor on whether the snapshot was stored."""
@@ -269,7 +269,7 @@ def test_a_fault_inside_leaves_the_model_as_it_was() -> None:
     assert run.report.evictions == 1
 
 
-@pytest.mark.parametrize("name", ["sentinel", "ccm-concat", "gist"])
+@pytest.mark.parametrize("name", ["sentinel", "ccm-concat", "gist", "beacon"])
 def test_trained_methods_go_with_their_adapter(llama: Any, tmp_path: Path, name: str) -> None:
     ratio = "0.5" if name == "sentinel" else "0.9"
     method = make_method(name, Fraction(ratio), {})

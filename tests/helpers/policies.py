@@ -15,7 +15,8 @@ from kvbench.methods.policies.policy import CachePolicy, LayerView
 from kvbench.models.attention_hooks import OBSERVER
 from tests.helpers.models import VOCABULARY
 
-POLICIES = [name for name, kind in METHODS.items() if issubclass(kind, CachePolicy)]
+POLICIES = [name for name, kind in METHODS.items() if issubclass(kind, CachePolicy) and not kind.adapter_kinds]
+"""Those that need no adapter; trained ones: tests/methods/test_masking.py."""
 LENGTH, BATCH = 96, 2
 
 

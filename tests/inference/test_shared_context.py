@@ -30,7 +30,7 @@ def methods() -> list[Method]:
     """Every policy, at two ratios where it has one."""
     found: list[Method] = []
     for name, kind in METHODS.items():
-        if issubclass(kind, CachePolicy):
+        if issubclass(kind, CachePolicy) and not kind.adapter_kinds:
             known = kind.options()
             given = {"window": "4", "group": "8", "recent": "8"}
             options = {key: value for key, value in given.items() if key in known}
