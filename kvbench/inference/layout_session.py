@@ -203,7 +203,7 @@ class LayoutSession:
                 self.cache.merge_step = reader.merge_step(layout, start, self.present, device)
                 mask = self._mask(fed, self.present)
             self.shown = None if mask is None else to_device(mask[None, None], device)
-        return torch.arange(self.read, self.read + count) if self.is_kept_whole else layout.position[start:stop]
+        return layout.text_positions(self.read, count) if self.is_kept_whole else layout.position[start:stop]
 
     def end(self, count: int) -> None:
         """Account for ``count`` slots that have been fed."""

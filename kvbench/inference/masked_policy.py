@@ -84,7 +84,7 @@ class MaskedPolicySession(PolicySession):
             hidden += counts.double().mean(0).float() / len(self.masks.last)
             layer.choose(torch.nonzero(last == n)[:, -1].view(*shape, -1), layer.present(), None)
         self.seen = (places - hidden).tolist()
-        self.masks, self.since, self.removals = None, 0, self.removals + 1
+        self.masks, self.since, self.removed_at, self.removals = None, 0, self.read, self.removals + 1
         yield Scored(first, n, logits)
 
     def mask(self, layer: int, query: Tensor, keys: Tensor, values: Tensor) -> Tensor | None:

@@ -148,14 +148,14 @@ def check_method(method: Method, model: nn.Module, name: str, facts: ModelFacts)
         facts.check_embeddings(name, method.name)
     if method.averages_pre_rope:
         inv_freq_by_layer(model)
+    if method.counts_anew and inv_freq_by_layer(model) is None:
+        raise UserError(
+            f"{name} has learned positions, which cannot be counted anew in the cache.",
+            "Use --set positions=absolute.",
+        )
     if isinstance(method, CachePolicy):
         if facts.policy_refusal:
             raise UserError(f"{name}: {facts.policy_refusal} ({method.name})", OTHER_METHOD)
-        if method.rerotated and inv_freq_by_layer(model) is None:
-            raise UserError(
-                f"{name} has learned positions, which cannot be counted anew in the cache.",
-                "Use --set positions=absolute.",
-            )
         if method.needs.moments or method.needs.rotations:
             inv_freq_by_layer(model)
         with method.patched(model):

@@ -70,7 +70,7 @@ class PolicySession:
         needs_inv_freq = self.policy.rerotated or needs.moments or needs.rotations
         self.inv_freq = (inv_freq_by_layer(self.model) if needs_inv_freq else None) or ()
         self.cache = PolicyCache(self.policy.rerotated, self.inv_freq)
-        self.read = self.since = 0
+        self.read = self.since = self.removed_at = 0
         self.known: list[dict[int, Tensor]] = []  # by layer, what other sessions have found out about the same entries
 
     def prefill(self, ids: Tensor, first: int = 0, ahead: Tensor | None = None) -> Iterator[Scored]:
@@ -148,7 +148,7 @@ class PolicySession:
             if self.policy.needs.moments:
                 layer.moments = shape[2], queries.float().sum(2), (queries.transpose(-1, -2) @ queries).float()
             self.remove_from(number, chosen)
-        self.peak = self.cache.most_entries()
+        self.peak, self.removed_at = self.cache.most_entries(), self.read
 
     @property
     def device(self) -> torch.device:
@@ -258,7 +258,7 @@ class PolicySession:
             chosen: dict[int, Tensor] = {}
             for number in range(len(self.cache.layers)):
                 self.remove_from(number, chosen)
-        self.known = []
+        self.known, self.removed_at = [], self.read
 
     def remove_from(self, number: int, chosen: dict[int, Tensor]) -> None:
         """Remove entries of one layer; ``chosen``: by layer, the entries that earlier layers have chosen."""
@@ -297,6 +297,7 @@ class PolicySession:
             inv_freq=self.inv_freq[number] if self.inv_freq else None,
             carried=layer.carried, known=self.known[number] if self.known else {},
             weights=None if layer.weights is None else layer.weights[..., first:last], model=self.model,
+            removed_at=self.removed_at,
         )
 
     def mask(self, layer: int, query: Tensor, keys: Tensor, values: Tensor) -> Tensor | None:
@@ -340,6 +341,7 @@ class PolicySession:
         self.cache.layers = copy.deepcopy(source.cache.layers)
         self.cache.read, self.cache.begin = source.cache.read, source.cache.begin
         self.read, self.since, self.seen, self.peak = source.read, source.since, list(source.seen), source.peak
+        self.removed_at = source.removed_at
         self.known = source.known or [{} for _ in self.cache.layers]
         source.known = self.known
 

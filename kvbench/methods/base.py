@@ -212,6 +212,11 @@ class Method(ABC):
         return False
 
     @property
+    def counts_anew(self) -> bool:
+        """Whether positions are counted in the cache, to which keys are rotated anew; learned ones cannot be."""
+        return False
+
+    @property
     def n_rows(self) -> int:
         """Number of special-token embeddings that the method's adapter trains."""
         return 0

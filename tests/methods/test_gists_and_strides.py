@@ -13,11 +13,14 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from kvbench.errors import UserError
+from kvbench.inference.layout_session import LayoutSession
+from kvbench.inference.opening import check_method
 from kvbench.inference.reader import Reader
 from kvbench.methods import METHODS, TextStructure, kept, make_layout, make_method
 from kvbench.methods.layouts.layout import COMP, OPEN, SUM, TEXT, Layout
 from kvbench.methods.layouts.unigist import gist_layout
-from tests.helpers.models import VOCABULARY, small_adapter
+from kvbench.models.facts import ModelFacts
+from tests.helpers.models import VOCABULARY, small_adapter, small_model
 from tests.helpers.sessions import layout_method
 
 ratios = st.integers(1, 96).map(lambda percent: Fraction(percent, 100))
@@ -200,8 +203,40 @@ def test_strided_is_scouts_tenth_tokens_and_local() -> None:
     assert torch.nonzero(mask[199]).flatten().tolist() == [*range(9, 176, 10), *range(176, 200)]
     local = make_layout(layout_method("local", "0.8"), 200, 0, 0).mask
     assert torch.equal(make_layout(layout_method("strided", "0.8", share="100"), 200, 0, 0).mask, local)
-    first = make_layout(layout_method("strided", "0.8", sinks="3"), 200, 0, 0).mask[:, :3]
-    assert bool(first[3:].all())
+    sinks = make_layout(layout_method("strided", "0.8", sinks="3"), 200, 0, 0)
+    assert bool(sinks.mask[3:, :3].all())
+    assert len(sinks.held_after(200)) == 40
+    make_method("strided", Fraction("0.8"), {"sinks": "3"}).check_kept(20)
+    with pytest.raises(UserError, match="keeps 40 of 200 entries, and --set sinks=60 keeps more"):
+        make_method("strided", Fraction("0.8"), {"sinks": "60"}).check_kept(200)
+
+
+@pytest.mark.parametrize("name", ["unigist", "beacon", "ccm-concat"])
+@pytest.mark.parametrize("length", [40, 48, 59])
+@torch.inference_mode()
+def test_text_behind_a_context_is_numbered_as_if_it_were_written(llama: nn.Module, name: str, length: int) -> None:
+    """The first token after a compressed context, read or written: the same logits, while nothing is due."""
+    ratio = "0.8" if name == "ccm-concat" else "0.5"
+    options = {"window": "16"} if name in ("unigist", "beacon") else {}
+    method = layout_method(name, ratio, **options)
+    ids = torch.randint(0, VOCABULARY, (2, length + 1), generator=torch.Generator().manual_seed(3))
+    reader = Reader(llama, small_adapter(llama, "gated", method.n_rows))
+    with reader.ready():
+        alone = make_layout(method, length, 0, 0)
+        run = LayoutSession(reader, alone, length)
+        list(run.prefill(ids[:, :length]))
+        after = next(iter(run.extend(ids[:, length:]))).logits[:, 0]
+        both = make_layout(method, length + 1, 0, 0, TextStructure(prefix=length))
+        written = LayoutSession(reader, both, length)
+        list(written.prefill(ids[:, :length]))
+        assert float((written.step(ids[:, length]) - after).abs().max()) < 1e-5
+
+
+def test_beacons_are_not_counted_anew_where_positions_are_learnt() -> None:
+    model, facts = small_model("gpt2"), ModelFacts("GPT2LMHeadModel")
+    with pytest.raises(UserError, match="learned positions, which cannot be counted anew"):
+        check_method(make_method("beacon", Fraction("0.5")), model, "gpt2", facts)
+    check_method(make_method("beacon", Fraction("0.5"), {"positions": "absolute"}), model, "gpt2", facts)
 
 
 @pytest.mark.parametrize("name", ["unigist", "unigist-tuned", "beacon", "strided-tuned"])

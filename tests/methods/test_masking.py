@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from fractions import Fraction
 
 import numpy as np
@@ -20,7 +21,7 @@ from kvbench.methods.policies.lagkv import LagKV, LagKVTuned
 from kvbench.methods.policies.masking import check_maskable, last_queries, mask_of
 from kvbench.methods.policies.policy import CachePolicy
 from kvbench.training.adapter_training import text_loss
-from tests.helpers.models import normalises_keys
+from tests.helpers.models import VOCABULARY, normalises_keys
 from tests.helpers.policies import LENGTH, policy_of, text
 
 WAYS = [
@@ -79,8 +80,8 @@ def slow_lagkv(keys: Tensor, values: Tensor, lag: int, sinks: int, numbers: list
     return found
 
 
-@given(n=st.integers(30, 120), ratio=st.sampled_from(["0.3", "0.5", "0.8"]), lag=st.sampled_from([4, 8, 11]),
-       sinks=st.integers(0, 5), seed=st.integers(0, 5))
+@given(n=st.integers(30, 120), ratio=st.sampled_from(["0.02", "0.1", "0.3", "0.5", "0.8"]),
+       lag=st.sampled_from([4, 8, 11]), sinks=st.integers(0, 5), seed=st.integers(0, 5))
 def test_each_window_is_chosen_from_once(n: int, ratio: str, lag: int, sinks: int, seed: int) -> None:
     """Against loops; and kept(N, r) entries are held at the end, if so few can be."""
     generator = torch.Generator().manual_seed(seed)
@@ -156,12 +157,39 @@ def test_training_draws_ratios_and_windows_that_fit() -> None:
     assert isinstance(LagKVTuned.training_sample(20, rng, {}), LagKVTuned)
 
 
+@pytest.mark.parametrize(("prefix", "more", "ratio", "tokens"), [
+    (40, 100, "0.7", 0), (64, 90, "0.75", 0), (96, 100, "0.5", 0), (96, 120, "0", 40), (20, 150, "0", 40),
+])
+def test_what_is_written_fills_the_cache_to_what_is_asked(
+    llama: nn.Module, prefix: int, more: int, ratio: str, tokens: int
+) -> None:
+    """From the second window on, at every removal: kept(n, r), or the budget in tokens; and no more than a window
+    above it between two."""
+    policy = replace(once(ratio), budget_tokens=tokens)
+    ids = torch.randint(1, VOCABULARY, (2, prefix + more), generator=torch.Generator().manual_seed(1))
+    with torch.inference_mode():
+        run = open_session(llama, policy, Text(prefix, prefix + more, SEEDS))
+        assert isinstance(run, PolicySession)
+        list(run.prefill(ids[:, :prefix]))
+        for place in range(prefix, prefix + more):
+            run.step(ids[:, place])
+            read = place + 1
+            wanted = min(read, tokens) if tokens else kept(read, Fraction(ratio))
+            assert run.kept <= max(wanted, 12) + 8 + (8 if read < prefix + 16 else 0), (read, run.kept)
+            if run.removed_at == read and read > prefix + 16:
+                assert run.kept == max(wanted, 12)
+    assert run.removals > more // 8 - 2
+
+
 def test_a_ratio_that_once_cannot_reach_is_refused() -> None:
     with pytest.raises(UserError, match="keeps 52 of 512 entries; under passes=once 4 sinks, the last window of 32 "
                                         "and the 28 tokens after it stay"):
         make_method("lagkv", Fraction("0.9"), {"passes": "once"}).check(512, in_chunks=False)
     make_method("lagkv", Fraction("0.9"), {"passes": "once", "lag": "16"}).check(512, in_chunks=False)
     make_method("lagkv", Fraction("0.9")).check(512, in_chunks=False)
+    with pytest.raises(UserError, match="keeps 18 of 60 entries"):
+        make_method("lagkv", Fraction("0.7"), {"passes": "once"}).check(60, in_chunks=False)
+    replace(once("0"), budget_tokens=20).check(1 << 40, in_chunks=False)
 
 
 @pytest.mark.parametrize("name", [n for n, kind in METHODS.items() if issubclass(kind, CachePolicy)])

@@ -58,6 +58,10 @@ class Beacon(LayoutMethod):
 
     @property
     def averages_pre_rope(self) -> bool:
+        return self.counts_anew
+
+    @property
+    def counts_anew(self) -> bool:
         return self.positions == "cache"
 
     def check(self, longest: int, in_chunks: bool) -> None:
@@ -117,4 +121,8 @@ def beacon_layout(n: int, windows: Sequence[int], ratio: Fraction, sinks: int, r
     if renumbers:
         slots, sources = tokens.slot[kind == SUM], tokens.slot[kind == COMP]
         plan = MergePlan(slots, sources[:, None], torch.ones(len(slots), 1), unrotated=True)
-    return Layout(tokens, position, window_and_memory, n, next_segment=len(windows), merge_plan=plan)
+    end = int(ends[-1])
+    after = n - end + (sinks + int(held[end]) if renumbers and end else end)
+    return Layout(
+        tokens, position, window_and_memory, n, next_segment=len(windows), merge_plan=plan, next_position=after
+    )

@@ -142,6 +142,7 @@ class Layout:
         merge_plan: how the ``SUM`` entries are computed; None if there are none.
         predictors: int64 ``[n_raw]``, the slot whose logits predict the token after each text token; None for the text
             tokens themselves.
+        next_position: position of the text token that follows the block; None for ``n_raw``.
     """
 
     tokens: Tokens
@@ -151,6 +152,7 @@ class Layout:
     next_segment: int = OUTSIDE
     merge_plan: MergePlan | None = None
     predictors: Tensor | None = None
+    next_position: int | None = None
 
     def __len__(self) -> int:
         return int(self.position.shape[0])
@@ -175,6 +177,14 @@ class Layout:
         """int64 ``[T]``: index of each slot's input in the concatenation [text tokens; the adapter's embeddings]."""
         kind, raw = self.tokens.kind, self.tokens.raw
         return torch.where(kind == TEXT, raw, self.n_raw + self.tokens.row)
+
+    def text_positions(self, first: int, count: int) -> Tensor:
+        """int64 ``[count]``: positions of text tokens from ``first`` on, if no special tokens come between them."""
+        if first < self.n_raw:
+            begin = int(self.position[self.raw_slots[first]])
+        else:
+            begin = (self.n_raw if self.next_position is None else self.next_position) + first - self.n_raw
+        return torch.arange(begin, begin + count)
 
     @cached_property
     def special_slots(self) -> Tensor:

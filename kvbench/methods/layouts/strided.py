@@ -9,7 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from kvbench.methods.budget import kept
+from kvbench.errors import UserError
+from kvbench.methods.budget import kept, ratio_text
 from kvbench.methods.layouts.layout import RUNNING, Layout, TextStructure, Tokens, plain_tokens
 from kvbench.methods.layouts.method import LayoutMethod
 from kvbench.methods.options import option
@@ -22,7 +23,8 @@ class Strided(LayoutMethod):
     After SCOUT (arXiv 2509.00935), where every tenth token stays in the cache of a layer of its own, beside layers of
     window attention, in a model trained so from scratch. Here every layer of an ordinary model attends to both; how
     far apart the tokens are, and how long the window is, follow from the ratio: ``share`` per cent of the entries are
-    the window. With ``share=100`` this is ``local``. ``sinks=s`` keeps the first s tokens, too, as SCOUT does not.
+    the window. With ``share=100`` this is ``local``. ``sinks=s`` keeps the first s tokens in the place of as many of
+    the others, as SCOUT does not.
     """
 
     name = "strided"
@@ -31,6 +33,18 @@ class Strided(LayoutMethod):
 
     share: int = option(50, "per cent of the entries that are the last tokens", least=0, most=100)
     sinks: int = option(0, "first tokens that stay")
+
+    @property
+    def minimum(self) -> int:
+        return self.sinks + 1
+
+    def check_kept(self, n: int) -> None:
+        if self.sinks and kept(n, self.ratio) < min(n, self.minimum):
+            raise UserError(
+                f"{self.name} at ratio {ratio_text(self.ratio)} keeps {kept(n, self.ratio)} of {n} entries, and "
+                f"--set sinks={self.sinks} keeps more: the ratio would not be met.",
+                "Give a smaller --ratio, or fewer sinks.",
+            )
 
     def layout(self, n: int, rng: np.random.Generator, text: TextStructure = RUNNING) -> Layout:
         stays, start = self.spaced(n), self.window_start(n)
@@ -43,12 +57,12 @@ class Strided(LayoutMethod):
 
     def spaced(self, n: int) -> Tensor:
         """bool ``[n]``: which tokens never leave. Of the first m they are floor(m x), x being their share of all
-        tokens, and the sinks."""
+        tokens, or the sinks as long as these are more."""
         rate = (1 - self.ratio) * (1 - Fraction(self.share, 100))
         token = torch.arange(n)
         # At the end of every interval, as the last token of a block of SCOUT.
-        ends = ((token + 1) * rate.numerator) // rate.denominator > (token * rate.numerator) // rate.denominator
-        return ends | (token < self.sinks)
+        before, after = ((m * rate.numerator) // rate.denominator for m in (token, token + 1))
+        return (after > before.clamp(min=self.sinks)) | (token < self.sinks)
 
     def window_start(self, n: int) -> Tensor:
         """int64 ``[n + 1]``: the first token of the window of the query that has read so many tokens."""

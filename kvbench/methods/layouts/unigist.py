@@ -111,4 +111,4 @@ def gist_layout(n: int, sinks: int, every: int, window: int) -> Layout:
         read = queries.raw + (queries.kind == COMP)  # a gist counts the token before it to its window
         return (keys.kind != TEXT) | (keys.raw >= read - window)
 
-    return Layout(tokens, position, gists_and_recent, n)
+    return Layout(tokens, position, gists_and_recent, n, next_position=sinks + n)

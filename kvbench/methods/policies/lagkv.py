@@ -33,7 +33,8 @@ class LagKV(CachePolicy):
 
     With ``passes=once`` each window is processed once, when the next one is whole, as published: of a text of N tokens
     each keeps as many as leave kept(N, r) entries at its end, while the newest windows are whole. Fewer than sinks, a
-    window and the tokens after it cannot be kept; ``step`` has no meaning then.
+    window and the tokens after it cannot be kept. Of what is written after it, each window keeps as many as fill the
+    cache to kept(n, r), or to the budget in tokens. ``step`` has no meaning then.
     """
 
     name = "lagkv"
@@ -58,7 +59,7 @@ class LagKV(CachePolicy):
 
     def check(self, longest: int, in_chunks: bool) -> None:
         super().check(longest, in_chunks)
-        if self.is_once and self._wanted(longest) < self._whole(longest) < longest:
+        if self.is_once and not self.budget_tokens and self._wanted(longest) < self._whole(longest):
             raise UserError(
                 f"{self.name} at ratio {ratio_text(self.ratio)} keeps {self._wanted(longest)} of {longest} entries; "
                 f"under passes=once {self.sinks} sinks, the last window of {self.lag} and the "
@@ -80,11 +81,15 @@ class LagKV(CachePolicy):
     def budget(self, read: int, total: int, layer: int, layers: int) -> int:
         if not self.is_once:
             return super().budget(read, total, layer, layers)
-        chosen_from, at_the_end = self._windows(read)[0] - 1, self._windows(total)[0] - 1
+        chosen_from, at_the_end = self._windows(read)[0] - 1, max(0, self._windows(total)[0] - 1)
         if chosen_from < 1:
             return read
-        each = Fraction(max(0, self._wanted(total) - self._whole(total)), at_the_end) if at_the_end > 0 else self.lag
-        return self._whole(read) + int(chosen_from * min(each, Fraction(self.lag)))
+        each = Fraction(max(0, self._wanted(total) - self._whole(total)), max(1, at_the_end))
+        chosen = int(min(chosen_from, at_the_end) * min(each, Fraction(self.lag)))
+        for window in range(at_the_end + 1, chosen_from + 1):  # of text after the first ``total`` tokens
+            end = self.sinks + (window + 1) * self.lag
+            chosen += min(self.lag, max(0, self._wanted(end) - self._whole(end) - chosen))
+        return self._whole(read) + chosen
 
     def _windows(self, read: int) -> tuple[int, int]:
         """How many windows are whole after ``read`` tokens, and the tokens after them."""
@@ -119,14 +124,9 @@ class LagKV(CachePolicy):
         return scores
 
     def _unchosen(self, view: LayerView) -> tuple[int, int]:
-        """Where the windows begin and end that have not been chosen from: those at the end that still are whole."""
-        positions = view.positions[0, 0]  # every head holds as many entries of a window
-        windows, after = self._windows(int(positions[-1]) + 1)
-        if not windows:
-            return view.entries, view.entries
-        held = torch.bincount((positions[self.sinks :] - self.sinks) // self.lag, minlength=windows)[:windows]
-        begun = torch.nonzero(held < self.lag).flatten()
-        first = int(begun[-1]) + 1 if len(begun) else 0
+        """Where the windows begin and end that have not been chosen from; they are whole."""
+        windows, after = self._windows(int(view.positions[0, 0, -1]) + 1)
+        first = max(0, self._windows(view.removed_at)[0] - 1)
         stop = view.entries - after
         return stop - (windows - first) * self.lag, stop
 
@@ -148,7 +148,8 @@ class LagKVTuned(LagKV):
 
     lag: int = option(16, "entries of a window", least=2)
     passes: str = option(
-        "once", "whether all windows are chosen from at every removal, or each once", choices=("every", "once")
+        "once", "whether all windows are chosen from at every removal, or each once", choices=("every", "once"),
+        trained=True,
     )
     prefill: str = option(
         "blocks", "whether a context is compressed when it has been read, or after every step",

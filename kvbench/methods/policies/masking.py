@@ -39,7 +39,7 @@ def last_queries(
     batch, heads, n, width = keys.shape
     last = torch.full((batch, heads, n), n, device=keys.device)
     held = torch.empty(batch, heads, 0, dtype=torch.long, device=keys.device)
-    read = since = 0
+    read = since = removed_at = 0
     while read < n:
         run = min(policy.run_length(read), n - read)
         held = torch.cat([held, torch.arange(read, read + run, device=keys.device).expand(batch, heads, -1)], -1)
@@ -48,17 +48,19 @@ def last_queries(
             continue
         since, keep = 0, policy.budget(read, n, layer, layers)
         if held.shape[-1] <= keep:
+            removed_at = read
             continue
         at = held[..., None].expand(-1, -1, -1, width)
         view = LayerView(
             keys=keys.gather(2, at), values=values.gather(2, held[..., None].expand(-1, -1, -1, values.shape[-1])),
             positions=held, attention_sums=torch.zeros((), device=keys.device).expand(held.shape), queries=None,
             scaling=1.0, read=read, layer=layer, layers=layers, row_seeds=row_seeds, seed=seed,
+            removed_at=removed_at,
         )
         kept = held.gather(-1, policy.chosen(view, keep))
         last.scatter_(-1, held, read - 1)
         last.scatter_(-1, kept, n)
-        held = kept
+        held, removed_at = kept, read
     return last
 
 

@@ -46,6 +46,7 @@ class LayerView:
         weights: float32 ``[batch, heads, entries]``, how many tokens each entry stands for; None if each is one token.
         known: mean attention by number of queries, shared by all policies that choose from the same entries.
         model: whose entries these are; None where a policy is tried without one.
+        removed_at: text tokens that had been read when entries were last removed, or could have been; 0 before that.
     """
 
     keys: Tensor
@@ -65,6 +66,7 @@ class LayerView:
     weights: Tensor | None = None
     known: dict[int, Tensor] = field(default_factory=dict)
     model: nn.Module | None = None
+    removed_at: int = 0
 
     @property
     def entries(self) -> int:
@@ -162,6 +164,10 @@ class CachePolicy(Method):
     def rerotated(self) -> int:
         """How many of the first keys are re-rotated to their index in the cache (StreamingLLM)."""
         return 0
+
+    @property
+    def counts_anew(self) -> bool:
+        return self.rerotated > 0
 
     @property
     def packs(self) -> bool:
