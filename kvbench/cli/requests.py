@@ -67,7 +67,7 @@ def _shared(
     from kvbench.planning.quality import parse_options
 
     return {
-        "model": options.shared(model, given["share"]), "revision": given["revision"],
+        "model": options.shared(model, given.get("share")), "revision": given["revision"],
         "adapters": tuple(given["adapter"] or ()),
         "methods": tuple(given["method"] or settings.method),
         "ratios": tuple(given["ratio"] or (f"{ratio:.10g}" for ratio in settings.ratio)), "seed": seed,
