@@ -21,14 +21,18 @@ def shared(model: str, share: str | None) -> str:
     """The name of a model whose layers share entries as asked.
 
     Raises:
-        UserError: it is a shape.
+        UserError: it is a shape, or its name says otherwise.
     """
     from kvbench.errors import UserError
     from kvbench.models.sharing import MARK
 
     if share and model.startswith("shape:"):
         raise UserError(f"--share is for models with weights, and {model} has none.", "Leave --share out.")
-    return f"{model}{MARK}{share}" if share and MARK not in model else model
+    if not share or model.endswith(f"{MARK}{share}"):
+        return model
+    if MARK in model:
+        raise UserError(f"--model {model} and --share {share} differ.", "Leave one of them out.")
+    return f"{model}{MARK}{share}"
 
 
 def path(given: str) -> Path:

@@ -158,9 +158,8 @@ def resolve_model(name: str, revision: str | None = None) -> ModelReference:
     found = _resolve(base, revision)
     if MARK not in name:
         return found
-    named = replace(
-        found, name=f"{found.name}{MARK}{share}", fingerprint=f"{found.fingerprint}{MARK}{_share_mark(share)}"
-    )
+    known = found.fingerprint and f"{found.fingerprint}{MARK}{_share_mark(share)}"
+    named = replace(found, name=f"{found.name}{MARK}{share}", fingerprint=known)
     sizes = sizes_of(Path(found.location)) if found.is_folder else None
     Sharing.parse(named.pattern, sizes.layers if sizes else None)
     return named

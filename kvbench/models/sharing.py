@@ -145,7 +145,10 @@ def _handed(aside: dict[int, tuple[Tensor, Tensor]], source: int, is_own: bool, 
     def hook(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[Any, Any]:
         called = next((name for name in _CACHES if name in kwargs), None)
         if called is None:
-            raise RuntimeError(f"{type(module).__name__} is not given its cache by name")
+            raise UserError(
+                f"{type(module).__name__} is not given its cache by a name that is known: its layers cannot share.",
+                "Leave --share out.",
+            )
         return args, {**kwargs, called: _Handing(kwargs[called], aside, source, is_own, is_last)}
 
     return hook

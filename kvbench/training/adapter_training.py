@@ -2,9 +2,9 @@
 
 Each step is one forward pass under a layout's mask, which trains all spans (or chunks) of a sequence at once, or under
 a mask that a policy makes in every layer. Spans and ratio are sampled anew for every batch, so that one adapter serves
-all ratios. The loss is over all text tokens: the
-language-model loss (``text``, as published), or the KL divergence from the uncompressed base model's predictions
-(``distil``), which takes a second pass and is free of the noise of the text itself.
+all ratios. The loss is over all text tokens: the language-model loss (``text``, as published), or the KL divergence
+from the uncompressed base model's predictions (``distil``), which takes a second pass and is free of the noise of the
+text itself.
 """
 
 from __future__ import annotations

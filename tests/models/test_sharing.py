@@ -181,6 +181,7 @@ def test_a_run_is_of_the_model_that_shares(tmp_path: Path, called: Callable[...,
 @pytest.mark.parametrize(("words", "message"), [
     (["run", "--share", "pairs", "--method", "sentinel"], "needs an adapter trained for kvbench-tiny:share=pairs"),
     (["run", "--share", "thirds"], "--share thirds is unknown"),
+    (["run", "--share", "pairs", "--model", "kvbench-tiny:share=yoco"], "differ"),
     (["profile", "--share", "pairs", "--model", "shape:gpt2"], "has none"),
     (["train", "--share", "pairs", "--method", "adapted", "--set", "objective=distil", "--data", "README.md", "--out",
       "x"], "would learn from the shared model"),
