@@ -17,6 +17,7 @@ from kvbench.errors import UserError, unknown
 from kvbench.inference.compressed_cache import BOTH, DECODE, PREFILL
 from kvbench.inference.opening import check_method
 from kvbench.methods import METHODS, Method, parse_ratio, unknown_method
+from kvbench.methods.adapters import load_adapter
 from kvbench.models.adapter import Adapter, read_card
 from kvbench.models.configuration import context_of, text_config
 from kvbench.models.facts import ModelFacts
@@ -151,7 +152,7 @@ def checked_adapter(model: nn.Module, method: Method, folder: str | Path | None)
             "Load that model, or train an adapter for this one.",
         )
     parameter = next(model.parameters())
-    return Adapter.load(Path(folder), model).to(parameter.device, parameter.dtype)
+    return load_adapter(Path(folder), model).to(parameter.device, parameter.dtype)
 
 
 def check_model(model: Any, method: Method) -> None:

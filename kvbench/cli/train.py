@@ -51,8 +51,8 @@ def train(
     seed: options.Seed = None,
     set_: Annotated[list[str] | None, typer.Option(
         "--set", metavar="KEY=VALUE",
-        help="adapter=gated|plain|full, objective=text|distil, autocast=bfloat16|none, dropout=0.0, boundary=1.0 "
-             "(weight of the loss behind a compressed piece), and the method's own, such as n_comp=4; repeatable.",
+        help="adapter=gated|plain|full|writer, objective=text|distil, autocast=bfloat16|none, dropout=0.0, "
+             "boundary=1.0 (weight of the loss behind a compressed piece), and the method's own, such as n_comp=4; repeatable.",
     )] = None,
     device: options.Device = None,
     threads: options.Threads = None,

@@ -39,6 +39,7 @@ from kvbench.execution.workload import TaskWork, cut_task
 from kvbench.inference.opening import check_method, held_at_end, places_needed
 from kvbench.judges.loading import check_mauve, load_judges
 from kvbench.methods import Method, make_method
+from kvbench.methods.adapters import load_adapter
 from kvbench.methods.layouts.mask_example import Mask
 from kvbench.models.adapter import Adapter
 from kvbench.models.fingerprint import check_unchanged
@@ -95,7 +96,7 @@ class Worker:
         for cell in job.cells:
             if cell.adapter is not None and cell.adapter not in self.adapters:
                 folder = given_adapter(cell.adapter)
-                adapter = Adapter.load(folder, self.loaded.model)
+                adapter = load_adapter(folder, self.loaded.model)
                 check_unchanged(folder, cell.adapter_hash or "")
                 parameter = next(self.loaded.model.parameters())
                 self.adapters[cell.adapter] = adapter.to(parameter.device, parameter.dtype)

@@ -69,7 +69,7 @@ class LayoutSession:
         for start in range(0, end, self.chunk):
             stop = min(start + self.chunk, end)
             text = wanted[(wanted >= start) & (wanted < stop)]
-            logits = self.feed(self.reader.inputs(ids, self.layout, slice(start, stop)), text)
+            logits = self.feed(self.inputs(ids, slice(start, stop)), text)
             if len(text):
                 yield Scored(token, token + len(text), logits)
                 token += len(text)
@@ -96,7 +96,15 @@ class LayoutSession:
     def step(self, ids: Tensor) -> Tensor:
         """Feed one token per row, and the special tokens up to the next text token."""
         stop, wanted = self._stop(self.read), self.layout.read_slots[self.read : self.read + 1]
-        return self.feed(self.reader.generated_inputs(ids[:, None], self.layout, slice(self.fed, stop)), wanted)[:, 0]
+        return self.feed(self.generated_inputs(ids[:, None], slice(self.fed, stop)), wanted)[:, 0]
+
+    def inputs(self, ids: Tensor, slots: slice) -> Tensor:
+        """Model inputs for these slots; ``ids`` are all of the text ``[batch, n]``."""
+        return self.reader.inputs(ids, self.layout, slots)
+
+    def generated_inputs(self, ids: Tensor, slots: slice) -> Tensor:
+        """Model inputs for these slots, the first of which is a generated token ``[rows, 1]``."""
+        return self.reader.generated_inputs(ids, self.layout, slots)
 
     def fill(self, batch: int, seed: int) -> None:
         fed = self._stop(self.context - 1)

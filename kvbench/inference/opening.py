@@ -14,6 +14,7 @@ from kvbench.cache.shape import cache_shape
 from kvbench.errors import UserError
 from kvbench.inference.layout_session import LayoutSession, MaskedSession
 from kvbench.inference.masked_policy import MaskedPolicySession, masked_logits
+from kvbench.inference.memory_session import MemorySession
 from kvbench.inference.policy_session import PolicySession
 from kvbench.inference.reader import Reader
 from kvbench.inference.session import Session
@@ -88,7 +89,9 @@ def open_session(
     layout = _planned(method, text, seed)
     if at_once and layout.is_plain:
         chunk = len(layout)
-    kind = MaskedSession if execution == ONEPASS and not text.is_written else LayoutSession
+    kind: type[LayoutSession] = MemorySession if layout.written else LayoutSession
+    if execution == ONEPASS and not text.is_written:
+        kind = MaskedSession
     return kind(Reader(model, adapter, overhead), layout, text.context, chunk, evicts=execution != ONEPASS)
 
 
@@ -144,7 +147,7 @@ def check_method(method: Method, model: nn.Module, name: str, facts: ModelFacts)
     Raises:
         UserError: it does not.
     """
-    if method.n_rows:
+    if method.feeds_rows:
         facts.check_embeddings(name, method.name)
     if method.averages_pre_rope:
         inv_freq_by_layer(model)
@@ -215,7 +218,9 @@ def _planned(method: Method, text: Text, seed: int) -> Layout:
     """The layout of a text, cached for batches of the same lengths and seed."""
     assert isinstance(method, LayoutMethod), "there are two mechanisms"
     which = text.row_seeds[0] if method.seeded else 0
-    structure = text.structure._replace(prefix=text.context if text.is_written else 0)
+    structure = text.structure._replace(
+        prefix=text.context if text.is_written else 0, is_continued=text.has_continuation or text.is_written
+    )
     return _layout(method, text.planned, seed, which, structure)
 
 

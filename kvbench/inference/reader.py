@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -11,7 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from kvbench.cache.evicting import EvictingCache, MergeStep
+from kvbench.errors import UserError
 from kvbench.methods.layouts.layout import Layout
+from kvbench.methods.memories.writer import State, Writer
 from kvbench.models.adapter import Adapter
 from kvbench.models.rope import inv_freq_by_layer
 
@@ -47,30 +49,38 @@ class Reader:
         with self.adapter.closed(self.model):
             yield
 
-    def inputs(self, ids: Tensor, layout: Layout, slots: slice = slice(None)) -> Tensor:
+    def inputs(
+        self, ids: Tensor, layout: Layout, slots: slice = slice(None), special: Tensor | None = None
+    ) -> Tensor:
         """Model inputs for text ``[batch, n]`` under a layout: ids, or embeddings if an adapter adds special tokens.
 
         Plain text is fed as ids, since some models need ids for more than embeddings (tables per layer, routing).
 
         Args:
             slots: which part of the input sequence; its text tokens must be in ``ids``.
+            special: ``[batch, slots, width]``, what is fed at special tokens; None for the adapter's rows.
 
         Returns:
             int64 ``[batch, slots]``, or embeddings ``[batch, slots, width]``.
         """
-        source = to_device(layout.source[slots], ids.device)
+        source = layout.source[slots]
+        is_text = bool((source < layout.n_raw).all())
+        source = to_device(source, ids.device)
         text = ids[:, source.clamp(max=ids.shape[1] - 1)]
-        if self.adapter is None or len(layout) == layout.n_raw:
+        if self.adapter is None or is_text:
             return text  # without an adapter, special tokens only hold merged entries: their ids do not matter
         embedded: Tensor = self.model.get_input_embeddings()(text)  # type: ignore[operator]
-        special = self.adapter.rows.to(embedded.dtype)[(source - layout.n_raw).clamp(min=0)]
-        return torch.where((source < layout.n_raw)[:, None], embedded, special)
+        if special is None:
+            special = self.adapter.rows[(source - layout.n_raw).clamp(min=0)]
+        return torch.where((source < layout.n_raw)[:, None], embedded, special.to(embedded.dtype))
 
-    def generated_inputs(self, ids: Tensor, layout: Layout, slots: slice) -> Tensor:
+    def generated_inputs(
+        self, ids: Tensor, layout: Layout, slots: slice, special: Tensor | None = None
+    ) -> Tensor:
         """Model inputs for generated tokens ``[rows, 1]``: the token, and the special tokens after it.
 
         Special tokens are embeddings if an adapter has trained them; those that only hold merged entries are arbitrary
-        ids.
+        ids. ``special`` as for :meth:`inputs`.
         """
         count = slots.stop - slots.start
         if count == 1:
@@ -79,21 +89,43 @@ class Reader:
             return ids.expand(-1, count)
         row = layout.tokens.row[slots].to(ids.device, non_blocking=True)
         text: Tensor = self.model.get_input_embeddings()(ids)  # type: ignore[operator]
-        special = self.adapter.rows.to(text.dtype)[row.clamp(min=0)].expand(len(ids), -1, -1)
-        return torch.where((row < 0)[None, :, None], text, special)
+        if special is None:
+            special = self.adapter.rows[row.clamp(min=0)].expand(len(ids), -1, -1)
+        return torch.where((row < 0)[None, :, None], text, special.to(text.dtype))
+
+    def begin(self, batch: int) -> State:
+        """The state of the adapter's writer before any text."""
+        return self._writer().begin(batch)
+
+    def write(self, ids: Tensor, chunks: Sequence[int], state: State) -> tuple[Tensor, State]:
+        """Write the memory of consecutive chunks of text ``[batch, n]``: rows ``[batch, k x chunks, width]``, and the
+        writer's new state."""
+        assert self.adapter is not None
+        with self.adapter.opened():
+            return self._writer().write_all(self.model, ids, chunks, state)
+
+    def _writer(self) -> Writer:
+        writer = None if self.adapter is None else self.adapter.writer
+        if not isinstance(writer, Writer):
+            raise UserError("Memory that is computed from text needs an adapter with a writer.", "Give its folder.")
+        return writer
 
     def one_pass(
         self, ids: Tensor, layout: Layout, keep: slice = slice(None), cache: EvictingCache | None = None
     ) -> Tensor:
         """One pass under the layout's mask: logits ``[batch, kept, vocabulary]`` of the text tokens ``keep``."""
         device = ids.device
+        special = None
+        if layout.written:
+            rows, _ = self.write(ids, layout.written, self.begin(len(ids)))
+            special = rows[:, layout.tokens.row.clamp(min=0).to(device)]
         self.open_gate(layout.special_slots.to(device))
         if layout.merge_plan is not None:
             cache = EvictingCache() if cache is None else cache
             cache.merge_step = self.merge_step(layout, 0, torch.arange(len(layout)), device)
         mask = None if layout.is_plain else layout.biased(layout.mask, torch.arange(len(layout)))[None, None].to(device)
         return self.forward(
-            self.inputs(ids, layout), mask, layout.position.to(device),
+            self.inputs(ids, layout, special=special), mask, layout.position.to(device),
             layout.read_slots[keep].to(device), cache, 0,
         )
 

@@ -222,6 +222,11 @@ class Method(ABC):
         return 0
 
     @property
+    def feeds_rows(self) -> bool:
+        """Whether special tokens are fed as embeddings, which not every model allows."""
+        return self.n_rows > 0
+
+    @property
     def trained_options(self) -> dict[str, str]:
         """Options whose values an adapter of this method is bound to, as text."""
         return {name: option.text(getattr(self, name)) for name, option in self.options().items() if option.trained}

@@ -24,6 +24,11 @@ from kvbench.methods.layouts.sentinel import Sentinel
 from kvbench.methods.layouts.strided import Strided, StridedTuned
 from kvbench.methods.layouts.unigist import UniGist, UniGistTuned
 from kvbench.methods.layouts.windows import Local, LocalTuned, Sinks, SinksTuned, Window
+from kvbench.methods.memories.comprexit import ComprExIT
+from kvbench.methods.memories.gradual_forgetting import GradualForgetting
+from kvbench.methods.memories.ic_former import ICFormer
+from kvbench.methods.memories.icae import ICAE
+from kvbench.methods.memories.recurrent import RMT, AutoCompressors
 from kvbench.methods.policies.adakv import AdaKV
 from kvbench.methods.policies.cam import CaM
 from kvbench.methods.policies.cascading import Cascading
@@ -50,6 +55,7 @@ from kvbench.store.faults import GROUP
 
 _OWN: tuple[type[Method], ...] = (
     Full, NoContext, Window, Sinks, Local, Scattered, Sentinel, CCMConcat, CCMMerge, Gist, MeanPool, PIC, Prompt,
+    ICAE, ComprExIT, ICFormer, RMT, AutoCompressors, GradualForgetting,
     UniGist, UniGistTuned, Beacon, Strided, LocalTuned, ScatteredTuned, SinksTuned, StridedTuned, Adapted,
     StreamingLLM, Random, KNorm, KeyDiff, LagKV, LagKVTuned, TOVA, H2O, SnapKV, PyramidKV, ChunkKV, AdaKV,
     ExpectedAttention, Cascading, CaM, D2O, SubGen, KIVI, FP8, ThinK, RefreshKV, LoRC,

@@ -3,7 +3,8 @@
 A folder holds ``adapter_model.safetensors`` and ``adapter_config.json`` in PEFT's format (loaded by
 PEFT, they act as plain LoRA on every token), ``embeddings.safetensors`` with the rows of the special
 tokens, and ``card.json`` with the method, base model, training data and held-out scores. If the whole
-model was trained, ``weights.safetensors`` replaces PEFT's files.
+model was trained, ``weights.safetensors`` replaces PEFT's files. What writes a memory that is computed from text is in
+``writer.safetensors``.
 """
 
 from __future__ import annotations
@@ -32,6 +33,7 @@ CARD = "card.json"
 WEIGHTS = "adapter_model.safetensors"
 ROWS = "embeddings.safetensors"
 WHOLE = "weights.safetensors"
+WRITER = "writer.safetensors"
 _PEFT_PREFIX = "base_model.model."
 
 
@@ -42,8 +44,10 @@ class AdapterCard:
     Attributes:
         method: the compression method it was trained for.
         gate: what was trained: ``gated`` (low-rank pairs that act on special tokens only),
-            ``plain`` (pairs that act on every token) or ``full`` (every weight of a small model).
-        rank: rank of each low-rank pair; unused for ``full``.
+            ``plain`` (pairs that act on every token), ``full`` (every weight of a small model) or ``writer`` (what
+            writes a memory; pairs act on the text that it reads, and the model that reads the memory is the base
+            model).
+        rank: rank of each low-rank pair; 0 for none, unused for ``full``.
         alpha: LoRA's alpha; low-rank updates are scaled by ``alpha / rank``.
         n_rows: number of trained embedding rows (two for Sentinel: open, close).
         options: method options that it was trained with and requires, such as ``n_comp``.
@@ -73,16 +77,19 @@ class Adapter(nn.Module):
         card: description of the adapter.
         model: base model, which determines the shapes.
         dropout: dropout probability on the input of the low-rank pairs, in training only.
+        writer: what makes rows from text, for methods whose memory is computed.
     """
 
     def __init__(
-        self, card: AdapterCard, model: nn.Module, dropout: float = 0.0
+        self, card: AdapterCard, model: nn.Module, dropout: float = 0.0, writer: nn.Module | None = None
     ) -> None:
         super().__init__()
+        self.writer = writer
         self.card = card
         self.dropout = dropout
         is_full = card.gate == "full"
-        fans = {} if is_full else {path: fan(linear) for path, linear in attention_linears(model).items()}
+        has_pairs = card.rank and not is_full
+        fans = {path: fan(linear) for path, linear in attention_linears(model).items()} if has_pairs else {}
         whole = dict(model.named_parameters()) if is_full else {}
         self.by_path = {path: LowRank(i, o, card.rank) for path, (i, o) in fans.items()}
         self.pairs = nn.ModuleList(self.by_path.values())
@@ -94,10 +101,12 @@ class Adapter(nn.Module):
         self._base: dict[str, nn.Parameter] = {}
 
     @classmethod
-    def fresh(cls, card: AdapterCard, model: nn.Module, dropout: float = 0.0) -> Adapter:
+    def fresh(
+        cls, card: AdapterCard, model: nn.Module, dropout: float = 0.0, writer: nn.Module | None = None
+    ) -> Adapter:
         """Initialise an adapter that changes nothing yet; its embedding rows are drawn near the mean embedding."""
         embedding = model.get_input_embeddings().weight  # type: ignore[operator]
-        adapter = cls(card, model, dropout)
+        adapter = cls(card, model, dropout, writer)
         with torch.no_grad():
             # Drawn on the rows' device, so that the values do not depend on the model's.
             mean, spread = (t.to(adapter.rows.device) for t in (embedding.float().mean(0), embedding.float().std(0)))
@@ -113,7 +122,7 @@ class Adapter(nn.Module):
         if self._applied:
             yield self
             return
-        scale = self.card.alpha / self.card.rank
+        scale = self.card.alpha / max(self.card.rank, 1)
         wrapped: dict[str, nn.Module] = {
             path: GatedLinear(model.get_submodule(path), pair, scale, self.dropout, self.gate)
             for path, pair in self.by_path.items()
@@ -137,8 +146,19 @@ class Adapter(nn.Module):
             self.gate.slots = slots
 
     def open_gate(self, special: Tensor) -> None:
-        """Set the slots (int64) of the special tokens in the next input; a plain adapter acts on all tokens."""
-        self.gate.slots = None if self.card.gate == "plain" else special
+        """Set the slots (int64) of the special tokens in the next input; a plain adapter acts on all tokens, a writer's
+        on none but those that it reads itself."""
+        is_closed = self.card.gate == "writer"
+        self.gate.slots = None if self.card.gate == "plain" else special[:0] if is_closed else special
+
+    @contextmanager
+    def opened(self) -> Iterator[None]:
+        """Let the low-rank pairs act on every token within the block, in which a writer reads."""
+        slots, self.gate.slots = self.gate.slots, None
+        try:
+            yield
+        finally:
+            self.gate.slots = slots
 
     def save(
         self, folder: Path, target_name: str, more: Mapping[str, str] | None = None, dtype: torch.dtype = torch.float32
@@ -148,15 +168,18 @@ class Adapter(nn.Module):
         Args:
             target_name: name of the base model, for PEFT.
             more: contents of other text files of the folder, by name.
-            dtype: of low-rank pairs in the file.
+            dtype: of low-rank pairs and of the writer in the file.
         """
         part, old = _beside(folder)
         shutil.rmtree(part, ignore_errors=True)
         part.mkdir(parents=True)
         if self.whole:
             save_file({name: p.detach().contiguous() for name, p in self.whole.items()}, part / WHOLE)
-        else:
+        elif self.by_path:
             self._save_pairs(part, target_name, dtype)
+        if self.writer is not None:
+            state = self.writer.state_dict()
+            save_file({name: t.detach().to(dtype).contiguous() for name, t in state.items()}, part / WRITER)
         save_file({"rows": self.rows.detach().float()}, part / ROWS)
         for name, text in (more or {}).items():
             (part / name).write_text(text, encoding="utf-8")
@@ -185,21 +208,23 @@ class Adapter(nn.Module):
         config.save_pretrained(str(folder))
 
     @classmethod
-    def load(cls, folder: Path, model: nn.Module) -> Adapter:
-        """Load an adapter for ``model``, in evaluation mode and frozen.
+    def load(cls, folder: Path, model: nn.Module, writer: nn.Module | None = None) -> Adapter:
+        """Load an adapter for ``model``, in evaluation mode and frozen; ``writer`` is one of its kind, to be filled.
 
         Raises:
             UserError: a file is missing or damaged, or the shapes do not match the model.
         """
         card = read_card(folder)
         try:
-            weights = load_file(folder / (WHOLE if card.gate == "full" else WEIGHTS))
+            has_pairs = card.gate == "full" or card.rank
+            weights = load_file(folder / (WHOLE if card.gate == "full" else WEIGHTS)) if has_pairs else {}
             rows = load_file(folder / ROWS)["rows"]
+            written = {} if writer is None else load_file(folder / WRITER)
         except (OSError, SafetensorError, KeyError) as error:
             raise UserError(
                 f"The adapter in {folder} cannot be read: {error}.", "Train it again, or copy it anew."
             ) from error
-        adapter = cls(card, model)
+        adapter = cls(card, model, writer=writer)
         try:
             with torch.no_grad():
                 for name, parameter in adapter.whole.items():
@@ -208,6 +233,8 @@ class Adapter(nn.Module):
                     pair.a.copy_(weights.pop(f"{_PEFT_PREFIX}{path}.lora_A.weight"))
                     pair.b.copy_(weights.pop(f"{_PEFT_PREFIX}{path}.lora_B.weight"))
                 adapter.rows.copy_(rows)
+            if writer is not None:
+                writer.load_state_dict(written)
         except (KeyError, RuntimeError) as error:
             raise UserError(
                 f"The adapter in {folder} does not fit this model: {error}.",

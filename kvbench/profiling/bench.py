@@ -13,6 +13,7 @@ from torch import nn
 from kvbench.errors import UserError
 from kvbench.inference.opening import Text, check_method, open_session, peak_size, prepared
 from kvbench.methods import Method, make_method
+from kvbench.methods.adapters import fresh_adapter, load_adapter
 from kvbench.models.adapter import Adapter, AdapterCard
 from kvbench.models.device import pick_device
 from kvbench.models.facts import ModelFacts
@@ -59,11 +60,14 @@ class Bench:
             method = method_of(cell)
             if cell.adapter == RANDOM:
                 torch.manual_seed(cell.seed)
-                card = AdapterCard(cell.method, method.adapter_kinds[0], RANK, float(RANK), method.n_rows, "random", "")
-                adapter = Adapter.fresh(card, self.model)
+                card = AdapterCard(
+                    cell.method, method.adapter_kinds[0], RANK, float(RANK), method.n_rows, "random", "",
+                    options=method.trained_options,
+                )
+                adapter = fresh_adapter(card, self.model)
             else:
                 folder = given_adapter(cell.adapter)
-                adapter = Adapter.load(folder, self.model)
+                adapter = load_adapter(folder, self.model)
                 check_unchanged(folder, cell.adapter_hash or "")
             self._adapters[cell.key] = adapter.eval().requires_grad_(False).to(self.device, self.dtype)
         return self._adapters[cell.key]

@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 import kvbench
 from kvbench.errors import UserError, unknown
 from kvbench.methods import METHODS, Method, make_method
+from kvbench.methods.adapters import fresh_adapter
 from kvbench.models.adapter import CARD, Adapter, AdapterCard, recover
 from kvbench.models.facts import ModelFacts
 from kvbench.models.loading import Loaded
@@ -43,7 +44,7 @@ def _check_model(name: str, loaded: Loaded, facts: ModelFacts, length: int, meth
     """
     facts.check(name)
     facts.check_length(name, length, f"Use --length {facts.window} or less.")
-    if method.n_rows:
+    if method.feeds_rows:
         facts.check_embeddings(name, method.name)
     context = loaded.context
     if length > context:
@@ -126,7 +127,7 @@ def run_adapter_training(
         base_model=reference.short_name, base_hash=reference.fingerprint,
     )
     torch.manual_seed(plan.seed)
-    adapter = Adapter.fresh(card, model, plan.dropout)
+    adapter = fresh_adapter(card, model, plan.dropout)
     data = Mixture(stream.ids, lambda text: encode_in_context(tokenizer, text), plan.length, plan.seed)
     if team.leads:
         make_folder(request.out, request.fresh)
@@ -188,9 +189,10 @@ def _best(request: AdapterRequest, adapter: Adapter) -> tuple[int, Scores]:
 
 
 def _round(adapter: Adapter, dtype: torch.dtype) -> None:
-    """Round the low-rank pairs to what will be written."""
+    """Round the low-rank pairs and the writer to what will be written."""
+    writer = () if adapter.writer is None else adapter.writer.parameters()
     with torch.no_grad():
-        for parameter in adapter.pairs.parameters():
+        for parameter in (*adapter.pairs.parameters(), *writer):
             parameter.copy_(parameter.to(dtype))
 
 

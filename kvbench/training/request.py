@@ -90,7 +90,7 @@ def make_plan(request: AdapterRequest) -> AdapterPlan:
     if given.get("keep") == "best" and request.held_out is None:
         raise UserError("--set keep=best needs text to choose by.", "Give --held-out FILE.")
     method = make_method(request.method, Fraction(0), given)
-    if boundary != 1 and not method.n_rows:
+    if boundary != 1 and not method.feeds_rows:
         raise UserError(
             f"--set boundary= weighs the loss behind compressed pieces of text, and {request.method} makes none.",
             "Leave it out.",

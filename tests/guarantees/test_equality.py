@@ -12,6 +12,7 @@ from kvbench.methods import METHODS, Layout, LayoutMethod, TextStructure, make_l
 from kvbench.methods.layouts.chunked import chunk_layout
 from kvbench.methods.layouts.chunks import Chunked
 from kvbench.methods.layouts.layout import Tokens
+from kvbench.methods.memories.memory import Memory
 from tests.helpers.cases import CASES, Case, N, label
 from tests.helpers.models import VOCABULARY, adapter_for
 from tests.helpers.sessions import layout_method, read_all
@@ -125,13 +126,15 @@ def test_nothing_removed_is_the_base_model_exactly(model: nn.Module, name: str) 
     method = layout_method(name, "0")
     if isinstance(method, Chunked):
         layout = chunk_layout(N, [], method.n_comp, method.visibility(0), method.merge_rule())
+    elif isinstance(method, Memory):
+        layout = method.layout_of(N, [])
     else:
         layout = make_layout(method, N, 0, 5)
     run = reader(model, method)
     base = model(ids()).logits
     with run.ready():
         found = run.one_pass(ids(), layout)
-        if run.adapter is not None and run.adapter.card.gate != "gated":
+        if run.adapter is not None and run.adapter.card.gate not in ("gated", "writer"):
             assert torch.equal(found, model(ids()).logits)
         else:
             assert torch.equal(found, base)

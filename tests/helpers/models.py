@@ -8,6 +8,8 @@ import torch
 from torch import nn
 
 from kvbench.methods import Method
+from kvbench.methods.adapters import fresh_adapter
+from kvbench.methods.memories.memory import Memory
 from kvbench.models.adapter import Adapter, AdapterCard
 from kvbench.models.attention import register
 
@@ -70,10 +72,12 @@ def small_card(gate: str = "gated", method: str = "sentinel", n_rows: int = 2, *
     return AdapterCard(method, gate, 4, 4.0, n_rows, "small", "hash", options=options)
 
 
-def small_adapter(model: nn.Module, gate: str = "gated", n_rows: int = 2) -> Adapter:
+def small_adapter(
+    model: nn.Module, gate: str = "gated", n_rows: int = 2, method: str = "sentinel", **options: str
+) -> Adapter:
     """An adapter that changes what it acts on."""
     torch.manual_seed(1)
-    adapter = Adapter.fresh(small_card(gate, n_rows=n_rows), model)
+    adapter = fresh_adapter(small_card(gate, method, n_rows, **options), model)
     for pair in adapter.by_path.values():
         nn.init.normal_(pair.b, std=0.2)
     with torch.no_grad():
@@ -86,4 +90,6 @@ def adapter_for(model: nn.Module, method: Method, gate: str | None = None) -> Ad
     """An adapter that the method can be read with; None if it needs none."""
     if not method.adapter_kinds:
         return None
-    return small_adapter(model, gate or method.adapter_kinds[0], method.n_rows)
+    own = method.trained_options if isinstance(method, Memory) else {}
+    name = method.name if isinstance(method, Memory) else "sentinel"
+    return small_adapter(model, gate or method.adapter_kinds[0], method.n_rows, name, **own)

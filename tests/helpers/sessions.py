@@ -10,6 +10,7 @@ from torch import Tensor
 
 from kvbench.inference.generation import generate, read_prompt
 from kvbench.inference.layout_session import LayoutSession
+from kvbench.inference.memory_session import MemorySession
 from kvbench.inference.reader import Reader
 from kvbench.inference.sampling import Sampling
 from kvbench.inference.session import Scored, Session
@@ -34,9 +35,14 @@ def layout_method(name: str, ratio: str, **options: str) -> LayoutMethod:
     return method
 
 
+def session_kind(layout: Layout) -> type[LayoutSession]:
+    """The session that reads a layout with entries removed."""
+    return MemorySession if layout.written else LayoutSession
+
+
 def read_all(reader: Reader, ids: Tensor, layout: Layout, chunk: int) -> Read:
     """Read a whole layout with entries really removed."""
-    session = LayoutSession(reader, layout, layout.n_raw, chunk)
+    session = session_kind(layout)(reader, layout, layout.n_raw, chunk)
     return Read(session, list(session.prefill(ids)))
 
 

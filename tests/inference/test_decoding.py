@@ -27,7 +27,7 @@ from kvbench.protocols.generate import Generate, cut_for_generation, uniforms
 from kvbench.protocols.pieces import make_tokenizer
 from tests.helpers.cases import CASES, STREAM, Case, label
 from tests.helpers.models import VOCABULARY, adapter_for
-from tests.helpers.sessions import layout_method, texts
+from tests.helpers.sessions import layout_method, session_kind, texts
 
 P, G = 60, 36
 WRITING = [case for case in CASES if case.options.get("sampler") != "published"]
@@ -45,11 +45,11 @@ def drawn(rows: int, outputs: int = 2, tokens: int = G) -> Tensor:
 
 
 def layout_of(case: Case, tokens: int = P, more: int = G) -> Layout:
-    return make_layout(case.method, tokens + more, 0, 5, TextStructure(prefix=tokens))
+    return make_layout(case.method, tokens + more, 0, 5, TextStructure(prefix=tokens, is_continued=True))
 
 
 def session_of(reader: Reader, layout: Layout, chunk: int = 64, evicts: bool = True) -> LayoutSession:
-    return LayoutSession(reader, layout, P, chunk, evicts)
+    return session_kind(layout)(reader, layout, P, chunk, evicts)
 
 
 def written(session: LayoutSession, text: Tensor, numbers: Tensor, ends: tuple[int, ...] = ()) -> Tensor:

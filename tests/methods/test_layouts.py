@@ -17,6 +17,7 @@ from kvbench.methods.layouts.chunks import Chunked
 from kvbench.methods.layouts.layout import CLOSE, OPEN, TEXT, Layout
 from kvbench.methods.layouts.sentinel import MAX_SPAN, span_layout
 from kvbench.methods.layouts.spans import SpanRule
+from kvbench.methods.memories.memory import Memory
 
 RATIOS = ("0", "0.1", "0.3", "0.5", "0.7", "0.9")
 ratios = st.integers(0, 96).map(lambda percent: Fraction(percent, 100))
@@ -45,7 +46,7 @@ def closed_form(name: str, n: int, ratio: Fraction) -> int:
 
 
 WHOLE_AXIS = [
-    name for name, kind in METHODS.items() if not issubclass(kind, Chunked) and issubclass(kind, LayoutMethod)
+    name for name, kind in METHODS.items() if issubclass(kind, LayoutMethod) and not issubclass(kind, (Chunked, Memory))
 ]
 
 

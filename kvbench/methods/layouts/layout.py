@@ -65,11 +65,14 @@ class TextStructure(NamedTuple):
             unless the method needs them.
         prefix: number of tokens that are read before the model generates the rest, at whose end the ratio is met
             exactly; 0 if all of the text is read.
+        is_continued: whether it is read for text that follows it, so that nothing in it need be predicted but what
+            comes after its last token.
     """
 
     chunks: tuple[int, ...] = ()
     words: tuple[tuple[int, int, int], ...] | None = None
     prefix: int = 0
+    is_continued: bool = False
 
 
 RUNNING = TextStructure()
@@ -143,6 +146,9 @@ class Layout:
         predictors: int64 ``[n_raw]``, the slot whose logits predict the token after each text token; None for the text
             tokens themselves.
         next_position: position of the text token that follows the block; None for ``n_raw``.
+        written: lengths of the chunks whose special tokens are fed rows that a writer makes of their text, from the
+            first token on; rows are numbered over all chunks. Empty if rows are the adapter's own.
+        unread: number of text tokens, from the first on, that are not fed; the model reads what a writer made of them.
     """
 
     tokens: Tokens
@@ -153,6 +159,8 @@ class Layout:
     merge_plan: MergePlan | None = None
     predictors: Tensor | None = None
     next_position: int | None = None
+    written: tuple[int, ...] = ()
+    unread: int = 0
 
     def __len__(self) -> int:
         return int(self.position.shape[0])
@@ -164,8 +172,9 @@ class Layout:
 
     @cached_property
     def raw_slots(self) -> Tensor:
-        """int64 ``[n_raw]``: the slots of the text tokens."""
-        return torch.nonzero(self.tokens.kind == TEXT).flatten()
+        """int64 ``[n_raw]``: the slots of the text tokens; -1 for those that are not fed."""
+        fed = torch.nonzero(self.tokens.kind == TEXT).flatten()
+        return torch.cat([fed.new_full((self.unread,), -1), fed]) if self.unread else fed
 
     @cached_property
     def read_slots(self) -> Tensor:
@@ -248,7 +257,7 @@ class Layout:
         boundary = (kind != TEXT) & (kind != OPEN)
         if not bool(boundary.any()):
             return None
-        texts = torch.cumsum(kind == TEXT, 0)
+        texts = self.unread + torch.cumsum(kind == TEXT, 0)
         begin = torch.cummax(torch.where(boundary, texts, -1), 0).values  # text tokens before the last boundary
         last = torch.where(targets < self.n_raw, begin[self.raw_slots][targets.clamp(max=self.n_raw - 1)], begin[-1])
         return torch.where(last < 0, -1, targets - last)
@@ -256,10 +265,10 @@ class Layout:
     @cached_property
     def visible_before(self) -> Tensor:
         """int64 ``[n_raw]``: how many earlier entries the query sees that predicts the token after each text token, its
-        own entry excluded."""
-        counts = []
+        own entry excluded; 0 for text that is not fed."""
+        counts = [torch.zeros(self.unread, dtype=torch.long)]
         every = torch.arange(len(self))
-        for rows in torch.split(self.read_slots, _ROWS_AT_ONCE):
+        for rows in torch.split(self.read_slots[self.unread :], _ROWS_AT_ONCE):
             counts.append(self.visible(rows, every).sum(dim=1) - 1)
         return torch.cat(counts)
 
