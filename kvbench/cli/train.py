@@ -52,7 +52,8 @@ def train(
     set_: Annotated[list[str] | None, typer.Option(
         "--set", metavar="KEY=VALUE",
         help="adapter=gated|plain|full|writer, objective=text|distil, autocast=bfloat16|none, dropout=0.0, "
-             "boundary=1.0 (weight of the loss behind a compressed piece), and the method's own, such as n_comp=4; repeatable.",
+             "boundary=1.0 (weight of the loss behind a compressed piece), and the method's own, such as "
+             "n_comp=4; repeatable.",
     )] = None,
     device: options.Device = None,
     threads: options.Threads = None,

@@ -34,6 +34,8 @@ WEIGHTS = "adapter_model.safetensors"
 ROWS = "embeddings.safetensors"
 WHOLE = "weights.safetensors"
 WRITER = "writer.safetensors"
+ON_TEXT = ("plain", "full")
+"""Kinds of adapters that change how text itself is read."""
 _PEFT_PREFIX = "base_model.model."
 
 

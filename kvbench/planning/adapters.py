@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 from kvbench.errors import UserError
 from kvbench.methods import METHODS, Method
-from kvbench.models.adapter import AdapterCard, read_card
+from kvbench.models.adapter import ON_TEXT, AdapterCard, read_card
 from kvbench.models.references import ModelReference, find_adapter, given_adapter
 
 
@@ -56,7 +56,7 @@ class Adapters:
             entry._replace(adapter=self._folder(entry.method) if entry.method.adapter_kinds else None)
             for entry in entries
         ]
-        on_text = [e.adapter for e in found if e.adapter is not None and read_card(e.adapter).gate != "gated"]
+        on_text = [e.adapter for e in found if e.adapter is not None and read_card(e.adapter).gate in ON_TEXT]
         if on_text and not any(entry.method.name == "adapted" for entry in found):
             found.append(Entry(METHODS["adapted"](), "control", self._control(on_text[0])))
         used = {entry.adapter for entry in found}
@@ -73,7 +73,7 @@ class Adapters:
     def _folder(self, method: Method) -> Path:
         mine = [f for f, card in self.given.items() if card.method == method.name]
         if method.name == "adapted":
-            mine = mine or [f for f, card in self.given.items() if card.gate != "gated"]
+            mine = mine or [f for f, card in self.given.items() if card.gate in ON_TEXT]
         bound, known = method.trained_options, method.options()
         mine.sort(key=lambda f: any(self.given[f].options.get(k, known[k].default) != v for k, v in bound.items()))
         folder = mine[0] if mine else known_adapter(method, self.model)

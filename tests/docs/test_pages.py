@@ -43,7 +43,7 @@ PARSED = {
     r"kvbench doctor": "takes a minute; tests/doctor",
     r"kvbench lm-eval": "its tasks are on the hub; tests/api/test_lm_eval.py has one of its own",
     r"--device cuda": "needs a GPU",
-    r"--method ends": "of a package that is not installed; tests/methods/test_plugins.py",
+    r"--method (ends|mean-rows)": "of a package that is not installed; tests/methods/test_plugins.py",
     r"report (?!.*--bundle)\S*(\.\.\.|grid/|kvpress)": "draws for seconds; that of the tutorial is made",
     r"--task (longbench-hotpotqa|scbench-kv|wikitext2)": "texts on the hub",
 }

@@ -24,13 +24,14 @@ POLICY = "from kvbench.methods import CachePolicy\nclass Ends(CachePolicy):\n"
 PAGE = (ROOT / "docs" / "adding-a-method.md").read_text()
 
 
-def installed(folder: Path, code: str, value: str = "ends:Ends") -> dict[str, str]:
+def installed(folder: Path, code: str, value: str = "ends:Ends", name: str = "ends") -> dict[str, str]:
     """The environment in which a package with that module is installed."""
-    (folder / "ends.py").write_text(code)
-    about = folder / "ends-1.0.dist-info"
+    module = value.partition(":")[0]
+    (folder / f"{module}.py").write_text(code)
+    about = folder / f"{module}-1.0.dist-info"
     about.mkdir()
-    (about / "METADATA").write_text("Metadata-Version: 2.1\nName: ends\nVersion: 1.0\n")
-    (about / "entry_points.txt").write_text(f"[kvbench.methods]\nends = {value}\n")
+    (about / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: 1.0\n")
+    (about / "entry_points.txt").write_text(f"[kvbench.methods]\n{name} = {value}\n")
     return {"PYTHONPATH": os.pathsep.join((str(folder), str(ROOT)))}
 
 
@@ -98,6 +99,32 @@ def test_the_example_passes_the_proof(place: tuple[Path, dict[str, str]]) -> Non
     )
     assert done.returncode == 0, done.stdout[-2000:]
     assert re.search(r"[1-9]\d* passed|^\.+ ", done.stdout, flags=re.M), done.stdout
+
+
+def test_the_example_of_a_memory_is_trained_and_run(tmp_path: Path) -> None:
+    page = (ROOT / "docs" / "adding-a-memory.md").read_text()
+    code = re.search(r"```python\n(.*?)```", page, flags=re.S)
+    assert code is not None
+    place = (tmp_path, installed(tmp_path, code.group(1), "mean_rows:MeanRows", "mean-rows"))
+    (tmp_path / "texts.jsonl").write_text("".join(
+        json.dumps({"text": f"Story {i}. " + "The sea was calm and the ship lay still in the harbour. " * 40}) + "\n"
+        for i in range(4)
+    ))
+    trained = called(place, "train", "--method", "mean-rows", "--data", "texts.jsonl", "--steps", "2", "--length", "64",
+                     "--batch-size", "2", "--out", "adapter")
+    assert trained.code == 0, trained.err
+    assert not (tmp_path / "adapter" / "adapter_model.safetensors").exists(), "the writer reads embeddings only"
+    found = called(place, "run", "--method", "mean-rows", "--ratio", "0.75", "--adapter", "adapter", "--task",
+                   "minidocs", "--limit", "2", "--no-baselines", "--out", "run", "--json")
+    assert found.code == 0, found.err
+    row = next(r for r in found.document["rows"] if (r["method"], r["metric"]) == ("mean-rows", "ppl"))
+    assert row["ratio_realised"] == pytest.approx(0.75, abs=0.01)
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:xdist", "-p", "no:cacheprovider", "-k", "mean-rows",
+         str(ROOT / "tests" / "methods" / "test_memories.py")],
+        cwd=ROOT, env={**os.environ, **place[1]}, capture_output=True, text=True, check=False,
+    )
+    assert done.returncode == 0, done.stdout[-2000:]
 
 
 def test_the_example_of_a_policy_removes_what_it_masks(llama: nn.Module) -> None:
