@@ -28,10 +28,12 @@ class CacheShape:
     Attributes:
         layers: shape of every layer.
         itemsize: bytes per element.
+        hidden: width of the model's embeddings and last hidden states; 0 if it is not known.
     """
 
     layers: tuple[LayerShape, ...]
     itemsize: int
+    hidden: int = 0
 
     @classmethod
     def uniform(cls, layers: int, heads: int, width: int, itemsize: int) -> CacheShape:
@@ -72,6 +74,6 @@ def cache_shape(model: nn.Module) -> CacheShape:
             )
         _SEEN[model] = CacheShape(
             tuple(LayerShape(x.keys.shape[1], x.keys.shape[-1], x.values.shape[-1]) for x in cache.layers),
-            cache.layers[0].keys.element_size(),
+            cache.layers[0].keys.element_size(), int(model.get_input_embeddings().weight.shape[1]),  # type: ignore[operator]
         )
     return _SEEN[model]

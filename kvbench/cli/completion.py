@@ -11,11 +11,11 @@ from pathlib import Path
 
 METHODS = (
     "full", "none", "window", "sinks", "local", "scattered", "sentinel", "ccm-concat", "ccm-merge", "gist", "meanpool",
-    "pic", "prompt", "icae", "comprexit", "ic-former", "rmt", "autocompressors", "gradual-forgetting", "unigist",
-    "unigist-tuned", "beacon", "strided", "local-tuned", "scattered-tuned", "sinks-tuned", "strided-tuned", "adapted",
-    "streaming-llm", "random", "knorm", "keydiff", "lagkv", "lagkv-tuned", "tova", "h2o",
-    "snapkv", "pyramidkv", "chunkkv", "adakv", "expected-attention", "cascading", "cam", "d2o", "subgen", "kivi", "fp8",
-    "think", "refreshkv", "lorc",
+    "pic", "prompt", "icae", "comprexit", "ic-former", "rmt", "autocompressors", "gradual-forgetting", "output-memory",
+    "unigist", "unigist-tuned", "beacon", "strided", "local-tuned", "scattered-tuned", "sinks-tuned", "strided-tuned",
+    "adapted", "streaming-llm", "random", "knorm", "keydiff", "lagkv", "lagkv-tuned", "tova", "h2o", "snapkv",
+    "pyramidkv", "chunkkv", "adakv", "expected-attention", "cascading", "cam", "d2o", "subgen", "kivi", "fp8", "think",
+    "refreshkv", "lorc",
 )
 TRAINED = (
     "sentinel", "ccm-concat", "ccm-merge", "gist", "pic", "prompt", "icae", "comprexit", "ic-former", "rmt",

@@ -15,11 +15,13 @@ from kvbench.errors import UserError
 from kvbench.inference.layout_session import LayoutSession, MaskedSession
 from kvbench.inference.masked_policy import MaskedPolicySession, masked_logits
 from kvbench.inference.memory_session import MemorySession
+from kvbench.inference.output_memory import OutputMemorySession
 from kvbench.inference.policy_session import PolicySession
 from kvbench.inference.reader import Reader
 from kvbench.inference.session import Session
 from kvbench.inference.together import Together, can_join
 from kvbench.methods import RUNNING, Layout, LayoutMethod, Method, TextStructure, make_layout
+from kvbench.methods.layouts.output_memory import OutputMemory
 from kvbench.methods.policies.masking import check_maskable
 from kvbench.methods.policies.policy import CachePolicy
 from kvbench.models.adapter import Adapter
@@ -89,6 +91,11 @@ def open_session(
     layout = _planned(method, text, seed)
     if at_once and layout.is_plain:
         chunk = len(layout)
+    if isinstance(method, OutputMemory):
+        return OutputMemorySession(
+            Reader(model, adapter, overhead), layout, text.context, chunk, mix=method.mix / 100,
+            sharpness=float(method.sharpness),
+        )
     kind: type[LayoutSession] = MemorySession if layout.written else LayoutSession
     if execution == ONEPASS and not text.is_written:
         kind = MaskedSession

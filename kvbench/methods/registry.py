@@ -17,6 +17,7 @@ from kvbench.methods.layouts.full import Adapted, Full, NoContext
 from kvbench.methods.layouts.gist import Gist
 from kvbench.methods.layouts.meanpool import MeanPool
 from kvbench.methods.layouts.method import LayoutMethod
+from kvbench.methods.layouts.output_memory import OutputMemory
 from kvbench.methods.layouts.pic import PIC
 from kvbench.methods.layouts.prompt import Prompt
 from kvbench.methods.layouts.scattered import Scattered, ScatteredTuned
@@ -56,7 +57,7 @@ from kvbench.store.faults import GROUP
 _OWN: tuple[type[Method], ...] = (
     Full, NoContext, Window, Sinks, Local, Scattered, Sentinel, CCMConcat, CCMMerge, Gist, MeanPool, PIC, Prompt,
     ICAE, ComprExIT, ICFormer, RMT, AutoCompressors, GradualForgetting,
-    UniGist, UniGistTuned, Beacon, Strided, LocalTuned, ScatteredTuned, SinksTuned, StridedTuned, Adapted,
+    OutputMemory, UniGist, UniGistTuned, Beacon, Strided, LocalTuned, ScatteredTuned, SinksTuned, StridedTuned, Adapted,
     StreamingLLM, Random, KNorm, KeyDiff, LagKV, LagKVTuned, TOVA, H2O, SnapKV, PyramidKV, ChunkKV, AdaKV,
     ExpectedAttention, Cascading, CaM, D2O, SubGen, KIVI, FP8, ThinK, RefreshKV, LoRC,
 )

@@ -82,6 +82,7 @@ CASES = [
     Case("autocompressors", "0.8", {"n_comp": "4", "place": "own"}, in_chunks(4, 20)),
     *(Case(name, "0", {"segment": "20", "n_comp": "4"}, 4) for name in ("rmt", "gradual-forgetting")),
     Case("rmt", "0", {"segment": "36", "n_comp": "4", "place": "own"}, 4),
+    Case("output-memory", "0.7", {}, 29),
     Case("strided", "0.7", {"share": "20", "sinks": "3"}, 29), Case("strided-tuned", "0.5", {"share": "0"}, 48),
 ]
 CASES += [  # methods of other packages

@@ -6,6 +6,7 @@ import hashlib
 from abc import abstractmethod
 from dataclasses import dataclass
 from fractions import Fraction
+from typing import ClassVar
 
 import numpy as np
 
@@ -21,7 +22,7 @@ LAYOUT_IDS = 16
 class LayoutMethod(Method):
     """A method that is described by a layout: which token may see which entry, and until when."""
 
-    executions = ("streamed", "onepass")
+    executions: ClassVar[tuple[str, ...]] = ("streamed", "onepass")
 
     @abstractmethod
     def layout(self, n: int, rng: np.random.Generator, text: TextStructure = RUNNING) -> Layout:
