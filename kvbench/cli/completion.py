@@ -15,7 +15,7 @@ METHODS = (
     "unigist", "unigist-tuned", "beacon", "strided", "local-tuned", "scattered-tuned", "sinks-tuned", "strided-tuned",
     "adapted", "streaming-llm", "random", "knorm", "keydiff", "lagkv", "lagkv-tuned", "tova", "h2o", "snapkv",
     "pyramidkv", "chunkkv", "adakv", "expected-attention", "cascading", "cam", "d2o", "subgen", "kivi", "fp8", "think",
-    "refreshkv", "lorc",
+    "refreshkv", "lorc", "homer",
 )
 TRAINED = (
     "sentinel", "ccm-concat", "ccm-merge", "gist", "pic", "prompt", "icae", "comprexit", "ic-former", "rmt",

@@ -1,4 +1,4 @@
-"""Opens sessions: the only module that distinguishes layout methods from policies."""
+"""Opens sessions: the only module that asks which mechanism a method has."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from kvbench.cache.shape import cache_shape
 from kvbench.errors import UserError
+from kvbench.inference.homer import HomerSession, decoder_layers
 from kvbench.inference.layout_session import LayoutSession, MaskedSession
 from kvbench.inference.masked_policy import MaskedPolicySession, masked_logits
 from kvbench.inference.memory_session import MemorySession
@@ -24,6 +25,7 @@ from kvbench.methods import RUNNING, Layout, LayoutMethod, Method, TextStructure
 from kvbench.methods.layouts.output_memory import OutputMemory
 from kvbench.methods.policies.masking import check_maskable
 from kvbench.methods.policies.policy import CachePolicy
+from kvbench.methods.prefixes.homer import Homer
 from kvbench.models.adapter import Adapter
 from kvbench.models.facts import OTHER_METHOD, ModelFacts
 from kvbench.models.rope import fixed_rotations, inv_freq_by_layer
@@ -86,6 +88,8 @@ def open_session(
             model, method, text.context, text.row_seeds, seed, (text.context if at_once else chunk) if once else None,
             overhead=overhead, compresses_context=compresses_context and not is_late,
         )
+    if isinstance(method, Homer):
+        return HomerSession.opened(Reader(model, adapter, overhead), method, text.context, _layers(model))
     if not compresses_context:
         raise UserError(f"{method.name} plans context and generated tokens together.", "Use it for both.")
     layout = _planned(method, text, seed)
@@ -163,9 +167,13 @@ def check_method(method: Method, model: nn.Module, name: str, facts: ModelFacts)
             f"{name} has learned positions, which cannot be counted anew in the cache.",
             "Use --set positions=absolute.",
         )
+    if isinstance(method, (CachePolicy, Homer)) and facts.policy_refusal:
+        raise UserError(f"{name}: {facts.policy_refusal} ({method.name})", OTHER_METHOD)
+    if isinstance(method, Homer):
+        if sharing_of(model) is not None:
+            raise UserError(f"{name}: layers that share entries cannot be read by {method.name}.", "Leave --share out.")
+        decoder_layers(model)
     if isinstance(method, CachePolicy):
-        if facts.policy_refusal:
-            raise UserError(f"{name}: {facts.policy_refusal} ({method.name})", OTHER_METHOD)
         if method.needs.moments or method.needs.rotations:
             inv_freq_by_layer(model)
         with method.patched(model):
@@ -177,6 +185,8 @@ def places_needed(method: Method, model: nn.Module, text: Text, seed: int) -> in
     method = method.with_budget_for(text.context, cache_shape(model))
     if isinstance(method, CachePolicy):
         return text.planned
+    if isinstance(method, Homer):
+        return method.plan(text.context, _layers(model)).positions + text.planned - text.context
     return int(_planned(method, text, seed).position.max()) + 1
 
 
@@ -185,6 +195,8 @@ def held_at_end(method: Method, model: nn.Module, text: Text, seed: int) -> int:
     method = method.with_budget_for(text.context, cache_shape(model))
     if isinstance(method, CachePolicy):
         return text.planned if method.packs or method.keeps_all else method.budget(text.planned, text.planned, 0, 1)
+    if isinstance(method, Homer):
+        return method.plan(text.context, _layers(model)).entries + text.planned - text.context
     layout = _planned(method, text, seed)
     return len(layout.held_after(len(layout)))
 
@@ -214,6 +226,8 @@ def peak_size(method: Method, model: nn.Module, text: Text, seed: int, chunk: in
         held = prompt if once or method.keeps_all else method.budget(prompt, prompt, 0, 1)
         fed = prompt if once else method.run_length(0) if is_read else 1
         return PeakSize(0 if method.packs else held, fed)
+    if isinstance(method, Homer):
+        return PeakSize(method.plan(prompt, _layers(model)).entries, prompt if is_read else 1)
     layout = _planned(method, text, seed)
     if layout.is_plain:
         return PeakSize(text.planned, prompt if is_read else 1)
@@ -221,9 +235,13 @@ def peak_size(method: Method, model: nn.Module, text: Text, seed: int, chunk: in
     return PeakSize(held, min(chunk, len(layout)) if is_read else 1)
 
 
+def _layers(model: nn.Module) -> int:
+    return len(cache_shape(model).layers)
+
+
 def _planned(method: Method, text: Text, seed: int) -> Layout:
     """The layout of a text, cached for batches of the same lengths and seed."""
-    assert isinstance(method, LayoutMethod), "there are two mechanisms"
+    assert isinstance(method, LayoutMethod), "all others have been asked for"
     which = text.row_seeds[0] if method.seeded else 0
     structure = text.structure._replace(
         prefix=text.context if text.is_written else 0, is_continued=text.has_continuation or text.is_written

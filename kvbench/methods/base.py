@@ -50,6 +50,7 @@ class Method(ABC):
         effect: what the method does to the cache.
         seeded: whether the layout is random, a function of the seed and the text.
         executions: how it can be measured: ``streamed`` (entries removed), ``onepass`` (entries masked).
+        needs_continuation: whether it compresses a context for what follows it only, and cannot score the context.
         version: version of the method's rule. Results of another version are not reused, and reports mark them as
             outdated.
         note: remark that tables show after the name.
@@ -70,6 +71,7 @@ class Method(ABC):
     seeded: ClassVar[bool] = False
     executions: ClassVar[tuple[str, ...]] = ("streamed",)
     position_rule: ClassVar[str] = "absolute"
+    needs_continuation: ClassVar[bool] = False
 
     ratio: Fraction = Fraction(0)
     budget_tokens: int = field(default=0, kw_only=True)

@@ -52,6 +52,7 @@ from kvbench.methods.policies.streaming_llm import StreamingLLM
 from kvbench.methods.policies.subgen import SubGen
 from kvbench.methods.policies.think import ThinK
 from kvbench.methods.policies.tova import TOVA
+from kvbench.methods.prefixes.homer import Homer
 from kvbench.store.faults import GROUP
 
 _OWN: tuple[type[Method], ...] = (
@@ -59,7 +60,7 @@ _OWN: tuple[type[Method], ...] = (
     ICAE, ComprExIT, ICFormer, RMT, AutoCompressors, GradualForgetting,
     OutputMemory, UniGist, UniGistTuned, Beacon, Strided, LocalTuned, ScatteredTuned, SinksTuned, StridedTuned, Adapted,
     StreamingLLM, Random, KNorm, KeyDiff, LagKV, LagKVTuned, TOVA, H2O, SnapKV, PyramidKV, ChunkKV, AdaKV,
-    ExpectedAttention, Cascading, CaM, D2O, SubGen, KIVI, FP8, ThinK, RefreshKV, LoRC,
+    ExpectedAttention, Cascading, CaM, D2O, SubGen, KIVI, FP8, ThinK, RefreshKV, LoRC, Homer,
 )
 _OF_0_1 = frozenset({
     "known", "takes_ratio", "takes_budget", "needs_adapter", "trainable", "sums", "decay", "takes_moments",

@@ -131,6 +131,8 @@ def build_plan(request: Request, skip_infeasible: bool = False) -> Plan:
     for name, entries in wanted.items():
         in_chunks = protocols[name].in_chunks
         wanted[name] = feasible(entries, kept[name][0], in_chunks, omitted if skip_infeasible else None)
+    for name, protocol in protocols.items():
+        _check_protocol(protocol, [entry.method for entry in wanted[name]])
     _check_execution(request, [entry.method for entries in wanted.values() for entry in entries])
     model = resolve_model(request.model, request.revision)
     corpora = {name: load_corpus(task, request.data, request.column) for name, task in tasks.items()}
@@ -257,12 +259,21 @@ def _content(cells: Sequence[Cell]) -> str:
     return hashlib.sha256(json.dumps(sorted(keys)).encode()).hexdigest()[:10]
 
 
+def _check_protocol(protocol: type[Protocol], methods: Sequence[Method]) -> None:
+    for method in methods:
+        if method.needs_continuation and protocol.scores_context:
+            raise UserError(
+                f"{method.name} compresses a context for what follows it: --protocol {protocol.name}, which scores the "
+                "context itself, cannot be had.", "Use --protocol prefix, or a task with questions.",
+            )
+
+
 def _check_execution(request: Request, methods: Sequence[Method]) -> None:
     for method in methods:
         if request.execution not in method.executions:
             raise UserError(
-                f"{method.name} chooses from what was computed and has no mask beforehand: --execution "
-                f"{request.execution} cannot be had.", "Leave --execution out.",
+                f"{method.name} has no form in one masked pass: --execution {request.execution} cannot be had.",
+                "Leave --execution out.",
             )
 
 

@@ -82,6 +82,7 @@ class Protocol(ABC):
         settings: its options.
         length_option: the option that makes its pieces shorter; "" if there is none.
         in_chunks: whether the text comes in chunks of its own, such as turns.
+        scores_context: whether the text that is compressed is scored while it is read.
         may_exceed: whether pieces may be longer than the model's context; otherwise such pieces are skipped.
         chunk: tokens fed at a time when streamed.
         bos: ``auto``, ``true`` or ``false``.
@@ -92,6 +93,7 @@ class Protocol(ABC):
     settings: ClassVar[dict[str, Setting]]
     length_option: ClassVar[str] = ""
     in_chunks: ClassVar[bool] = False
+    scores_context: ClassVar[bool] = False
     may_exceed: ClassVar[bool] = False
 
     chunk: int

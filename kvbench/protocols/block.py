@@ -29,6 +29,7 @@ class Block(Protocol):
     }
     length_option = "block"
     may_exceed = True
+    scores_context = True
 
     length: int
 

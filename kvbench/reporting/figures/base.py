@@ -30,6 +30,7 @@ _STYLES = {
     "icae": ("#CC3311", "o", "-"), "comprexit": ("#CC3311", "s", "--"), "ic-former": ("#CC3311", "^", ":"),
     "rmt": ("#0077BB", "P", "-"), "autocompressors": ("#0077BB", "X", "--"),
     "gradual-forgetting": ("#BBBBBB", "*", ":"), "output-memory": ("#0077BB", "v", ":"),
+    "homer": ("#EE7733", "d", "-."),
     "full": ("0.2", "_", "-"), "none": ("0.2", "|", ":"), "adapted": ("0.5", "_", "--"),
     "streaming-llm": ("#117733", "d", "-"), "random": ("0.45", "x", ":"), "knorm": ("#AA4499", "1", "--"),
     "keydiff": ("#332288", "p", "-"), "lagkv": ("#44AA99", "8", "-."),
