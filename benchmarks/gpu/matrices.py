@@ -13,6 +13,7 @@ from benchmarks.gpu.cells import Found
 from benchmarks.gpu.workshop import Workshop, small_adapter
 from kvbench.doctor.replay import removed_and_masked
 from kvbench.inference.layout_session import LayoutSession
+from kvbench.inference.memory_session import MemorySession
 from kvbench.inference.policy_session import PolicySession
 from kvbench.inference.reader import Reader
 from kvbench.methods import LayoutMethod, Method, make_layout, make_method
@@ -34,7 +35,9 @@ WAYS: dict[str, tuple[dict[str, str], ...]] = {
     "unigist": ({"window": "8"},), "unigist-tuned": ({"window": "8"},), "beacon": ({"window": "16"},),
 }
 """Options that layouts are tried with, where the default alone would leave code unused."""
-IN_CHUNKS = ("ccm-concat", "gist", "meanpool", "pic", "prompt")
+IN_CHUNKS = (
+    "ccm-concat", "gist", "meanpool", "pic", "prompt", "icae", "comprexit", "ic-former", "autocompressors",
+)
 """Layouts that compress chunks, which a short text has at few ratios only."""
 
 SHORT = {
@@ -82,12 +85,13 @@ def layout_cell(shop: Workshop, dtype: str, name: str, found: Found) -> None:
     for label, method in ways_of(name, shop.scale.ratios):
         assert isinstance(method, LayoutMethod)
         layout = make_layout(method, ids.shape[1], 0, 5)
-        adapter = small_adapter(model, method.adapter_kinds[0], method.n_rows) if method.adapter_kinds else None
+        adapter = small_adapter(model, method) if method.adapter_kinds else None
         reader = Reader(model, adapter)
         with torch.inference_mode(), reader.ready():
             masked = reader.one_pass(ids, layout)
             for chunk in shop.scale.chunks:
-                session = LayoutSession(reader, layout, layout.n_raw, chunk)
+                kind = MemorySession if layout.written else LayoutSession
+                session = kind(reader, layout, layout.n_raw, chunk)
                 streamed, cache = torch.cat([part.logits for part in session.prefill(ids)], 1), session.cache
                 worst, at = max((worst, at), (apart(streamed, masked, ids, dtype), f"{label}, chunks of {chunk}"))
                 if cache.entries() != len(layout.held_after(len(layout))):

@@ -12,6 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from kvbench.doctor import Subject, make_subject
+from kvbench.methods import Method
+from kvbench.methods.adapters import fresh_adapter
 from kvbench.models.adapter import Adapter, AdapterCard
 from kvbench.models.random_models import random_model
 from kvbench.planning.profile import ProfileRequest, build_profile_plan
@@ -132,11 +134,14 @@ def _small_model(device: torch.device, dtype: torch.dtype) -> nn.Module:
     return random_model(config, torch.device("cpu"), dtype, 0).to(device)
 
 
-def small_adapter(model: nn.Module, gate: str, n_rows: int) -> Adapter:
-    """An adapter of random numbers that changes what it acts on, on the model's device."""
+def small_adapter(model: nn.Module, method: Method) -> Adapter:
+    """An adapter of the method, of random numbers that change what it acts on, on the model's device."""
     like = next(model.parameters())
     torch.manual_seed(1)
-    adapter = Adapter.fresh(AdapterCard("sentinel", gate, 4, 4.0, n_rows, "small", ""), model)
+    card = AdapterCard(
+        method.name, method.adapter_kinds[0], 4, 4.0, method.n_rows, "small", "", options=method.trained_options
+    )
+    adapter = fresh_adapter(card, model)
     for pair in adapter.by_path.values():
         nn.init.normal_(pair.b, std=0.2)
     with torch.no_grad():
