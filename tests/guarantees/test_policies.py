@@ -274,7 +274,7 @@ def test_sums_are_those_of_a_plain_loop(llama: nn.Module) -> None:
 
 
 @pytest.mark.parametrize(("words", "message"), [
-    (["--method", "tova", "--execution", "onepass"], "has no mask beforehand"),
+    (["--method", "tova", "--execution", "onepass"], "has no form in one masked pass"),
     (["--method", "tova", "--task", "online"], "comes in chunks"),
     (["--method", "snapkv", "--set", "window=0"], "window=0"),
     (["--method", "h2o", "--set", "prefill=twice"], "prefill"),
