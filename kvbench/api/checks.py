@@ -22,6 +22,7 @@ from kvbench.models.adapter import Adapter, read_card
 from kvbench.models.configuration import context_of, text_config
 from kvbench.models.facts import ModelFacts
 from kvbench.models.references import resolve_model
+from kvbench.planning.methods import ANY_LENGTH
 from kvbench.probe.probing import LENGTH, examine
 
 _FACTS: WeakKeyDictionary[nn.Module, ModelFacts] = WeakKeyDictionary()
@@ -114,6 +115,7 @@ def checked_method(
         method = kind.from_options(share, {**own, **given}, **budget)
         if not method.uses_ratio(in_chunks=False):
             method = replace(method, ratio=Fraction(0))
+        method.check(ANY_LENGTH, in_chunks=False)
     if ratio is None and budget_tokens is None and method.uses_ratio(in_chunks=False):
         raise UserError(f"{name} is asked for without a ratio.", "Give ratio=0.7 to keep 30 % of the entries.")
     if method.depends_on_words:

@@ -22,7 +22,7 @@ _KINDS = {
 }
 _SESSION = (
     "read", "since", "seen", "peak", "context", "removals", "removed_at", "fed", "kept", "stored", "holes", "is_loose",
-    "state", "pending", "rows", "written", "given", "pairs", "last",
+    "state", "pending", "rows", "written", "pairs", "last",
 )
 _CACHE = ("read", "begin", "is_full_step")
 _SPARE = ("_room", "of_keys", "of_values")

@@ -14,6 +14,7 @@ from kvbench.cache.evicting import EvictingCache
 from kvbench.errors import UserError
 from kvbench.inference.filling import random_entries
 from kvbench.inference.layout_session import LayoutSession
+from kvbench.inference.reader import Reader
 from kvbench.inference.session import Scored
 from kvbench.methods.layouts.layout import Layout, plain_tokens, sees_everything
 from kvbench.methods.prefixes.homer import Homer, MergePlan
@@ -104,7 +105,7 @@ class HomerSession(LayoutSession):
     plan: MergePlan = field(kw_only=True)
 
     @classmethod
-    def opened(cls, reader: Any, method: Homer, context: int, layers: int) -> HomerSession:
+    def opened(cls, reader: Reader, method: Homer, context: int, layers: int) -> HomerSession:
         plan = method.plan(context, layers)
         whole = Layout(
             plain_tokens(context), torch.arange(context), sees_everything, context, next_position=plan.positions

@@ -299,11 +299,15 @@ class MaskedSession(LayoutSession):
     """One masked pass over the context; entries are removed only before more text follows."""
 
     def prefill(self, ids: Tensor, first: int = 0, ahead: Tensor | None = None) -> Iterator[Scored]:
-        first = min(first, self.context)
-        logits = self.reader.one_pass(ids, self.layout, slice(first, None), cache=self.cache)
+        first = max(min(first, self.context), self.layout.unread)
+        logits = self.reader.one_pass(ids, self.layout, slice(first, None), self.cache, self.special(ids))
         self.kept, self.peak = len(self.layout.held_after(len(self.layout))), len(self.layout)
         self.read = self.context
         yield Scored(first, self.context, logits)
+
+    def special(self, ids: Tensor) -> Tensor | None:
+        """What is fed at special tokens ``[batch, slots, width]``; None for the adapter's rows."""
+        return None
 
     def extend(self, ids: Tensor) -> Iterator[Scored]:
         if ids.shape[1] and self.read == self.context:

@@ -15,7 +15,7 @@ from kvbench.errors import UserError
 from kvbench.inference.homer import HomerSession, decoder_layers
 from kvbench.inference.layout_session import LayoutSession, MaskedSession
 from kvbench.inference.masked_policy import MaskedPolicySession, masked_logits
-from kvbench.inference.memory_session import MemorySession
+from kvbench.inference.memory_session import MaskedMemorySession, MemorySession
 from kvbench.inference.output_memory import OutputMemorySession
 from kvbench.inference.policy_session import PolicySession
 from kvbench.inference.reader import Reader
@@ -23,12 +23,14 @@ from kvbench.inference.session import Session
 from kvbench.inference.together import Together, can_join
 from kvbench.methods import RUNNING, Layout, LayoutMethod, Method, TextStructure, make_layout
 from kvbench.methods.layouts.output_memory import OutputMemory
+from kvbench.methods.memories.memory import Memory
 from kvbench.methods.policies.masking import check_maskable
 from kvbench.methods.policies.policy import CachePolicy
 from kvbench.methods.prefixes.homer import Homer
 from kvbench.models.adapter import Adapter
+from kvbench.models.configuration import context_of
 from kvbench.models.facts import OTHER_METHOD, ModelFacts
-from kvbench.models.rope import fixed_rotations, inv_freq_by_layer
+from kvbench.models.rope import fixed_rotations, has_rotary, inv_freq_by_layer
 from kvbench.models.sharing import sharing_of
 
 ONEPASS = "onepass"
@@ -88,10 +90,10 @@ def open_session(
             model, method, text.context, text.row_seeds, seed, (text.context if at_once else chunk) if once else None,
             overhead=overhead, compresses_context=compresses_context and not is_late,
         )
-    if isinstance(method, Homer):
-        return HomerSession.opened(Reader(model, adapter, overhead), method, text.context, _layers(model))
     if not compresses_context:
         raise UserError(f"{method.name} plans context and generated tokens together.", "Use it for both.")
+    if isinstance(method, Homer):
+        return HomerSession.opened(Reader(model, adapter, overhead), method, text.context, _layers(model))
     layout = _planned(method, text, seed)
     if at_once and layout.is_plain:
         chunk = len(layout)
@@ -100,9 +102,12 @@ def open_session(
             Reader(model, adapter, overhead), layout, text.context, chunk, mix=method.mix / 100,
             sharpness=float(method.sharpness),
         )
-    kind: type[LayoutSession] = MemorySession if layout.written else LayoutSession
-    if execution == ONEPASS and not text.is_written:
-        kind = MaskedSession
+    if isinstance(method, Memory):
+        _check_places(method, model, layout)
+    is_masked = execution == ONEPASS and not text.is_written
+    kind: type[LayoutSession] = MaskedSession if is_masked else LayoutSession
+    if layout.written:
+        kind = MaskedMemorySession if is_masked else MemorySession
     return kind(Reader(model, adapter, overhead), layout, text.context, chunk, evicts=execution != ONEPASS)
 
 
@@ -187,7 +192,9 @@ def places_needed(method: Method, model: nn.Module, text: Text, seed: int) -> in
         return text.planned
     if isinstance(method, Homer):
         return method.plan(text.context, _layers(model)).positions + text.planned - text.context
-    return int(_planned(method, text, seed).position.max()) + 1
+    layout = _planned(method, text, seed)
+    read = method.positions_read(layout.written) if isinstance(method, Memory) else 0
+    return max(int(layout.position.max()) + 1, read)
 
 
 def held_at_end(method: Method, model: nn.Module, text: Text, seed: int) -> int:
@@ -233,6 +240,20 @@ def peak_size(method: Method, model: nn.Module, text: Text, seed: int, chunk: in
         return PeakSize(text.planned, prompt if is_read else 1)
     held = len(layout.held_after(int(layout.raw_slots[prompt - 1]) + 1))
     return PeakSize(held, min(chunk, len(layout)) if is_read else 1)
+
+
+def _check_places(method: Memory, model: nn.Module, layout: Layout) -> None:
+    """Check that a writer's own reads fit a model with learned positions.
+
+    Raises:
+        UserError: they do not.
+    """
+    needed, places = method.positions_read(layout.written), context_of(model.config)
+    if needed > places and not has_rotary(model):
+        raise UserError(
+            f"{method.name} reads {needed} rows and tokens at a time to write its memory, and {type(model).__name__} "
+            f"has learned positions up to {places}.", "Give a smaller --set n_comp=, or shorter texts.",
+        )
 
 
 def _layers(model: nn.Module) -> int:

@@ -95,28 +95,32 @@ class Reader:
 
     def begin(self, batch: int) -> State:
         """The state of the adapter's writer before any text."""
-        return self._writer().begin(batch)
+        return self._writing()[1].begin(batch)
 
     def write(self, ids: Tensor, chunks: Sequence[int], state: State) -> tuple[Tensor, State]:
         """Write the memory of consecutive chunks of text ``[batch, n]``: rows ``[batch, k x chunks, width]``, and the
         writer's new state."""
-        assert self.adapter is not None
-        with self.adapter.opened():
-            return self._writer().write_all(self.model, ids, chunks, state)
+        adapter, writer = self._writing()
+        with adapter.opened():
+            return writer.write_all(self.model, ids, chunks, state)
 
-    def _writer(self) -> Writer:
-        writer = None if self.adapter is None else self.adapter.writer
-        if not isinstance(writer, Writer):
+    def _writing(self) -> tuple[Adapter, Writer]:
+        if self.adapter is None or not isinstance(self.adapter.writer, Writer):
             raise UserError("Memory that is computed from text needs an adapter with a writer.", "Give its folder.")
-        return writer
+        return self.adapter, self.adapter.writer
 
     def one_pass(
-        self, ids: Tensor, layout: Layout, keep: slice = slice(None), cache: EvictingCache | None = None
+        self, ids: Tensor, layout: Layout, keep: slice = slice(None), cache: EvictingCache | None = None,
+        special: Tensor | None = None,
     ) -> Tensor:
-        """One pass under the layout's mask: logits ``[batch, kept, vocabulary]`` of the text tokens ``keep``."""
+        """One pass under the layout's mask: logits ``[batch, kept, vocabulary]`` of the text tokens ``keep``.
+
+        Args:
+            special: ``[batch, slots, width]``, what is fed at special tokens; None for the adapter's rows, or what its
+                writer makes.
+        """
         device = ids.device
-        special = None
-        if layout.written:
+        if layout.written and special is None:
             rows, _ = self.write(ids, layout.written, self.begin(len(ids)))
             special = rows[:, layout.tokens.row.clamp(min=0).to(device)]
         self.open_gate(layout.special_slots.to(device))

@@ -8,9 +8,10 @@ from pathlib import Path
 
 from torch import nn
 
+from kvbench.errors import UserError
 from kvbench.methods.memories.memory import Memory
 from kvbench.methods.memories.writer import Writer
-from kvbench.methods.registry import make_method
+from kvbench.methods.registry import METHODS, make_method
 from kvbench.models.adapter import Adapter, AdapterCard, read_card
 
 
@@ -32,9 +33,22 @@ def load_adapter(folder: Path, model: nn.Module) -> Adapter:
     Raises:
         UserError: a file is missing or damaged, or the shapes do not match the model.
     """
-    return Adapter.load(folder, model, _writer(read_card(folder), model))
+    card = read_card(folder)
+    if card.method in METHODS and card.gate not in METHODS[card.method].adapter_kinds:
+        raise UserError(
+            f"The adapter in {folder} says gate={card.gate!r}, which {card.method} does not have.",
+            f"It has {', '.join(METHODS[card.method].adapter_kinds) or 'none'}.",
+        )
+    try:
+        writer = _writer(card, model)
+    except UserError as error:
+        raise UserError(f"The adapter in {folder} cannot be used: {error.message}", error.hint) from error
+    return Adapter.load(folder, model, writer)
 
 
 def _writer(card: AdapterCard, model: nn.Module) -> Writer | None:
+    if card.method not in METHODS or not issubclass(METHODS[card.method], Memory):
+        return None
     method = make_method(card.method, Fraction(0), card.options)
-    return method.new_writer(model) if isinstance(method, Memory) else None
+    assert isinstance(method, Memory)
+    return method.new_writer(model)

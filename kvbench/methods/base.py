@@ -87,11 +87,20 @@ class Method(ABC):
         """Create the method from options as given on the command line; unknown options are ignored.
 
         Raises:
-            UserError: a value is not allowed.
+            UserError: a value is not allowed, or values do not go together.
         """
         known = cls.options()
         values = {name: known[name].value(name, text) for name, text in given.items() if name in known}
-        return cls(ratio, **values, **budget)
+        method = cls(ratio, **values, **budget)
+        method.check_options()
+        return method
+
+    def check_options(self) -> None:  # noqa: B027  # most options go with any others
+        """Check that the options go together, whatever the text.
+
+        Raises:
+            UserError: they do not.
+        """
 
     def check(self, longest: int, in_chunks: bool) -> None:  # noqa: B027  # most methods have nothing to check
         """Check that the method can be used on texts of up to ``longest`` tokens.
@@ -207,6 +216,10 @@ class Method(ABC):
     def extra_positions(self) -> int:
         """Number of position ids that special tokens may take after the last text token."""
         return 0
+
+    def positions_trained(self, length: int) -> int:
+        """Number of position ids that training on texts of ``length`` tokens may need."""
+        return length + self.extra_positions
 
     @property
     def averages_pre_rope(self) -> bool:

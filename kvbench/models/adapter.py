@@ -26,6 +26,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from kvbench.errors import UserError
+from kvbench.models.embeddings import spread_of
 from kvbench.models.lora import Gate, GatedLinear, LowRank, attention_linears, fan, swapped, with_weights
 from kvbench.parsing import parse_json
 
@@ -107,12 +108,10 @@ class Adapter(nn.Module):
         cls, card: AdapterCard, model: nn.Module, dropout: float = 0.0, writer: nn.Module | None = None
     ) -> Adapter:
         """Initialise an adapter that changes nothing yet; its embedding rows are drawn near the mean embedding."""
-        embedding = model.get_input_embeddings().weight  # type: ignore[operator]
-        adapter = cls(card, model, dropout, writer)
+        adapter, spread = cls(card, model, dropout, writer), spread_of(model)
         with torch.no_grad():
-            # Drawn on the rows' device, so that the values do not depend on the model's.
-            mean, spread = (t.to(adapter.rows.device) for t in (embedding.float().mean(0), embedding.float().std(0)))
-            adapter.rows.copy_(mean + 0.5 * spread * torch.randn_like(adapter.rows))
+            # Drawn on the CPU, so that the values do not depend on the model's device.
+            adapter.rows.copy_(spread.mean + 0.5 * spread.by_column * torch.randn_like(adapter.rows))
         return adapter
 
     @contextmanager
@@ -180,8 +179,8 @@ class Adapter(nn.Module):
         elif self.by_path:
             self._save_pairs(part, target_name, dtype)
         if self.writer is not None:
-            state = self.writer.state_dict()
-            save_file({name: t.detach().to(dtype).contiguous() for name, t in state.items()}, part / WRITER)
+            state = {name: t.detach().contiguous() for name, t in self.writer.state_dict().items()}
+            save_file({n: t.to(dtype) if t.is_floating_point() else t for n, t in state.items()}, part / WRITER)
         save_file({"rows": self.rows.detach().float()}, part / ROWS)
         for name, text in (more or {}).items():
             (part / name).write_text(text, encoding="utf-8")
@@ -275,7 +274,12 @@ def read_card(folder: Path) -> AdapterCard:
     try:
         raw = parse_json((folder / CARD).read_text(encoding="utf-8"))
         names = {f.name for f in dataclasses.fields(AdapterCard)}
-        return AdapterCard(**{k: v for k, v in raw.items() if k in names})
+        card = AdapterCard(**{k: v for k, v in raw.items() if k in names})
+        numbers = (card.rank, card.n_rows)
+        words = (card.method, card.gate, *card.options, *card.options.values())
+        if not all(type(one) is int for one in numbers) or not all(isinstance(one, str) for one in words):
+            raise TypeError("a field is of another type")
+        return card
     except FileNotFoundError:
         raise UserError(
             f"{folder} is not an adapter folder: it has no {CARD}.",

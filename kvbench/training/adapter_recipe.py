@@ -52,11 +52,11 @@ def _check_model(name: str, loaded: Loaded, facts: ModelFacts, length: int, meth
             f"--length {length} does not fit {name}: its context is {context} tokens.",
             f"Use --length {context} or less.",
         )
-    if length + method.extra_positions > context and not has_rotary(loaded.model):
+    needed = method.positions_trained(length)
+    if needed > context and not has_rotary(loaded.model):
         raise UserError(
-            f"{name} has learned positions up to {context}, and {method.name} needs {method.extra_positions} "
-            "after its text.",
-            f"Use --length {context - method.extra_positions} or less.",
+            f"{name} has learned positions up to {context}, and {method.name} needs {needed} for --length {length}.",
+            f"Use --length {max(32, context - needed + length)} or less, or a smaller --set n_comp=.",
         )
 
 
@@ -190,10 +190,11 @@ def _best(request: AdapterRequest, adapter: Adapter) -> tuple[int, Scores]:
 
 def _round(adapter: Adapter, dtype: torch.dtype) -> None:
     """Round the low-rank pairs and the writer to what will be written."""
-    writer = () if adapter.writer is None else adapter.writer.parameters()
+    writer = () if adapter.writer is None else adapter.writer.state_dict().values()
     with torch.no_grad():
-        for parameter in (*adapter.pairs.parameters(), *writer):
-            parameter.copy_(parameter.to(dtype))
+        for tensor in (*adapter.pairs.parameters(), *writer):
+            if tensor.is_floating_point():
+                tensor.copy_(tensor.to(dtype))
 
 
 def _write(

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import gc
+import json
 from fractions import Fraction
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from safetensors.torch import load_file
 from torch import Tensor, nn
+from transformers import GemmaConfig, GemmaForCausalLM
 
 from kvbench.errors import UserError
 from kvbench.inference.layout_session import LayoutSession
@@ -28,6 +32,9 @@ from kvbench.methods.memories.icae import SlotWriter
 from kvbench.methods.memories.memory import Memory
 from kvbench.methods.memories.recurrent import RecurrentWriter
 from kvbench.methods.memories.writer import ParallelWriter, embedded
+from kvbench.models.facts import ModelFacts
+from kvbench.models.loading import Loaded
+from kvbench.training.adapter_recipe import _check_model
 from tests.helpers.models import VOCABULARY, adapter_for, small_card, small_model
 
 N = 96
@@ -151,17 +158,117 @@ def test_nothing_of_the_writers_own_cache_is_kept(llama: nn.Module, name: str) -
     _ = layout.last_query
     gc.collect()
     entries = [layer.keys for layer in session.cache.layers] + [layer.values for layer in session.cache.layers]
-    known = {t.untyped_storage().data_ptr() for t in (*entries, *session.state, session.pending, text, session.rows)}
+    known = {t.untyped_storage().data_ptr() for t in (*entries, *session.state, text)}
     known |= {t.untyped_storage().data_ptr() for t in vars(layout).values() if isinstance(t, Tensor)}
     alive = [
         thing for thing in gc.get_objects()
-        if isinstance(thing, Tensor) and id(thing) not in before and thing.is_floating_point() and thing.dim() > 1
+        if isinstance(thing, Tensor) and id(thing) not in before and thing.numel()
+        and thing.is_floating_point() and thing.dim() > 1
     ]
     assert all(thing.untyped_storage().data_ptr() in known for thing in alive)
     held, entry = (4 if method.is_latest else 24) + 1, 3 * 2 * 2 * 16 * 4
     state = {"rmt": 4 * 64 * 4, "autocompressors": 24 * 64 * 4, "gradual-forgetting": 95 * 4}.get(name, 0)
     assert session.bytes().logical == session.bytes().physical == 2 * (held * entry + state)
     assert session.bytes().full == 2 * N * entry
+    assert sum(t.numel() * t.element_size() for t in session.tensors()) == session.bytes().logical
+
+
+@pytest.mark.parametrize("name", NAMES)
+@torch.inference_mode()
+def test_both_executions_count_the_same_bytes(llama: nn.Module, name: str) -> None:
+    """Entries and the writer's state; of what is not read, no logits are given."""
+    sizes, starts = [], []
+    for execution in ("streamed", "onepass"):
+        method = memory(name)
+        run = reader_of(llama, method)
+        with prepared(llama, run.adapter, N):
+            text = Text(N, N, (0, 0), has_continuation=True)
+            session = open_session(llama, method, text, adapter=run.adapter, execution=execution, chunk=7)
+            parts = list(session.prefill(ids(), 0))
+            starts.append(parts[0].start)
+            list(session.extend(ids(n=3, seed=4)))
+        sizes.append((session.bytes().logical, session.kept))
+    assert sizes[0] == sizes[1]
+    assert starts == [95, 95]
+
+
+@torch.inference_mode()
+def test_rows_that_were_fed_are_dropped(llama: nn.Module) -> None:
+    """Also where runs of slots end within a memory; while text is written, ids that are waited for are counted."""
+    method = memory("icae", n_comp="3")
+    run = reader_of(llama, method)
+    layout = make_layout(method, N + 20, 0, 0, TextStructure(prefix=N, is_continued=True))
+    session = MemorySession(run, layout, N, 7)
+    with run.ready():
+        for _ in session.prefill(ids(), N - 1):
+            assert session.rows.shape[1] < 3
+        assert session.rows.numel() == 0
+        open_ = N - sum(layout.written[: session.written])
+        assert session.pending.shape == (2, open_)
+        assert session.pending.untyped_storage().nbytes() == 2 * open_ * 8
+        entries = session.cache.logical_bytes()
+        assert session.bytes().logical == entries + 2 * open_ * 8
+
+
+@pytest.mark.parametrize("name", ["rmt", "autocompressors", "icae"])
+def test_what_a_writer_reads_must_have_a_place(name: str) -> None:
+    """A model with a table of 256 positions: refused before anything is read, in runs and in training."""
+    model = small_model("gpt2")
+    many = {"segment": "120", "n_comp": "100"} if name == "rmt" else {"n_comp": "60"}
+    method = make_method(name, Fraction("0" if name == "rmt" else "0.3"), many)
+    assert isinstance(method, Memory)
+    adapter = adapter_for(model, method)
+    layouts = [METHODS[name].training_layout(256, np.random.default_rng(i), method.trained_options) for i in range(20)]
+    worst = max(method.positions_read(layout.written) for layout in layouts)
+    assert worst <= method.positions_trained(256)
+    if name == "icae":
+        assert worst <= 256
+        return
+    with pytest.raises(UserError, match="learned positions"):
+        open_session(model, method, Text(250, 250, (0,), has_continuation=True), adapter=adapter)
+    with pytest.raises(UserError, match="learned positions"):
+        _check_model("gpt2", Loaded(model, None, 256, VOCABULARY), ModelFacts("gpt2", None), 256, method)
+
+
+def test_rows_are_as_wide_as_what_layers_are_fed() -> None:
+    """A model that multiplies its embeddings by a number where they are looked up."""
+    torch.manual_seed(0)
+    config = GemmaConfig(
+        vocab_size=VOCABULARY, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, head_dim=16, max_position_embeddings=256,
+    )
+    model = GemmaForCausalLM(config).eval()
+    fed = model.get_input_embeddings()(torch.arange(VOCABULARY)).std()
+    for name in ("icae", "comprexit", "ic-former", "rmt"):
+        adapter = fresh_adapter(small_card("writer", name, 0, **memory(name).trained_options), model)
+        rows = rows_of(Reader(model, adapter), ids(), [16, 16])
+        assert 0.5 < rows.std() / fed < 2, name
+    constant = fresh_adapter(small_card("gated", "prompt", 64, n_comp="64"), model).rows
+    assert 0.3 < constant.std() / fed < 2
+
+
+@pytest.mark.parametrize("changed", [
+    {"gate": "gated"}, {"options": {"n_comp": 5}}, {"rank": None}, {"options": {"n_comp": "x"}},
+])
+def test_a_card_that_cannot_be_is_a_sentence(llama: nn.Module, tmp_path: Path, changed: dict[str, object]) -> None:
+    adapter = adapter_for(llama, memory("icae"))
+    assert adapter is not None
+    adapter.save(tmp_path / "adapter", "small")
+    card = tmp_path / "adapter" / "card.json"
+    card.write_text(json.dumps({**json.loads(card.read_text()), **changed}))
+    with pytest.raises(UserError, match=str(tmp_path)):
+        load_adapter(tmp_path / "adapter", llama)
+
+
+def test_whole_numbers_of_a_writer_are_stored_as_they_are(llama: nn.Module, tmp_path: Path) -> None:
+    adapter = adapter_for(llama, memory("icae"))
+    assert adapter is not None
+    assert adapter.writer is not None
+    adapter.writer.register_buffer("counts", torch.tensor([70_001]))
+    adapter.save(tmp_path / "adapter", "small", dtype=torch.bfloat16)
+    saved = load_file(tmp_path / "adapter" / "writer.safetensors")
+    assert saved["counts"].tolist() == [70_001]
+    assert saved["slots"].dtype == torch.bfloat16
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -370,7 +477,7 @@ def test_the_control_has_the_layout_of_the_memory(place: str, prefix: int) -> No
     [
         ("rmt", {"segment": "8"}, "compress nothing"), ("gradual-forgetting", {"nearest": "600"}, "lies before"),
         ("icae", {"n_comp": "200"}, "n_comp"), ("icae", {"place": "middle"}, "place"),
-        ("ic-former", {"layers": "0"}, "layers"),
+        ("ic-former", {"layers": "0"}, "layers"), ("prompt", {"budget": "160", "place": "spread"}, "streaming form"),
     ],
 )
 def test_options_that_cannot_be(name: str, options: dict[str, str], says: str) -> None:

@@ -42,6 +42,19 @@ def chunk_length(method: LayoutMethod, n_comp: int) -> int:
     return chunk
 
 
+def check_chunk(method: LayoutMethod, chunk: int, longest: int) -> None:
+    """Check that a chunk fits a text of up to ``longest`` tokens.
+
+    Raises:
+        UserError: it does not.
+    """
+    if chunk > longest:
+        raise UserError(
+            f"{method.name}: a chunk of {chunk} tokens does not fit in {longest} tokens of text.",
+            "Ask for a lower ratio or a shorter chunk, or use longer blocks.",
+        )
+
+
 @dataclass(frozen=True)
 class Chunked(LayoutMethod):
     """Base of methods that compress chunk by chunk: the ratio sets the chunk length, options set the rest."""
@@ -66,11 +79,8 @@ class Chunked(LayoutMethod):
         return chunk_length(self, self.n_comp)
 
     def check(self, longest: int, in_chunks: bool) -> None:
-        if not in_chunks and self.chunk() > longest:
-            raise UserError(
-                f"{self.name}: a chunk of {self.chunk()} tokens does not fit in {longest} tokens of text.",
-                "Ask for a lower ratio or a shorter chunk, or use longer blocks.",
-            )
+        if not in_chunks:
+            check_chunk(self, self.chunk(), longest)
 
     @property
     def compresses_generated(self) -> bool:

@@ -171,6 +171,11 @@ class Layout:
         return self.visibility is sees_everything and len(self) == self.n_raw
 
     @cached_property
+    def rows_per_chunk(self) -> int:
+        """Rows of memory that a writer makes of each chunk; 0 if there are none."""
+        return int(self.tokens.row.max() + 1) // len(self.written) if self.written else 0
+
+    @cached_property
     def raw_slots(self) -> Tensor:
         """int64 ``[n_raw]``: the slots of the text tokens; -1 for those that are not fed."""
         fed = torch.nonzero(self.tokens.kind == TEXT).flatten()

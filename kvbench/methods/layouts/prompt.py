@@ -7,6 +7,7 @@ from fractions import Fraction
 
 import numpy as np
 
+from kvbench.errors import UserError
 from kvbench.methods.layouts.ccm import Streaming
 from kvbench.methods.layouts.chunked import ChunkVisibility
 from kvbench.methods.layouts.chunks import SHORTEST
@@ -39,11 +40,18 @@ class Prompt(Streaming):
         choices=(AFTER, *PLACES), trained=True, later=True,
     )
 
+    def check_options(self) -> None:
+        if self.streams and self.place != AFTER:
+            raise UserError(
+                f"{self.name}: --set place={self.place} is for chunks of one length, and not for the streaming form.",
+                "Leave out place or budget.",
+            )
+
     def visibility(self, chunks: int) -> ChunkVisibility:
         return ChunkVisibility(chunks, text=True, memory=True, latest=False, kind=COMP, reads=False)
 
     def layout(self, n: int, rng: np.random.Generator, text: TextStructure = RUNNING) -> Layout:
-        if self.place == AFTER or (self.streams and not text.chunks):
+        if self.place == AFTER:
             return super().layout(n, rng, text)
         return self._placed(n, chunks_of(n, self.chunk(), self.n_comp, text).lengths)
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +12,7 @@ from torch.nn import functional
 from kvbench.errors import UserError
 from kvbench.methods.memories.memory import Memory
 from kvbench.methods.memories.writer import ParallelWriter, all_states
+from kvbench.models.embeddings import spread_of
 
 TEMPERATURE = 0.7
 """Of the weights of layers."""
@@ -41,10 +41,13 @@ class TransportWriter(ParallelWriter):
 
     def __init__(self, model: nn.Module, k: int) -> None:
         super().__init__()
-        weight: Tensor = model.get_input_embeddings().weight  # type: ignore[operator]
-        config: Any = model.config
-        width, layers = weight.shape[1], int(config.get_text_config().num_hidden_layers) + 1
-        if config.get_text_config().hidden_size != width:
+        spread = spread_of(model)
+        width = len(spread.mean)
+        device = next(model.parameters()).device
+        with torch.no_grad():
+            states = all_states(model, torch.zeros(1, 1, dtype=torch.long, device=device))
+        layers = len(states)
+        if states.shape[-1] != width:
             raise UserError(
                 f"{type(model).__name__} has embeddings of another width than its layers, which comprexit mixes.",
                 "Use icae.",
@@ -56,7 +59,7 @@ class TransportWriter(ParallelWriter):
         self.value, self.place = nn.Linear(width, width), nn.Linear(width, width)
         self.mass = nn.Linear(width, 1, bias=False)
         self.projector = nn.Sequential(nn.Linear(width, width), nn.GELU(), nn.Linear(width, width))
-        self.scale = nn.Parameter(weight.detach().float().std().cpu())
+        self.scale = nn.Parameter(spread.overall)
 
     def read(self, model: nn.Module, ids: Tensor) -> Tensor:
         states = all_states(model, ids)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -80,11 +81,16 @@ class GradualForgetting(Memory):
 
     def check(self, longest: int, in_chunks: bool) -> None:
         check_segment(self.name, self.n_comp, self.segment, in_chunks)
+        super().check(longest, in_chunks)
+
+    def check_options(self) -> None:
         if self.farthest < self.nearest:
             raise UserError(
                 f"{self.name}: --set farthest={self.farthest} lies before nearest={self.nearest}.", "Exchange them."
             )
-        super().check(longest, in_chunks)
+
+    def positions_read(self, chunks: Sequence[int]) -> int:
+        return 0
 
     def new_writer(self, model: nn.Module) -> FadingWriter:
         return FadingWriter(self.n_comp, self.nearest, self.farthest, self.order)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -11,6 +12,7 @@ from torch.nn import functional
 from kvbench.methods.memories.memory import Memory
 from kvbench.methods.memories.writer import ParallelWriter, embedded, last_states
 from kvbench.methods.options import option
+from kvbench.models.embeddings import spread_of
 from kvbench.models.rope import rotated
 
 HEAD = 64
@@ -65,14 +67,14 @@ class DigestWriter(ParallelWriter):
 
     def __init__(self, model: nn.Module, k: int, layers: int, encodes: bool) -> None:
         super().__init__()
-        weight: Tensor = model.get_input_embeddings().weight  # type: ignore[operator]
-        width = weight.shape[1]
+        spread = spread_of(model)
+        width = len(spread.mean)
         self.encodes = encodes
         self.digests = nn.Parameter(0.02 * torch.randn(k, width))
         self.heads = next(heads for heads in range(max(1, width // HEAD), 0, -1) if width % heads == 0)
         self.layers = nn.ModuleList(CrossLayer(width, self.heads) for _ in range(layers))
         self.norm = nn.RMSNorm(width)
-        self.scale = nn.Parameter(weight.detach().float().std().cpu())
+        self.scale = nn.Parameter(spread.overall)
 
     def read(self, model: nn.Module, ids: Tensor) -> Tensor:
         text = embedded(model, ids)
@@ -110,6 +112,9 @@ class ICFormer(Memory):
 
     layers: int = option(3, "cross-attention layers", least=1, most=12, trained=True)
     encode: bool = option(False, "digests attend to the model's last hidden states", trained=True)
+
+    def positions_read(self, chunks: Sequence[int]) -> int:
+        return super().positions_read(chunks) if self.encode else 0
 
     def new_writer(self, model: nn.Module) -> DigestWriter:
         return DigestWriter(model, self.n_comp, self.layers, self.encode)

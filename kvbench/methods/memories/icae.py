@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -56,6 +57,9 @@ class ICAE(Memory):
     low_rank = True
 
     raw: bool = option(False, "hidden states are rows as they are, as published", trained=True)
+
+    def positions_read(self, chunks: Sequence[int]) -> int:
+        return max(chunks, default=0) + self.n_comp
 
     def new_writer(self, model: nn.Module) -> SlotWriter:
         return SlotWriter(model, self.n_comp, self.raw)

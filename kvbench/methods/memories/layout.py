@@ -45,10 +45,16 @@ def chunks_of(n: int, chunk: int, n_comp: int, text: TextStructure) -> Chunks:
     return Chunks(before + behind, len(before))
 
 
+def chunk_bounds(n: int, n_comp: int, shortest: int) -> tuple[int, int]:
+    """The least and the greatest length of chunks to train on."""
+    low = min(max(shortest, n_comp), n // 2)
+    return low, max(low, min(LONGEST, n // 2))
+
+
 def sampled_chunks(n: int, n_comp: int, shortest: int, rng: np.random.Generator) -> list[int]:
     """Chunks to train on: of one length, sampled log-uniformly; sometimes the end of the text stays uncompressed."""
-    low = min(max(shortest, n_comp), n // 2)
-    length = round(float(np.exp(rng.uniform(np.log(low), np.log(max(low, min(LONGEST, n // 2)))))))
+    low, high = chunk_bounds(n, n_comp, shortest)
+    length = round(float(np.exp(rng.uniform(np.log(low), np.log(high)))))
     compressed = n if rng.random() < 0.75 else int(rng.integers(length, n))
     return equal_chunks(compressed, length, n_comp)
 

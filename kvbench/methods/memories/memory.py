@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from typing import ClassVar
@@ -10,11 +11,11 @@ from typing import ClassVar
 import numpy as np
 from torch import nn
 
-from kvbench.errors import UserError
-from kvbench.methods.layouts.chunks import SHORTEST, chunk_length
+from kvbench.methods.layouts.chunked import equal_chunks
+from kvbench.methods.layouts.chunks import SHORTEST, check_chunk, chunk_length
 from kvbench.methods.layouts.layout import RUNNING, Layout, TextStructure
 from kvbench.methods.layouts.method import LayoutMethod
-from kvbench.methods.memories.layout import PLACES, chunks_of, memory_layout, sampled_chunks
+from kvbench.methods.memories.layout import PLACES, chunk_bounds, chunks_of, memory_layout, sampled_chunks
 from kvbench.methods.memories.writer import Writer
 from kvbench.methods.options import option
 
@@ -68,11 +69,19 @@ class Memory(LayoutMethod):
         return chunk_length(self, self.n_comp)
 
     def check(self, longest: int, in_chunks: bool) -> None:
-        if not in_chunks and self.chunk() > longest:
-            raise UserError(
-                f"{self.name}: a chunk of {self.chunk()} tokens does not fit in {longest} tokens of text.",
-                "Ask for a lower ratio or fewer entries, or use longer blocks.",
-            )
+        if not in_chunks:
+            check_chunk(self, self.chunk(), longest)
+
+    def positions_read(self, chunks: Sequence[int]) -> int:
+        """Number of position ids that the model needs when the memory of these chunks is written; each is read from
+        position 0 on."""
+        return max(chunks, default=0)
+
+    def positions_trained(self, length: int) -> int:
+        low, high = chunk_bounds(length, self.n_comp, self.shortest_trained)
+        return max(length, *(
+            self.positions_read(equal_chunks(length, chunk, self.n_comp)) for chunk in range(low, high + 1)
+        ))
 
     def layout(self, n: int, rng: np.random.Generator, text: TextStructure = RUNNING) -> Layout:
         chunks = chunks_of(n, self.chunk(), self.n_comp, text)

@@ -43,18 +43,9 @@ class RecurrentWriter(Writer):
         rows = self.slots.read_behind(model, torch.cat([before.to(text.dtype), text], 1))
         return rows, (rows if self.is_latest else torch.cat([before.to(rows.dtype), rows], 1),)
 
-    def write_all(
-        self, model: nn.Module, ids: Tensor, chunks: Sequence[int], state: State
-    ) -> tuple[Tensor, State]:
-        """As written one after another; gradients flow back through :data:`SEGMENTS` chunks."""
-        found, begin = [], 0
-        for number, length in enumerate(chunks):
-            if number % SEGMENTS == 0:
-                state = tuple(one.detach() for one in state)
-            rows, state = self.write(model, ids[:, begin : begin + length], state)
-            found.append(rows)
-            begin += length
-        return torch.cat(found, 1), state
+    def carried(self, number: int, state: State) -> State:
+        """Gradients flow back through :data:`SEGMENTS` chunks."""
+        return tuple(one.detach() for one in state) if number % SEGMENTS == 0 else state
 
 
 @dataclass(frozen=True)
@@ -88,6 +79,9 @@ class RMT(Memory):
         check_segment(self.name, self.n_comp, self.segment, in_chunks)
         super().check(longest, in_chunks)
 
+    def positions_read(self, chunks: Sequence[int]) -> int:
+        return max(chunks, default=0) + 2 * self.n_comp
+
     def new_writer(self, model: nn.Module) -> RecurrentWriter:
         return RecurrentWriter(model, self.n_comp, is_latest=True)
 
@@ -103,9 +97,13 @@ class AutoCompressors(Memory):
     name = "autocompressors"
     summary = "rows made of each chunk and of all earlier rows by the model, side by side"
     paper = "arXiv 2305.14788"
+    budgets = ("ratio", "tokens")  # the state is not in a budget of bytes
     adapter_kinds = ("plain", "writer")
     low_rank = True
     shortest_trained = 32
+
+    def positions_read(self, chunks: Sequence[int]) -> int:
+        return max((number * self.n_comp + chunk for number, chunk in enumerate(chunks, 1)), default=0)
 
     def new_writer(self, model: nn.Module) -> RecurrentWriter:
         return RecurrentWriter(model, self.n_comp, is_latest=False)

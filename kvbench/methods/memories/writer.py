@@ -9,6 +9,8 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor, nn
 
+from kvbench.models.embeddings import spread_of
+
 State: TypeAlias = tuple[Tensor, ...]
 """What a writer carries from chunk to chunk, each ``[batch, ...]``; it counts as held."""
 
@@ -52,11 +54,17 @@ class Writer(nn.Module, ABC):
             Input embeddings ``[batch, k x chunks, width]``, and the new state.
         """
         found, begin = [], 0
-        for length in chunks:
+        for number, length in enumerate(chunks):
+            state = self.carried(number, state)
             rows, state = self.write(model, ids[:, begin : begin + length], state)
             found.append(rows)
             begin += length
         return torch.cat(found, 1), state
+
+
+    def carried(self, number: int, state: State) -> State:
+        """The state with which the chunk of that number is written in :meth:`write_all`."""
+        return state
 
 
 class ParallelWriter(Writer):
@@ -100,15 +108,20 @@ def embedded(model: nn.Module, ids: Tensor) -> Tensor:
 
 def last_states(model: nn.Module, inputs: Tensor) -> Tensor:
     """The model's last hidden states ``[batch, n, width]`` on embeddings of that shape, read from position 0 on."""
-    out: Any = model.base_model(inputs_embeds=inputs, use_cache=False)  # type: ignore[operator]
+    out: Any = _decoder(model)(inputs_embeds=inputs, use_cache=False)
     states: Tensor = out.last_hidden_state
     return states
 
 
 def all_states(model: nn.Module, ids: Tensor) -> Tensor:
     """Hidden states ``[layers + 1, batch, n, width]`` of text, the embeddings first."""
-    out: Any = model.base_model(input_ids=ids, use_cache=False, output_hidden_states=True)  # type: ignore[operator]
+    out: Any = _decoder(model)(input_ids=ids, use_cache=False, output_hidden_states=True)
     return torch.stack(list(out.hidden_states))
+
+
+def _decoder(model: Any) -> Any:
+    """The part of a model that gives hidden states; ``base_model`` is the whole of some."""
+    return model.get_decoder()
 
 
 class Projection(nn.Module):
@@ -120,11 +133,11 @@ class Projection(nn.Module):
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
-        weight: Tensor = model.get_input_embeddings().weight  # type: ignore[operator]
-        width = weight.shape[1]
+        spread = spread_of(model)
+        width = len(spread.mean)
         self.norm = nn.LayerNorm(width)
         self.square = nn.Linear(width, width)
-        self.scale = nn.Parameter(weight.detach().float().std().cpu())
+        self.scale = nn.Parameter(spread.overall)
         with torch.no_grad():
             self.square.weight.copy_(torch.eye(width))
             self.square.bias.zero_()
@@ -136,5 +149,5 @@ class Projection(nn.Module):
 
 def learnt_rows(model: nn.Module, count: int) -> nn.Parameter:
     """Rows ``[count, width]`` to be trained, drawn near the mean embedding."""
-    weight: Tensor = model.get_input_embeddings().weight.detach().float().cpu()  # type: ignore[operator]
-    return nn.Parameter(weight.mean(0) + 0.5 * weight.std(0) * torch.randn(count, weight.shape[1]))
+    spread = spread_of(model)
+    return nn.Parameter(spread.mean + 0.5 * spread.by_column * torch.randn(count, len(spread.mean)))
