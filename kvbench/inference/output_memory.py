@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -74,7 +75,10 @@ class OutputMemorySession(LayoutSession):
         remembered = torch.zeros(logits.shape, device=logits.device).scatter_add_(
             2, following[:, None].expand(weights.shape), weights
         )
-        mixed = ((1 - self.mix) * logits.float().softmax(-1) + self.mix * remembered).log()
+        # In logarithms, where the probability of a token is never 0.
+        mixed = torch.logaddexp(
+            logits.float().log_softmax(-1) + math.log(1 - self.mix), remembered.log() + math.log(self.mix)
+        )
         return torch.where((known > 0)[:, None], mixed, logits.float())
 
     def _remember(self, states: Tensor, ids: Tensor) -> None:

@@ -83,12 +83,25 @@ def test_without_its_share_it_is_the_window(llama: nn.Module) -> None:
     assert (read(llama, 7, mix="0") - logits).abs().max() < 1e-5
 
 
+def test_what_neither_predicts_has_a_likelihood(llama: nn.Module) -> None:
+    """A model so sure that other tokens' probabilities are 0 in float32."""
+    head = llama.get_output_embeddings()  # type: ignore[operator]
+    weight = head.weight.clone()
+    try:
+        with torch.no_grad():
+            head.weight.mul_(1000)
+        assert bool(torch.isfinite(read(llama, mix="99")).all())
+    finally:
+        with torch.no_grad():
+            head.weight.copy_(weight)
+
+
 def test_a_copied_passage_is_predicted(llama: nn.Module) -> None:
     """Deterministic states and a sharp memory: after a repeated passage its continuation has all of the mass."""
     passage = ids(24)
     text = torch.cat([passage, passage], 1)
     with torch.inference_mode(), prepared(llama, None, 48):
-        session = opened(llama, Text(48, 48, (0, 0)), mix="100", sharpness="1000", ratio=Fraction("0.4"))
+        session = opened(llama, Text(48, 48, (0, 0)), mix="99", sharpness="1000", ratio=Fraction("0.4"))
         found = torch.cat([part.logits for part in session.prefill(text)], 1)
     hits = (found[:, 30:47].argmax(-1) == text[:, 31:]).float().mean()
     assert hits > 0.5

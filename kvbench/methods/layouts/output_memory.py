@@ -40,7 +40,7 @@ class OutputMemory(LayoutMethod):
     paper = "after arXiv 2205.12674"
     executions = ("streamed",)
 
-    mix: int = option(10, "per cent of the prediction that comes from memory", least=0, most=100)
+    mix: int = option(10, "per cent of the prediction that comes from memory", least=0, most=99)
     sharpness: int = option(20, "factor of cosines before their softmax", least=1, most=1000)
 
     window: int | None = field(default=None, kw_only=True)
