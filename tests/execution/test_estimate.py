@@ -43,8 +43,11 @@ def test_time_and_memory_are_said(called: Call, monkeypatch: pytest.MonkeyPatch)
     assert "NOT FIT" in called([*ASKED, "--task", "minidocs"]).out
 
 
-def test_a_dialogue_is_read_at_every_step(called: Call, tmp_path: Path) -> None:
+def test_a_dialogue_is_read_at_every_step(
+    called: Call, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Turns of 400 characters, some 100 tokens: steps 1, 2 and 4 read 3, 4 and 6 of them."""
+    monkeypatch.setattr("kvbench.execution.estimate.speed_of", lambda dtype: 1e9)  # a fast machine takes 0 s
     data = tmp_path / "turns.jsonl"
     data.write_text(json.dumps({"turns": ["word " * 80] * 6, "answer": "word"}) + "\n")
     out = called([*ASKED, "--task", "online", "--data", data]).out
